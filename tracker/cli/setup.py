@@ -35,7 +35,7 @@ def configure() -> "Settings":
 
 def configure_service() -> "Rotation":
     """As `configure`, for a long-running process, whose secrets may be rotated."""
-    from tracker.operations.logs import configure_logs, redact_also
+    from tracker.operations.logs import configure_logs
     from tracker.settings import Rotation, read_settings
 
     loaded = read_settings()
@@ -45,9 +45,7 @@ def configure_service() -> "Rotation":
         level=settings.tracker_log_level,
         secrets=settings.secret_values,
     )
-    rotation = Rotation(settings, loaded, read_settings)
-    rotation.follow(lambda rotated: redact_also(rotated.secret_values))
-    return rotation
+    return Rotation(settings, loaded, read_settings)
 
 
 def run_once(

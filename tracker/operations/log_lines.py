@@ -9,14 +9,12 @@ import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from tracker.core.formatting import plain, plain_lines
-from tracker.core.log import LogEvent, Redactor, log_fields
+from tracker.core.log import LogEvent, log_fields, redact
 
 _TIME: Final = structlog.processors.TimeStamper(fmt="iso", utc=True)
 
 
-def line_formatter(
-    format: Literal["console", "json"], *, colors: bool, redact: Redactor
-) -> logging.Formatter:
+def line_formatter(format: Literal["console", "json"], *, colors: bool) -> logging.Formatter:
     """Formats records, our own and other libraries', and redacts the finished lines."""
     finish: list[Processor]
     if format == "json":

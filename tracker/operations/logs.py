@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Final, Literal, TextIO
 
-from tracker.core.log import Redactor
+from tracker.core.log import redact_also
 
 _QUIET: Final = {
     "httpx": logging.WARNING,  # a line per request, which our callers log themselves
@@ -34,15 +34,16 @@ def configure_logs(
     """Send our own and other libraries' logs to `stream` (default: stderr).
 
     The default `format` is `console` on a terminal, else `json`. `secrets` are redacted in every
-    line. Another call replaces the configuration.
+    line from now on. Another call replaces the rest of the configuration.
     """
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
     if format is None:
         format = "console" if terminal else "json"
     colors = terminal and not os.environ.get("NO_COLOR")
+    redact_also(secrets)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Formatter(format, colors=colors, redact=Redactor(secrets)))
+    handler.setFormatter(_Formatter(format, colors=colors))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -55,29 +56,19 @@ def configure_logs(
         logger.setLevel(logging.NOTSET)
 
 
-def redact_also(secrets: Iterable[str]) -> None:
-    """Redact these secrets too, from now on: they came while the process ran."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler.formatter, _Formatter):
-            handler.formatter.redact.add(secrets)
-
-
 class _Formatter(logging.Formatter):
     """Loads what makes the lines with the first one: most short commands log nothing."""
 
-    def __init__(
-        self, format: Literal["console", "json"], *, colors: bool, redact: Redactor
-    ) -> None:
+    def __init__(self, format: Literal["console", "json"], *, colors: bool) -> None:
         super().__init__()
         self._format = format
         self._colors = colors
-        self.redact = redact
 
     @cached_property
     def _lines(self) -> logging.Formatter:
         from tracker.operations.log_lines import line_formatter  # noqa: PLC0415 - see above
 
-        return line_formatter(self._format, colors=self._colors, redact=self.redact)
+        return line_formatter(self._format, colors=self._colors)
 
     def format(self, record: logging.LogRecord) -> str:
         return self._lines.format(record)
