@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices
-from tracker.core.errors import RateLimited
+from tracker.core.errors import KeyRefused, RateLimited
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
@@ -59,3 +59,22 @@ async def test_a_wait_kept_under_another_clock_stops_nobody(
     await client_of(services).request_limit.pause_others(60)
     clock.move(-3600)
     await client_of(services).history(deadline=5)
+
+
+async def test_a_refused_key_stops_no_other_key(
+    open_on: OpenServices, flora: Simulator, clock: HandClock
+) -> None:
+    """A process whose key FLORA refuses asks no other process to wait: one with the key that FLORA
+    takes goes on, and so does the first at once when it has that key."""
+    late, early = await open_on(flora), await open_on(flora, flora_api_key="sk_test_new")
+    for one in (late, early):
+        go_by(clock, one)
+    flora.world.change({"api_key": "sk_test_new"})
+    for _ in range(3):  # the first is refused by FLORA, the others by the breaker
+        with pytest.raises(KeyRefused):
+            await client_of(late).history(deadline=5)
+    began = clock()
+    await client_of(early).history(deadline=5)
+    client_of(late).rotate_key("sk_test_new")
+    await client_of(late).history(deadline=5)
+    assert clock() == began

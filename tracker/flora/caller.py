@@ -262,7 +262,8 @@ class Caller:
                 progress.sent = False
                 progress.error = exc
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
-                if asked is not None and not isinstance(exc, RequestPaused):
+                # Another process may use another key than the one that is refused here.
+                if asked is not None and not isinstance(exc, (KeyRefused, RequestPaused)):
                     await self.request_limit.pause_others(asked)
                 wait = asked or backoff(attempt)
                 if not _repeatable(call, exc) or self.monotonic() + wait > until:
