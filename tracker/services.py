@@ -282,6 +282,8 @@ async def open_services(
             holder=process,
             clock=clock,
         )
+        rotation.follow(lambda _: poller.keys_changed())
+        rotation.follow(lambda _: signals.wake_due())
         starter = Starter(
             database=database,
             workspaces=workspaces,

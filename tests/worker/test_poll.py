@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,8 @@ from tests.support.clocks import HandClock
 from tests.worker.conftest import Hurry, MakeFlora, OpenServices, assert_true_to, reads_of, the_run
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
-from tracker.services import Services
+from tracker.services import Services, open_services
+from tracker.settings import Rotation, read_settings
 from tracker.simulator import Simulator
 from tracker.simulator.callbacks import sign_callback
 from tracker.starting.start import StartRequest
@@ -285,6 +287,41 @@ async def test_a_refused_key_harms_no_run(
         for _ in range(5):
             await services.poller.poll_due()
         assert sum(reads_of(flora).values()) == asked
+
+
+async def test_a_new_key_reads_at_once_what_waited(
+    flora: Simulator, clock: HandClock, database_url: str, tmp_path: Path
+) -> None:
+    """However long FLORA has refused the old key, a due run is read as soon as there is a new one:
+    the worker is woken, and pauses no longer."""
+    key = tmp_path / "key"
+    key.write_text(flora.world.options.api_key)
+    (tmp_path / "tracker.toml").write_text('flora_api_key = "file:key"')
+    environ = {
+        "TRACKER_CONFIG": str(tmp_path / "tracker.toml"),
+        "TRACKER_DATABASE_URL": database_url,
+        "FLORA_BASE_URL": flora.base_url,
+    }
+    loaded = read_settings(environ)
+    rotation = Rotation(loaded.settings, loaded, lambda: read_settings(environ))
+    async with open_services(rotation, clock=clock) as services:
+        [run_id] = await start(services)
+        flora.world.change({"api_key": "sk_test_new"})
+        [workspace] = services.workspaces
+        breaker = workspace.require_client().breaker
+        breaker._monotonic = lambda: clock().timestamp()
+        for _ in range(8):  # half-open probes
+            clock.move(61)
+            assert (await services.poller.poll_due()).trouble is not None
+        await services.signals.wait_due(0)
+        key.write_text("sk_test_new")
+        assert rotation.check()
+        assert await services.signals.wait_due(0)
+        due = await services.poller.next_due_at()
+        assert due is not None
+        assert due <= clock()
+        assert (await services.poller.poll_due()).settled == 1
+        assert_true_to(await the_run(services, run_id), flora)
 
 
 @pytest.mark.usefixtures("no_second_attempt")

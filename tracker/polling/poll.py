@@ -102,6 +102,10 @@ class Poller:
         """
         return await self._in_each(partial(self._recheck, turn=turn))
 
+    def keys_changed(self) -> None:
+        """A workspace may have another key: no pause lasts any longer."""
+        self.backoff.clear()
+
     def clock_jumped(self) -> None:
         """The clock was set: the next round searches for runs that are due too far ahead."""
         self._brought_near_at = -math.inf
@@ -297,6 +301,9 @@ class Backoff:
 
     def succeeded(self, name: str) -> None:
         self._pauses.pop(name, None)
+
+    def clear(self) -> None:
+        self._pauses.clear()
 
 
 class Coalescer:

@@ -130,6 +130,10 @@ class Signals:
         self._due.clear()
         return True
 
+    def wake_due(self) -> None:
+        """End the present or the next `wait_due` of this process."""
+        self._due.set()
+
     @contextlib.contextmanager
     def subscribed(self, listener: Listener) -> Iterator[None]:
         """Call `listener` for every change of a run for as long as the block lasts."""
