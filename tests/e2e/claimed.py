@@ -55,8 +55,9 @@ SELECT what, key, was, holder, was_until - at AS left_to_run FROM witnessed
 WHERE was <> holder AND was_until > at + $1 AND key NOT LIKE 'wait:%'
 """
 # What was free is late from when it was due; what a dead process held, from when that ran out.
+# A settled run is claimed for its bill, which has a time of its own: it is not late.
 CLAIMS = """
-SELECT key, at, holder, was IS NOT NULL AS taken_over,
+SELECT key, at, holder, was IS NOT NULL AS taken_over, due IS NULL AS for_bill,
     extract(epoch FROM at - greatest(due, was_until)) AS late
 FROM witnessed WHERE what = 'runs' AND was IS DISTINCT FROM holder ORDER BY id
 """
@@ -103,7 +104,7 @@ async def found(database_url: str, flora: Simulator) -> Found:
                 "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
             ),
             taken_over=sum(claim["taken_over"] for claim in claims),
-            late=sorted(float(claim["late"]) for claim in claims),
+            late=sorted(float(claim["late"]) for claim in claims if not claim["for_bill"]),
         )
     finally:
         await connection.close()
@@ -117,13 +118,13 @@ def _read_twice(flora: Simulator, claims: list[Any]) -> list[str]:
     """Reads of one run alone that follow one another without a cause.
 
     The causes: it has ended in between, the read before brought nothing or a status that is not
-    documented, the poll interval has passed and it had not ended, or a dead process's claim has run
-    out.
+    documented, the poll interval has passed and it had not ended, a dead process's claim has run
+    out, or it was claimed for its bill.
     """
-    taken_over: dict[str, list[float]] = defaultdict(list)
+    claimed_again: dict[str, list[float]] = defaultdict(list)
     for claim in claims:
-        if claim["taken_over"]:
-            taken_over[claim["key"]].append(claim["at"].timestamp() * 1000)
+        if claim["taken_over"] or claim["for_bill"]:
+            claimed_again[claim["key"]].append(claim["at"].timestamp() * 1000)
     reads: dict[str, list[RequestRecord]] = defaultdict(list)
     for asked in flora.world.request_log:
         if asked.run_id is not None:
@@ -133,14 +134,14 @@ def _read_twice(flora: Simulator, claims: list[Any]) -> list[str]:
         ended = flora.world.runs[run_id].completed_ms
         is_odd = flora.world.runs[run_id].unfinished_name is not None
         for one, other in pairwise(asked_for):
-            over = taken_over[run_id]
-            after_one = bisect_left(over, one.at_ms)
+            again = claimed_again[run_id]
+            after_one = bisect_left(again, one.at_ms)
             has_cause = (
                 one.status != 200
                 or (is_odd and one.at_ms < ended)
                 or one.at_ms < ended <= other.at_ms
                 or (one.at_ms < ended and other.at_ms - one.at_ms >= JITTER * POLL_INTERVAL * 1000)
-                or (after_one < len(over) and over[after_one] <= other.at_ms)
+                or (after_one < len(again) and again[after_one] <= other.at_ms)
             )
             if not has_cause:
                 twice.append(f"{run_id}: {one} {other} ended {ended}")

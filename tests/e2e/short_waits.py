@@ -15,6 +15,8 @@ from tests.support.patience import always_wait_longer_for_the_database
 from tracker import services
 from tracker.cli import main
 from tracker.delivering.webhooks import DeliveryTimes
+from tracker.polling import poll
+from tracker.polling.poll import Backoff
 from tracker.polling.workspaces import DatabaseWaits
 from tracker.starting import recover, sending
 from tracker.store.queries import batch_launches
@@ -52,6 +54,13 @@ class ShortWaits(DatabaseWaits):
         await super().share(seconds / SPEED)
 
 
+class ShortBackoff(Backoff):
+    """Pauses of a workspace, at least as long as its client's wait, which is in that one's time."""
+
+    def failed(self, name: str, *, least: float = 0.0) -> float:
+        return super().failed(name, least=least / SPEED)
+
+
 def shorten_waits(*, patient: bool = True) -> None:
     """Clients and starts wait a fiftieth, and a killed process holds a start or a batch for two
     seconds, not thirty. The database is waited for longer, unless the test is about that."""
@@ -61,6 +70,7 @@ def shorten_waits(*, patient: bool = True) -> None:
     shorten(batch_launches, LEASE=timedelta(seconds=2))
     services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
     services.DatabaseWaits = ShortWaits  # type: ignore[misc]
+    poll.Backoff = ShortBackoff  # type: ignore[misc]
     services.Starter = partial(services.Starter, sleep=short_pause)  # type: ignore
     services.Batches = partial(services.Batches, sleep=short_pause)  # type: ignore
     services.BatchWorker = partial(  # type: ignore
