@@ -14,6 +14,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger, redact_also
 from tracker.delivering.downloads import Downloader
+from tracker.delivering.endpoint_client import endpoint_of
 from tracker.delivering.handlers import Handler
 from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
@@ -32,7 +33,6 @@ from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Inbox, Receiver
 from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings
-from tracker.settings.endpoints import endpoint_of
 from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
 from tracker.starting.batch_orders import BatchOrders, BatchWorker

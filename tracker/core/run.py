@@ -65,10 +65,6 @@ class Precedence(IntEnum):
     COMPLETED = 5
 
     @property
-    def status(self) -> RunStatus:
-        return _STATUS[self]
-
-    @property
     def ended(self) -> bool:
         """Whether a callback or the API reported the end."""
         return self >= Precedence.CALLBACK_FAILED
@@ -193,7 +189,7 @@ class Run:
     @property
     def status(self) -> Status:
         """FLORA's status of the run, as far as it is known."""
-        return self.unknown_status or self.precedence.status
+        return self.unknown_status or _STATUS[self.precedence]
 
     @property
     def settled(self) -> bool:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 import httpx
@@ -23,6 +23,9 @@ from tracker.flora.caller import retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt, Claim
+
+if TYPE_CHECKING:
+    from tracker.settings import EndpointSettings
 
 ANSWER_SECONDS: Final = 15.0
 """How long an endpoint may take to answer, with the connection."""
@@ -42,6 +45,21 @@ class Endpoint:
     url: str = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
     allow_private: bool = False
+
+
+def endpoint_of(configured: "EndpointSettings") -> Endpoint:
+    """The endpoint with its secrets in clear."""
+    return Endpoint(
+        config=EndpointConfig(
+            endpoint_id=configured.id,
+            url=configured.shown_url,
+            events=configured.events,
+            filter=configured.filter,
+        ),
+        url=configured.url,
+        secrets=tuple(secret.get_secret_value() for secret in configured.secrets),
+        allow_private=configured.allow_private,
+    )
 
 
 class EndpointResolver:

@@ -31,7 +31,7 @@ from tracker.core.errors import (
 from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Output, RunError, RunStatus, Status, status_of
+from tracker.core.run import Output, RunError, RunStatus, status_of
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
 # type, so that one odd value never spoils a whole answer.
@@ -209,11 +209,9 @@ def run(
         raise FloraUnreadable("the run has no run_id")
     if expect_run_id not in (None, run_id):
         raise FloraUnreadable(f"the answer is about another run ({run_id})")
-    status = _status(fields)
-    if status is None:
-        if source is not Source.START:
-            raise FloraUnreadable(f"run {run_id} has no status")
-        status = RunStatus.PENDING
+    name = as_id(fields.get("status"))
+    if name is None and source is not Source.START:
+        raise FloraUnreadable(f"run {run_id} has no status")
     technique = as_object(fields.get("technique"))
     skew = None
     if clock_offset is not None and abs(clock_offset) > CLOCKS_AGREE:  # as far as a date shows
@@ -222,7 +220,7 @@ def run(
         run_id=run_id,
         source=source,
         at=at,
-        status=status,
+        status=RunStatus.PENDING if name is None else status_of(name),
         progress=as_percent(fields.get("progress")),
         run_type=as_id(fields.get("run_type")) or run_type,
         workspace_id=as_id(fields.get("workspace_id")),
@@ -369,11 +367,6 @@ def _required(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FloraUnreadable(f"{what} is not a JSON object")
     return value
-
-
-def _status(fields: dict[str, Any]) -> Status | None:
-    name = as_id(fields.get("status"))
-    return None if name is None else status_of(name)
 
 
 def _error(fields: dict[str, Any]) -> RunError | None:

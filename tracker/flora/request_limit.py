@@ -108,7 +108,9 @@ class RequestLimit:
             try:
                 async with self._pacing:
                     await self._wait_for_start(until)
-                    started = self._start()
+                    started = self.monotonic()
+                    self._starts.append(started)
+                    self._next_start = started if self._rate is None else started + 1 / self._rate
                 self._waited += started - asked_at
                 self._in_flight += 1
                 try:
@@ -173,12 +175,6 @@ class RequestLimit:
 
     def _wait(self) -> float:
         return max(self._next_start, self._paused_until) - self.monotonic()
-
-    def _start(self) -> float:
-        now = self.monotonic()
-        self._starts.append(now)
-        self._next_start = now if self._rate is None else now + 1 / self._rate
-        return now
 
     def _refuse_beyond(self, until: float) -> None:
         wait = self._wait()

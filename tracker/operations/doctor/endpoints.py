@@ -5,10 +5,9 @@ from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.formatting import duration
-from tracker.delivering.endpoint_client import ANSWER_SECONDS, send_test
+from tracker.delivering.endpoint_client import ANSWER_SECONDS, endpoint_of, send_test
 from tracker.operations.doctor import Finding, failed, ok
 from tracker.settings import EndpointSettings, Settings
-from tracker.settings.endpoints import endpoint_of
 
 _REFUSED: Final = {
     400: "the signature",
