@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 from tests.worker.conftest import the_run
 from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Record, Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.delivering.files import MANIFEST
@@ -323,12 +323,20 @@ async def test_a_batch_is_watched_to_its_end(services: Services) -> None:
     await settle(services, "run_1", [])
     found: list[WantedRun] = []
     told: list[str] = []
+    read, watched = services.follower.read, set[str]()
+
+    async def noted(run_ids: Sequence[str]) -> dict[str, Record]:
+        watched.update(run_ids)
+        return await read(run_ids)
+
+    services.follower.read = noted  # type: ignore[method-assign]
     source = services.downloader.batch("bat_1", watch=True, notify=told.append)
     task = asyncio.create_task(collect(source, found))
     await eventually(lambda: len(found) == 1)
     await eventually(lambda: told)
     assert told == ["1 row is not started yet: `tracker batch` starts them"]
     await start_row(services, entries[1], "run_2")
+    await eventually(lambda: "run_2" in watched)  # while it is pending
     await settle(services, "run_2", [])
     await eventually(lambda: len(found) == 2)
     await batches.finish(services.database, batch.batch_id, services.clock())

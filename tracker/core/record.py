@@ -157,6 +157,11 @@ class Record:
         return Tracking.LOST if self.lost else Tracking.ACTIVE
 
     @property
+    def shown_status(self) -> str:
+        """FLORA's status, or `lost`."""
+        return "lost" if self.tracking is Tracking.LOST else self.run.status
+
+    @property
     def created_at(self) -> datetime:
         """FLORA's creation time; until it is known, when the run was first observed."""
         return self.run.created_at or self.first_seen_at

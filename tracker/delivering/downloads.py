@@ -147,7 +147,8 @@ class Downloader:
                 async for updated in updates:
                     for record, _ in updated:
                         if record.tracking is not Tracking.ACTIVE:
-                            yield replace(row_of[record.run.run_id], record=record)
+                            row = row_of[record.run.run_id]
+                            yield replace(row, record=record, status=record.shown_status)
             rows = [one for one in await self._rows(batch_id, name_by) if one[0].run_id is None]
         for row, _ in rows:
             yield row
@@ -299,11 +300,7 @@ def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:
     if record is None:
         status, harmless = wanted.status, wanted.status == "refused"
     else:
-        status = str(record.run.status)
-        if record.tracking is Tracking.LOST:
-            status = "lost"
-        elif record.tracking is Tracking.SETTLED:
-            if record.run.outputs:
-                return None
-            harmless = True
+        status, harmless = record.shown_status, record.tracking is Tracking.SETTLED
+        if harmless and record.run.outputs:
+            return None
     return RunWithoutOutputs(run_id=wanted.run_id, row=wanted.row, status=status, harmless=harmless)

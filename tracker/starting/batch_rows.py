@@ -13,7 +13,7 @@ from typing import Any, Final
 from tracker.core.errors import FieldFault, FloraError
 from tracker.core.inputs import Input, Tags, Turn
 from tracker.core.record import Record
-from tracker.core.run import RetryAdvice, RunStatus, Tracking
+from tracker.core.run import RetryAdvice, RunStatus
 from tracker.flora.technique import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
@@ -88,7 +88,7 @@ class RowState:
         """FLORA's status of its run; `not_started`, `sending`, `in_doubt`, `refused` or
         `unresolved` before there is one; `lost` or `forgotten` if there is none any more."""
         if self.record is not None:
-            return "lost" if self.record.tracking is Tracking.LOST else self.record.run.status
+            return self.record.shown_status
         return "not_started" if self.start is None else _WITHOUT_RUN[self.start.state]
 
     @property
