@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
-from typing import Final
+from typing import Final, TypedDict
 from uuid import uuid4
 
 from tracker.core.clock import Clock
@@ -108,6 +108,14 @@ class Services:
         return min(self.settings.policy.cost_recheck, LONGEST_RECHECK)
 
 
+class _Shared(TypedDict):
+    """The arguments that every `Service` has."""
+
+    database: Database
+    workspaces: Workspaces
+    clock: Clock
+
+
 @asynccontextmanager
 async def open_services(
     settings: Settings | Rotation,
@@ -180,9 +188,8 @@ async def open_services(
                 stack.push_async_callback(workspace.client.aclose)
             opened.append(workspace)
         workspaces = Workspaces(opened, database=database, clock=clock)
-        contacts = await stack.enter_async_context(
-            Contacts(database, workspaces=workspaces, clock=clock, background=background)
-        )
+        shared: _Shared = {"database": database, "workspaces": workspaces, "clock": clock}
+        contacts = await stack.enter_async_context(Contacts(**shared, background=background))
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
         # These two before the writers, so that they are closed after them and see the last commits.
@@ -231,9 +238,7 @@ async def open_services(
         inbox = await stack.enter_async_context(
             Inbox(database, on_stored=applier.stored, on_write=[metrics.written])
         )
-        budgets = BudgetReader(
-            database=database, budgets=settings.all_budgets, workspaces=workspaces, clock=clock
-        )
+        budgets = BudgetReader(**shared, budgets=settings.all_budgets)
         metrics.create_series(workspaces, receivers)
         metrics.watch(
             ProcessGauges(
@@ -246,15 +251,9 @@ async def open_services(
                 ),
                 clock=clock,
             ),
-            DatabaseGauges(
-                database=database,
-                workspaces=workspaces,
-                contacts=contacts,
-                budgets=budgets,
-                clock=clock,
-            ),
+            DatabaseGauges(**shared, contacts=contacts, budgets=budgets),
         )
-        catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
+        catalogue = Catalogue(**shared)
         matcher = StartMatcher(database=database, writer=writer, clock=clock)
         stack.push_async_callback(matcher.aclose)
         sender = StartSender(
@@ -263,60 +262,41 @@ async def open_services(
             clock=clock,
         )
         recovery = Recovery(
-            database=database,
-            workspaces=workspaces,
+            **shared,
             matcher=matcher,
             sender=sender,
             process=process,
             doubt=settings.tracker_start_doubt,
-            clock=clock,
         )
         coalescer = Coalescer(clock)
         poller = Poller(
-            database=database,
+            **shared,
             writer=writer,
-            workspaces=workspaces,
             durations=durations,
             coalescer=coalescer,
             policy=settings.policy,
             holder=process,
-            clock=clock,
         )
         rotation.follow(lambda _: poller.keys_changed())
         rotation.follow(lambda _: signals.wake_due())
         starter = Starter(
-            database=database,
-            workspaces=workspaces,
+            **shared,
             catalogue=catalogue,
             durations=durations,
             sender=sender,
             recovery=recovery,
             process=process,
-            clock=clock,
             deadline=START_SECONDS,
             budgets=settings.all_budgets,
             on_over_budget=metrics.over_budget,
         )
         stack.push_async_callback(starter.aclose)
-        follower = Follower(
-            database=database, signals=signals, poller=poller, workspaces=workspaces, clock=clock
-        )
+        follower = Follower(**shared, signals=signals, poller=poller)
         batches = Batches(
-            database=database,
-            workspaces=workspaces,
-            catalogue=catalogue,
-            starter=starter,
-            recovery=recovery,
-            poller=poller,
-            clock=clock,
+            **shared, catalogue=catalogue, starter=starter, recovery=recovery, poller=poller
         )
         batch_worker = BatchWorker(
-            database=database,
-            workspaces=workspaces,
-            batches=batches,
-            process=process,
-            concurrency=settings.tracker_api_concurrency,
-            clock=clock,
+            **shared, batches=batches, process=process, concurrency=settings.tracker_api_concurrency
         )
         yield Services(
             settings=settings,
@@ -331,9 +311,7 @@ async def open_services(
             workspaces=workspaces,
             contacts=contacts,
             catalogue=catalogue,
-            catalogue_sync=CatalogueSync(
-                database=database, workspaces=workspaces, process=process, clock=clock
-            ),
+            catalogue_sync=CatalogueSync(**shared, process=process),
             applier=applier,
             receiver=Receiver(
                 inbox=inbox,
@@ -344,9 +322,7 @@ async def open_services(
             ),
             pruner=Pruner(database=database, clock=clock),
             refusals=await stack.enter_async_context(Refusals(database, clock=clock)),
-            replayer=Replayer(
-                database=database, applier=applier, workspaces=workspaces, clock=clock
-            ),
+            replayer=Replayer(**shared, applier=applier),
             starter=starter,
             budgets=budgets,
             batches=batches,
@@ -358,41 +334,21 @@ async def open_services(
             ),
             batch_worker=batch_worker,
             recovery=recovery,
-            resolver=Resolver(
-                database=database,
-                workspaces=workspaces,
-                matcher=matcher,
-                process=process,
-                clock=clock,
-            ),
-            tracker=RunTracker(
-                database=database,
-                writer=writer,
-                poller=poller,
-                workspaces=workspaces,
-                catalogue=catalogue,
-                clock=clock,
-            ),
+            resolver=Resolver(**shared, matcher=matcher, process=process),
+            tracker=RunTracker(**shared, writer=writer, poller=poller, catalogue=catalogue),
             poller=poller,
             sweeper=Sweeper(
-                database=database,
+                **shared,
                 writer=writer,
-                workspaces=workspaces,
                 durations=durations,
                 coalescer=coalescer,
                 holder=process,
                 first_since=settings.tracker_history_since,
-                clock=clock,
             ),
-            verifier=Verifier(database=database, workspaces=workspaces, clock=clock),
+            verifier=Verifier(**shared),
             follower=follower,
             explainer=Explainer(
-                database=database,
-                workspaces=workspaces,
-                contacts=contacts,
-                durations=durations,
-                policy=settings.policy,
-                clock=clock,
+                **shared, contacts=contacts, durations=durations, policy=settings.policy
             ),
             downloader=Downloader(
                 database=database, signals=signals, follower=follower, clock=clock

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.core.clock import Clock
 from tracker.core.contact import Trouble
 from tracker.core.formatting import counted, duration
 from tracker.core.observation import Source
@@ -16,8 +15,7 @@ from tracker.explaining.next_poll import NextPoll, PollReason, next_poll
 from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import Workspaces
-from tracker.store.engine import Database
+from tracker.polling.workspaces import Service
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 
@@ -37,16 +35,13 @@ class Explanation:
     next: NextPoll
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explainer:
+@dataclass(kw_only=True, eq=False)
+class Explainer(Service):
     """Explains runs from the database; FLORA is not asked. `policy` is the polling schedule."""
 
-    database: Database
-    workspaces: Workspaces
     contacts: Contacts
     durations: DurationBook
     policy: Policy
-    clock: Clock
 
     async def explain(self, run_id: str) -> Explanation | None:
         """Explain a run; `None` for an unknown one. Raises `StoreUnavailable`."""

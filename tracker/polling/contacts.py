@@ -8,18 +8,16 @@ process has asked for `PROBE_IDLE_AFTER`: few requests show its absence within a
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Self
 
-from tracker.core.clock import Clock
 from tracker.core.contact import ContactState, joined
 from tracker.core.errors import FloraError, StoreError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.polling.history import attributed_page
-from tracker.polling.workspaces import Workspace, Workspaces
-from tracker.store.engine import Database
+from tracker.polling.workspaces import Service, Workspace
 from tracker.store.queries import workspaces
 
 PROBE_FAILING_AFTER: Final = 15.0
@@ -38,15 +36,11 @@ CLOSE_SECONDS: Final = 1.0
 log = get_logger(__name__)
 
 
-@dataclass(eq=False)
-class Contacts:
+@dataclass(kw_only=True, eq=False)
+class Contacts(Service):
     """The workspaces' connections to FLORA. With `background` they are stored all the time, else
     when it is closed."""
 
-    database: Database
-    _: KW_ONLY
-    workspaces: Workspaces
-    clock: Clock
     background: bool
 
     def __post_init__(self) -> None:

@@ -20,8 +20,7 @@ from tracker.core.record import Record
 from tracker.core.run import Run, Tracking
 from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
-from tracker.polling.workspaces import Workspaces
-from tracker.store.engine import Database
+from tracker.polling.workspaces import Service
 from tracker.store.errors import StoreClosed
 from tracker.store.queries import changes, runs
 from tracker.store.signals import Signals
@@ -99,7 +98,7 @@ class OwnPolling:
 
 
 @dataclass(kw_only=True, eq=False)
-class Follower:
+class Follower(Service):
     """Follows runs. One object serves any number of callers at the same time.
 
     A run that has been due for `overdue_after` is polled from here. `check_every` and
@@ -107,11 +106,8 @@ class Follower:
     of one that does.
     """
 
-    database: Database
     signals: Signals
     poller: Poller
-    workspaces: Workspaces
-    clock: Clock
     overdue_after: timedelta = OVERDUE
     check_every: float = CHECK_EVERY
     check_anyway: float = CHECK_ANYWAY

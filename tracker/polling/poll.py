@@ -28,7 +28,7 @@ from tracker.core.record import Entry, Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.polling.poll_round import PollReport, PollRound, SingleRead, run_all
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import runs
@@ -62,17 +62,14 @@ log = get_logger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class Poller:
+class Poller(Service):
     """Reads due runs. `holder` names this process in its claims."""
 
-    database: Database
     writer: Writer
-    workspaces: Workspaces
     durations: "DurationBook"
     coalescer: "Coalescer"
     policy: Policy
     holder: str
-    clock: Clock
     lease: timedelta = LEASE
     renew_after: float = RENEW_AFTER
 

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Final
 from uuid import uuid4
 
-from tracker.core.clock import Clock
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -42,9 +41,8 @@ from tracker.polling.history import (
     without_removed,
 )
 from tracker.polling.poll import Coalescer, DurationBook
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
-from tracker.store.engine import Database
 from tracker.store.queries import runs, sweeps
 from tracker.store.queries.sweeps import Gap, Interval
 from tracker.store.writing.writer import Writer, WriteResult
@@ -116,17 +114,14 @@ class SweepReport:
 
 
 @dataclass(kw_only=True, eq=False)
-class Sweeper:
+class Sweeper(Service):
     """Sweeps workspaces. `first_since` is how far back a workspace's first sweep goes."""
 
-    database: Database
     writer: Writer
-    workspaces: Workspaces
     durations: DurationBook
     coalescer: Coalescer
     holder: str
     first_since: timedelta
-    clock: Clock
     lease: timedelta = LEASE
     renew_after: float = RENEW_AFTER
 

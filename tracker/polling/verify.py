@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
-from tracker.core.clock import Clock
 from tracker.core.errors import FloraError
 from tracker.core.observation import Observation
 from tracker.core.record import Record
@@ -24,8 +23,7 @@ from tracker.polling.history import (
     attributed_page,
     without_removed,
 )
-from tracker.polling.workspaces import Workspace, Workspaces
-from tracker.store.engine import Database
+from tracker.polling.workspaces import Service, Workspace
 from tracker.store.queries import runs
 
 SETTLES_WITHIN: Final = timedelta(minutes=10)
@@ -76,12 +74,8 @@ class VerifyReport:
 
 
 @dataclass(kw_only=True, eq=False)
-class Verifier:
+class Verifier(Service):
     """Compares workspaces with FLORA's history."""
-
-    database: Database
-    workspaces: Workspaces
-    clock: Clock
 
     async def verify(self, workspace: Workspace, *, since: timedelta) -> VerifyReport:
         """Compare everything that FLORA created since then; its failures are part of the report.

@@ -244,6 +244,15 @@ class Workspaces:
         return found
 
 
+@dataclass(kw_only=True, eq=False)
+class Service:
+    """Base of the parts of `tracker.services` that need the database and the workspaces."""
+
+    database: Database
+    workspaces: Workspaces
+    clock: Clock
+
+
 def _fault(message: str) -> InvalidRequest:
     return InvalidRequest(message, [FieldFault("workspace_id", message)])
 

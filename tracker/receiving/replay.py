@@ -14,14 +14,12 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from tracker.core.clock import Clock
 from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
-from tracker.polling.workspaces import Workspaces
+from tracker.polling.workspaces import Service
 from tracker.receiving.apply import Applier, parse_stored
 from tracker.receiving.receive import parse_delivery
-from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.runs import DeliveryRow, get_delivery, get_run
@@ -58,13 +56,10 @@ class Replay:
 
 
 @dataclass(kw_only=True, eq=False)
-class Replayer:
+class Replayer(Service):
     """Applies stored callbacks again, or marks them as seen."""
 
-    database: Database
     applier: Applier
-    workspaces: Workspaces
-    clock: Clock
 
     async def replay(self, delivery_id: str) -> Replay:
         """Apply a delivery that is waiting, or quarantined and understood now; returns after the

@@ -30,7 +30,7 @@ from tracker.core.errors import (
 from tracker.core.formatting import counted, money
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, wait_for
-from tracker.polling.workspaces import Workspaces
+from tracker.polling.workspaces import Service
 from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import BatchLaunch
 from tracker.starting.batch_rows import BatchPlan, RowState
@@ -226,16 +226,13 @@ BREAK_OFF_SECONDS: Final = 5.0
 
 
 @dataclass(kw_only=True, eq=False)
-class BatchWorker:
+class BatchWorker(Service):
     """Launches due batches. `process` names this one in the leases; `concurrency` is how many rows
     of a batch are started at a time."""
 
-    database: Database
-    workspaces: Workspaces
     batches: Batches
     process: str
     concurrency: int
-    clock: Clock
     check_every: float = 5.0
     """Seconds between two reads of what is due; an order of this process is launched at once."""
     finish_every: float = 15.0

@@ -4,10 +4,9 @@ import asyncio
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
-from tracker.core.clock import Clock
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState, states_of, turn_of
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.columns import (
@@ -20,19 +19,15 @@ from tracker.starting.columns import (
     rows_by,
 )
 from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
-from tracker.store.engine import Database
 from tracker.store.queries import batch_launches, batches
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
 
 @dataclass(kw_only=True, eq=False)
-class BatchPlanner:
+class BatchPlanner(Service):
     """Plans batches."""
 
-    database: Database
-    workspaces: Workspaces
     catalogue: Catalogue
-    clock: Clock
 
     async def plan(
         self,

@@ -17,7 +17,6 @@ from typing import Any, Final
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from tracker.core.clock import Clock
 from tracker.core.errors import (
     FieldFault,
     FloraError,
@@ -32,9 +31,8 @@ from tracker.core.inputs import check
 from tracker.core.log import get_logger
 from tracker.flora.client import pages as pages_of
 from tracker.flora.technique import Technique
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
-from tracker.store.engine import Database
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 
@@ -58,13 +56,11 @@ log = get_logger(__name__)
 _Key = tuple[str, str]
 
 
-class Catalogue:
+@dataclass(kw_only=True, eq=False)
+class Catalogue(Service):
     """The definitions of techniques, by id or slug."""
 
-    def __init__(self, database: Database, *, workspaces: Workspaces, clock: Clock) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._clock = clock
+    def __post_init__(self) -> None:
         self._slugs: dict[_Key, str] = {}
         self._failed_at: dict[_Key, datetime] = {}
         self._asking: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
@@ -137,7 +133,7 @@ class Catalogue:
             return None
         failure: FloraError | None = None
         known: TechniqueRow | None = None
-        for workspace in self._workspaces:
+        for workspace in self.workspaces:
             known = await self._known(workspace, technique) or known
             if workspace.client is None:
                 continue
@@ -158,7 +154,7 @@ class Catalogue:
         unless it has just been read.
         """
         if refusal.code == "input_validation_error":
-            await techniques.doubt(self._database, technique_id, before=self._clock() - PAUSE)
+            await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
 
     async def _renewed(
         self, workspace: Workspace, technique: str, deadline: float | None
@@ -179,7 +175,7 @@ class Catalogue:
             except FloraError as error:
                 if not _is_no_answer(error):
                     raise
-                self._failed_at[key] = self._clock()
+                self._failed_at[key] = self.clock()
                 log.warning(
                     "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
                 )
@@ -207,21 +203,21 @@ class Catalogue:
             self._slugs[workspace.slot, technique] = found.technique_id
         self._failed_at.pop((workspace.slot, technique), None)
         row = row_of(found, slug=None if technique == found.technique_id else technique)
-        return await techniques.define(self._database, row, self._clock())
+        return await techniques.define(self.database, row, self.clock())
 
     async def _known(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
         """The stored technique. With several workspaces a slug may differ between them: then only
         slugs count that this process has read in this one."""
         by_id = await techniques.get(
-            self._database, self._slugs.get((workspace.slot, technique), technique)
+            self.database, self._slugs.get((workspace.slot, technique), technique)
         )
-        if by_id is not None or len(self._workspaces) > 1:
+        if by_id is not None or len(self.workspaces) > 1:
             return by_id
-        return await techniques.by_slug(self._database, technique)
+        return await techniques.by_slug(self.database, technique)
 
     def _is_current(self, known: TechniqueRow, key: _Key) -> bool:
         """Whether the definition need not, or not yet, be read again."""
-        now = self._clock()
+        now = self.clock()
         if known.defined_at is not None and abs(now - known.defined_at) < FRESH:
             return True
         failed_at = self._failed_at.get(key)
@@ -294,13 +290,10 @@ class SyncReport:
 
 
 @dataclass(kw_only=True, eq=False)
-class CatalogueSync:
+class CatalogueSync(Service):
     """Syncs the catalogue. `process` names this process."""
 
-    database: Database
-    workspaces: Workspaces
     process: str
-    clock: Clock
     lease: timedelta = LEASE
 
     async def sync(self) -> SyncReport:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.core.clock import Clock, boot_seconds
+from tracker.core.clock import boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.matching import HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
-from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow, StartState
 
@@ -41,16 +40,13 @@ log = get_logger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class Recovery:
+class Recovery(Service):
     """Ends the doubt about starts. `doubt` is TRACKER_START_DOUBT, `process` names this process."""
 
-    database: Database
-    workspaces: Workspaces
     matcher: StartMatcher
     sender: StartSender
     process: str
     doubt: timedelta
-    clock: Clock
 
     def __post_init__(self) -> None:
         self._searched: dict[tuple[str, str], datetime] = {}

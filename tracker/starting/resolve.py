@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tracker.core.clock import Clock
 from tracker.core.errors import (
     FieldFault,
     FloraError,
@@ -19,11 +18,10 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
 from tracker.core.run import Run
 from tracker.polling.poll import Poller
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.matching import StartMatcher
 from tracker.starting.sending import HeldStart, holding
-from tracker.store.engine import Database
 from tracker.store.queries import audit, runs, starts
 from tracker.store.queries.audit import Action
 from tracker.store.queries.starts import UNKNOWN, StartRow, StartState
@@ -40,14 +38,11 @@ class UnknownStart(TrackerError):
 
 
 @dataclass(kw_only=True, eq=False)
-class Resolver:
+class Resolver(Service):
     """Ends the doubt about a start by a person's decision. `process` names this process."""
 
-    database: Database
-    workspaces: Workspaces
     matcher: StartMatcher
     process: str
-    clock: Clock
 
     async def find(self, key: str, *, workspace_id: str | None = None) -> StartRow:
         """The start of that key.
@@ -150,15 +145,12 @@ class NotForgotten(TrackerError):
 
 
 @dataclass(kw_only=True, eq=False)
-class RunTracker:
+class RunTracker(Service):
     """Tracks runs that were started elsewhere, and stops it. Only their ids are believed."""
 
-    database: Database
     writer: Writer
     poller: Poller
-    workspaces: Workspaces
     catalogue: Catalogue
-    clock: Clock
 
     async def track(
         self,

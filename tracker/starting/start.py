@@ -16,7 +16,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 from tracker.core.budget import Budgets
-from tracker.core.clock import Clock
 from tracker.core.errors import (
     BudgetExceeded,
     FloraRefusal,
@@ -31,11 +30,10 @@ from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.technique import Technique
 from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
 from tracker.starting.sending import StartSender, holding, new_token, pending
-from tracker.store.engine import Database
 from tracker.store.queries import runs, spending, starts
 from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
@@ -75,7 +73,7 @@ class Started:
 
 
 @dataclass(kw_only=True, eq=False)
-class Starter:
+class Starter(Service):
     """Starts runs.
 
     `process` names this process in the start log. `deadline` is how many seconds a caller waits by
@@ -83,14 +81,11 @@ class Starter:
     that a start did not fit into.
     """
 
-    database: Database
-    workspaces: Workspaces
     catalogue: Catalogue
     durations: DurationBook
     sender: StartSender
     recovery: Recovery
     process: str
-    clock: Clock
     deadline: float
     budgets: Budgets = NO_BUDGETS
     on_over_budget: Callable[[str], None] = lambda budget: None
@@ -258,13 +253,10 @@ def fingerprint(technique_id: str, inputs: list[dict[str, Any]]) -> str:
 
 
 @dataclass(kw_only=True, eq=False)
-class BudgetReader:
+class BudgetReader(Service):
     """Reads how far the configured budgets are used."""
 
-    database: Database
     budgets: Budgets
-    workspaces: Workspaces
-    clock: Clock
 
     async def usages(self) -> list[Usage]:
         """The usage of each workspace's budgets and of `[[budgets]]`. Raises `StoreUnavailable`."""
