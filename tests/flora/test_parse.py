@@ -23,7 +23,8 @@ from tracker.core.errors import (
     ServerFault,
 )
 from tracker.core.inputs import Port
-from tracker.core.observation import Observation, Source, merge
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora import parse
 from tracker.flora.parse import decode

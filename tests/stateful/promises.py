@@ -10,7 +10,8 @@ from sqlalchemy import func, select
 from tests.stateful.callbacks import Callback
 from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun
 from tests.store.test_rollups import Counts, summed
-from tracker.core.observation import Observation, Source, merge
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.core.rollup import Key
 from tracker.core.run import Precedence, Run, Tracking

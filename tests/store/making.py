@@ -12,7 +12,8 @@ from sqlalchemy import select
 from tests.support.deliveries import Delivered, keep
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
-from tracker.core.observation import Observation, Source, merge
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy

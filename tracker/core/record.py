@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.inputs import Tags
-from tracker.core.observation import Observation, Source, merge, shows_the_same
+from tracker.core.merge import merge, shows_the_same
+from tracker.core.observation import Observation, Source
 from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 

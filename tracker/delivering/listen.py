@@ -26,8 +26,9 @@ import httpx
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType
+from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
-from tracker.core.observation import Observation, Source, merge
+from tracker.core.observation import Observation, Source
 from tracker.core.run import Run
 from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.delivering.signing import signed_headers

@@ -11,7 +11,8 @@ from enum import StrEnum
 from typing import Final
 
 from tracker.core.formatting import counted, duration
-from tracker.core.observation import Observation, Source, merge
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
 from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.run import Run, RunStatus
 from tracker.store.queries.runs import DeliveryRow, Event

@@ -10,7 +10,8 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tracker.core.observation import Source, shown_before_the_end
+from tracker.core.merge import shown_before_the_end
+from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError, RunStatus
 from tracker.store.engine import Database
