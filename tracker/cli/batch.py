@@ -32,7 +32,6 @@ from tracker.cli.setup import (
     run_once,
 )
 from tracker.core.errors import TrackerError
-from tracker.core.formatting import counted, money
 from tracker.core.inputs import check_tag_key
 from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
@@ -206,7 +205,7 @@ def batch(
         report_plan(plan, retried=retry is not None)
         if name_by is not None:
             naming_column(plan.batch, name_by)
-        _check_cost(plan, max_cost)
+        plan.check_cost(max_cost, name="--max-cost")
         if dry_run:
             return plan, bool(skipped), None
         note(intention(plan))
@@ -334,19 +333,3 @@ def _read(
         )
     except LookupError as error:
         raise typer.BadParameter(f"{encoding!r} is not known", param_hint="--encoding") from error
-
-
-def _check_cost(plan: "BatchPlan", limit: Decimal | None) -> None:
-    """Raise `TrackerError` where the plan could cost more than `limit`."""
-    if limit is None or not plan.missing:
-        return
-    if plan.cost is None:
-        raise TrackerError(
-            f"FLORA shows no price for {plan.technique.technique_id}, so --max-cost cannot be "
-            "checked; nothing was started"
-        )
-    if plan.cost > limit:
-        raise TrackerError(
-            f"starting {counted(len(plan.missing), 'row')} could cost {money(plan.cost)}, more "
-            f"than --max-cost {money(limit)}; nothing was started"
-        )

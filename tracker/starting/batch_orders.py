@@ -27,7 +27,6 @@ from tracker.core.errors import (
     StoreUnavailable,
     TrackerError,
 )
-from tracker.core.formatting import counted, money
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, wait_for
 from tracker.polling.workspaces import Service
@@ -115,8 +114,7 @@ class BatchOrders:
             return
         if plan.price_error is not None:
             raise plan.price_error
-        if order.max_cost is not None:
-            _check_cost(plan, order.max_cost)
+        plan.check_cost(order.max_cost, name="the maximum cost of")
         prices: defaultdict[Budget, Decimal | None] = defaultdict(Decimal)
         for row in plan.missing:
             start = plan.states[row.entry.key].start
@@ -194,19 +192,6 @@ class BatchOrders:
         entries = await batches.entries(self.database, stored.batch_id)
         keys = {entry.position: entry.key for entry in entries}
         return all(keys.get(row.entry.position) == row.entry.key for row in plan.rows)
-
-
-def _check_cost(plan: BatchPlan, limit: Decimal) -> None:
-    if plan.cost is None:
-        raise MaxCostReached(
-            f"FLORA shows no price for {plan.technique.technique_id} to compare with the maximum "
-            "cost; nothing was started"
-        )
-    if plan.cost > limit:
-        raise MaxCostReached(
-            f"starting {counted(len(plan.missing), 'row')} could cost {money(plan.cost)}, more "
-            f"than the maximum cost of {money(limit)}; nothing was started"
-        )
 
 
 # Launches ordered batches, in any process with a worker.

@@ -10,7 +10,8 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.errors import FieldFault, FloraError
+from tracker.core.errors import FieldFault, FloraError, MaxCostReached
+from tracker.core.formatting import counted, money
 from tracker.core.inputs import Input, Tags, Turn
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
@@ -204,6 +205,24 @@ class BatchPlan:
         costs = [self.cost_of(row) for row in self.missing]
         known = [cost for cost in costs if cost is not None]
         return sum(known, Decimal(0)) if len(known) == len(costs) else None
+
+    def check_cost(self, limit: Decimal | None, *, name: str) -> None:
+        """Raise `MaxCostReached` if starting them could cost more than `limit`, in USD.
+
+        `name` is what the limit is called.
+        """
+        if limit is None or not self.missing:
+            return
+        if self.cost is None:
+            raise MaxCostReached(
+                f"FLORA shows no price for {self.technique.technique_id} to compare with {name} "
+                f"{money(limit)}; nothing was started"
+            )
+        if self.cost > limit:
+            raise MaxCostReached(
+                f"starting {counted(len(self.missing), 'row')} could cost {money(self.cost)}, more "
+                f"than {name} {money(limit)}; nothing was started"
+            )
 
     def cost_of(self, row: PlannedRow) -> Decimal | None:
         """The price of starting that row, in USD; `None` if FLORA names none."""
