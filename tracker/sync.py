@@ -43,7 +43,7 @@ from tracker.library.batches import BatchFields, BatchResult
 from tracker.library.client import Tracker as AsyncTracker
 from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.loop_thread import CLOSED, LoopThread
-from tracker.library.run import Event, RunFields, RunList
+from tracker.library.run import Event, Owned, RunFields, RunList
 from tracker.library.run import Run as AsyncRun
 
 if TYPE_CHECKING:
@@ -61,11 +61,10 @@ B = TypeVar("B", "Run", "Batch", AsyncBatch)
 HandlerFunction = TypeVar("HandlerFunction", bound="Callable[[RunEvent], object]")
 
 
-def _copied(kind: type[B], value: RunFields | BatchFields, owner: object) -> B:
+def _copied(kind: type[B], value: RunFields | BatchFields, owner: Any) -> B:
     """The same value as a `kind`, which belongs to `owner`."""
     copied = kind(**{one.name: getattr(value, one.name) for one in fields(kind)})
-    object.__setattr__(copied, "_owner", owner)
-    return copied
+    return copied._given_to(owner)
 
 
 def _run_of(owner: "Tracker", run: RunFields) -> "Run":
@@ -346,12 +345,10 @@ class Tracker:
         return self.settings.tracker_database_url.startswith("sqlite")
 
 
-class Run(RunFields):
+class Run(RunFields, Owned[Tracker]):
     """A run, as it was when it was read, and what can be done with it."""
 
-    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
-
-    _owner: Tracker
+    __slots__ = ("_owner",)
 
     def wait(self, timeout: float | None = None, *, raise_on_failure: bool = True) -> "Run":
         """The run when it has ended; see `Tracker.wait`."""
@@ -365,27 +362,17 @@ class Run(RunFields):
         """The timeline of the run, oldest event first. Raises `StoreUnavailable`."""
         return self._tracker.events_of(self)
 
-    @property
-    def _tracker(self) -> Tracker:
-        return cast("Tracker", self._known_owner())
 
-
-class Batch(BatchFields):
+class Batch(BatchFields, Owned[Tracker]):
     """A batch, as it was when it was read, and what can be done with it."""
 
-    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
-
-    _owner: Tracker
+    __slots__ = ("_owner",)
 
     wait = _of_batch(AsyncBatch.wait, _batch_of)
     refresh = _of_batch(AsyncBatch.refresh, _batch_of)
     results = _of_batch(AsyncBatch.results, _results_of)
     stop = _of_batch(AsyncBatch.stop, _batch_of)
     retry = _of_batch(AsyncBatch.retry, _batch_of)
-
-    @property
-    def _tracker(self) -> Tracker:
-        return cast("Tracker", self._known_owner())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

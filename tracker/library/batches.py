@@ -11,7 +11,7 @@ from tracker.core.formatting import counted, money
 from tracker.core.inputs import check_tags
 from tracker.core.record import Record
 from tracker.library.inputs import Rows, valid
-from tracker.library.run import ACTOR, AnyRun, Run, acting_here, owner_of
+from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
 from tracker.views import batch_columns
 
 if TYPE_CHECKING:
@@ -98,9 +98,6 @@ class BatchFields:
         """Whether no row is to be started any more, and no run is active."""
         return not (self.launching or self.active or self.in_doubt)
 
-    def _known_owner(self) -> object:
-        return owner_of(self, f"batch {self.batch_id}", "batch(id)")
-
     def __hash__(self) -> int:
         return hash(self.batch_id)
 
@@ -116,19 +113,15 @@ class BatchFields:
         return batch_html(self)
 
 
-class Batch(BatchFields):
+class Batch(BatchFields, Owned["Tracker"]):
     """A batch, as it was when it was read, and what can be done with it."""
 
-    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
-
-    _owner: "Tracker"
+    __slots__ = ("_owner",)
 
     @classmethod
     def bound(cls, batch: "BatchRow", counts: "BatchCounts", owner: "Tracker") -> Self:
         """The value of a stored batch, with the tracker that read it."""
-        bound = cls.of(batch, counts)
-        object.__setattr__(bound, "_owner", owner)
-        return bound
+        return cls.of(batch, counts)._given_to(owner)
 
     async def wait(self, timeout: float | None = None) -> "Batch":
         """The batch when each row was tried and its runs have ended.
@@ -185,10 +178,6 @@ class Batch(BatchFields):
         from tracker.library.launching import found
 
         return (await found(services, self.batch_id))[0]
-
-    @property
-    def _tracker(self) -> "Tracker":
-        return cast("Tracker", self._known_owner())
 
 
 class BatchCalls(ABC):

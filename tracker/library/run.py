@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from tracker.core.formatting import counted, money
 from tracker.core.record import Record
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tracker.store.queries.spending import Spending, Usage
 
 
+Owner = TypeVar("Owner")
 AnyRun = TypeVar("AnyRun", bound="RunFields")
 """The runs of `tracker.Tracker` or of `tracker.sync.Tracker`."""
 
@@ -39,12 +40,25 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one.value if isinstance(one, Enum) else one for name, one in values.items()}
 
 
-def owner_of(value: object, name: str, read: str) -> object:
-    """The tracker that read a run or batch. Raises `TrackerNotOpen` for a copy, which has none."""
-    owner: object | None = getattr(value, "_owner", None)
-    if owner is None:
-        raise TrackerNotOpen(f"this copy of {name} belongs to no tracker: use tracker.{read}")
-    return owner
+class Owned(Generic[Owner]):
+    """A run or batch of the tracker that read it; a copy has none.
+
+    Classes have the slot `_owner`, which is no field: neither compared, shown, copied nor pickled.
+    """
+
+    __slots__ = ()
+
+    def _given_to(self, owner: Owner) -> Self:
+        object.__setattr__(self, "_owner", owner)
+        return self
+
+    @property
+    def _tracker(self) -> Owner:
+        """The tracker that read it. Raises `TrackerNotOpen` for a copy."""
+        owner: Owner | None = getattr(self, "_owner", None)
+        if owner is None:
+            raise TrackerNotOpen(f"this copy of {self!r} belongs to no tracker: read it with one")
+        return owner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +164,6 @@ class RunFields:
         """Whether the run completed and is settled."""
         return self.settled and self.status == RunStatus.COMPLETED
 
-    def _known_owner(self) -> object:
-        return owner_of(self, f"run {self.run_id}", "get(run_id)")
-
     def __hash__(self) -> int:
         return hash(self.run_id)
 
@@ -198,19 +209,16 @@ class SpendingSummary:
     budgets: "tuple[Usage, ...]"
 
 
-class Run(RunFields):
+class Run(RunFields, Owned["Tracker"]):
     """A run, as it was when it was read, and what can be done with it."""
 
-    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
-
-    _owner: "Tracker"
+    __slots__ = ("_owner",)
 
     @classmethod
     def bound(cls, record: Record | Mapping[str, Any], owner: "Tracker") -> Self:
         """The value of a stored run, or of one as JSON, with the tracker that read it."""
         run = cls.of(record) if isinstance(record, Record) else cls.from_json(record)
-        object.__setattr__(run, "_owner", owner)
-        return run
+        return run._given_to(owner)
 
     async def wait(self, timeout: float | None = None, *, raise_on_failure: bool = True) -> "Run":
         """The run when it has ended; see `Tracker.wait`."""
@@ -223,7 +231,3 @@ class Run(RunFields):
     async def events(self) -> list[Event]:
         """The timeline of the run, oldest event first. Raises `StoreUnavailable`."""
         return await self._tracker.events_of(self)
-
-    @property
-    def _tracker(self) -> "Tracker":
-        return cast("Tracker", self._known_owner())
