@@ -1,4 +1,4 @@
-"""What HTTP code on both sides needs: loopback hosts, and safe content encodings."""
+"""What HTTP code on both sides needs: loopback hosts, and the path of callbacks."""
 
 from ipaddress import ip_address
 from typing import Final
@@ -25,16 +25,6 @@ def is_loopback(host: str) -> bool:
 def is_loopback_url(url: str) -> bool:
     """Whether the host of a URL such as `http://127.0.0.1:8080` is this machine."""
     return is_loopback(urlsplit(url).hostname or "")
-
-
-# A body that is compressed twice, or with a newer method, can expand from kilobytes to gigabytes
-# before anything counts it. One layer of these expands a thousandfold at most.
-_BOUNDED: Final = frozenset({"", "identity", "gzip", "deflate"})
-
-
-def is_bounded(content_encoding: str | None) -> bool:
-    """Whether a body with this `Content-Encoding` (`None` for none) may be decompressed."""
-    return (content_encoding or "").strip().lower() in _BOUNDED
 
 
 CALLBACK_PATH: Final = "/callbacks/flora"

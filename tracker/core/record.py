@@ -80,6 +80,14 @@ class Seen:
     idempotency_key: str | None = None
     counted_before: bool = False
 
+    @property
+    def run_id(self) -> str:
+        return self.observation.run_id
+
+    @property
+    def at(self) -> datetime:
+        return self.observation.at
+
 
 @fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Unseen:

@@ -20,7 +20,6 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from tracker import __version__
-from tracker.core.net import is_bounded
 from tracker.delivering.addresses import (
     GuardedTransport,
     LinkRefused,
@@ -31,6 +30,7 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
+from tracker.flora.caller import is_bounded
 
 MAX_BYTES: Final = 2 * 1024**3
 ATTEMPTS: Final = 5

@@ -34,7 +34,6 @@ from tracker.core.errors import (
     RequestPaused,
 )
 from tracker.core.log import get_logger
-from tracker.core.net import is_bounded
 from tracker.flora import parse
 from tracker.flora.contact import Breaker, Contact
 from tracker.flora.parse import decode
@@ -432,6 +431,16 @@ def _repeatable(call: FloraCall, error: FloraError) -> bool:
         case FloraRefusal():
             return not call.spends and (error.status >= 500 or error.status == 408)
     return False
+
+
+# A body that is compressed twice, or with a newer method, can expand from kilobytes to gigabytes
+# before anything counts it. One layer of these expands a thousandfold at most.
+_BOUNDED: Final = frozenset({"", "identity", "gzip", "deflate"})
+
+
+def is_bounded(content_encoding: str | None) -> bool:
+    """Whether a body with this `Content-Encoding` (`None` for none) may be decompressed."""
+    return (content_encoding or "").strip().lower() in _BOUNDED
 
 
 async def _bounded_body(response: httpx.Response, endpoint: str, largest: int) -> bytes:

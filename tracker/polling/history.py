@@ -305,15 +305,14 @@ async def counted_before(
     """The items that show the end of a run which retention had removed and which was tracked again:
     the rollups have counted that end."""
 
-    def may_be_again(record: Record | None, item: ListedRun) -> bool:
-        return (
-            record is not None
-            and record.source is Source.TRACK
-            and not record.run.precedence.ended
-            and record.first_seen_at - item.at > KNOWN_WITHIN
-        )
-
-    ended = [one for one in _ended(items) if may_be_again(records.get(one.run_id), one)]
+    ended = [
+        one
+        for one in _ended(items)
+        if (record := records.get(one.run_id)) is not None
+        and record.source is Source.TRACK
+        and not record.run.precedence.ended
+        and record.first_seen_at - one.at > KNOWN_WITHIN
+    ]
     return await retention.find_possibly_removed(db, ended) if ended else set()
 
 

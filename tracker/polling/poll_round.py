@@ -307,7 +307,7 @@ class PollRound:
 
     async def _read_singly(self) -> None:
         """Read remaining runs one by one; each result is written at once."""
-        permits = asyncio.Semaphore(self._client.request_limit.state().concurrency)
+        permits = asyncio.Semaphore(self._client.request_limit.concurrency)
         until = time.monotonic() + ROUND_SECONDS
         shareable = {
             record.run.run_id

@@ -26,7 +26,6 @@ from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.core.waiting import cancel
 from tracker.polling.workspaces import Workspace
-from tracker.views import values_of
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -192,7 +191,7 @@ class Worker:
                 self._services.metrics.polled(report)
                 more = report.at_once
                 if report.claimed:
-                    counts = values_of(report, "claimed", "pages", "reads", "settled", "failed")
+                    counts = _fields(report, "claimed", "pages", "reads", "settled", "failed")
                     log.info("poll.round", **counts)
         finally:
             self._round_over.set()
@@ -206,9 +205,7 @@ class Worker:
             self._services.metrics.rechecked(report)
             more = report.more
             if report.claimed:
-                log.info(
-                    "recheck.round", **values_of(report, "claimed", "pages", "reads", "failed")
-                )
+                log.info("recheck.round", **_fields(report, "claimed", "pages", "reads", "failed"))
 
     async def _sweep(self, workspace: Workspace) -> None:
         with log_context(workspace_id=workspace.name):
@@ -216,7 +213,7 @@ class Worker:
         self._services.metrics.swept(report)
         if report.skipped:
             return
-        found = values_of(report, "workspace_id", "pages", "items", "discovered", "repaired")
+        found = _fields(report, "workspace_id", "pages", "items", "discovered", "repaired")
         if report.error is None:
             log.info("sweep.done", **found)
         else:
@@ -237,7 +234,7 @@ class Worker:
         log.info(
             "catalogue.read",
             techniques=sum(one.techniques for one in report.lists),
-            **values_of(report, "new", "back", "gone", "complete"),
+            **_fields(report, "new", "back", "gone", "complete"),
         )
 
     async def _wake_when_due(self) -> None:
@@ -302,6 +299,11 @@ class Worker:
             await self._services.signals.wait_due(min(wait, tick))
         # This also prevents a busy loop about a run that another worker has claimed.
         await asyncio.sleep(self._round_began + self._times.round_every - time.monotonic())
+
+
+def _fields(report: object, *names: str) -> dict[str, object]:
+    """These attributes of a report, to be logged."""
+    return {name: getattr(report, name) for name in names}
 
 
 async def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> None:

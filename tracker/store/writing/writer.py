@@ -6,7 +6,6 @@ Callbacks are stored first, and reach the same merge when they are applied: see 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any, Final
 from uuid import uuid4
@@ -15,7 +14,7 @@ from sqlalchemy import Connection
 
 from tracker.core.events import events_between
 from tracker.core.fast_dataclass import fast_dataclass
-from tracker.core.record import DurationsOf, Entry, Record, Seen, Unseen, apply
+from tracker.core.record import DurationsOf, Entry, Record, Seen, apply
 from tracker.core.rollup import Key, facts, same
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
@@ -135,7 +134,7 @@ def write_batch(
 ) -> WriteOutcome:
     """Merge and write entries, in their order. Several may be about one run; nothing is committed
     here."""
-    batch = WriteBatch(connection, {run_id_of(entry) for entry in entries}, rules, statements)
+    batch = WriteBatch(connection, {entry.run_id for entry in entries}, rules, statements)
     for entry in entries:
         batch.add(entry)
     return batch.write()
@@ -165,7 +164,7 @@ class WriteBatch:
         return self._now.get(run_id)
 
     def add(self, entry: Entry) -> None:
-        run_id, rules, changes = run_id_of(entry), self._rules, self._changes
+        run_id, rules, changes = entry.run_id, self._rules, self._changes
         before = self._now.get(run_id)
         after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
         result = WriteResult(before, after)
@@ -203,7 +202,7 @@ class WriteBatch:
                     _count(rollups, old, -1)
                 _count(rollups, new, 1)
             for event in events_between(old, new):
-                row = (uuid4().hex, event.value, run_id, _time_of(self._last[run_id]))
+                row = (uuid4().hex, event.value, run_id, self._last[run_id].at)
                 changes.outbox.append(row)
             if old is not None:
                 changes.existing.append(run_id)
@@ -239,12 +238,3 @@ def _count(rollups: dict[Key, list[int]], record: Record, sign: int) -> None:
         counts = rollups.setdefault(key, [0, 0])
         counts[0] += sign
         counts[1] += sign * amount
-
-
-def _time_of(entry: Entry) -> datetime:
-    return entry.at if isinstance(entry, Unseen) else entry.observation.at
-
-
-def run_id_of(entry: Entry) -> str:
-    """The run that the entry is about."""
-    return entry.run_id if isinstance(entry, Unseen) else entry.observation.run_id
