@@ -11,6 +11,7 @@ from tests.store.making import NOW, callback, called, ids, open_writer, seen, st
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
+from tracker.store.claims import claim_due, next_due_at, release
 from tracker.store.engine import Database
 from tracker.store.signals import PAYLOAD_BYTES, Signals, read_runs, run_notices
 
@@ -67,6 +68,28 @@ async def test_other_processes_are_reported(postgres_url: str) -> None:
             await writer.submit_all([called(run) for run in ids("run", 450)])
             assert await signals.wait_due(10)
             await eventually(lambda: sorted(heard) == ids("run", 450))
+
+
+async def test_released_runs_are_reported(postgres_url: str) -> None:
+    """A worker to which a run is due when its claim ends is woken when its holder releases it."""
+    lease = timedelta(seconds=30)
+    async with (
+        await Database.open(postgres_url) as holder,
+        await Database.open(postgres_url) as worker,
+        Signals(worker) as signals,
+        open_writer(holder) as writer,
+    ):
+        await eventually(lambda: signals.listening)
+        await signals.wait_due(0)
+        await writer.submit(callback("run_1"))
+        assert await signals.wait_due(10)
+        await claim_due(holder, holder="h", now=NOW, lease=lease, limit=1)
+        assert await next_due_at(worker, now=NOW) == NOW + lease
+        assert await release(holder, "h") == 1
+        assert await signals.wait_due(10)
+        assert await next_due_at(worker, now=NOW) == NOW
+        assert await release(holder, "h") == 0
+        assert not await signals.wait_due(0.1)
 
 
 async def test_a_lost_connection_is_made_anew(postgres_url: str) -> None:

@@ -30,6 +30,7 @@ from tracker.core.schedule import Policy
 from tracker.store.engine import Database
 from tracker.store.rows import RUN_COLUMNS, records
 from tracker.store.schema import is_free, leases, runs, word
+from tracker.store.signals import DUE
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """Runs that can be claimed, each by its index."""
@@ -85,11 +86,21 @@ async def renew(db: Database, holder: str, run_ids: Sequence[str], until: dateti
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
-    """Release the claims of `holder`, on all runs or on `run_ids`; returns how many."""
+    """Release the claims of `holder`, on all runs or on `run_ids`; returns how many.
+
+    Other processes, to which a claimed run is due when its claim ends, are notified.
+    """
     which = _CLAIMED if run_ids is None else [runs.c.run_id.in_(run_ids)]
     free = {"lease_until": None, "lease_holder": None}
     statements = [_held(db, holder, among).values(free) for among in which]
-    return await db.write(lambda connection: _count_updated(connection, *statements))
+
+    def work(connection: Connection) -> int:
+        released = _count_updated(connection, *statements)
+        if released and db.dialect == "postgresql":
+            connection.execute(select(func.pg_notify(DUE, db.origin)))
+        return released
+
+    return await db.write(work)
 
 
 def _count_updated(connection: Connection, *statements: Update) -> int:

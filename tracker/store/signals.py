@@ -29,7 +29,7 @@ RETRY_SECONDS: Final = (0.2, 5.0)
 # The channels of PostgreSQL. Every payload names the `Database.origin` that sent it, so that a
 # process can ignore its own.
 DUE: Final = "tracker_due"
-"""A poll was brought forward. The payload is the origin."""
+"""A poll was brought forward, or a claimed run released. The payload is the origin."""
 RUNS: Final = "tracker_runs"
 """Runs changed. The payload is a JSON list: the origin, then the ids of the runs."""
 INBOX: Final = "tracker_inbox"
