@@ -109,7 +109,7 @@ class Services:
 
 
 class _Shared(TypedDict):
-    """The arguments that every `Service` has."""
+    """The fields of every `Service`, and of `Services`."""
 
     database: Database
     workspaces: Workspaces
@@ -299,16 +299,14 @@ async def open_services(
             **shared, batches=batches, process=process, concurrency=settings.tracker_api_concurrency
         )
         yield Services(
+            **shared,
             settings=settings,
             rotation=rotation,
-            clock=clock,
             metrics=metrics,
             traced=traced,
-            database=database,
             writer=writer,
             inbox=inbox,
             signals=signals,
-            workspaces=workspaces,
             contacts=contacts,
             catalogue=catalogue,
             catalogue_sync=CatalogueSync(**shared, process=process),
