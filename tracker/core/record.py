@@ -214,7 +214,7 @@ def apply(
             first_seen=old.first_seen_at,
             looks=looks,
             callback_expected=callback_expected,
-            durations=durations_of(run.technique_id),
+            durations=None if run.precedence.ended else durations_of(run.technique_id),
             at_once=wants_read,
         )
     end_seen_at = old.end_seen_at or (seen.at if run.precedence.ended else None)

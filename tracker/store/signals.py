@@ -17,7 +17,6 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, wait_for
 from tracker.store.engine import Database
 from tracker.store.postgres import connect_postgres
-from tracker.store.text import dump_json
 
 if TYPE_CHECKING:
     from tracker.store.writing.writer import WriteOutcome
@@ -53,7 +52,7 @@ def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:
     payloads: list[list[str]] = []
     space = 0
     for run_id in run_ids:
-        size = len(dump_json(run_id).encode()) + 1
+        size = len(orjson.dumps(run_id)) + 1
         if size > PAYLOAD_BYTES:
             continue
         if size > space:
@@ -61,7 +60,7 @@ def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:
             space = PAYLOAD_BYTES
         payloads[-1].append(run_id)
         space -= size
-    return [(RUNS, dump_json(each)) for each in payloads]
+    return [(RUNS, orjson.dumps(each).decode()) for each in payloads]
 
 
 def read_runs(payload: str) -> tuple[str, list[str]]:
