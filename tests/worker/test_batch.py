@@ -27,7 +27,7 @@ from tracker.core.inputs import Input, Turn, batch_id, row_digests
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.batch import BatchOutcome, BatchProgress
-from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState
+from tracker.starting.batch_rows import BatchPlan, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv
 from tracker.starting.start import fingerprint
 from tracker.store import schema as tables
@@ -409,13 +409,8 @@ async def test_an_input_of_several_values_is_several_runs(
             name="sheet.csv",
             created_at=services.clock(),
         )
-        row = PlannedRow(entry=entry)
-        planned = BatchPlan(
-            batch=batch_row,
-            technique=definition,
-            rows=[row],
-            states={entry.key: RowState(entry=entry)},
-        )
+        row = RowState(entry=entry)
+        planned = BatchPlan(batch=batch_row, technique=definition, rows=[row])
         assert planned.cost == definition.run_cost * 3  # type: ignore[operator]
 
 
@@ -539,8 +534,8 @@ async def test_an_interrupted_batch_finishes_what_it_was_sending(
     planned = await plan(services, *prompts)
     assert 0 < len(planned.missing) < 60
     assert all(
-        state.start is None or state.start.state in (StartState.STARTED, StartState.STORED)
-        for state in planned.states.values()
+        row.start is None or row.start.state in (StartState.STARTED, StartState.STORED)
+        for row in planned.rows
     )
     outcome = await start(services, planned, concurrency=8)
     assert outcome.counts.started == len(flora.world.runs) == 60

@@ -77,10 +77,9 @@ def _repetitions(plan: "BatchPlan") -> list[str]:
     alike: defaultdict[str, list[Any]] = defaultdict(list)
     for row in plan.rows:
         alike[repr(row.inputs)].append(row)
-    missing = {row.entry.key for row in plan.missing}
     found = []
     for first, *others in alike.values():
-        again = [row for row in others if row.entry.key in missing]
+        again = [row for row in others if not row.started]
         if again:
             costs = [plan.cost_of(row) for row in again]
             price = "" if None in costs else f", {money(sum(filter(None, costs)))} more"
@@ -109,7 +108,7 @@ def intention(plan: "BatchPlan") -> str:
 
 def _spent(plan: "BatchPlan") -> str:
     """What the runs that were started before cost: bills, else quotes."""
-    runs = [one.record.run for one in plan.states.values() if one.record is not None]
+    runs = [one.record.run for one in plan.rows if one.record is not None]
     costs = [run.quoted_cost if run.charged_cost is None else run.charged_cost for run in runs]
     known = [cost for cost in costs if cost is not None]
     return f" for {money(sum(known, Decimal(0)))} so far" if known else ""
@@ -160,7 +159,7 @@ def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
         (
             (
                 *(row.entry.position, row.entry.line, row.entry.key),
-                " ".join(f"{one['id']}={one['value']}" for one in row.inputs),
+                " ".join(f"{one['id']}={one['value']}" for one in row.inputs or ()),
             )
             for row in plan.missing
         ),
@@ -313,10 +312,9 @@ def report_next_steps(
     steps = []
     if outcome.stopped is not None and repeated:
         steps.append(f"{repeated}  # starts the rest")
-    planned = {row.entry.key: row for row in plan.rows}
     retried = [row for row in outcome.rows if row.retryable]
     if retried and repeated:
-        costs = [plan.cost_of(planned[row.entry.key]) for row in retried]
+        costs = [plan.cost_of(row) for row in retried]
         price = "" if None in costs else f", up to {money(sum(filter(None, costs)))}"
         steps.append(f"{repeated} --retry-failed  # {counted(len(retried), 'row')}{price}")
     if outcome.counts.completed and not downloaded:

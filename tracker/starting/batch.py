@@ -140,10 +140,7 @@ class Batches(BatchPlanner):
         )
         entries = [row.entry for row in plan.rows]
         states = await states_of(self.database, plan.batch.workspace_slot, entries)
-        rows = [
-            replace(states[row.entry.key], error=launch.errors.get(row.entry.key))
-            for row in plan.rows
-        ]
+        rows = [replace(row, error=launch.errors.get(row.entry.key)) for row in states]
         batch = await batches.get(self.database, plan.batch.batch_id) or plan.batch
         counts = await self.counts(batch)
         return BatchOutcome(batch=batch, rows=rows, counts=counts, stopped=stopped)

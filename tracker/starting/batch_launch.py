@@ -38,7 +38,7 @@ from tracker.core.errors import (
 from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.polling.workspaces import Workspace
-from tracker.starting.batch_rows import BatchPlan, PlannedRow
+from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter, StartRequest
 from tracker.store.engine import Database
@@ -93,10 +93,10 @@ class BatchLaunch:
     def __post_init__(self, spent: Mapping[str, Decimal] | None) -> None:
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
-        self._queue: deque[PlannedRow] = deque()
-        self._later: list[PlannedRow] = []
-        self._doubt: dict[str, PlannedRow] = {}
-        self._starting: dict[str, PlannedRow] = {}
+        self._queue: deque[RowState] = deque()
+        self._later: list[RowState] = []
+        self._doubt: dict[str, RowState] = {}
+        self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
         self._spent = dict(spent or {})
@@ -107,8 +107,7 @@ class BatchLaunch:
         self.errors: dict[str, str] = {}
         self.stopped: TrackerError | None = None
         for row in self.plan.missing:
-            start = self.plan.states[row.entry.key].start
-            if start is not None and start.state in UNKNOWN:
+            if row.start is not None and row.start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
             else:
                 self._later.append(row)
@@ -176,7 +175,7 @@ class BatchLaunch:
     def _over(self) -> bool:
         return self.broken_off or self.stopped is not None
 
-    def _held_for(self, row: PlannedRow) -> float:
+    def _held_for(self, row: RowState) -> float:
         """Seconds until the row may be tried, as advised when it failed."""
         if row.not_before is None:
             return 0.0
@@ -227,7 +226,7 @@ class BatchLaunch:
         except StoreError as error:
             self._stop(error)
 
-    async def _fits(self, row: PlannedRow) -> bool:
+    async def _fits(self, row: RowState) -> bool:
         """Whether the row's price fits into the maximum cost; else the launch stops."""
         if self.max_cost is None:
             return True
@@ -260,15 +259,15 @@ class BatchLaunch:
                 self._spent[run_id] = record.run.charged_cost or Decimal(0)
         self._charges_read_at = time.monotonic()
 
-    async def _start(self, row: PlannedRow) -> None:
+    async def _start(self, row: RowState) -> None:
         key = row.entry.key
         request = StartRequest(
             technique=self.plan.technique.technique_id,
-            inputs=row.inputs,
+            inputs=row.entry.inputs or [],
             workspace_id=self.workspace.workspace_id,
             idempotency_key=key,
             started_by=self.started_by,
-            tags=row.tags,
+            tags=row.entry.tags,
         )
         try:
             started = await self.starter.start(request, wait_in_doubt=False)
@@ -301,7 +300,7 @@ class BatchLaunch:
             cost = self.plan.cost_of(row) or Decimal(0)
             self._spent[started.record.run.run_id] = max(quoted, cost)
 
-    def _retry_or_stop(self, row: PlannedRow, error: FloraError) -> None:
+    def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
         key = row.entry.key
         self._silent.add(key)

@@ -117,11 +117,10 @@ class BatchOrders:
         plan.check_cost(order.max_cost, name="the maximum cost of")
         prices: defaultdict[Budget, Decimal | None] = defaultdict(Decimal)
         for row in plan.missing:
-            start = plan.states[row.entry.key].start
-            if start is not None and start.state in UNKNOWN:
+            if row.start is not None and row.start.state in UNKNOWN:
                 continue  # reserved
             cost = plan.cost_of(row)
-            of = (plan.batch.workspace_slot, plan.batch.technique_id, row.tags)
+            of = (plan.batch.workspace_slot, plan.batch.technique_id, row.entry.tags)
             for budget in self.budgets.covering(*of):
                 sum_ = prices[budget]
                 prices[budget] = None if cost is None or sum_ is None else sum_ + cost
@@ -349,11 +348,7 @@ class BatchWorker(Service):
     async def _plan(self, batch: BatchRow, order: Order) -> BatchPlan:
         """The batch as it is stored, without rows that this order has tried."""
         plan = await self.batches.stored_plan(batch, wait=not order.at_once)
-        rows = [
-            row
-            for row in plan.rows
-            if not _was_tried(plan.states[row.entry.key], since=order.ordered_at)
-        ]
+        rows = [row for row in plan.rows if not _was_tried(row, since=order.ordered_at)]
         return replace(plan, rows=rows)
 
     async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
@@ -392,12 +387,11 @@ def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
     """The prices or charges of the rows that were started since then, in USD by run."""
     found = {}
     for row in plan.rows:
-        state = plan.states[row.entry.key]
-        if state.start is None or state.record is None or (state.start.sent_at or since) < since:
+        if row.start is None or row.record is None or (row.start.sent_at or since) < since:
             continue
-        run = state.record.run
+        run = row.record.run
         cost = run.charged_cost
-        if cost is None and not state.record.cost_final:
-            cost = max(run.quoted_cost or Decimal(0), state.record.reserved_cost or Decimal(0))
+        if cost is None and not row.record.cost_final:
+            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
         found[run.run_id] = cost or Decimal(0)
     return found

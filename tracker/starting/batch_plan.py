@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
 from tracker.polling.workspaces import Service, Workspace
-from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState, states_of, turn_of
+from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows, states_of, turn_of
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.columns import (
     ColumnMapping,
@@ -19,7 +19,7 @@ from tracker.starting.columns import (
     rows_by,
 )
 from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
-from tracker.store.queries import batch_launches, batches
+from tracker.store.queries import batch_launches
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
 
@@ -71,21 +71,19 @@ class BatchPlanner(Service):
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         columns = [name for name in reading.unmapped if name]
         carried = frozenset(columns)
-        planned: Sequence[PlannedRow] = [
-            PlannedRow(
-                entry=BatchEntry(
-                    position=position,
-                    line=row.line,
-                    digest=digest,
-                    turn=turn_of(latest.get(digest), again=again),
-                    inputs=row.inputs,
-                    tags=tagged[row.line],
-                    carried=_carried(sheet.rows[position - 1], carried),
-                )
+        entries = [
+            BatchEntry(
+                position=position,
+                line=row.line,
+                digest=digest,
+                turn=turn_of(latest.get(digest), again=again),
+                inputs=row.inputs,
+                tags=tagged[row.line],
+                carried=_carried(sheet.rows[position - 1], carried),
             )
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
-        planned, states = await self._retried(workspace_id, planned, retry)
+        planned = await self._retried(workspace_id, entries, retry)
         batch = BatchRow(
             batch_id=batch_id(
                 workspace_id,
@@ -104,7 +102,6 @@ class BatchPlanner(Service):
             batch=batch,
             technique=definition,
             rows=planned,
-            states=states,
             unmapped=[one for one in reading.unmapped if one not in (tag_columns or {}).values()],
             price_error=price_error,
         )
@@ -122,19 +119,15 @@ class BatchPlanner(Service):
         """
         workspace = await self.workspace_of(batch)
         definition, price_error = await self.catalogue.priced(workspace, batch.technique_id)
-        entries = await batches.entries(self.database, batch.batch_id)
-        found = await states_of(self.database, batch.workspace_slot, entries)
-        rows = []
-        for entry in entries:
-            start = found[entry.key].start
+        entries = []
+        for row in await kept_rows(self.database, batch):
+            entry, start = row.entry, row.start
             if start is not None and (entry.inputs is None or not start.is_fresh):
                 entry = replace(entry, inputs=start.inputs, tags=start.tags or {})
             if entry.inputs is not None:
-                rows.append(PlannedRow(entry=entry))
-        planned, states = await self._retried(batch.workspace_slot, rows, retry, wait=wait)
-        return BatchPlan(
-            batch=batch, technique=definition, rows=planned, states=states, price_error=price_error
-        )
+                entries.append(entry)
+        rows = await self._retried(batch.workspace_slot, entries, retry, wait=wait)
+        return BatchPlan(batch=batch, technique=definition, rows=rows, price_error=price_error)
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
         """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""
@@ -146,38 +139,30 @@ class BatchPlanner(Service):
     async def _retried(
         self,
         workspace_id: str,
-        rows: Sequence[PlannedRow],
+        entries: Sequence[BatchEntry],
         retry: Retry | None,
         *,
         wait: bool = True,
-    ) -> tuple[Sequence[PlannedRow], dict[str, RowState]]:
-        """The rows with their states: those that failed for another attempt where `retry` says so,
-        and retries that an earlier launch did not start with the rest of their wait."""
-        states = await states_of(self.database, workspace_id, [row.entry for row in rows])
+    ) -> list[RowState]:
+        """The rows: those that failed for another attempt where `retry` says so, and retries that
+        an earlier launch did not start with the rest of their wait."""
+        rows = await states_of(self.database, workspace_id, entries)
         if wait and retry is not Retry.ALL:
-            rows = await self._with_waits(workspace_id, rows, states)
-        if retry is not None:
-            rows = [states[row.entry.key].retried(row, retry) for row in rows]
-            new = [row.entry for row in rows if row.entry.key not in states]
-            states |= await states_of(self.database, workspace_id, new)
-            states = {row.entry.key: states[row.entry.key] for row in rows}
-        return rows, states
-
-    async def _with_waits(
-        self, workspace_id: str, rows: Sequence[PlannedRow], states: dict[str, RowState]
-    ) -> list[PlannedRow]:
-        """The rows, with the rest of the wait for retries that an earlier launch did not start."""
-        failed = {
-            row.entry.key: replace(row.entry, turn=row.entry.turn.before())
-            for row in rows
-            if row.entry.turn.attempt and not states[row.entry.key].started
-        }
-        runs = await states_of(self.database, workspace_id, list(failed.values()))
+            failed = {
+                row.entry.key: replace(row.entry, turn=row.entry.turn.before())
+                for row in rows
+                if row.entry.turn.attempt and not row.started
+            }
+            runs = await states_of(self.database, workspace_id, list(failed.values()))
+            waits = dict(zip(failed, (run.retry_not_before for run in runs), strict=True))
+            rows = [replace(row, not_before=waits.get(row.entry.key)) for row in rows]
+        if retry is None:
+            return rows
+        retried = [row.retried(retry) for row in rows]
+        states = await states_of(self.database, workspace_id, [row.entry for row in retried])
         return [
-            replace(row, not_before=runs[failed[row.entry.key].key].retry_not_before)
-            if row.entry.key in failed
-            else row
-            for row in rows
+            replace(state, not_before=row.not_before)
+            for state, row in zip(states, retried, strict=True)
         ]
 
     async def _check_mapping(

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
 from tracker.core.formatting import counted, money
-from tracker.core.inputs import Input, Tags, Turn
+from tracker.core.inputs import Turn
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
 from tracker.flora.technique import Technique
@@ -50,34 +50,18 @@ class Retry(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedRow:
-    """A row to become one run, not started before `not_before`, UTC, if a wait was advised."""
-
-    entry: BatchEntry
-    not_before: datetime | None = None
-
-    @property
-    def inputs(self) -> list[Input]:
-        """Its inputs, `{"id", "type", "value"}` each."""
-        return self.entry.inputs or []
-
-    @property
-    def tags(self) -> Tags:
-        """What the run is for."""
-        return self.entry.tags
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowState:
     """The state of a row: its start, if it was tried, and its run, if it started.
 
-    `error` is why the last launch could not start it.
+    `error` is why the last launch could not start it. It is not started before `not_before`, UTC,
+    if a wait was advised.
     """
 
     entry: BatchEntry
     start: StartRow | None = None
     record: Record | None = None
     error: str | None = None
+    not_before: datetime | None = None
 
     @property
     def inputs(self) -> list[dict[str, Any]] | None:
@@ -116,13 +100,13 @@ class RowState:
         once = self.advice is RetryAdvice.RETRY_NOW and self.entry.turn.attempt == 0
         return once or self.advice is RetryAdvice.RETRY_LATER
 
-    def retried(self, row: PlannedRow, retry: Retry) -> PlannedRow:
+    def retried(self, retry: Retry) -> "RowState":
         """The row for another attempt, if its run failed and is to be tried again."""
         if self.advice is None or (retry is Retry.FAILED and not self.retryable):
-            return row
+            return self
         not_before = self.retry_not_before if retry is Retry.FAILED else None
-        entry = replace(row.entry, turn=row.entry.turn.retried())
-        return replace(row, entry=entry, not_before=not_before)
+        entry = replace(self.entry, turn=self.entry.turn.retried())
+        return RowState(entry=entry, not_before=not_before)
 
     @property
     def retry_not_before(self) -> datetime | None:
@@ -176,7 +160,7 @@ def _kept_error(error: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """What a batch is to do. `rows` are all its rows, `states` their states by key.
+    """What a batch is to do; `rows` are all its rows.
 
     `unmapped` are the columns of its sheet that are no input. `price_error` is why the price could
     not be read now.
@@ -184,20 +168,19 @@ class BatchPlan:
 
     batch: BatchRow
     technique: Technique
-    rows: Sequence[PlannedRow]
-    states: dict[str, RowState]
+    rows: Sequence[RowState]
     unmapped: Sequence[str] = ()
     price_error: FloraError | None = None
 
     @property
     def to_change(self) -> list[RowState]:
         """The rows that failed because of their inputs, which have to be changed first."""
-        return [one for one in self.states.values() if one.advice is RetryAdvice.CHANGE_INPUT]
+        return [row for row in self.rows if row.advice is RetryAdvice.CHANGE_INPUT]
 
     @property
-    def missing(self) -> list[PlannedRow]:
+    def missing(self) -> list[RowState]:
         """The rows to start."""
-        return [row for row in self.rows if not self.states[row.entry.key].started]
+        return [row for row in self.rows if not row.started]
 
     @property
     def cost(self) -> Decimal | None:
@@ -224,9 +207,9 @@ class BatchPlan:
                 f"than {name} {money(limit)}; nothing was started"
             )
 
-    def cost_of(self, row: PlannedRow) -> Decimal | None:
+    def cost_of(self, row: RowState) -> Decimal | None:
         """The price of starting that row, in USD; `None` if FLORA names none."""
-        return self.technique.cost_of(row.inputs)
+        return self.technique.cost_of(row.entry.inputs or [])
 
 
 def turn_of(latest: Latest | None, *, again: bool) -> Turn:
@@ -240,24 +223,24 @@ def turn_of(latest: Latest | None, *, again: bool) -> Turn:
     return latest.turn.again() if again and latest.finished else latest.turn
 
 
-async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> dict[str, RowState]:
-    """The states of these rows, by key."""
+async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> list[RowState]:
+    """The states of these rows, in their order."""
     found = await starts.of_keys(db, slot, (entry.key for entry in entries))
     run_ids = (row.run_id for row in found.values() if row.run_id is not None)
     records = await read.get_runs(db, run_ids)
-    states = {}
+    states = []
     for entry in entries:
         start = found.get(entry.key)
         record = None if start is None or start.run_id is None else records.get(start.run_id)
-        states[entry.key] = RowState(entry=entry, start=start, record=record, error=entry.error)
+        states.append(RowState(entry=entry, start=start, record=record, error=entry.error))
     return states
 
 
-async def kept_rows(db: Database, batch: BatchRow) -> list[RowState]:
-    """The states of the rows of a stored batch, in the order of its sheet."""
-    entries = await batches.entries(db, batch.batch_id)
-    states = await states_of(db, batch.workspace_slot, entries)
-    return [states[entry.key] for entry in entries]
+async def kept_rows(db: Database, batch: BatchRow, **chosen: Any) -> list[RowState]:
+    """The states of the rows of a stored batch, in the order of its sheet; `chosen` are the
+    conditions of `batches.entries`."""
+    entries = await batches.entries(db, batch.batch_id, **chosen)
+    return await states_of(db, batch.workspace_slot, entries)
 
 
 # The results of a batch as CSV, the same from the command, the API and the page.

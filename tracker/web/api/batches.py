@@ -12,7 +12,7 @@ from tracker.core.errors import BudgetExceeded, DefinitionChanged, FieldFault, M
 from tracker.core.formatting import counted
 from tracker.services import Services
 from tracker.starting.batch_orders import Order
-from tracker.starting.batch_rows import BatchPlan, Retry, csv_lines, states_of
+from tracker.starting.batch_rows import BatchPlan, Retry, csv_lines, kept_rows
 from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database
@@ -110,18 +110,17 @@ class BatchOperations:
     async def list_rows(self, request: Request, batch_id: str, query: RowsQuery) -> Response:
         """List the rows of a batch with their runs, in order."""
         batch = await self._batch(batch_id)
-        entries = await batches.entries(
+        found = await kept_rows(
             self._database,
-            batch_id,
+            batch,
             after=_position(query.cursor),
             limit=query.limit + 1,
             outcome=query.outcome,
             code=query.code,
         )
-        page = entries[: query.limit]
-        states = await states_of(self._database, batch.workspace_slot, page)
-        cursor = str(page[-1].position) if len(entries) > len(page) else None
-        rows = [row_json(states[entry.key]) for entry in page]
+        page = found[: query.limit]
+        cursor = str(page[-1].entry.position) if len(found) > len(page) else None
+        rows = [row_json(row) for row in page]
         return Json({"rows": rows, "meta": {"next_cursor": cursor}})
 
     @Operation(

@@ -21,7 +21,7 @@ from tracker.delivering.archive import batch_archive
 from tracker.delivering.names import naming_column
 from tracker.services import Services
 from tracker.starting.batch_orders import Order
-from tracker.starting.batch_rows import BatchPlan, Retry, RowState, states_of
+from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup, RowOutcome
 from tracker.store.queries.overview import technique_names
@@ -142,8 +142,7 @@ class BatchPages(BatchGroup):
             begin = str(begins[page]) if page else None
             return RedirectResponse(f"{query(address, after=begin, **filters)}#row-{row}", 303)
         after = query_position(request, "after") or 0
-        entries = await batches.entries(database, batch.batch_id, after=after, limit=ROWS, **chosen)
-        states = await states_of(database, batch.workspace_slot, entries)
+        rows = await kept_rows(database, batch, after=after, limit=ROWS, **chosen)
         counts = (await batches.batch_counts(database, [batch.batch_id]))[batch.batch_id]
         errors = await batches.error_groups(database, batch.batch_id)
         technique = await techniques.get(database, batch.technique_id)
@@ -166,7 +165,7 @@ class BatchPages(BatchGroup):
             failed_runs=sum(group.count for group in errors if group.advice is not None),
             technique=technique,
             filters=filters,
-            rows=[self._view(batch, states[entry.key], ports) for entry in entries],
+            rows=[self._view(batch, row, ports) for row in rows],
             pages=_page_links(links, max(0, bisect_right(begins, after) - 1)),
         )
 
