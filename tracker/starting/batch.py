@@ -8,7 +8,7 @@ all have ended. After an interruption the next plan of the same sheet resumes th
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
@@ -19,7 +19,7 @@ from tracker.polling.follow import CHECK_EVERY, OwnPolling
 from tracker.polling.poll import Poller
 from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch
 from tracker.starting.batch_plan import BatchPlanner
-from tracker.starting.batch_rows import BatchPlan, RowState, kept_rows, states_of
+from tracker.starting.batch_rows import BatchPlan, RowState, kept_rows
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter
 from tracker.store.queries import batches
@@ -136,13 +136,10 @@ class Batches(BatchPlanner):
             plan.batch.batch_id,
             self.clock() if stopped is None else None,
             stopped=None if stopped is None else str(stopped),
-            errors=launch.errors_by_position,
+            errors=launch.errors,
         )
-        entries = [row.entry for row in plan.rows]
-        states = await states_of(self.database, plan.batch.workspace_slot, entries)
-        rows = [replace(row, error=launch.errors.get(row.entry.key)) for row in states]
         batch = await batches.get(self.database, plan.batch.batch_id) or plan.batch
-        counts = await self.counts(batch)
+        rows, counts = await self.rows(batch), await self.counts(batch)
         return BatchOutcome(batch=batch, rows=rows, counts=counts, stopped=stopped)
 
     async def rows(self, batch: BatchRow) -> list[RowState]:

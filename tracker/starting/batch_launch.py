@@ -69,9 +69,9 @@ class BatchLaunch:
     """Starts the missing rows of a plan, for one command or order.
 
     `max_cost` is the most to spend, in USD; `spent` counts already, by run. `started_by` is stored
-    with each start. `wait` waits for starts in doubt. `errors` are why rows
-    could not be started, by key; `stopped` is what ended the launch early; `over_budget` is why no
-    row begins now, if it is to `wait_for_budget`.
+    with each start. `wait` waits for starts in doubt. `errors` are why rows could not be started,
+    by position; `stopped` is what ended the launch early; `over_budget` is why no row begins now,
+    if it is to `wait_for_budget`.
     """
 
     plan: BatchPlan
@@ -103,8 +103,7 @@ class BatchLaunch:
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self.broken_off = False
-        self.started = 0
-        self.errors: dict[str, str] = {}
+        self.errors: dict[int, str] = {}
         self.stopped: TrackerError | None = None
         for row in self.plan.missing:
             if row.start is not None and row.start.state in UNKNOWN:
@@ -125,11 +124,6 @@ class BatchLaunch:
         if self._queue or self._starting or self._doubt or not self._later:
             return 0.0
         return min(self._held_for(row) for row in self._later)
-
-    @property
-    def errors_by_position(self) -> dict[int, str]:
-        rows = (row.entry for row in self.plan.rows)
-        return {row.position: self.errors[row.key] for row in rows if row.key in self.errors}
 
     @property
     def in_doubt(self) -> int:
@@ -203,10 +197,9 @@ class BatchLaunch:
                     self._queue.append(row)
             elif found.state is StartState.STARTED:
                 del self._doubt[key]
-                self.started += 1
             elif found.state is StartState.UNRESOLVED:
-                del self._doubt[key]
-                self.errors[key] = "it is not known whether it was started"
+                row = self._doubt.pop(key)
+                self.errors[row.entry.position] = "it is not known whether it was started"
 
     async def _work(self) -> None:
         try:
@@ -283,17 +276,16 @@ class BatchLaunch:
         except (StartPending, StartNotStored):
             self._doubt[key] = row
         except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
-            self.errors[key] = str(error)
+            self.errors[row.entry.position] = str(error)
         except FloraRefusal as error:
             if error.status in ABOUT_THE_ROW:
-                self.errors[key] = str(error)
+                self.errors[row.entry.position] = str(error)
             else:
                 self._stop(error)
         except FloraError as error:
             self._retry_or_stop(row, error)
         else:
             self.over_budget = None
-            self.started += 1
             self._worked_at = time.monotonic()
             self._silent.clear()
             quoted = started.record.run.quoted_cost or Decimal(0)
@@ -313,7 +305,7 @@ class BatchLaunch:
         if self._tries[key] < TRIES:
             self._queue.append(row)
         else:
-            self.errors[key] = str(error)
+            self.errors[row.entry.position] = str(error)
 
     def _stop(self, error: TrackerError) -> None:
         if self.stopped is None:

@@ -331,7 +331,7 @@ class BatchWorker(Service):
         return LaunchEnd(
             launch_at=None,
             stopped=None if stopped is None else str(stopped),
-            errors={} if launch is None else launch.errors_by_position,
+            errors={} if launch is None else launch.errors,
         )
 
     async def _run(self, batch: BatchRow, launch: BatchLaunch) -> None:
