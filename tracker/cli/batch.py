@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,11 +27,13 @@ from tracker.cli.setup import (
     TagOption,
     TechniqueArgument,
     WorkspaceOption,
+    checked,
     flora_deadline,
     parsed_tags,
     run_once,
 )
 from tracker.core.errors import TrackerError
+from tracker.core.formatting import parse_usd
 from tracker.core.inputs import check_tag_key
 from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
@@ -40,16 +42,6 @@ if TYPE_CHECKING:
     from tracker.starting.batch import BatchOutcome
     from tracker.starting.batch_rows import BatchPlan
     from tracker.starting.columns import ColumnMapping
-
-
-def _parse_amount(text: str) -> Decimal:
-    try:
-        amount = Decimal(text.strip().removeprefix("$"))
-    except InvalidOperation:
-        amount = Decimal(-1)
-    if not amount.is_finite() or amount < 0:
-        raise typer.BadParameter(f"{text!r} is not an amount of USD")
-    return amount
 
 
 def batch(
@@ -73,7 +65,7 @@ def batch(
         Decimal | None,
         typer.Option(
             metavar="USD",
-            parser=_parse_amount,
+            parser=lambda text: checked(parse_usd, text),
             help="Start nothing if the rows could cost more than this.",
         ),
     ] = None,

@@ -6,7 +6,7 @@ An unknown value is never shown as 0.
 import re
 from collections.abc import Sequence
 from datetime import timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Final
 
 UNKNOWN: Final = "unknown"
@@ -21,6 +21,17 @@ def money(value: Decimal | float | None) -> str:
     if exact == cents:
         return f"${cents:,}"
     return f"${exact.quantize(Decimal('0.000000001')).normalize():,f}"
+
+
+def parse_usd(value: str | float | Decimal) -> Decimal:
+    """An amount of USD, 0 or more, as a person writes it. Raises `ValueError`."""
+    try:
+        amount = Decimal(str(value).strip().removeprefix("$"))
+    except InvalidOperation:
+        amount = Decimal(-1)
+    if not amount.is_finite() or amount < 0:
+        raise ValueError(f"{value!r} is not an amount of USD")
+    return amount
 
 
 def number(value: int | float | None) -> str:

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, cast
 
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
-from tracker.core.formatting import counted
+from tracker.core.formatting import counted, parse_usd
 from tracker.errors import BatchUnknown, WaitTimeout
-from tracker.library.inputs import text_of
+from tracker.library.inputs import text_of, valid
 from tracker.library.run import ACTOR
 from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
 from tracker.services import Services
@@ -76,14 +76,10 @@ def order_of(
     services: Services, *, max_cost: Decimal | float | None, wait_for_budget: bool, at_once: bool
 ) -> Order:
     """An order of now. `max_cost` is USD."""
-    limit = None if max_cost is None else Decimal(str(max_cost))
-    if limit is not None and not (limit.is_finite() and limit >= 0):
-        message = "must be a number of USD, at least 0"
-        raise InvalidRequest(f"max_cost {message}", [FieldFault("max_cost", message)])
     return Order(
         started_by=ACTOR,
         ordered_at=services.clock(),
-        max_cost=limit,
+        max_cost=None if max_cost is None else valid("max_cost", parse_usd, max_cost),
         wait_for_budget=wait_for_budget,
         at_once=at_once,
     )

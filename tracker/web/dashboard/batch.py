@@ -5,7 +5,7 @@ import asyncio
 import re
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import PurePath
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from tracker.core.errors import BudgetExceeded, FieldFault, MaxCostReached
-from tracker.core.formatting import counted, money
+from tracker.core.formatting import counted, money, parse_usd
 from tracker.core.tokens import Scope as TokenScope
 from tracker.delivering.archive import batch_archive
 from tracker.delivering.names import naming_column
@@ -380,9 +380,6 @@ def _to_batch(batch: BatchRow) -> Response:
 def _usd(text: str) -> Decimal | None:
     """The confirmed price; `None` if there was none. Raises `Fault` 400."""
     try:
-        price = Decimal(text) if text else None
-    except InvalidOperation:
-        price = Decimal(-1)
-    if price is not None and not (price.is_finite() and price >= 0):
-        raise invalid(FieldFault("max_cost", "must be an amount in USD"))
-    return price
+        return parse_usd(text) if text else None
+    except ValueError as error:
+        raise invalid(FieldFault("max_cost", str(error))) from error
