@@ -20,7 +20,7 @@ from tests.web.flora import with_flora
 from tests.worker.conftest import client_by
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting.batch_orders import Order
+from tracker.starting.batch_launch import Order
 from tracker.starting.sheet import read_csv
 from tracker.store import schema
 from tracker.store.queries import audit, batches
@@ -278,7 +278,7 @@ async def test_the_maximum_holds_across_processes(serve: Serve, sqlite_url: str)
         assert batch is not None
         plan = await services.batches.stored_plan(batch)
         some = replace(plan, rows=plan.rows[:3])
-        await (await services.batches.launch_of(some, concurrency=1)).run()
+        await (await services.batches.launch_of(some, Order.of(batch), concurrency=1)).run()
         flora.world.options = replace(flora.world.options, price_factor=2)
         await services.batch_worker.launch_due()
         stopped = await launched(site, made["batch_id"])

@@ -17,7 +17,7 @@ from tracker.views import batch_columns
 if TYPE_CHECKING:
     from tracker.library.client import Tracker
     from tracker.services import Services
-    from tracker.starting.batch_orders import Order
+    from tracker.starting.batch_launch import Order
     from tracker.starting.batch_rows import BatchPlan, RowState
     from tracker.store.queries.batches import BatchCounts, BatchRow
 

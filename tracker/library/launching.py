@@ -16,7 +16,7 @@ from tracker.library.run import ACTOR
 from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
 from tracker.services import Services
 from tracker.starting.batch import COUNT_SHARE
-from tracker.starting.batch_orders import Order
+from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan
 from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import SheetRefused, sheet_of_objects

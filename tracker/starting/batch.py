@@ -17,7 +17,7 @@ from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, Server
 from tracker.core.waiting import cancel
 from tracker.polling.follow import CHECK_EVERY, OwnPolling
 from tracker.polling.poll import Poller
-from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch
+from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch, Order
 from tracker.starting.batch_plan import BatchPlanner
 from tracker.starting.batch_rows import BatchPlan, RowState, kept_rows
 from tracker.starting.recover import Recovery
@@ -73,7 +73,7 @@ class Batches(BatchPlanner):
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     budget_every: timedelta = BUDGET_EVERY
 
-    async def launch_of(self, plan: BatchPlan, **options: Any) -> BatchLaunch:
+    async def launch_of(self, plan: BatchPlan, order: Order, **options: Any) -> BatchLaunch:
         """The launch of a plan; `options` are those of `BatchLaunch`.
 
         Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
@@ -85,6 +85,7 @@ class Batches(BatchPlanner):
             ) from plan.price_error
         return BatchLaunch(
             plan,
+            order,
             database=self.database,
             workspace=await self.workspace_of(plan.batch),
             starter=self.starter,
@@ -113,13 +114,13 @@ class Batches(BatchPlanner):
         Raises `StoreUnavailable`, and `TrackerError` if there are rows to start and the price could
         not be read.
         """
-        launch = await self.launch_of(
-            plan,
-            concurrency=concurrency,
-            wait=wait,
+        order = Order(
+            started_by="batch",
+            ordered_at=self.clock(),
             max_cost=max_cost,
             wait_for_budget=wait_for_budget,
         )
+        launch = await self.launch_of(plan, order, concurrency=concurrency, wait=wait)
         await batches.keep(self.database, plan.batch, [row.entry for row in plan.rows])
         launching = asyncio.create_task(launch.run(), name="batch-launch")
         try:

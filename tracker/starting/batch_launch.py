@@ -13,11 +13,11 @@ others are started, and its outcome is waited for at the end.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 from tracker.core.clock import Clock
 from tracker.core.errors import (
@@ -44,6 +44,7 @@ from tracker.starting.start import Starter, StartRequest
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts
+from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN, StartState
 
 ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
@@ -64,17 +65,60 @@ BUDGET_EVERY: Final = timedelta(seconds=30)
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is ordered, beside the rows.
+
+    `started_by` is stored with each start. `max_cost` is the most that they may cost, in USD;
+    `wait_for_budget` waits for a budget to renew if it has no room for the next row. `at_once`
+    starts retries without the wait that was advised.
+    """
+
+    started_by: str
+    ordered_at: datetime
+    max_cost: Decimal | None = None
+    wait_for_budget: bool = False
+    at_once: bool = False
+
+    @classmethod
+    def of(cls, batch: BatchRow) -> "Order":
+        """The order of a stored batch that has one."""
+        stored: dict[str, Any] = batch.launch or {}
+        ordered_at, max_cost = stored.get("ordered_at"), stored.get("max_cost")
+        return cls(
+            started_by=stored.get("started_by", ""),
+            ordered_at=datetime.fromisoformat(ordered_at) if ordered_at else batch.created_at,
+            max_cost=Decimal(max_cost) if max_cost else None,
+            wait_for_budget=stored.get("wait_for_budget", False),
+            at_once=stored.get("at_once", False),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The order as it is stored."""
+        return {
+            "started_by": self.started_by,
+            "ordered_at": self.ordered_at.isoformat(),
+            "max_cost": None if self.max_cost is None else str(self.max_cost),
+            "wait_for_budget": self.wait_for_budget,
+            "at_once": self.at_once,
+        }
+
+    def is_like(self, other: "Order") -> bool:
+        """Whether both order the same, whoever did and when."""
+        return self == replace(other, started_by=self.started_by, ordered_at=self.ordered_at)
+
+
 @dataclass(eq=False)
 class BatchLaunch:
-    """Starts the missing rows of a plan, for one command or order.
+    """Starts the missing rows of a plan, for a command or in a worker.
 
-    `max_cost` is the most to spend, in USD; `spent` counts already, by run. `started_by` is stored
-    with each start. `wait` waits for starts in doubt. `errors` are why rows could not be started,
-    by position; `stopped` is what ended the launch early; `over_budget` is why no row begins now,
-    if it is to `wait_for_budget`.
+    `wait` waits for starts in doubt. `errors` are why rows could not be started, by position;
+    `stopped` is what ended the launch early; `over_budget` is why no row begins now, if it is to
+    wait for a budget.
     """
 
     plan: BatchPlan
+    order: Order
     _: KW_ONLY
     database: Database
     workspace: Workspace
@@ -83,14 +127,10 @@ class BatchLaunch:
     concurrency: int
     clock: Clock
     wait: bool = True
-    max_cost: Decimal | None = None
-    wait_for_budget: bool = False
-    started_by: str = "batch"
-    spent: InitVar[Mapping[str, Decimal] | None] = None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     budget_every: timedelta = BUDGET_EVERY
 
-    def __post_init__(self, spent: Mapping[str, Decimal] | None) -> None:
+    def __post_init__(self) -> None:
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
         self._queue: deque[RowState] = deque()
@@ -99,7 +139,7 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._spent = dict(spent or {})
+        self._spent = _spent(self.plan, self.order.ordered_at)
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self.broken_off = False
@@ -221,7 +261,7 @@ class BatchLaunch:
 
     async def _fits(self, row: RowState) -> bool:
         """Whether the row's price fits into the maximum cost; else the launch stops."""
-        if self.max_cost is None:
+        if self.order.max_cost is None:
             return True
         await self._read_charges()
         cost = self.plan.cost_of(row)
@@ -233,12 +273,12 @@ class BatchLaunch:
             self.plan.cost_of(one) or Decimal(0) for one in (*starting, *self._doubt.values())
         ]
         committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
-        if committed + cost <= self.max_cost:
+        if committed + cost <= self.order.max_cost:
             return True
         self._stop(
             MaxCostReached(
                 f"quotes and charges are {money(committed)}, and another row could exceed "
-                f"the maximum cost of {money(self.max_cost)}"
+                f"the maximum cost of {money(self.order.max_cost)}"
             )
         )
         return False
@@ -259,7 +299,7 @@ class BatchLaunch:
             inputs=row.entry.inputs or [],
             workspace_id=self.workspace.workspace_id,
             idempotency_key=key,
-            started_by=self.started_by,
+            started_by=self.order.started_by,
             tags=row.entry.tags,
         )
         try:
@@ -267,7 +307,7 @@ class BatchLaunch:
         except RateLimited:
             self._queue.appendleft(row)
         except BudgetExceeded as error:
-            if self.wait_for_budget and error.ever_fits and error.renews_at is not None:
+            if self.order.wait_for_budget and error.ever_fits and error.renews_at is not None:
                 self._budget_at = min(error.renews_at, self.clock() + self.budget_every)
                 self.over_budget = error
             else:
@@ -311,3 +351,18 @@ class BatchLaunch:
         if self.stopped is None:
             log.warning("batch.stopped", error=str(error), left=self.left)
             self.stopped = error
+
+
+def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
+    """The prices or charges of the rows that were started since then, in USD by run."""
+    found = {}
+    for row in plan.rows:
+        sent_at = None if row.start is None else row.start.sent_at
+        if row.record is None or sent_at is None or sent_at < since:
+            continue
+        run = row.record.run
+        cost = run.charged_cost
+        if cost is None and not row.record.cost_final:
+            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
+        found[run.run_id] = cost or Decimal(0)
+    return found

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final
+from typing import Final
 
 from tracker.core.budget import Budget, Budgets
 from tracker.core.clock import Clock, boot_seconds
@@ -31,7 +31,7 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, wait_for
 from tracker.polling.workspaces import Service
 from tracker.starting.batch import Batches
-from tracker.starting.batch_launch import BatchLaunch
+from tracker.starting.batch_launch import BatchLaunch, Order
 from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.store.engine import Database
 from tracker.store.queries import audit, batch_launches, batches, spending
@@ -41,48 +41,6 @@ from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN, StartState
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What is ordered, beside the rows.
-
-    `max_cost` is the most that they may cost, in USD; `wait_for_budget` waits for a budget to renew
-    if it has no room for the next row. `at_once` starts retries without the wait that was advised.
-    """
-
-    started_by: str
-    ordered_at: datetime
-    max_cost: Decimal | None = None
-    wait_for_budget: bool = False
-    at_once: bool = False
-
-    @classmethod
-    def of(cls, batch: BatchRow) -> "Order":
-        """The order of a stored batch that has one."""
-        stored: dict[str, Any] = batch.launch or {}
-        ordered_at, max_cost = stored.get("ordered_at"), stored.get("max_cost")
-        return cls(
-            started_by=stored.get("started_by", ""),
-            ordered_at=datetime.fromisoformat(ordered_at) if ordered_at else batch.created_at,
-            max_cost=Decimal(max_cost) if max_cost else None,
-            wait_for_budget=stored.get("wait_for_budget", False),
-            at_once=stored.get("at_once", False),
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """The order as it is stored."""
-        return {
-            "started_by": self.started_by,
-            "ordered_at": self.ordered_at.isoformat(),
-            "max_cost": None if self.max_cost is None else str(self.max_cost),
-            "wait_for_budget": self.wait_for_budget,
-            "at_once": self.at_once,
-        }
-
-    def is_like(self, other: "Order") -> bool:
-        """Whether both order the same, whoever did and when."""
-        return self == replace(other, started_by=self.started_by, ordered_at=self.ordered_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,14 +265,7 @@ class BatchWorker(Service):
         launch: BatchLaunch | None = None
         try:
             plan = await self._plan(batch, order)
-            launch = await self.batches.launch_of(
-                plan,
-                concurrency=self.concurrency,
-                max_cost=order.max_cost,
-                wait_for_budget=order.wait_for_budget,
-                started_by=order.started_by,
-                spent=_spent(plan, order.ordered_at),
-            )
+            launch = await self.batches.launch_of(plan, order, concurrency=self.concurrency)
             log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
             await self._run(batch, launch)
             stopped = launch.stopped
@@ -381,17 +332,3 @@ def _was_tried(row: RowState, *, since: datetime) -> bool:
     return row.error is not None or (
         refused and start is not None and start.sent_at is not None and start.sent_at >= since
     )
-
-
-def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
-    """The prices or charges of the rows that were started since then, in USD by run."""
-    found = {}
-    for row in plan.rows:
-        if row.start is None or row.record is None or (row.start.sent_at or since) < since:
-            continue
-        run = row.record.run
-        cost = run.charged_cost
-        if cost is None and not row.record.cost_final:
-            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
-        found[run.run_id] = cost or Decimal(0)
-    return found

@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from tracker.core.errors import BudgetExceeded, DefinitionChanged, FieldFault, MaxCostReached
 from tracker.core.formatting import counted
 from tracker.services import Services
-from tracker.starting.batch_orders import Order
+from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan, Retry, csv_lines, kept_rows
 from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects

@@ -20,7 +20,7 @@ from tracker.core.tokens import Scope as TokenScope
 from tracker.delivering.archive import batch_archive
 from tracker.delivering.names import naming_column
 from tracker.services import Services
-from tracker.starting.batch_orders import Order
+from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup, RowOutcome
