@@ -39,7 +39,7 @@ from tracker.starting.batch_orders import BatchOrders, BatchWorker
 from tracker.starting.catalogue import Catalogue, CatalogueSync
 from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import Recovery
-from tracker.starting.resolve import Resolver, RunTracker
+from tracker.starting.resolve import RunTracker, StartResolver
 from tracker.starting.sending import CallbackAddresses, StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
@@ -92,7 +92,7 @@ class Services:
     batch_orders: BatchOrders
     batch_worker: BatchWorker
     recovery: Recovery
-    resolver: Resolver
+    resolver: StartResolver
     tracker: RunTracker
     poller: Poller
     sweeper: Sweeper
@@ -332,7 +332,7 @@ async def open_services(
             ),
             batch_worker=batch_worker,
             recovery=recovery,
-            resolver=Resolver(**shared, matcher=matcher, process=process),
+            resolver=StartResolver(**shared, matcher=matcher, process=process),
             tracker=RunTracker(**shared, writer=writer, poller=poller, catalogue=catalogue),
             poller=poller,
             sweeper=Sweeper(

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 Key = Annotated[str, typer.Argument(metavar="KEY", help="Idempotency key of the start.")]
-Workspace = Annotated[
+OfWorkspace = Annotated[
     str | None,
     typer.Option("--workspace", metavar="W", help="Where several workspaces have used the key."),
 ]
@@ -72,7 +72,7 @@ def list_(
 
 
 @app.command()
-def show(key: Key, workspace: Workspace = None, as_json: JsonFlag = False) -> None:
+def show(key: Key, workspace: OfWorkspace = None, as_json: JsonFlag = False) -> None:
     """Show a start."""
     row = run_once(lambda services: services.resolver.find(key, workspace_id=workspace))
     _print(row, as_json=as_json)
@@ -87,7 +87,7 @@ def resolve(
     none: Annotated[
         bool, typer.Option("--none", help="It started nothing: the key may be used again.")
     ] = False,
-    workspace: Workspace = None,
+    workspace: OfWorkspace = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Record the outcome of a start. FLORA's dashboard shows which runs there are."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any, Final
+from typing import Final
 
 from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, ServerFault, TrackerError
 from tracker.core.waiting import cancel
@@ -73,8 +73,11 @@ class Batches(BatchPlanner):
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     budget_every: timedelta = BUDGET_EVERY
 
-    async def launch_of(self, plan: BatchPlan, order: Order, **options: Any) -> BatchLaunch:
-        """The launch of a plan; `options` are those of `BatchLaunch`.
+    async def launch_of(
+        self, plan: BatchPlan, order: Order, *, concurrency: int, wait: bool = True
+    ) -> BatchLaunch:
+        """The launch of a plan. `concurrency` is how many rows are started at a time; `wait` waits
+        for starts in doubt.
 
         Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
         and the price could not be read.
@@ -92,8 +95,9 @@ class Batches(BatchPlanner):
             recovery=self.recovery,
             clock=self.clock,
             sleep=self.sleep,
+            concurrency=concurrency,
+            wait=wait,
             budget_every=self.budget_every,
-            **options,
         )
 
     async def run(

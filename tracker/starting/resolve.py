@@ -38,7 +38,7 @@ class UnknownStart(TrackerError):
 
 
 @dataclass(kw_only=True, eq=False)
-class Resolver(Service):
+class StartResolver(Service):
     """Ends the doubt about a start by a person's decision. `process` names this process."""
 
     matcher: StartMatcher
