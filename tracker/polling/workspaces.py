@@ -114,7 +114,8 @@ class Workspaces:
         self, workspaces: Sequence[Workspace], *, database: Database, clock: Clock
     ) -> None:
         self._all = tuple(workspaces)
-        self._secrets = self._all_secrets()
+        self.signers = self._signers()
+        """The workspaces of each signing secret: one, unless several have the same."""
         self._database = database
         self._clock = clock
         self._ids: dict[tuple[str, str], str] = {}
@@ -131,27 +132,22 @@ class Workspaces:
         """Those with an API key."""
         return [one for one in self._all if one.client is not None]
 
-    @property
-    def secrets(self) -> list[str]:
-        """Every signing secret of all workspaces."""
-        return self._secrets
-
     def rotate(self, slot: str, *, api_key: str | None, secrets: tuple[str, ...]) -> None:
         """Replace the key and the signing secrets of the workspace in that slot."""
         workspace = next((one for one in self._all if one.slot == slot), None)
         if workspace is None:
             return
         workspace.secrets = secrets
-        self._secrets = self._all_secrets()
+        self.signers = self._signers()
         if workspace.client is not None and api_key is not None:
             workspace.client.rotate_key(api_key)
 
-    def _all_secrets(self) -> list[str]:
-        return [secret for workspace in self._all for secret in workspace.secrets]
-
-    def signed_by(self, secret: str) -> list[Workspace]:
-        """The workspaces of a secret: one, unless several are configured with the same."""
-        return [workspace for workspace in self._all if secret in workspace.secrets]
+    def _signers(self) -> dict[str, list[Workspace]]:
+        signers: dict[str, list[Workspace]] = {}
+        for workspace in self._all:
+            for secret in dict.fromkeys(workspace.secrets):
+                signers.setdefault(secret, []).append(workspace)
+        return signers
 
     def pick(self, workspace_id: str | None) -> Workspace:
         """The workspace that a caller asks for, which may be left out if there is only one.

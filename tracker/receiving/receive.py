@@ -191,7 +191,7 @@ class Receiver:
         """
         now = self.clock()
         secret = self._verify(body, signature, now)
-        signers = self.workspaces.signed_by(secret)
+        signers = self.workspaces.signers[secret]
         delivery = parse_delivery(
             body,
             at=now,
@@ -207,9 +207,9 @@ class Receiver:
 
     def _verify(self, body: bytes, signature: str | bytes | None, now: datetime) -> str:
         """The secret that signed the body; new secrets are looked up before it is refused."""
-        secrets = self.workspaces.secrets
+        secrets = [*self.workspaces.signers]
         if not secrets and self.find_new_secrets():
-            secrets = self.workspaces.secrets
+            secrets = [*self.workspaces.signers]
         if not secrets:
             raise NoSecrets(
                 "no signing secret is set, so no callback can be verified: set FLORA_WEBHOOK_SECRET"
@@ -219,7 +219,7 @@ class Receiver:
         except SignatureError as error:
             if error.reason != "mismatch" or not self.find_new_secrets():
                 raise
-        secrets = self.workspaces.secrets
+        secrets = [*self.workspaces.signers]
         return secrets[verify(signature, body, secrets, now=now, tolerance=self.tolerance)]
 
 
