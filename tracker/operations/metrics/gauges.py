@@ -24,9 +24,8 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.operations.metrics.counters import Counters
 from tracker.polling.contacts import Contacts
-from tracker.polling.workspaces import Workspaces
+from tracker.polling.workspaces import Service, Workspaces
 from tracker.starting.start import BudgetReader
-from tracker.store.engine import Database
 from tracker.store.queries import endpoints, starts, sweeps
 from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
 from tracker.store.queries.endpoints import Backlog, EndpointRow
@@ -91,14 +90,11 @@ class _Snapshot:
 
 
 @dataclass(kw_only=True, eq=False)
-class DatabaseGauges(Collector):
+class DatabaseGauges(Service, Collector):
     """Current values of the database, read by `refresh`."""
 
-    database: Database
-    workspaces: Workspaces
     contacts: Contacts
     budgets: BudgetReader
-    clock: Clock
     keep_seconds: float = KEEP_SECONDS
     patience: float = PATIENCE
 
