@@ -100,6 +100,8 @@ class CrashRun:
         `flora_fails` lets FLORA answer nothing but errors for parts of it.
         """
         await self._let_the_catalogue_age()
+        if self._lives % 2:
+            await self._key.exchange()  # whose workspace has to be learnt
         if flora_fails:
             self.clients.flora_fails()
         answers = role in ("serve", "receiver")

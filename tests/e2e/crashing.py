@@ -36,7 +36,7 @@ COMMITS: Final = (
     *("starts.prolong", "starts.give_back"),
     *("workspaces.keep_id", "workspaces.give_ids"),
     # Who works at what, and until when nobody asks FLORA.
-    *("claims.claim_due", "claims.update"),
+    *("claims.claim_due", "claims.renew"),
     *(
         "claims.take_lease",
         "claims.drop_lease",
