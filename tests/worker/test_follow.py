@@ -16,7 +16,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus, Tracking
 from tracker.polling import follow
-from tracker.polling.follow import RunUpdate
+from tracker.polling.follow import OwnPolling, RunUpdate
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store import claims
@@ -221,3 +221,41 @@ async def test_breaking_off_gives_claims_back(
     task.cancel()
     await asyncio.wait([task])
     assert (await the_run(services, run.run_id)).lease_holder is None
+
+
+async def test_what_no_process_polls_is_polled_by_who_waits(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something is left to others until it is overdue; from then on it is polled when it is due,
+    one round at a time. An outage ends nothing, a bug does."""
+    monkeypatch.setattr(follow, "POLL_EVERY", 0.0)
+    rounds, error = 0, None
+
+    async def poll() -> None:
+        nonlocal rounds
+        rounds += 1
+        if error is not None:
+            raise error
+
+    due, second = clock(), timedelta(seconds=1)
+    async with OwnPolling(poll=poll, clock=clock) as polling:
+        clock.move(follow.OVERDUE.total_seconds())
+        assert polling.check(None) is polling.check(due) is None
+        assert not polling.has_begun
+        clock.move(1)
+        begun = polling.check(due)
+        assert begun is not None
+        assert polling.check(due) is None
+        await begun
+        assert polling.check(clock() + second) is None
+        error = StoreUnavailable("down")
+        begun = polling.check(clock() - second)
+        assert begun is not None
+        await begun
+        error = ValueError("a bug")
+        begun = polling.check(clock() - second)
+        assert begun is not None
+        await asyncio.wait([begun])
+        assert rounds == 3
+        with pytest.raises(ValueError, match="a bug"):
+            polling.check(None)
