@@ -16,9 +16,9 @@ import httpx
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.events import LONGEST_RETRY_AFTER, MOST_OPEN
+from tracker.core.waiting import in_thread
 from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
 from tracker.delivering.signing import signed_headers
-from tracker.delivering.threads import in_thread
 from tracker.flora.caller import retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json

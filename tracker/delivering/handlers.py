@@ -17,8 +17,8 @@ from tracker.core.clock import Clock
 from tracker.core.errors import DoNotRetry
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.log import get_logger, redact
+from tracker.core.waiting import in_thread
 from tracker.delivering.endpoint_client import excerpt
-from tracker.delivering.threads import in_thread
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.writing.messages import Attempt, Claim
 
