@@ -13,9 +13,10 @@ _create = httpx._transports.default.create_ssl_context
 
 def one_context(verify: Any = True, **options: Any) -> ssl.SSLContext:
     """The context of a client; a new one where something about it is set."""
-    if verify is not True or options.get("cert") or "SSL_CERT_FILE" in os.environ:
+    if verify is not True or options.get("cert"):
         return _create(verify, **options)
-    key = options.get("trust_env", True)
+    trusted = [os.environ.get(name) for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")]
+    key = (options.get("trust_env", True), *trusted)
     if key not in _contexts:
         _contexts[key] = _create(verify, **options)
     return _contexts[key]
