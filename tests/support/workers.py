@@ -104,3 +104,7 @@ def _import_tests(config: pytest.Config) -> None:
         from hypothesis.internal.conjecture.providers import _get_local_constants
 
         _get_local_constants()
+    with suppress(ImportError):  # and asks every character whether UTF-8 has it
+        from hypothesis.internal.charmap import intervals_from_codec
+
+        intervals_from_codec("utf-8")

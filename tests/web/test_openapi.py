@@ -19,6 +19,7 @@ from tracker.web.api.routes import OPERATIONS
 from tracker.web.app import build_app
 from tracker.web.http.responses import invalid
 
+ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 TOKEN = "a-token-for-tests"
 
@@ -116,7 +117,12 @@ async def _schemathesis(site: Site, folder: Path, *options: str) -> str:
         *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"),
         *(f"{site.base_url}/openapi.json", "--no-color", *options),
         cwd=folder,
-        env={"HOME": str(folder), "COLUMNS": "100"},
+        env={
+            "HOME": str(folder),
+            "COLUMNS": "100",
+            # What Hypothesis has worked out about Unicode: it takes seconds.
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(ROOT / ".hypothesis"),
+        },
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
