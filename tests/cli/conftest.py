@@ -7,7 +7,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.forked import Forked, report_no_waits
-
-TRACKER = (sys.executable, "-m", "tracker")
+from tests.support.forked import TRACKER, Forked, ForkedPython, report_no_waits
 
 
 class Terminal:
@@ -130,27 +127,13 @@ class Commands:
             os.close(theirs)
 
     @contextmanager
-    def running(self, *arguments: str, **environ: str) -> "Iterator[subprocess.Popen[str]]":
+    def running(self, *arguments: str, **environ: str) -> Iterator[ForkedPython]:
         """A command that stays; at the end it is told to stop, and has to."""
-        process = subprocess.Popen(
-            [*TRACKER, *arguments],
-            cwd=self.folder,
-            env=self._environ(environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
+        env = self._environ(environ)
+        with ForkedPython(*TRACKER, *arguments, env=env, cwd=self.folder) as process:
             yield process
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            try:
-                process.communicate(timeout=15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                raise
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=15)
 
     @property
     def essential(self) -> dict[str, str]:
@@ -187,10 +170,9 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def first_line(process: "subprocess.Popen[str]") -> str:
+def first_line(process: ForkedPython) -> str:
     """The first line that a process writes to stderr, but for those that report that it waits for a
     FLORA that stands still."""
-    assert process.stderr is not None
     while (line := process.stderr.readline()).startswith("tracker: Waiting for FLORA's answer"):
         pass
     return line

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,7 +52,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def piped(tracker: Commands, *arguments: str, given: str) -> "subprocess.CompletedProcess[str]":
     """A command that reads stdin."""
     return subprocess.run(
-        [*TRACKER, *arguments],
+        [sys.executable, *TRACKER, *arguments],
         cwd=tracker.folder,
         env=tracker._environ({}),
         input=given,

@@ -118,7 +118,7 @@ def test_waiting_ends_with_the_run(tracker: Commands, stack: ExitStack) -> None:
     tracker.environ["TRACKER_PUBLIC_URL"] = f"http://127.0.0.1:{port}"
     tracker.environ["TRACKER_RECONCILE_CRON"] = NO_SWEEPS
     server = stack.enter_context(tracker.running("serve", "--port", str(port)))
-    assert server.poll() is None
+    assert server.returncode is None
     _wait_for(f"http://127.0.0.1:{port}/readyz")
     asyncio.run(eventually(lambda: _count(tracker, "sweeps WHERE finished_at IS NOT NULL")))
     seen = []

@@ -3,17 +3,16 @@
 import asyncio
 import re
 import signal
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from tests.cli.conftest import TRACKER, Commands
+from tests.cli.conftest import Commands
 from tests.store.making import NOW, TestWriter, ids, open_writer, seen, started
 from tests.support.endpoint import SECRET, Receiver
-from tests.support.forked import Forked
+from tests.support.forked import TRACKER, Forked, ForkedPython
 from tests.support.waiting import START_SECONDS, close_server, eventually, free_port
 from tracker.core.record import Seen, Unseen
 from tracker.core.run import Output, RunStatus
@@ -103,30 +102,23 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @asynccontextmanager
-async def listening(commands: Commands, *arguments: str) -> AsyncIterator[tuple[Any, str]]:
+async def listening(commands: Commands, *arguments: str) -> AsyncIterator[tuple[ForkedPython, str]]:
     """`tracker listen` once it follows the stream, and what it said first; at the end it is
     interrupted."""
-    process = await asyncio.create_subprocess_exec(
-        *(*TRACKER, "listen", *arguments),
-        cwd=commands.folder,
-        env=commands.essential | commands.environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        assert process.stderr is not None
-        said = ""
-        async with asyncio.timeout(START_SECONDS):
-            while "Listening" not in said:
-                line = await process.stderr.readline()
-                assert line, f"tracker listen ended: {said}"
-                said += line.decode()
-        yield process, said
-    finally:
-        if process.returncode is None:
+    environ = commands.essential | commands.environ
+    with ForkedPython(*TRACKER, "listen", *arguments, env=environ, cwd=commands.folder) as process:
+        try:
+            said = ""
+            async with asyncio.timeout(START_SECONDS):
+                while "Listening" not in said:
+                    line = await asyncio.to_thread(process.stderr.readline)
+                    assert line, f"tracker listen ended: {said}"
+                    said += line
+            yield process, said
+        finally:
             process.send_signal(signal.SIGINT)
-        await process.communicate()
-    assert process.returncode == 130
+            await asyncio.to_thread(process.communicate)
+        assert process.returncode == 130
 
 
 async def end(writer: TestWriter, run_id: str, **facts: Any) -> None:
@@ -190,7 +182,9 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
                 receiver.status = 500
                 await writer.submit(billed("run_before", "0.25"))  # no change
                 await writer.submit(billed("run_before", "0.20", later=20))
-                assert "run_before completed → 500" in (await process.stdout.readline()).decode()
+                assert "run_before completed → 500" in await asyncio.to_thread(
+                    process.stdout.readline
+                )
                 receiver.status = 204
                 await served.stop(signal.SIGKILL)
                 await writer.submit(started("run_lost"))
@@ -200,7 +194,7 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
                         Unseen(run_id="run_lost", at=at, error="no such run", missing=True)
                     )
                 await served.start()
-                assert "run_lost pending → 204" in (await process.stdout.readline()).decode()
+                assert "run_lost pending → 204" in await asyncio.to_thread(process.stdout.readline)
         finally:
             await served.close()
     assert list(events(receiver).values()) == [
@@ -242,15 +236,10 @@ async def test_a_wrong_token_is_refused(tracker: Commands, sqlite_url: str) -> N
     try:
         for arguments in ((), ("--token", "another-token-of-the-tests")):
             tracker.environ.clear()
-            process = await asyncio.create_subprocess_exec(
-                *(*TRACKER, "listen", "--print", "--url", served.url, *arguments),
-                cwd=tracker.folder,
-                env=tracker.essential,
-                stderr=subprocess.PIPE,
-            )
-            _, errors = await process.communicate()
-            assert process.returncode == 1
-            assert b"give one with the scope read with --token" in errors
-            assert b"of-the-tests" not in errors
+            command = ("listen", "--print", "--url", served.url, *arguments)
+            done = await asyncio.to_thread(tracker, *command)
+            assert done.returncode == 1
+            assert "give one with the scope read with --token" in done.stderr
+            assert "of-the-tests" not in done.stderr
     finally:
         await served.close()

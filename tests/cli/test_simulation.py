@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.conftest import Commands
 from tests.cli.test_usage import one_line
+from tests.support.forked import ForkedPython
 from tests.support.waiting import NO_SWEEPS, free_port
 
 
@@ -19,9 +20,8 @@ def tracker(new_tracker: Commands) -> Commands:
     return new_tracker
 
 
-def shown(process: "subprocess.Popen[str]") -> str:
+def shown(process: ForkedPython) -> str:
     """What the command prints before it serves."""
-    assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     text = ""
     for line in lines:

@@ -160,7 +160,6 @@ def test_downloading_what_settles_goes_on_until_interrupted(
     """A run that settles later is downloaded too; an interrupt reports what there is."""
     watching = stack.enter_context(quick.running("runs", "download", "--all-settled", "--watch"))
     run = settled_run(quick)
-    assert watching.stderr is not None
     lines = [watching.stderr.readline() for _ in range(4)]
     assert all(line.startswith(f"{run}.") for line in lines)
     watching.send_signal(signal.SIGINT)

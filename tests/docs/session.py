@@ -12,7 +12,7 @@ from typing import Final
 
 from tests.docs.pages import Block, shown
 from tests.e2e.processes import Process
-from tests.support.forked import Forked, report_no_waits
+from tests.support.forked import Forked, report_no_waits, run_python
 from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 from tracker.core.clock import utc_now
 
@@ -108,8 +108,13 @@ class Session:
 
     def run_python(self, block: Block) -> str:
         """Execute a block of Python; what it prints."""
-        command = [sys.executable, "-W", "error", "-c", self.own(block.text)]
-        return self._run(command, f"line {block.line}")
+        done = run_python(
+            *("-W", "error", "-c", self.own(block.text)),
+            env=self.environment,
+            cwd=self.directory,
+            together=True,
+        )
+        return _succeeded(done, f"line {block.line}")
 
     async def type(self, command: str, lines: Sequence[str] = (), where: str = "before") -> None:
         """Execute one command, and compare what it prints where `lines` show something."""
@@ -165,8 +170,7 @@ class Session:
             timeout=60,
             check=False,
         )
-        assert done.returncode == 0, f"{where}: {done.returncode}\n{done.stdout}"
-        return done.stdout if done.stdout.endswith("\n") else f"{done.stdout}\n"
+        return _succeeded(done, where)
 
     async def _serve(self, command: str) -> None:
         words = self.own(command).split()[1:]
@@ -192,6 +196,12 @@ class Session:
         """End every process."""
         for process in self._processes:
             await process.end()
+
+
+def _succeeded(done: "subprocess.CompletedProcess[str]", where: str) -> str:
+    """What it printed."""
+    assert done.returncode == 0, f"{where}: {done.returncode}\n{done.stdout}"
+    return done.stdout if done.stdout.endswith("\n") else f"{done.stdout}\n"
 
 
 def _programs() -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.forked import Forked
+from tests.support.forked import TRACKER, Forked
 from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 
 
@@ -28,15 +28,13 @@ class Process:
         env: Mapping[str, str],
         log: Path,
         cwd: Path | None = None,
-        program: Sequence[str] = ("-m", "tracker"),
     ) -> "Process":
-        """Start `tracker ARGUMENTS…` with the given variables alone, of the code in `cwd`; another
-        `program` of Python in its place."""
+        """Start `tracker ARGUMENTS…` with the given variables alone, of the code in `cwd`."""
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *program,
+                *TRACKER,
                 *arguments,
                 env=environment,
                 cwd=cwd,
@@ -54,10 +52,14 @@ class Process:
         log: Path,
         cwd: Path | None = None,
         prepare: Callable[[], None] | None = None,
+        program: Sequence[str] = TRACKER,
     ) -> "Process":
-        """The same, but with the code of this process, and there sooner; it calls `prepare`."""
+        """The same, but with the code of this process, and there sooner; it calls `prepare`. Another
+        `program` is what `python` takes."""
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
-        process = Forked.begin(*arguments, env=environment, output=log, folder=cwd, prepare=prepare)
+        process = Forked.begin(
+            *arguments, env=environment, output=log, folder=cwd, prepare=prepare, program=program
+        )
         return cls(process, log)
 
     async def answers(self, url: str) -> None:
@@ -193,7 +195,7 @@ class Sandbox:
         """Start a program of Python, `COMMAND…` as `python` takes it, in the test's directory."""
         log = self.directory / f"{len(self._processes)}-{Path(command[0]).stem}.log"
         env = self.environment | env
-        process = await Process.start(env=env, log=log, cwd=self.directory, program=command)
+        process = Process.fork(env=env, log=log, cwd=self.directory, program=command)
         self._processes.append(process)
         return process
 

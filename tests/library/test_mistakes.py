@@ -1,13 +1,13 @@
 """What is often wrong in a first program gets one error, which says what to do."""
 
-import subprocess
-import sys
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from tests.library.conftest import INPUTS, MakeTracker
+from tests.support.forked import run_python
 from tracker import Tracker, errors
 
 Call = Callable[[Tracker], Awaitable[Any]]
@@ -81,7 +81,5 @@ from tracker.sync import Tracker
 with Tracker(Settings(tracker_database_url="postgresql://127.0.0.1:1/none")):
     pass
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_python("-c", program, env={"PATH": os.environ["PATH"]})
     assert "StoreUnavailable: the database cannot be reached" in done.stderr.splitlines()[-1]

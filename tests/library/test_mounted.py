@@ -4,8 +4,6 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from html.parser import HTMLParser
@@ -23,6 +21,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from tests.library.conftest import INPUTS, MakeTracker
+from tests.support.forked import ForkedPython
 from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tests.web.callbacks import event, signed
 from tests.web.mounting import plain_uvicorn
@@ -234,15 +233,19 @@ app = Starlette(routes=[Mount("/flora", tracker.asgi())], lifespan=tracker.lifes
 """
 
 
+def _lead_session() -> None:
+    os.setsid()
+
+
 @pytest.fixture
-def run_uvicorn(tmp_path: Path, flora: Simulator) -> Callable[..., subprocess.Popen[str]]:
+def run_uvicorn(tmp_path: Path, flora: Simulator) -> Callable[..., ForkedPython]:
     """Runs the program with uvicorn's command, as people do."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def run(port: int, url: str, *arguments: str) -> subprocess.Popen[str]:
+    def run(port: int, url: str, *arguments: str) -> ForkedPython:
         options = flora.world.options
-        return subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "program:app", f"--port={port}", *arguments],
+        return ForkedPython(
+            *("-m", "uvicorn", "program:app", f"--port={port}", *arguments),
             cwd=tmp_path,
             env={
                 "PATH": os.environ["PATH"],
@@ -251,10 +254,8 @@ def run_uvicorn(tmp_path: Path, flora: Simulator) -> Callable[..., subprocess.Po
                 "TRACKER_DATABASE_URL": url,
                 "TRACKER_RECONCILE_CRON": NO_SWEEPS,
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+            together=True,
+            prepare=_lead_session,
         )
 
     return run
@@ -272,7 +273,7 @@ async def until_ready(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_uvicorn_stops_within_seconds_though_a_stream_is_open(
-    run_uvicorn: Callable[..., subprocess.Popen[str]], sqlite_url: str, number: signal.Signals
+    run_uvicorn: Callable[..., ForkedPython], sqlite_url: str, number: signal.Signals
 ) -> None:
     """It waits for open responses, without limit by default; the stream ends when it stops."""
     port = free_port()
@@ -294,7 +295,7 @@ async def test_uvicorn_stops_within_seconds_though_a_stream_is_open(
 
 
 async def test_several_processes_of_uvicorn_share_a_database(
-    run_uvicorn: Callable[..., subprocess.Popen[str]], postgres_url: str
+    run_uvicorn: Callable[..., ForkedPython], postgres_url: str
 ) -> None:
     """Each with its worker; a run started by either ends once, and all of them stop."""
     port = free_port()
@@ -311,8 +312,8 @@ async def test_several_processes_of_uvicorn_share_a_database(
                     return bool(answer.json()["tracking"] == "settled")
 
                 await eventually(settled, timeout=30)
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
             output, _ = await asyncio.to_thread(process.communicate, timeout=20)
         finally:
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
     assert "Traceback" not in output

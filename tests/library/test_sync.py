@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import pytest
 import tracker
 import tracker.sync
 from tests.library.conftest import INPUTS
+from tests.support.forked import ForkedPython
 from tests.support.waiting import NO_SWEEPS, eventually
 from tests.web.callbacks import event, signed
 from tracker.errors import (
@@ -64,15 +64,12 @@ def blocking(flora: Simulator, database_url: str) -> Iterator[Tracker]:
     tracker.close()
 
 
-async def script(text: str, folder: Path, environ: dict[str, str]) -> asyncio.subprocess.Process:
+def script(text: str, folder: Path, environ: dict[str, str]) -> ForkedPython:
     """A process that runs a script with these variables."""
     file = folder / "script.py"
     file.write_text(text)
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", file,
-        env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **environ},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    env = {"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **environ}
+    return ForkedPython("-W", "error", str(file), env=env)
 
 
 def public(kind: type) -> dict[str, Any]:
@@ -254,14 +251,13 @@ loop = asyncio.new_event_loop()  # asyncio.run would take the signal; a notebook
 loop.run_until_complete(cell())
 loop.close()
 """
-    process = await script(text, tmp_path, environment(flora, database_url))
-    assert process.stdout is not None
-    assert await process.stdout.readline() == b"waiting\n"
-    process.send_signal(signal.SIGINT)
-    out, errors = await process.communicate()
-    assert (out, process.returncode) == (b"interrupted False\ncompleted\n", 0), errors.decode()
-    assert b"Traceback" not in errors
-    assert b"Warning" not in errors
+    with script(text, tmp_path, environment(flora, database_url)) as process:
+        assert await asyncio.to_thread(process.stdout.readline) == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        out, errors = await asyncio.to_thread(process.communicate)
+    assert (out, process.returncode) == ("interrupted False\ncompleted\n", 0), errors
+    assert "Traceback" not in errors
+    assert "Warning" not in errors
 
 
 async def test_each_forked_process_opens_its_own(
@@ -296,16 +292,16 @@ work("parent")
 fork()
 work("parent")
 """
-    process = await script(text, tmp_path, environment(flora, database_url))
-    out, errors = await process.communicate()
-    said = out.decode().splitlines()
+    with script(text, tmp_path, environment(flora, database_url)) as process:
+        out, errors = await asyncio.to_thread(process.communicate)
+    said = out.splitlines()
     assert said[:2] + said[3:] == ["child completed 1", *2 * ["parent completed 1"]], errors
     if database_url.startswith("sqlite"):
         assert said[2].startswith("this process was forked while the tracker was open")
     else:
         assert said[2] == "child completed 1"
     assert process.returncode == 0
-    assert b"Traceback" not in errors
+    assert "Traceback" not in errors
 
 
 async def test_a_tracker_that_cannot_open_says_why_and_tries_again(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """A copy to another database holds everything that the first one does, or nothing."""
 
 import asyncio
+import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from sqlalchemy import Connection, inspect, text
 from tests.store.every_value import Rows, every_value, everything, fill, in_order
 from tests.store.making import callback, open_writer
 from tests.support.databases import Background, copy_sqlite, sqlite_url_of
+from tests.support.forked import run_python
 from tests.support.waiting import eventually
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError, StoreUnavailable
 from tracker.store import copy as copying
@@ -226,8 +226,9 @@ asyncio.run(copy(*sys.argv[1:], progress=lambda step: step.table == "run_events"
 
 async def test_a_copy_that_is_killed_leaves_nothing(full_sqlite_url: str, target_url: str) -> None:
     """Nor does one whose process dies with nearly all rows written, to the disk too."""
-    command = [sys.executable, "-c", DYING, full_sqlite_url, target_url]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+    command = ("-c", DYING, full_sqlite_url, target_url)
+    done = await asyncio.to_thread(run_python, *command, env=os.environ, cwd=ROOT)
+    assert done.returncode == 9
     if target_url.startswith("sqlite"):
         journal = Path(f"{DatabaseUrl.parse(target_url).path}-journal")
         assert journal.stat().st_size > 0

@@ -2,8 +2,7 @@
 
 import asyncio
 import itertools
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +15,7 @@ import sqlalchemy as sa
 from tests.store.test_migrations import ROOT, on, schema
 from tests.store.upgrading import OldWriters, revisions
 from tests.support.databases import PostgresDatabases, sqlite_url_of
+from tests.support.forked import run_python
 from tests.support.logs import capture_logs
 from tests.support.waiting import START_SECONDS, eventually
 from tracker.store import migrate
@@ -112,10 +112,9 @@ async def test_an_upgrade_that_is_killed_is_not_half(
         await migrate.upgrade(empty_database_url, revision)
         whole[revision] = await on(empty_database_url, schema)
     following = dict(itertools.pairwise([None, *revisions()]))
-    command = [sys.executable, "-m", "tests.store.dying_upgrades", *empty_databases]
-    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=subprocess.PIPE)
-    _, errors = await process.communicate()
-    assert process.returncode == 0, errors.decode()
+    command = ("-m", "tests.store.dying_upgrades", *empty_databases)
+    done = await asyncio.to_thread(run_python, *command, env=os.environ, cwd=ROOT, timeout=150)
+    assert done.returncode == 0, done.stderr
     for url in empty_databases[1:]:
         revision = await migrate.current(url)
         assert revision != migrate.head()
@@ -167,11 +166,11 @@ async def test_an_index_waits_for_older_transactions_and_blocks_none(
             async with writers.at_work("during"):
                 upgrading = asyncio.create_task(migrate.upgrade(empty_postgres_url))
                 await eventually(partial(_are_there, db, _WAITING_INDEX))
-                other = await _other_upgrade(empty_postgres_url)
+                other = asyncio.create_task(_other_upgrade(empty_postgres_url))
                 await eventually(partial(_are_there, db, _WAITING_UPGRADE), START_SECONDS)
             assert not upgrading.done()
         await upgrading
-        assert await other.wait() == 0
+        assert await other == 0
     await reader.close()
     assert writers.errors == []
     assert max(writers.waits) < DatabaseTimes().lock
@@ -189,7 +188,9 @@ async def _are_there(db: Database, what: str) -> bool:
         return bool(await connection.scalar(sa.text(f"SELECT count(*) FROM {what}")))
 
 
-async def _other_upgrade(url: str) -> asyncio.subprocess.Process:
+async def _other_upgrade(url: str) -> int:
+    """Upgrade in another process; its exit status."""
     program = "import asyncio, sys; from tracker.store.migrate import upgrade; "
     program += "asyncio.run(upgrade(sys.argv[1]))"
-    return await asyncio.create_subprocess_exec(sys.executable, "-c", program, url, cwd=ROOT)
+    done = await asyncio.to_thread(run_python, "-c", program, url, env=os.environ, cwd=ROOT)
+    return done.returncode

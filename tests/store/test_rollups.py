@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,6 +26,7 @@ from tests.store.making import (
     seen,
     started,
 )
+from tests.support.forked import run_python
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.observation import Observation, Source
@@ -383,8 +382,9 @@ async def test_runs_from_before_the_rollups_are_counted(empty_database_url: str)
         _ACTIVE.format(**words),
     ]
     environment = {**os.environ, "TRACKER_DATABASE_URL": empty_database_url}
-    command = [sys.executable, "-m", "alembic", "upgrade", "0002"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = ("-m", "alembic", "upgrade", "0002")
+    done = await asyncio.to_thread(run_python, *command, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     engine = migration_engine(DatabaseUrl.parse(empty_database_url))
     async with engine.begin() as connection:
         if connection.dialect.name == "postgresql":

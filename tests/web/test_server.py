@@ -5,8 +5,6 @@ import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.forked import ForkedPython
 from tests.support.waiting import START_SECONDS, eventually, free_port
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.serving import post, wire
@@ -77,29 +76,21 @@ def test_a_port_that_there_is_not_is_reported_plainly() -> None:
 
 
 @asynccontextmanager
-async def _process(
-    tmp_path: Path, **environment: str
-) -> AsyncIterator[tuple[str, subprocess.Popen[str]]]:
+async def _process(tmp_path: Path, **environment: str) -> AsyncIterator[tuple[str, ForkedPython]]:
     """The program on SQLite, once it answers."""
     port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(port)],
-        env={
-            "PATH": os.environ["PATH"],
-            "TRACKER_DATABASE_URL": f"sqlite:///{tmp_path}/tracker.db",
-            "FLORA_WEBHOOK_SECRET": SECRET,
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {
+        "PATH": os.environ["PATH"],
+        "TRACKER_DATABASE_URL": f"sqlite:///{tmp_path}/tracker.db",
+        "FLORA_WEBHOOK_SECRET": SECRET,
+        **environment,
+    }
     base_url = f"http://127.0.0.1:{port}"
-    try:
+    with ForkedPython("-c", PROGRAM, str(port), env=env) as process:
         async with httpx.AsyncClient(base_url=base_url) as client:
 
             async def answers() -> bool:
-                assert process.poll() is None, process.communicate()[1]
+                assert process.returncode is None, process.communicate()[1]
                 try:
                     return (await client.get("/readyz")).status_code == 200
                 except httpx.TransportError:
@@ -107,12 +98,9 @@ async def _process(
 
             await eventually(answers, timeout=START_SECONDS)
         yield base_url, process
-    finally:
-        process.kill()
-        process.communicate()
 
 
-async def _end(process: subprocess.Popen[str]) -> tuple[int, str]:
+async def _end(process: ForkedPython) -> tuple[int | None, str]:
     """The exit status and what was logged."""
     _, logged = await asyncio.to_thread(process.communicate, timeout=15)
     return process.returncode, logged
@@ -171,19 +159,14 @@ async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None
     """Nothing is waited for that nobody needs any more."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host, port = silent.getsockname()[:2]
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(free_port())],
-            env={
-                "PATH": os.environ["PATH"],
-                "TRACKER_DATABASE_URL": f"postgresql://postgres@{host}:{port}/tracker",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        silent.settimeout(START_SECONDS)
-        connection, _ = await asyncio.to_thread(silent.accept)
-        with connection:
-            process.send_signal(signal.SIGTERM)
-            status, logged = await _end(process)
+        env = {
+            "PATH": os.environ["PATH"],
+            "TRACKER_DATABASE_URL": f"postgresql://postgres@{host}:{port}/tracker",
+        }
+        with ForkedPython("-c", PROGRAM, str(free_port()), env=env) as process:
+            silent.settimeout(START_SECONDS)
+            connection, _ = await asyncio.to_thread(silent.accept)
+            with connection:
+                process.send_signal(signal.SIGTERM)
+                status, logged = await _end(process)
     assert status == 0, logged

@@ -1,8 +1,7 @@
 """`GET /api/stream`: every change of a run once, in order, from any process."""
 
 import asyncio
-import subprocess
-import sys
+import os
 import time
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -14,6 +13,7 @@ import pytest
 from sqlalchemy import delete, event
 
 from tests.store.making import NOW, called, ids, seen, started
+from tests.support.forked import run_python
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving, wire
@@ -144,11 +144,8 @@ async def test_changes_of_other_processes_are_sent(database_url: str, serve: Ser
     async with serve(database_url) as site, site.services.signals:
         await eventually(lambda: site.services.signals.listening)
         async with following(site.client) as events:
-            other = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", program, database_url, stderr=subprocess.PIPE
-            )
-            _, said = await other.communicate()
-            assert other.returncode == 0, said
+            done = await asyncio.to_thread(run_python, "-c", program, database_url, env=os.environ)
+            assert done.returncode == 0, done.stderr
             assert [run["run_id"] for run in await events.runs(1)] == ["run_elsewhere"]
 
 
