@@ -54,8 +54,10 @@ class Process:
         prepare: Callable[[], None] | None = None,
         program: Sequence[str] = TRACKER,
     ) -> "Process":
-        """The same, but with the code of this process, and there sooner; it calls `prepare`. Another
-        `program` is what `python` takes."""
+        """The same, but with the code of this process, and there sooner; it calls `prepare`.
+
+        Another `program` is what `python` takes.
+        """
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
         process = Forked.begin(
             *arguments, env=environment, output=log, folder=cwd, prepare=prepare, program=program
