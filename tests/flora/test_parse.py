@@ -25,6 +25,7 @@ from tracker.core.errors import (
 from tracker.core.inputs import Port
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora import parse
 from tracker.flora.parse import decode
@@ -348,8 +349,8 @@ def read_callback(value: object) -> Observation | str:
     return parse.callback(json.dumps(value).encode(), at=AT)
 
 
-def envelope(value: object, webhook_id: str | None = None) -> parse.Envelope:
-    return parse.envelope(json.dumps(value).encode(), webhook_id=webhook_id)
+def delivery(value: object, webhook_id: str | None = None) -> Delivery:
+    return parse.delivery(json.dumps(value).encode(), at=AT, webhook_id=webhook_id)
 
 
 def test_a_callback() -> None:
@@ -362,8 +363,10 @@ def test_a_callback() -> None:
         run_type="technique",
         workspace_id="ws_1",
     )
-    assert envelope(event()) == parse.Envelope(
+    assert delivery(event()) == Delivery(
         delivery_id="whd_1",
+        received_at=AT,
+        body=json.dumps(event()).encode(),
         event_type="run.completed",
         api_version="2026-06-11",
         created_at=datetime.fromtimestamp(1_750_000_000, UTC),
@@ -409,17 +412,17 @@ def test_what_is_not_understood(value: object, reason: str) -> None:
     assert isinstance(read, str)
     assert reason in read
     if isinstance(value, dict):
-        assert envelope(value).delivery_id == "whd_1"
+        assert delivery(value).delivery_id == "whd_1"
 
 
 @pytest.mark.parametrize("no_id", [None, "", 7, "x" * 256, ["whd_1"]])
 def test_a_delivery_always_has_an_id(no_id: object) -> None:
     """Without an id in the body the header's counts, and without either the body's digest."""
     value = event(id=no_id)
-    assert envelope(value, webhook_id="whd_header").delivery_id == "whd_header"
+    assert delivery(value, webhook_id="whd_header").delivery_id == "whd_header"
     digest = sha256(json.dumps(value).encode()).hexdigest()
-    assert envelope(value).delivery_id == f"sha256:{digest}"
-    assert envelope(value, webhook_id="").delivery_id == f"sha256:{digest}"
+    assert delivery(value).delivery_id == f"sha256:{digest}"
+    assert delivery(value, webhook_id="").delivery_id == f"sha256:{digest}"
 
 
 @pytest.mark.parametrize(
@@ -440,14 +443,14 @@ def test_a_delivery_always_has_an_id(no_id: object) -> None:
 )
 def test_hostile_bodies(body: bytes) -> None:
     """No bytes whatever make a reader raise, and every delivery has an id."""
-    assert parse.envelope(body).delivery_id
+    assert parse.delivery(body, at=AT).delivery_id
     assert isinstance(parse.callback(body, at=AT), str)
 
 
 @given(body=st.binary())
 def test_any_bytes(body: bytes) -> None:
     """No bytes whatever make a reader raise, and every delivery has an id."""
-    assert parse.envelope(body).delivery_id
+    assert parse.delivery(body, at=AT).delivery_id
     assert parse.callback(body, at=AT)
 
 
@@ -458,7 +461,7 @@ def test_any_bytes(body: bytes) -> None:
 def test_any_callback(value: Any, data: dict[str, Any]) -> None:
     """Any JSON is read as a callback: it is an observation, or a reason why it is none."""
     for told in (value, event(data=data)):
-        assert envelope(told).delivery_id
+        assert delivery(told).delivery_id
         assert read_callback(told)
 
 

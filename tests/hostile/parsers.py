@@ -83,7 +83,7 @@ def answers(data: bytes) -> None:
         wait = waits.retry_after_of(head, now=NOW)
         assert wait is None or 0 <= wait <= waits.LONGEST_WAIT, wait
     elif kind == "callback":
-        about = parse.envelope(body, webhook_id=more)
+        about = parse.delivery(body, at=NOW, webhook_id=more)
         _fits(about.delivery_id, about.run_id, about.workspace_id, about.event_type)
         observation = parse.callback(body, at=NOW)
         if isinstance(observation, str):

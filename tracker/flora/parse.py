@@ -7,7 +7,7 @@ required: without it `FloraUnreadable` is raised, and no other error ever is.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -28,9 +28,9 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
-from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus, status_of
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
@@ -167,21 +167,6 @@ class Page(Generic[T]):
     unreadable: list[str]
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
-    """The envelope of a callback: enough to store it, understood or not.
-
-    `delivery_id` is the body's id, else the header's, else the body's digest.
-    """
-
-    delivery_id: str
-    event_type: str | None
-    api_version: str | None
-    created_at: datetime | None
-    run_id: str | None
-    workspace_id: str | None
-
-
 def run(
     payload: object,
     *,
@@ -259,23 +244,38 @@ def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
     return Page(items=items, next_cursor=next_cursor if listed else None, unreadable=unreadable)
 
 
-def envelope(body: bytes, *, webhook_id: str | None = None) -> Envelope:
-    """The envelope of an authentic callback's body. Raises nothing, whatever the bytes.
+def delivery(
+    body: bytes,
+    *,
+    at: datetime,
+    webhook_id: str | None = None,
+    signers: Sequence[str | None] = (None,),
+    token: str | None = None,
+) -> Delivery:
+    """An authentic callback, received at `at`, as it is stored, understood or not.
 
-    `webhook_id` is the header `Flora-Webhook-Id`, for a body without an id.
+    Its id is the body's, else `webhook_id` (the header `Flora-Webhook-Id`), else the body's digest.
+    `signers` are the workspaces whose secret signed it: one, unless several share a secret; then it
+    is the one that the body names, else the first. `token` is that of its address. Raises nothing,
+    whatever the bytes.
     """
     try:
         event = as_object(decode(body))
     except FloraUnreadable:
         event = {}
     data = as_object(event.get("data"))
-    return Envelope(
+    named = as_id(data.get("workspace_id"))
+    signer = named if named in signers else signers[0]
+    return Delivery(
         delivery_id=as_id(event.get("id")) or as_id(webhook_id) or digest_id(body),
+        received_at=at,
+        body=body,
+        run_id=as_id(data.get("run_id")),
         event_type=as_id(event.get("type")),
         api_version=as_id(event.get("api_version")),
+        workspace_id=signer or named,
         created_at=as_time(event.get("created_at")),
-        run_id=as_id(data.get("run_id")),
-        workspace_id=as_id(data.get("workspace_id")),
+        callback_token=token,
     )
 
 

@@ -43,13 +43,13 @@ def verified(settings: Settings, body: bytes, headers: Mapping[str, str]) -> Ver
         )
     now = utc_now()
     verify(signature, body, secrets, now=now, tolerance=settings.tracker_signature_tolerance)
-    envelope = parse.envelope(body, webhook_id=webhook_id)
+    delivery = parse.delivery(body, at=now, webhook_id=webhook_id)
     seen = parse.callback(body, at=now)
     return VerifiedCallback(
-        delivery_id=envelope.delivery_id,
-        event_type=envelope.event_type,
-        run_id=envelope.run_id,
+        delivery_id=delivery.delivery_id,
+        event_type=delivery.event_type,
+        run_id=delivery.run_id,
         status=None if isinstance(seen, str) else str(seen.status),
-        workspace_id=envelope.workspace_id,
-        created_at=envelope.created_at,
+        workspace_id=delivery.workspace_id,
+        created_at=delivery.created_at,
     )

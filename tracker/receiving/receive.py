@@ -5,7 +5,7 @@ A sender waits for storing alone: one statement for a group, which reads no run 
 """
 
 import asyncio
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -192,7 +192,7 @@ class Receiver:
         now = self.clock()
         secret = self._verify(body, signature, now)
         signers = self.workspaces.signers[secret]
-        delivery = parse_delivery(
+        delivery = parse.delivery(
             body,
             at=now,
             webhook_id=webhook_id,
@@ -221,31 +221,3 @@ class Receiver:
                 raise
         secrets = [*self.workspaces.signers]
         return secrets[verify(signature, body, secrets, now=now, tolerance=self.tolerance)]
-
-
-def parse_delivery(
-    body: bytes,
-    *,
-    at: datetime,
-    webhook_id: str | None,
-    signers: Sequence[str | None],
-    token: str | None = None,
-) -> Delivery:
-    """An authentic callback, received at `at`, as it is stored. Never raises.
-
-    `signers` are the workspaces whose secret signed it: one, unless several share a secret; then it
-    is the one that the body names, else the first.
-    """
-    envelope = parse.envelope(body, webhook_id=webhook_id)
-    signer = envelope.workspace_id if envelope.workspace_id in signers else signers[0]
-    return Delivery(
-        delivery_id=envelope.delivery_id,
-        received_at=at,
-        body=body,
-        run_id=envelope.run_id,
-        event_type=envelope.event_type,
-        api_version=envelope.api_version,
-        workspace_id=signer or envelope.workspace_id,
-        created_at=envelope.created_at,
-        callback_token=token,
-    )

@@ -17,9 +17,9 @@ from sqlalchemy import Connection
 from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
+from tracker.flora import parse
 from tracker.polling.workspaces import Service
 from tracker.receiving.apply import Applier, parse_stored
-from tracker.receiving.receive import parse_delivery
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.runs import DeliveryRow, get_delivery, get_run
@@ -121,7 +121,7 @@ class Replayer(Service):
     def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
         """The delivery as it is parsed now; its id may come from a header, which is not kept."""
         signer = row.workspace_id if self.workspaces.has(row.workspace_id) else None
-        again = parse_delivery(body, at=row.received_at, webhook_id=None, signers=[signer])
+        again = parse.delivery(body, at=row.received_at, signers=[signer])
         return replace(again, delivery_id=row.delivery_id)
 
     async def _why_not(self, delivery: Delivery) -> str | None:
