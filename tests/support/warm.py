@@ -22,6 +22,9 @@ _command = typer.main.get_command(app)
 typer.main.get_command = lambda _: _command  # type: ignore[assignment]
 
 
+_environ, _folder = dict(os.environ), os.getcwd()
+for _name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+    os.environ.pop(_name, None)  # what is forked has variables of its own
 share_compiled()
 share_context()
 for _trust_env in (True, False):
@@ -34,7 +37,6 @@ def _run(*arguments: str) -> None:
         main()
 
 
-_environ, _folder = dict(os.environ), os.getcwd()
 with TemporaryDirectory() as _empty:
     os.chdir(_empty)
     _run("runs", "list")
