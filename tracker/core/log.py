@@ -10,8 +10,9 @@ Neither the message nor the traceback contains a known secret, or anything of th
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from contextvars import ContextVar, Token
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import quote
@@ -123,21 +124,14 @@ def get_logger(name: str) -> Logger:
     return Logger(name)
 
 
-class log_context:
+@contextmanager
+def log_context(**fields: Any) -> Iterator[None]:
     """Adds fields to every event that is logged in the block, and in tasks started there."""
-
-    __slots__ = ("_fields", "_token")
-
-    def __init__(self, **fields: Any) -> None:
-        self._fields = fields
-
-    def __enter__(self) -> None:
-        outer = _context.get()
-        fields = {**outer, **self._fields} if outer else self._fields
-        self._token: Token[Fields] = _context.set(fields)
-
-    def __exit__(self, *_: object) -> None:
-        _context.reset(self._token)
+    token = _context.set({**_context.get(), **fields})
+    try:
+        yield
+    finally:
+        _context.reset(token)
 
 
 def add_log_context(**fields: Any) -> None:

@@ -366,9 +366,11 @@ class PollRound:
                 found, workspace = await self._read_elsewhere(found, run)
             elif found.observation is not None:
                 self._readable = True
-            others = attributed_page(workspace, found.others)
-            others = await without_removed(poller.database, others)
-            entries: list[Entry] = [Seen(observation=item) for item in others]
+            entries: list[Entry] = []
+            if found.others:
+                others = attributed_page(workspace, found.others)
+                others = await without_removed(poller.database, others)
+                entries += [Seen(observation=item) for item in others]
             if found.observation is None:
                 found.missing = found.missing and await self._is_readable()
                 entries.append(
