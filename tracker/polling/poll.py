@@ -213,7 +213,8 @@ class Poller(Service):
         try:
             claimed = poll_round.remaining.values()
             await self.durations.learn(record.run.technique_id for record in claimed)
-            await poll_round.read()
+            await poll_round.read_pages()
+            await poll_round.read_singly()
         finally:
             renewing.cancel()
             # What was not read (too many for one round, FLORA down, a shutdown) is due as before.

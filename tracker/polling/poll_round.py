@@ -136,11 +136,6 @@ class PollRound:
         """Whether FLORA refuses requests, or has not answered any."""
         return self._refused or (self._failures >= FAILURES and not self._answered)
 
-    async def read(self) -> None:
-        """Read pages, then single runs. Failures of FLORA are noted; raises `StoreUnavailable`."""
-        await self._read_pages()
-        await self._read_singly()
-
     async def read_one(self, record: Record) -> Record:
         """Read one run; what is known of it afterwards.
 
@@ -162,8 +157,11 @@ class PollRound:
 
     # Pages
 
-    async def _read_pages(self) -> None:
-        """Read history pages while they pay, and drop the runs that they settle."""
+    async def read_pages(self) -> None:
+        """Read history pages while they pay, and drop the runs that they settle.
+
+        Failures of FLORA are noted. Raises `StoreUnavailable`.
+        """
         poller, slot, backoff = self._poller, self._workspace.slot, self._poller.page_backoff
         wanted = self._listable()
         if len(wanted) < 2 or backoff.left(slot):
@@ -305,8 +303,8 @@ class PollRound:
 
     # Single reads
 
-    async def _read_singly(self) -> None:
-        """Read remaining runs one by one; each result is written at once."""
+    async def read_singly(self) -> None:
+        """Read remaining runs one by one; each result is written at once. Raises as `read_pages`."""
         permits = asyncio.Semaphore(self._client.request_limit.concurrency)
         until = time.monotonic() + ROUND_SECONDS
         shareable = {

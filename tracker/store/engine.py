@@ -159,8 +159,8 @@ class Database:
 
     async def fetchval(self, query: Executable) -> Any:
         """The first value of the first row of one query, if any. Raises as `read` does."""
-        row = await self.fetchrow(query)
-        return None if row is None else row[0]
+        async with self.read() as connection:
+            return (await connection.execute(query)).scalar()
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` over a connection, in one transaction, and return its result.

@@ -16,6 +16,9 @@ from tracker.store.schema import batches, leases, runs, starts, workspace_keys
 
 BEFORE_IDS: Final = "default"
 """The name of the top-level workspace in rows of versions before migration 0009."""
+_WAIT: Final = "wait:"
+_CONTACT: Final = "contact:"
+"""Before the workspace's place in the settings, in the names of leases."""
 _AT_ONCE: Final = 5000
 """Rows moved in one transaction."""
 
@@ -111,20 +114,16 @@ async def give_ids(db: Database, workspace_id: str) -> int:
 
 async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> None:
     """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then."""
-    key, values = {"name": _wait_name(slot)}, {"holder": told, "until": until}
+    key, values = {"name": _WAIT + slot}, {"holder": told, "until": until}
     statement = db.upsert(leases, key, values, leases.c.until < until)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def waits_until(db: Database, slot: str) -> datetime | None:
     """Until when the workspace in `slot` was last asked to wait, if ever."""
-    statement = select(leases.c.until).where(leases.c.name == _wait_name(slot))
+    statement = select(leases.c.until).where(leases.c.name == _WAIT + slot)
     found: datetime | None = await db.fetchval(statement)
     return found
-
-
-def _wait_name(slot: str) -> str:
-    return f"wait:{slot}"
 
 
 # Whether FLORA answers, as the processes on one database have seen it.
@@ -133,7 +132,6 @@ def _wait_name(slot: str) -> str:
 # after the workspace's place in the settings, `until` being when FLORA was last asked, and `holder`
 # the rest as JSON. It describes the moment, and is neither copied nor kept with the history.
 
-_PREFIX: Final = "contact:"
 _AHEAD: Final = timedelta(minutes=1)
 """A state that is further ahead was stored before the clock was set back, and says nothing."""
 
@@ -142,20 +140,20 @@ async def keep_contact(db: Database, slot: str, own: ContactState, *, now: datet
     """Join what this process has seen of the workspace in `slot` to what is stored."""
 
     def work(connection: Connection) -> None:
-        stored = connection.execute(select(leases).where(leases.c.name == _PREFIX + slot))
+        stored = connection.execute(select(leases).where(leases.c.name == _CONTACT + slot))
         before = _state(stored.one_or_none(), now)
         state = own if before is None else joined(before, own)
         values = {"holder": _text(state), "until": state.asked_at}
-        connection.execute(db.upsert(leases, {"name": _PREFIX + slot}, values))
+        connection.execute(db.upsert(leases, {"name": _CONTACT + slot}, values))
 
     await db.write(work)
 
 
 async def stored_contacts(db: Database, *, now: datetime) -> dict[str, ContactState]:
     """The stored states of all workspaces, by their place in the settings."""
-    statement = select(leases).where(leases.c.name.startswith(_PREFIX))
+    statement = select(leases).where(leases.c.name.startswith(_CONTACT))
     rows = await db.fetch(statement)
-    states = {row.name.removeprefix(_PREFIX): _state(row, now) for row in rows}
+    states = {row.name.removeprefix(_CONTACT): _state(row, now) for row in rows}
     return {slot: state for slot, state in states.items() if state is not None}
 
 
