@@ -304,7 +304,7 @@ class PollRound:
     # Single reads
 
     async def read_singly(self) -> None:
-        """Read remaining runs one by one; each result is written at once. Raises as `read_pages`."""
+        """Read remaining runs one by one; write each result at once. Raises as `read_pages`."""
         permits = asyncio.Semaphore(self._client.request_limit.concurrency)
         until = time.monotonic() + ROUND_SECONDS
         shareable = {
