@@ -111,8 +111,9 @@ ONE_DATABASE = ("delivering", "e2e", "hostile", "web", "worker")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--every-database` is for CI: every test of both databases runs on both."""
-    parser.addoption("--every-database", action="store_true", help="run no test on one alone")
+    """`--every-database` is for CI: every test of both databases runs on both, and every test of
+    HTTP with the application alone and mounted."""
+    parser.addoption("--every-database", action="store_true", help="run every test in every way")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,5 +1,6 @@
 """Fixtures: the services on a database of the test's own, and the application served over them."""
 
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import (
     AbstractAsyncContextManager,
@@ -38,11 +39,20 @@ Serve = Callable[..., AbstractAsyncContextManager[Site]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each HTTP test runs with the application alone, and mounted in another one; with the mark
+    """Each HTTP test runs with the application alone or mounted in another one, as its name
+    decides, so that each has half of the tests; with both where it has the mark `served_twice`,
+    because addresses are its subject, or all are asked for with `--every-database`. With the mark
     `alone` it is about our own server, which is not there where the application is mounted."""
-    alone = metafunc.definition.get_closest_marker("alone") is not None
-    if "is_mounted" in metafunc.fixturenames and not alone:
-        metafunc.parametrize("is_mounted", [False, True], ids=["alone", "mounted"])
+    test = metafunc.definition
+    if "is_mounted" not in metafunc.fixturenames or test.get_closest_marker("alone") is not None:
+        return
+    ways = {"alone": False, "mounted": True}
+    every = metafunc.config.getoption("every_database")
+    if not every and test.get_closest_marker("served_twice") is None:
+        # Another bit of it than chooses the database: each of them is served in both ways.
+        chosen = ("alone", "mounted")[zlib.crc32(metafunc.function.__name__.encode()) >> 1 & 1]
+        ways = {chosen: ways[chosen]}
+    metafunc.parametrize("is_mounted", list(ways.values()), ids=list(ways))
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from tracker.store.engine import Database
 from tracker.store.schema import deliveries
 from tracker.web.http.limits import Limits
 
+pytestmark = pytest.mark.served_twice
+
 LIMIT = 256 * 1024
 
 

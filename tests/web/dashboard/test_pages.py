@@ -20,6 +20,8 @@ from tracker.store.queries import batches, sweeps
 from tracker.store.queries import sweeps as coverage
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
+pytestmark = pytest.mark.served_twice
+
 PATHS = ["/", "/runs", "/deliveries", "/techniques", "/health", "/runbook.html"]
 
 

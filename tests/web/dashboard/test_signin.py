@@ -25,6 +25,8 @@ from tracker.web.dashboard.access import local_path
 from tracker.web.http.limits import Limits
 from tracker.web.sessions import IDLE, LASTS, Sessions
 
+pytestmark = pytest.mark.served_twice
+
 PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/health", "/no/such/page"]
 
 
