@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import reduce
@@ -294,13 +295,22 @@ def test_times_in_seconds_and_milliseconds_agree() -> None:
     assert not run.conflict
 
 
-def test_links_signed_anew_are_no_conflict() -> None:
-    """A link whose query alone changed is the same output; another file is a conflict."""
-    signed = Output("output_1", "imageUrl", PICTURE.url + "?sig=2")
-    other = Output("output_1", "imageUrl", "https://media.example/2.png")
-    end = observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))
-    assert not fold([end, observe(Source.POLL, RunStatus.COMPLETED, outputs=(signed,))]).conflict
-    assert fold([end, observe(Source.POLL, RunStatus.COMPLETED, outputs=(other,))]).conflict
+@pytest.mark.parametrize(
+    "others",
+    [
+        (replace(PICTURE, url=PICTURE.url + "?sig=2"),),
+        (replace(PICTURE, url="https://media.example/2.png"),),
+        (PICTURE, Output("output_2", "text", "a second one")),
+        (replace(PICTURE, output_id="output_3"),),
+    ],
+)
+def test_other_outputs_are_no_conflict(others: tuple[Output, ...]) -> None:
+    """`conflict` is about the end: of outputs the latest count, whatever an earlier read showed."""
+    first = observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,), sent_at=SOON)
+    later = observe(Source.POLL, RunStatus.COMPLETED, outputs=others, sent_at=LATE)
+    for order in ([first, later], [later, first]):
+        run = fold(order)
+        assert (run.outputs, run.conflict) == (others, False)
 
 
 def precedence_of(run: Run, field: str) -> Precedence:

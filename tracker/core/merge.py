@@ -15,17 +15,16 @@ on their order nor on repetition. So a late, repeated or stale observation is ha
   observation, in the database's time, so that neither order nor hosts matter. A failed run without
   a cost has the cost "none".
 * `quoted_cost` is the greatest quote; a different bill is no contradiction.
-* `progress` is a maximum, `conflict` an "or".
+* `progress` is a maximum, `conflict` an "or": two ends differ in status or error code.
 * A run that the API reports as completed has no error. That keeps the join, because nothing has a
   higher precedence.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from operator import attrgetter
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from tracker.core.observation import Observation, Source
 from tracker.core.run import (
@@ -96,8 +95,7 @@ def merge(run: Run | None, seen: Observation) -> Run:
     if seen.charged_cost is not None or seen.status is RunStatus.FAILED:
         precedences = _join_cost(run, seen, precedences, news)
     if seen.outputs:
-        precedences, differ = _join_outputs(run, seen, seen.outputs, precedences, news)
-        conflict = conflict or differ
+        precedences = _join_outputs(run, seen, seen.outputs, precedences, news)
     details = _joined_details(run, seen)
     top, unknown = max(run.precedence, precedence), None
     if run.unknown_status is not None or seen.unknown_status is not None:
@@ -166,30 +164,26 @@ def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
 
 def _join_outputs(
     run: Run, seen: Observation, theirs: tuple[Output, ...], precedences: int, news: dict[str, Any]
-) -> tuple[int, bool]:
-    """Merge the outputs; returns the precedences, and whether two reads of the end disagree."""
+) -> int:
+    """Merge the outputs; returns the precedences."""
     place = _DIGIT["outputs"]
     ours, our_digit = run.outputs, precedences >> place & 0o7
     digit: int = seen.precedence
     read_at = _NEVER
-    differ = False
     if seen.precedence.ended_at_api:
         read_at = seen.read_at
         digit = READ if seen.source is Source.POLL else LISTED
-        if ours is not None and our_digit >= Precedence.FAILED:
-            # Links may be signed anew, with another query.
-            differ = [*map(_bare, ours)] != [*map(_bare, theirs)]
     if ours is not None and (run.outputs_read_at or _NEVER, our_digit, ours) >= (
         read_at,
         digit,
         theirs,
     ):
-        return precedences, differ
+        return precedences
     if ours != theirs:
         news["outputs"] = theirs
     if read_at is not _NEVER:
         news["outputs_read_at"] = read_at
-    return precedences & ~(0o7 << place) | digit << place, differ
+    return precedences & ~(0o7 << place) | digit << place
 
 
 def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool, str]:
@@ -205,14 +199,3 @@ def _joined_details(run: Run, seen: Observation) -> Details:
     if run.precedence == seen.precedence:
         return max(ours, theirs)
     return ours if run.precedence > seen.precedence else theirs
-
-
-def _bare(output: Output) -> Output:
-    """The output with its link as far as it is the same each time."""
-    if output.type == "text":
-        return output
-    try:
-        parts = urlsplit(output.url)
-    except ValueError:  # not a URL: compare it verbatim
-        return output
-    return replace(output, url=parts._replace(query="", fragment="").geturl())

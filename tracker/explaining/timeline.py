@@ -227,21 +227,14 @@ def _contradiction(seen: Observation, earlier: Sequence[Observation], after: Run
                 f"reported {_state(seen)}. The run counts as {after.status}: {rule}."
             )
     for other in reversed(ends):
-        if other.precedence == seen.precedence and (parts := _differences(other, seen)):
+        one, two = other.error, seen.error
+        if other.precedence == seen.precedence and one and two and one.code != two.code:
             that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
             return (
-                f"Sources agree about the end but not about {_listed(parts)}: {that}, and {this}."
+                f"Sources agree about the end but not about the error ({one.code} and {two.code}): "
+                f"{that}, and {this}."
             )
     return f"This observation ({_state(seen)}) contradicts an earlier one."
-
-
-def _differences(one: Observation, other: Observation) -> list[str]:
-    found = []
-    if one.error and other.error and one.error.code != other.error.code:
-        found.append(f"the error ({one.error.code} and {other.error.code})")
-    if one.outputs and other.outputs and one.outputs != other.outputs:
-        found.append("the outputs")
-    return found
 
 
 def _delivery_of(seen: Observation, deliveries: Sequence[DeliveryRow]) -> DeliveryRow | None:
