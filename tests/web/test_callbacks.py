@@ -67,6 +67,14 @@ async def test_an_address_with_a_token_is_taken_as_the_plain_one(small_site: Sit
     assert (await small_site.client.post(path, content=body, headers=signed(body))).is_success
     (delivery,) = await stored(small_site.services.database)
     assert delivery["run_id"] == "run_1"
+    for number, odd in enumerate(("%00", "%ED%A0%80", "%ff", "x" * 65, "a%20b", "%C3%A9")):
+        body = event(f"run_odd_{number}")
+        answer = await small_site.client.post(f"{PATH}/{odd}", content=body, headers=signed(body))
+        assert answer.is_success, odd
+    assert {row["callback_token"] for row in await stored(small_site.services.database)} == {
+        None,
+        "a-token-nobody-knows",
+    }
     for other in (f"{PATH}/", f"{PATH}/a/b"):
         answer = await small_site.client.post(other, content=body, headers=signed(body))
         assert answer.status_code == 404

@@ -8,6 +8,7 @@ ASGI application.
 
 import asyncio
 import logging
+import re
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -32,8 +33,8 @@ from tracker.web.http.responses import (
 
 _RECEIVING: Final = "tracker.receiving"
 """The key of a callback in its scope that waits for its commit."""
-LONGEST_TOKEN: Final = 64
-"""Characters of a start's token; a path with a longer one counts as the bare address."""
+_TOKEN: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
+"""A start's token; an address that ends in anything else counts as the bare one."""
 
 E = TypeVar("E", bound=Exception)
 
@@ -128,7 +129,7 @@ class Callbacks:
             body,
             signature=signature,
             webhook_id=webhook_id,
-            token=token if 0 < len(token) <= LONGEST_TOKEN else None,
+            token=token if _TOKEN.fullmatch(token) else None,
         )
 
     def _taken(self, received: Received, started: float) -> PrebuiltResponse:
