@@ -86,6 +86,9 @@ def test_starts_tell_what_is_wrong_with_them(tracker: Commands, stack: ExitStack
         # This input takes the id of an element too, so that only FLORA can tell.
         (1, ("cctv-cam", "--input", "face=no link"), "inputs[0].value: must be an http"),
         (2, ("cctv-cam", "--input", FACE, "--workspace", "ws_x"), "ws_x is not configured"),
+        # A variable of a script that is not set.
+        (2, ("cctv-cam", "--input", FACE, "--workspace", ""), "--workspace': must not be empty"),
+        (2, ("cctv-cam", "--input", FACE, "--idempotency-key", ""), "key: must be 1 to 255"),
     ):
         done = tracker("runs", "start", *arguments)
         assert done.returncode == status, done.stderr

@@ -80,7 +80,7 @@ def start(
                 inputs=typed(definition.ports if definition else (), values),
                 workspace_id=workspace,
                 # Made once: a second attempt has to use the first one's.
-                idempotency_key=idempotency_key or f"trk-{uuid4()}",
+                idempotency_key=f"trk-{uuid4()}" if idempotency_key is None else idempotency_key,
                 started_by="cli",
                 tags=tags,
             )
