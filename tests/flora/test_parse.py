@@ -165,7 +165,7 @@ def test_any_value_in_any_field(payload: object, expected: str | None) -> None:
     assert merge(known, seen) is known
 
 
-@pytest.mark.parametrize("odd", [True, "0.5", [1], {}, float("nan"), float("inf"), 10**400])
+@pytest.mark.parametrize("odd", [True, "half", [1], {}, float("nan"), float("inf"), 10**400])
 def test_odd_numbers_are_not_shown(odd: object) -> None:
     """A truth value, a text, a NaN or a monstrous number is no progress, no time and no cost."""
     fields = dict.fromkeys(["progress", "created_at", "charged_cost"], odd)
@@ -205,6 +205,40 @@ def test_money_is_exact() -> None:
     assert [seen.charged_cost for seen in read] == [Decimal(str(cost)) for cost in costs]
     refund = {"run_id": "r", "status": "failed", "charged_cost": -0.5}
     assert read_run(refund).charged_cost is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.05", "0.05"),
+        ("12", "12"),
+        ("0.30", "0.3"),
+        ("0", "0"),
+        *((odd, None) for odd in ("", "-0.5", "1e3", "NaN", "Infinity", ".5", "5.", " 1", "1_0")),
+        *((odd, None) for odd in ("$1", "0,05", "1" * 16, "0." + "1" * 31, "\u0661", "0x1")),
+    ],
+)
+def test_a_cost_may_be_text(text: str, expected: str | None) -> None:
+    """A plain decimal number counts also where FLORA writes it as text, and nothing else does."""
+    seen = read_run({"run_id": "r", "status": "completed", "charged_cost": text})
+    assert seen.charged_cost == (None if expected is None else Decimal(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2025-06-15T15:06:40Z", datetime(2025, 6, 15, 15, 6, 40, tzinfo=UTC)),
+        ("2025-06-15T17:06:40.123456+02:00", datetime(2025, 6, 15, 15, 6, 40, 123456, UTC)),
+        *((odd, None) for odd in ("2025-06-15T15:06:40", "2025-06-15", "soon", "1750000000")),
+        *((odd, None) for odd in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00")),
+        ("0001-01-01T00:00:00+01:00", None),
+    ],
+)
+def test_a_time_may_be_iso_8601(text: str, expected: datetime | None) -> None:
+    """A time with a zone counts, as UTC; one without a zone says nothing, nor does a zero time."""
+    names = ("created_at", "started_at", "completed_at")
+    seen = read_run({"run_id": "r", "status": "completed", **dict.fromkeys(names, text)})
+    assert {seen.created_at, seen.started_at, seen.completed_at} == {expected}
 
 
 def test_what_no_database_holds_is_replaced() -> None:

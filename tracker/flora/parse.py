@@ -7,6 +7,7 @@ required: without it `FloraUnreadable` is raised, and no other error ever is.
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -43,6 +44,7 @@ LARGEST_NUMBER: Final = 1e15
 """Beyond the year 9999 in milliseconds, and still exact as a float."""
 MILLISECONDS_FROM: Final = 1e11
 """Times from here on are in milliseconds."""
+_DECIMAL: Final = re.compile(r"\d{1,15}(\.\d{1,30})?", re.ASCII)
 
 
 def decode(body: bytes) -> object:
@@ -119,11 +121,16 @@ def as_percent(value: object) -> float | None:
 
 
 def as_time(value: object) -> datetime | None:
-    """A Unix time in seconds or milliseconds, as aware UTC; 0 means "never"."""
-    number = as_number(value)
-    if number is None or number <= 0:
-        return None
+    """A Unix time in seconds or milliseconds, or ISO 8601 with a zone, as aware UTC; 1970 and
+    before mean "never"."""
     try:
+        if isinstance(value, str):
+            moment = datetime.fromisoformat(value)
+            named = moment.tzinfo is not None and moment.timestamp() > 0
+            return moment.astimezone(UTC) if named else None
+        number = as_number(value)
+        if number is None or number <= 0:
+            return None
         seconds = number / 1000 if number >= MILLISECONDS_FROM else number
         return datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):  # after the year 9999
@@ -131,7 +138,9 @@ def as_time(value: object) -> datetime | None:
 
 
 def as_dollars(value: object) -> Decimal | None:
-    """An amount of USD, 0 or more, by the number's shortest decimal form."""
+    """An amount of USD, 0 or more, by the number's shortest decimal form; as a number or text."""
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
     number = as_number(value)
     return None if number is None or number < 0 else Decimal(str(number))
 
