@@ -199,6 +199,7 @@ async def test_the_difference_of_the_clocks_is_allowed_for(
             clock.move(0.1)
             await workspace.require_client().history(limit=1)
             if tenth == 10:
+                assert await attempt(services, "an-earlier-one")  # its answer shows FLORA's clock
                 flora.start("icon-pack")  # a colleague's, which began before ours
         change(flora, lost_starts=1.0)
         assert await attempt(services) is None
@@ -211,20 +212,80 @@ async def test_the_difference_of_the_clocks_is_allowed_for(
         assert await attempt(services) == ours
 
 
+LOST = {"lost_starts": 1.0, "keys_released": True}
+"""A start is answered 500 although it made a run, and its key would start another."""
+
+
+async def _recover_for_long(services: Services, clock: HandClock) -> None:
+    for _ in range(10):
+        clock.move(100)
+        await services.recovery.recover()
+
+
+@pytest.mark.parametrize(
+    ("clocks", "shown"),
+    [
+        ({"date_offset": 1}, False),
+        ({"date_offset": 100}, False),
+        ({"date_offset": 3600}, False),
+        ({"clock_offset": -100, "date_offset": 100}, False),
+        ({"date_offset": 3600}, True),
+        ({"clock_offset": -10_800, "date_offset": 10_800}, True),
+        ({"clock_offset": 600, "date_offset": -600}, True),
+    ],
+)
+async def test_nothing_is_paid_twice_where_created_at_is_behind_the_date_of_answers(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    clocks: dict[str, float],
+    shown: bool,
+) -> None:
+    """A gateway writes `Date`; up to two minutes are allowed for before a start has shown FLORA's
+    clock, and however much it differs afterwards."""
+    async with make_flora(**clocks) as flora:
+        services = await open_on(flora)
+        if shown:
+            assert await attempt(services, "an-earlier-one") is not None
+            clock.move(1)
+        change(flora, **LOST)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        await _recover_for_long(services, clock)
+        assert len(flora.world.runs) == posts(flora) == 1 + shown
+        assert await state_of(services.database) == "in_doubt"
+
+
+async def test_a_run_from_before_holds_up_nothing_once_floras_clock_is_known(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A colleague's run of three seconds before is excluded, hours behind `Date` as well."""
+    async with make_flora(clock_offset=-10_800, date_offset=10_800) as flora:
+        services = await open_on(flora)
+        assert await attempt(services, "an-earlier-one") is not None
+        colleagues = flora.start("icon-pack")
+        clock.move(4)
+        change(flora, **GATEWAY)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        await _recover_for_long(services, clock)
+        assert await attempt(services) not in (None, colleagues.run_id)
+
+
 async def _send_again(services: Services) -> None:
     """Let FLORA say that it knows the key."""
     [workspace] = services.workspaces
     async with services.database.read() as connection:
-        body = await connection.scalar(select(starts.c.request_body))
+        query = select(starts.c.request_body).where(starts.c.idempotency_key == "key-1")
+        body = await connection.scalar(query)
     with pytest.raises(FloraRefusal) as refused:
         await workspace.require_client().start_run(
             "tech_icon-pack", body=str(body), idempotency_key="key-1"
         )
     assert refused.value.status == 409
     error = {"status": 409, "message": "known", "conflict": True}
-    await services.database.write(
-        lambda connection: connection.execute(starts.update().values(error=error)).rowcount
-    )
+    known = starts.update().where(starts.c.idempotency_key == "key-1").values(error=error)
+    await services.database.write(lambda connection: connection.execute(known).rowcount)
 
 
 async def test_two_starts_in_doubt_do_not_guess_between_runs(

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -35,6 +35,7 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.flora import parse
+from tracker.flora.clock import FloraClocks
 from tracker.flora.contact import Breaker, Contact
 from tracker.flora.parse import decode
 from tracker.flora.request_limit import RequestLimit, SharedWaits
@@ -184,10 +185,9 @@ class _Progress:
 class Caller:
     """Makes calls with one key, through one request limit and one breaker.
 
-    `deadline` is in seconds, for a call with all repetitions. `clock_offset` is FLORA's clock minus
-    ours by its last answer, `clock_bounds` its least and greatest possible value by all answers,
-    `request_id` the id of the last answer; all are `None` before the first. `traced` means that the
-    transport reports when a request is written.
+    `deadline` is in seconds, for a call with all repetitions. `clocks` are FLORA's, `request_id` is
+    the id of the last answer, `None` before the first. `traced` means that the transport reports
+    when a request is written.
     """
 
     http: httpx.AsyncClient
@@ -209,8 +209,7 @@ class Caller:
         )
         self.breaker = Breaker(clock=self.clock, monotonic=self.monotonic)
         self.contact = Contact(clock=self.clock, monotonic=self.monotonic)
-        self.clock_offset: timedelta | None = None
-        self.clock_bounds: tuple[timedelta, timedelta] | None = None
+        self.clocks = FloraClocks()
         self.request_id: str | None = None
         self._calls: list[_Progress] = []
 
@@ -327,7 +326,8 @@ class Caller:
             )
             if self.on_request is not None:
                 self.on_request(call.endpoint, status, seconds)
-        self._learn_clock(response.headers, sent_at)
+        if (date := http_date(response.headers.get("date", ""))) is not None:
+            self.clocks.answered(date, sent_at=sent_at, at=self.clock())
         return FloraAnswer(
             endpoint=call.endpoint,
             sent_at=sent_at,
@@ -352,21 +352,6 @@ class Caller:
         progress.sent = True
         if call.answer_seconds is not None:
             progress.timeout.reschedule(asyncio.get_running_loop().time() + call.answer_seconds)
-
-    def _learn_clock(self, headers: httpx.Headers, sent_at: datetime) -> None:
-        """Narrow the bounds of FLORA's clock: `Date` is cut to seconds, and lies between the times
-        of request and answer."""
-        date = http_date(headers.get("date", ""))
-        if date is None:
-            return
-        now = self.clock()
-        self.clock_offset = date - now
-        least, most = date - now, date + timedelta(seconds=1) - sent_at
-        if self.clock_bounds is not None:
-            lower, upper = max(least, self.clock_bounds[0]), min(most, self.clock_bounds[1])
-            if lower <= upper:  # else one of the clocks was set
-                least, most = lower, upper
-        self.clock_bounds = least, most
 
     def _refusal(self, answer: FloraAnswer) -> FloraRefusal:
         if 300 <= answer.status < 400:

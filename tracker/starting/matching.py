@@ -30,7 +30,6 @@ LAST_SECONDS: Final = 8.0
 """How long the end of the process waits for answers that are not stored yet."""
 MARGIN: Final = timedelta(minutes=10)
 """How far back the history is read besides, because it is only roughly sorted by creation."""
-_NO_DIFFERENCE: Final = (timedelta(), timedelta())
 
 log = get_logger(__name__)
 
@@ -152,8 +151,7 @@ class StartMatcher:
                     item.run_id: item for item in page.items if item.technique_id == technique_id
                 }
                 oldest = history.oldest(page.items)
-                earliest = since + (client.clock_bounds or _NO_DIFFERENCE)[0]
-                if oldest is not None and oldest < earliest - MARGIN:
+                if oldest is not None and oldest < client.earliest_creation(since) - MARGIN:
                     break
         return {
             run_id: item
@@ -195,15 +193,9 @@ class StartMatcher:
 
 
 def _may_have_begun(workspace: Workspace, run: Observation, since: datetime) -> bool:
-    """Whether a run may have begun at or after `since`, by our clock.
+    """Whether a run may be one whose start was sent at or after `since`, by our clock.
 
-    Allows for the measured difference of the clocks, and for FLORA's times being cut to seconds or
-    milliseconds. A run without a time may have.
+    A run without a time may be.
     """
-    if run.created_at is None:
-        return True
-    bounds = workspace.require_client().clock_bounds or _NO_DIFFERENCE
-    cut = timedelta()
-    if run.created_at.microsecond % 1000 == 0:
-        cut = timedelta(milliseconds=1) if run.created_at.microsecond else timedelta(seconds=1)
-    return run.created_at + cut > since + bounds[0]
+    earliest = workspace.require_client().earliest_creation(since)
+    return run.created_at is None or run.created_at >= earliest
