@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
@@ -99,6 +100,7 @@ class Switch:
     def __init__(self, at: Point) -> None:
         self._at = at
         self._count = 0
+        self._wanted = at.nth
 
     def install(self) -> None:
         """Watch every commit and every request of this process."""
@@ -117,7 +119,8 @@ class Switch:
                 self._die("before", name)
                 return done
 
-            committed = await write(database, written)
+            with self._next_one_if_it_fails():
+                committed = await write(database, written)
             self._die("after", name)
             return committed
 
@@ -134,7 +137,8 @@ class Switch:
                     self._die("before", reached[0])
                 return done
 
-            committed = await write(database, written)
+            with self._next_one_if_it_fails(lambda: bool(reached)):
+                committed = await write(database, written)
             if reached:
                 self._die("after", reached[0])
             return committed
@@ -145,7 +149,8 @@ class Switch:
             if name is None:
                 return await statement(database, text, values)
             self._die("before", name)
-            committed = await statement(database, text, values)
+            with self._next_one_if_it_fails():
+                committed = await statement(database, text, values)
             self._die("after", name)
             return committed
 
@@ -157,12 +162,9 @@ class Switch:
             if name is None:
                 return await send(transport, request)
             self._die("before", name)
-            try:
+            with self._next_one_if_it_fails():
                 response = await send(transport, request)
                 await response.aread()
-            except BaseException:
-                self._count -= 1  # no answer, no "after": the next one counts
-                raise
             self._die("after", name)
             return response
 
@@ -177,7 +179,18 @@ class Switch:
         if self._at.name is not None and self._at.name not in names:
             return None
         self._count += 1
-        return (self._at.name or next(iter(names))) if self._count == self._at.nth else None
+        return (self._at.name or next(iter(names))) if self._count == self._wanted else None
+
+    @contextmanager
+    def _next_one_if_it_fails(self, is_meant: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Without a commit or an answer there is no "after": then the next one is meant, however
+        many were begun meanwhile."""
+        try:
+            yield
+        except BaseException:
+            if is_meant():
+                self._wanted = self._count + 1
+            raise
 
     def _die(self, when: When, name: str) -> None:
         """End this process as a power cut would, leaving word of where it was."""

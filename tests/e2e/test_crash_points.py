@@ -3,12 +3,13 @@
 `python -m bench.soak_crash` goes through all of them.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.crash_run import Role, crash_run
-from tests.e2e.crashing import Point
+from tests.e2e.crashing import Point, Switch
 
 POINTS: tuple[tuple[Role, Point], ...] = (
     # A start that is about to leave; one that FLORA has answered, and nobody else knows of.
@@ -58,3 +59,14 @@ async def test_what_was_promised_survives_a_kill_at_any_crash_point(
     assert verdict.paid_twice == []
     assert verdict.starts > 0
     assert verdict.deliveries > 0
+
+
+def test_where_one_is_not_answered_the_next_one_is_meant() -> None:
+    """Also where others were begun before that was known."""
+    switch, name = Switch(Point(when="after", name="GET /runs/*")), "GET /runs/*"
+    with suppress(TimeoutError), switch._next_one_if_it_fails():
+        assert switch._reached({name}) == name
+        assert switch._reached({name}) is None
+        raise TimeoutError
+    assert switch._reached({name}) == name
+    assert switch._reached({name}) is None
