@@ -128,6 +128,7 @@ async def test_every_page_is_accessible(live: LiveTracker, open_page: OpenPage) 
         pytest.skip("axe-core is not installed: `make install` does it where npm is")
     watched = await open_page(color_scheme="light", reduced_motion="reduce")
     page = watched.page
+    await page.add_init_script(path=AXE)
     await page.goto(f"{live.url}/login")
     await _assert_accessible(page, "/login")
     await sign_in(page, live.url)
@@ -191,7 +192,6 @@ async def _batch(live: LiveTracker) -> str:
 
 
 async def _assert_accessible(page: Page, path: str) -> None:
-    await page.evaluate(AXE.read_text())
     assert await page.evaluate(NEEDS_HOVER) == [], path
     for width in (1280, 360):
         await page.set_viewport_size({"width": width, "height": 800})
