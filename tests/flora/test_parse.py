@@ -173,6 +173,11 @@ def test_odd_numbers_are_not_shown(odd: object) -> None:
     assert (seen.progress, seen.created_at, seen.charged_cost) == (None, None, None)
 
 
+def test_a_progress_is_a_number() -> None:
+    """A number as text is no progress: only costs are read from text."""
+    assert read_run({"run_id": "r", "status": "running", "progress": "50"}).progress is None
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

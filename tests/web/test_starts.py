@@ -177,6 +177,7 @@ async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url:
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "flora_unreachable")
 
 
+@pytest.mark.served_twice
 async def test_a_started_run_asks_for_a_callback_where_there_is_an_address(
     serve: Serve, sqlite_url: str, is_mounted: bool
 ) -> None:

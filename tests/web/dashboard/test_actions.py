@@ -145,6 +145,7 @@ async def test_the_bearer_token_needs_nothing_besides(closed: Site) -> None:
     assert await outcome(closed) == "applied"
 
 
+@pytest.mark.served_twice
 async def test_an_action_loaded_again_leads_to_its_page(browser: httpx.AsyncClient) -> None:
     """A reload after an action shows the page and repeats nothing."""
     answer = await browser.get("/deliveries/whd%2F1%3Fx/replay")

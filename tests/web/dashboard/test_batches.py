@@ -109,6 +109,7 @@ async def test_rows_are_shown_by_outcome_and_by_error(serve: Serve, database_url
             assert answer.status_code == 400, wrong
 
 
+@pytest.mark.served_twice
 async def test_many_rows_are_reached_by_page_and_by_row(small_site: Site) -> None:
     """A hundred on a page, with numbered pages of which the near ones are named, and a way to any
     row; rows may be missing from the sheet."""

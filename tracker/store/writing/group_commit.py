@@ -168,6 +168,7 @@ class GroupCommit(Generic[T, R]):
                     size += group[-1].size
                 await self._commit_group(group)
                 self._writing = []
+                del group  # bodies are not kept while nothing arrives
             elif self._closing:
                 return
             else:
