@@ -106,7 +106,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     fork_workers(config, len(specs))
 
 
-ONE_DATABASE = ("delivering", "e2e", "hostile", "web", "worker")
+ONE_DATABASE = ("delivering", "e2e", "hostile", "library", "web", "worker")
 """Folders of code that has no SQL of its own."""
 
 

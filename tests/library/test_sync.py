@@ -260,6 +260,7 @@ loop.close()
     assert "Warning" not in errors
 
 
+@pytest.mark.both_databases
 async def test_each_forked_process_opens_its_own(
     flora: Simulator, database_url: str, tmp_path: Path
 ) -> None:
