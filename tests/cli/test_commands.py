@@ -7,6 +7,7 @@ import sqlite3
 import time
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 
@@ -95,6 +96,25 @@ def test_starts_tell_what_is_wrong_with_them(tracker: Commands, stack: ExitStack
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 1
         assert said in done.stderr
+
+
+def test_a_named_workspace_is_the_keys_own_or_nothing_is_started(
+    tracker: Commands, stack: ExitStack, tmp_path: Path
+) -> None:
+    """Also where FLORA_WORKSPACE_ID is not set, and nothing has learnt the id yet."""
+    simulate(tracker, stack)
+    tracker.environ["FLORA_WORKSPACE_ID"] = ""
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text("face\nhttps://example.com/a.png\n")
+    for command in (
+        ("runs", "start", "cctv-cam", "--input", FACE),
+        ("batch", "cctv-cam", str(sheet), "--yes", "--no-wait"),
+        ("runs", "track", "run_1"),
+    ):
+        done = tracker(*command, "--workspace", "ws_x")
+        assert done.returncode == 2, done.stderr
+        assert done.stderr == "tracker: workspace ws_x is not configured here\n"
+    assert tracker.json("runs", "list")["runs"] == []
 
 
 def test_a_refused_key_is_status_1(tracker: Commands, stack: ExitStack) -> None:

@@ -13,14 +13,22 @@ from sqlalchemy import select
 from tests.support.clocks import HandClock
 from tests.support.waiting import eventually, free_port
 from tests.web.serving import serving
-from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.clock import utc_now
-from tracker.core.errors import FloraError, FloraRefusal, StartError, StoreUnavailable
+from tracker.core.errors import (
+    FloraError,
+    FloraRefusal,
+    InvalidRequest,
+    SettingsError,
+    StartError,
+    StoreUnavailable,
+)
 from tracker.core.observation import Source
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
+from tracker.starting.sheet import sheet_of_objects
 from tracker.starting.start import StartRequest
 from tracker.store.engine import Database
 from tracker.store.queries import starts as start_log
@@ -425,6 +433,45 @@ async def test_without_an_id_nothing_is_started(
         assert not flora.world.runs
         named = await open_on(flora, flora_workspace_id="ws_simulator")
         assert await attempt(named) is not None
+
+
+async def _ask_for(services: Services, workspace_id: str) -> None:
+    """Each way to start something, or to track it, in a workspace that is named."""
+    with pytest.raises((InvalidRequest, FloraError, SettingsError)) as first:
+        await services.starter.start(request(workspace_id=workspace_id))
+    sheet = sheet_of_objects([(1, {"prompt": "a"})])
+    for asked in (
+        services.batches.plan("icon-pack", sheet, name="one", workspace_id=workspace_id),
+        services.tracker.track("run_1", workspace_id=workspace_id),
+        services.tracker.track_shown("run_1", workspace_id=workspace_id),
+    ):
+        with pytest.raises(type(first.value)):
+            await asked
+    raise first.value
+
+
+async def test_nothing_is_started_in_another_workspace_than_the_one_named(
+    make_flora: MakeFlora, open_on: OpenServices, hurry: Hurry
+) -> None:
+    """FLORA is asked for the id of the key's own once, and only where an id is named; a process
+    that starts later knows it from the database."""
+    async with make_flora() as flora:
+        change(flora, refuse={"workspaces.list": "not_found"})
+        with pytest.raises(SettingsError, match="FLORA_WORKSPACE_ID"):
+            await _ask_for(await open_on(flora), "ws_zzz")
+        change(flora, refuse={})
+        flora.world.counts.clear()
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match="ws_zzz is not configured here"):
+                await _ask_for(await open_on(flora), "ws_zzz")
+        assert not flora.world.runs
+        assert flora.world.counts == {("workspaces.list", 200): 1}
+        assert await attempt(await open_on(flora), workspace_id="ws_simulator") is not None
+        unasked = await open_on(flora)
+        hurry(unasked, flora)
+        unasked.workspaces.rotate("default", api_key="sk_test_another", secrets=())
+    with pytest.raises(FloraError, match="no answer"):
+        await _ask_for(unasked, "ws_simulator")
 
 
 async def test_a_restart_knows_whose_key_it_is(flora: Simulator, open_on: OpenServices) -> None:

@@ -73,7 +73,7 @@ def start(
         async with flora_deadline(services):
             definition = None
             if any(type_ is None for _, type_, _ in values):
-                used = services.workspaces.pick(workspace)
+                used = await services.workspaces.pick(workspace)
                 definition = await services.catalogue.definition(used, technique)
             request = StartRequest(
                 technique=technique,

@@ -48,7 +48,7 @@ async def given_inputs(
     _raise(faults)
     ports: Sequence[Port] = ()
     if any(kind is None for _, kind, _ in values):
-        workspace = services.workspaces.pick(workspace_id)
+        workspace = await services.workspaces.pick(workspace_id)
         ports = (await services.catalogue.definition(workspace, technique)).ports
     return typed(ports, values)
 

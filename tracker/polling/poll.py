@@ -148,7 +148,7 @@ class Poller(Service):
 
         Raises `SettingsError` without a key, and `KeyRefused`, `RateLimited` and `OtherWorkspace`.
         """
-        workspace = self.workspaces.pick(run.workspace_id)
+        workspace = await self.workspaces.pick(run.workspace_id)
         record = Record(run=run, source=Source.TRACK, first_seen_at=self.clock())
         poll_round = PollRound(self, workspace, [record])
         return await poll_round.read_entries(workspace.require_client(), record)

@@ -149,16 +149,20 @@ class Workspaces:
                 signers.setdefault(secret, []).append(workspace)
         return signers
 
-    def pick(self, workspace_id: str | None) -> Workspace:
+    async def pick(self, workspace_id: str | None) -> Workspace:
         """The workspace that a caller asks for, which may be left out if there is only one.
 
-        Raises `InvalidRequest` if it is unknown, or left out and there are several.
+        Raises `InvalidRequest` if it is unknown, or left out and there are several. Where its id is
+        not learnt yet, it is looked up by the API key, and `pick` raises as `id_of` does.
         """
         if workspace_id is None:
             if len(self._all) == 1:
                 return self._all[0]
             known = ", ".join(workspace.name for workspace in self._all)
             raise _fault(f"several workspaces are configured, name one of them: {known}")
+        if not self.has(workspace_id):
+            for unnamed in [one for one in self.keyed if one.workspace_id is None]:
+                await self.id_of(unnamed)
         found = self.of(workspace_id)
         if found is None:
             raise _fault(f"workspace {workspace_id} is not configured here")

@@ -54,7 +54,7 @@ class BatchPlanner(Service):
         cannot be started, `DefinitionChanged` if rows would start anew because the technique has
         changed (unless `accept_changes`), and what reading FLORA raises.
         """
-        workspace = self.workspaces.pick(workspace_id)
+        workspace = await self.workspaces.pick(workspace_id)
         workspace_id = await self.workspaces.id_of(workspace)
         definition, price_error = await self.catalogue.priced(workspace, technique)
         if (reason := obstacle(definition.ports)) is not None:

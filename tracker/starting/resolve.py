@@ -165,7 +165,7 @@ class RunTracker(Service):
         `technique` is an id or a slug. Raises `InvalidRequest` for an unknown workspace and
         `StoreUnavailable`.
         """
-        workspace = self.workspaces.pick(workspace_id)
+        workspace = await self.workspaces.pick(workspace_id)
         result = await self.writer.submit(
             Seen(
                 observation=Observation(
@@ -191,7 +191,7 @@ class RunTracker(Service):
         if stored is not None:
             tracked = await self.track(run_id, technique=technique, workspace_id=workspace_id)
             return replace(tracked, record=await self.poller.read_now(tracked.record))
-        workspace = self.workspaces.pick(workspace_id)
+        workspace = await self.workspaces.pick(workspace_id)
         run = Run(
             run_id=run_id,
             workspace_id=workspace_id or workspace.workspace_id,

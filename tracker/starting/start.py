@@ -113,7 +113,7 @@ class Starter(Service):
         `FloraError`.
         """
         give_up = self.monotonic() + (self.deadline if wait is None else wait)
-        workspace = self.workspaces.pick(request.workspace_id)
+        workspace = await self.workspaces.pick(request.workspace_id)
         workspace.require_client()
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)

@@ -158,6 +158,7 @@ class Api(BatchOperations):
             201: Answer("The run, tracked from now on.", Run),
             200: Answer("The run, which was tracked already.", Run),
         },
+        (502, 504),
     )
     async def track_run(self, request: Request, body: TrackBody) -> Response:
         """Track a run that was started elsewhere.
