@@ -5,7 +5,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,15 @@ def _lead_session() -> None:
     os.setsid()
 
 
+def _has_members(group: int) -> bool:
+    """Whether a process of that group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.fixture
 def run_uvicorn(tmp_path: Path, flora: Simulator) -> Callable[..., ForkedPython]:
     """Runs the program with uvicorn's command, as people do."""
@@ -314,6 +323,8 @@ async def test_several_processes_of_uvicorn_share_a_database(
                 await eventually(settled, timeout=30)
             process.send_signal(signal.SIGTERM)
             output, _ = await asyncio.to_thread(process.communicate, timeout=20)
+            await eventually(lambda: not _has_members(process.pid))
         finally:
-            os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert "Traceback" not in output

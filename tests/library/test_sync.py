@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,6 @@ import pytest
 import tracker
 import tracker.sync
 from tests.library.conftest import INPUTS
-from tests.support.forked import ForkedPython
 from tests.support.waiting import NO_SWEEPS, eventually
 from tests.web.callbacks import event, signed
 from tracker.errors import (
@@ -64,12 +65,15 @@ def blocking(flora: Simulator, database_url: str) -> Iterator[Tracker]:
     tracker.close()
 
 
-def script(text: str, folder: Path, environ: dict[str, str]) -> ForkedPython:
-    """A process that runs a script with these variables."""
+def script(text: str, folder: Path, environ: dict[str, str]) -> "subprocess.Popen[str]":
+    """A process that runs a script with these variables; not a forked one, which ends without
+    finalizing Python, where warnings of what was left open are printed."""
     file = folder / "script.py"
     file.write_text(text)
     env = {"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **environ}
-    return ForkedPython("-W", "error", str(file), env=env)
+    command = [sys.executable, "-W", "error", str(file)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def public(kind: type) -> dict[str, Any]:

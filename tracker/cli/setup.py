@@ -192,7 +192,7 @@ def check_run_ids(texts: list[str] | None) -> list[str]:
     return list(dict.fromkeys(map(_check_run_id, texts or ())))
 
 
-def _check_not_empty(text: str | None) -> str | None:
+def check_not_empty(text: str | None) -> str | None:
     """A script's variable that is not set must not mean that the option was left out."""
     if text == "":
         raise typer.BadParameter("must not be empty")
@@ -237,14 +237,12 @@ WorkspaceOption = Annotated[
         "--workspace",
         metavar="W",
         help="Workspace id, where several are configured.",
-        callback=_check_not_empty,
+        callback=check_not_empty,
     ),
 ]
 WorkspaceFilter = Annotated[
     str | None,
-    typer.Option(
-        "--workspace", metavar="W", help="Filter by workspace.", callback=_check_not_empty
-    ),
+    typer.Option("--workspace", metavar="W", help="Filter by workspace.", callback=check_not_empty),
 ]
 LimitOption = Annotated[int, typer.Option("--limit", help="Maximum rows.", min=1, max=100)]
 CursorOption = Annotated[

@@ -10,6 +10,7 @@ from tracker.cli.setup import (
     CursorOption,
     LimitOption,
     WorkspaceFilter,
+    check_not_empty,
     flora_deadline,
     print_list,
     run_once,
@@ -26,7 +27,12 @@ app = typer.Typer(
 Key = Annotated[str, typer.Argument(metavar="KEY", help="Idempotency key of the start.")]
 OfWorkspace = Annotated[
     str | None,
-    typer.Option("--workspace", metavar="W", help="Where several workspaces have used the key."),
+    typer.Option(
+        "--workspace",
+        metavar="W",
+        help="Where several workspaces have used the key.",
+        callback=check_not_empty,
+    ),
 ]
 
 

@@ -30,7 +30,7 @@ def parse_usd(value: str | float | Decimal) -> Decimal:
     except InvalidOperation:
         amount = Decimal(-1)
     if not amount.is_finite() or amount < 0:
-        raise ValueError(f"{value!r} is not an amount of USD")
+        raise ValueError(f"{str(value)!r} is not an amount of USD")
     return amount
 
 

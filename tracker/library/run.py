@@ -57,7 +57,10 @@ class Owned(Generic[Owner]):
         """The tracker that read it. Raises `TrackerNotOpen` for a copy."""
         owner: Owner | None = getattr(self, "_owner", None)
         if owner is None:
-            raise TrackerNotOpen(f"this copy of {self!r} belongs to no tracker: read it with one")
+            raise TrackerNotOpen(
+                f"this copy of a {type(self).__name__.lower()} belongs to no tracker: use "
+                "tracker.get(run_id) or tracker.batch(batch_id)"
+            )
         return owner
 
 

@@ -7,7 +7,7 @@ all have ended. After an interruption the next plan of the same sheet resumes th
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -74,10 +74,16 @@ class Batches(BatchPlanner):
     budget_every: timedelta = BUDGET_EVERY
 
     async def launch_of(
-        self, plan: BatchPlan, order: Order, *, concurrency: int, wait: bool = True
+        self,
+        plan: BatchPlan,
+        order: Order,
+        *,
+        concurrency: int,
+        spent: Mapping[str, Decimal] | None = None,
+        wait: bool = True,
     ) -> BatchLaunch:
-        """The launch of a plan. `concurrency` is how many rows are started at a time; `wait` waits
-        for starts in doubt.
+        """The launch of a plan. `concurrency` is how many rows are started at a time, `spent` what
+        counts against the order's maximum already, in USD by run; `wait` waits for starts in doubt.
 
         Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
         and the price could not be read.
@@ -96,6 +102,7 @@ class Batches(BatchPlanner):
             clock=self.clock,
             sleep=self.sleep,
             concurrency=concurrency,
+            spent=spent,
             wait=wait,
             budget_every=self.budget_every,
         )

@@ -13,8 +13,8 @@ others are started, and its outcome is waited for at the end.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final
@@ -112,9 +112,9 @@ class Order:
 class BatchLaunch:
     """Starts the missing rows of a plan, for a command or in a worker.
 
-    `wait` waits for starts in doubt. `errors` are why rows could not be started, by position;
-    `stopped` is what ended the launch early; `over_budget` is why no row begins now, if it is to
-    wait for a budget.
+    `spent` counts against the order's maximum already, in USD by run. `wait` waits for starts in
+    doubt. `errors` are why rows could not be started, by position; `stopped` is what ended the
+    launch early; `over_budget` is why no row begins now, if it is to wait for a budget.
     """
 
     plan: BatchPlan
@@ -126,11 +126,12 @@ class BatchLaunch:
     recovery: Recovery
     concurrency: int
     clock: Clock
+    spent: InitVar[Mapping[str, Decimal] | None] = None
     wait: bool = True
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     budget_every: timedelta = BUDGET_EVERY
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, spent: Mapping[str, Decimal] | None) -> None:
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
         self._queue: deque[RowState] = deque()
@@ -139,7 +140,7 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._spent = _spent(self.plan, self.order.ordered_at)
+        self._spent = dict(spent or {})
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self.broken_off = False
@@ -351,18 +352,3 @@ class BatchLaunch:
         if self.stopped is None:
             log.warning("batch.stopped", error=str(error), left=self.left)
             self.stopped = error
-
-
-def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
-    """The prices or charges of the rows that were started since then, in USD by run."""
-    found = {}
-    for row in plan.rows:
-        sent_at = None if row.start is None else row.start.sent_at
-        if row.record is None or sent_at is None or sent_at < since:
-            continue
-        run = row.record.run
-        cost = run.charged_cost
-        if cost is None and not row.record.cost_final:
-            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
-        found[run.run_id] = cost or Decimal(0)
-    return found

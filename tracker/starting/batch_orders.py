@@ -24,7 +24,6 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
     StoreError,
-    StoreUnavailable,
     TrackerError,
 )
 from tracker.core.log import get_logger
@@ -207,7 +206,7 @@ class BatchWorker(Service):
             try:
                 await self.launch_due()
                 is_down = False
-            except StoreUnavailable as error:
+            except StoreError as error:
                 if not is_down:
                     log.warning("batch.database_down", error=str(error))
                 is_down = True
@@ -265,7 +264,12 @@ class BatchWorker(Service):
         launch: BatchLaunch | None = None
         try:
             plan = await self._plan(batch, order)
-            launch = await self.batches.launch_of(plan, order, concurrency=self.concurrency)
+            launch = await self.batches.launch_of(
+                plan,
+                order,
+                concurrency=self.concurrency,
+                spent=_spent(plan, order.ordered_at),
+            )
             log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
             await self._run(batch, launch)
             stopped = launch.stopped
@@ -332,3 +336,17 @@ def _was_tried(row: RowState, *, since: datetime) -> bool:
     return row.error is not None or (
         refused and start is not None and start.sent_at is not None and start.sent_at >= since
     )
+
+
+def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
+    """The prices or charges of the rows that were started since then, in USD by run."""
+    found = {}
+    for row in plan.rows:
+        if row.start is None or row.record is None or (row.start.sent_at or since) < since:
+            continue
+        run = row.record.run
+        cost = run.charged_cost
+        if cost is None and not row.record.cost_final:
+            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
+        found[run.run_id] = cost or Decimal(0)
+    return found
