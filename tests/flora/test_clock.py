@@ -65,3 +65,10 @@ def test_lists_come_with_the_date_of_another_gateway() -> None:
     clocks.started(NOON, at=NOON)
     answer(clocks, HOUR)
     assert clocks.earliest_creation(NOON) <= NOON - MARGIN
+
+
+def test_a_creation_time_that_is_a_mistake_shows_nothing() -> None:
+    """No run would be as late, so that a start in doubt were repeated beside its run."""
+    clocks = FloraClocks()
+    clocks.started(NOON.replace(year=9999), at=NOON)
+    assert clocks.earliest_creation(NOON) == NOON - UNSEEN

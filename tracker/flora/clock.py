@@ -14,6 +14,8 @@ it."""
 MARGIN: Final = timedelta(seconds=2)
 """How far it may be behind what starts have shown: times are cut to seconds, and FLORA may have
 several machines."""
+MOST_AHEAD: Final = timedelta(days=1)
+"""How far ahead it is believed to be. No run would come after a time that is a mistake."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,8 @@ class FloraClocks:
     def started(self, created_at: datetime, *, at: datetime) -> None:
         """The answer to a start came at `at` and shows the run that it has just created."""
         ahead = created_at - at
+        if ahead > MOST_AHEAD:
+            return
         seen = ahead, ahead - self._bounds[1]
         before = self._least or seen
         self._least = min(before[0], seen[0]), min(before[1], seen[1])
