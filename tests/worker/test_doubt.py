@@ -1,12 +1,14 @@
 """A start is known by evidence, never by a guess: whatever FLORA answers, nothing is paid twice."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import select
 
@@ -278,6 +280,37 @@ async def test_a_run_from_before_holds_up_nothing_once_floras_clock_is_known(
         change(flora, gateway_starts=0.0)
         await _recover_for_long(services, clock)
         assert await attempt(services) not in (None, colleagues.run_id)
+
+
+@pytest.mark.parametrize("technique", ["icon-pack", 7, None])
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, technique: object, known: bool
+) -> None:
+    """It is not paid again; and though FLORA knows the key, the run is not taken for its own."""
+    async with make_flora(idempotency="conflict", **LOST) as flora:
+        services = await open_on(flora)
+        [workspace] = services.workspaces
+
+        async def shown(response: httpx.Response) -> None:
+            if response.url.path.endswith("/technique-runs"):
+                page = json.loads(await response.aread())
+                for item in page["technique_runs"]:
+                    item["technique"] = {"technique_id": technique}
+                response._content = json.dumps(page).encode()
+
+        workspace.require_client()._http.event_hooks = {"response": [shown]}
+        change(flora, keys_released=not known)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        if known:
+            await _send_again(services)
+        sent = posts(flora)
+        await _recover_for_long(services, clock)
+        assert (len(flora.world.runs), posts(flora)) == (1, sent)
+        clock.move(2 * HOUR)
+        await services.recovery.recover()
+        assert await state_of(services.database) == "unresolved"
 
 
 async def _send_again(services: Services) -> None:

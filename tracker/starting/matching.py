@@ -36,8 +36,8 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryRead:
-    """The runs of a technique that may have begun since some time, by id; `begun_at` is when the
-    read began, by our clock."""
+    """The runs that may be of a technique and may have begun since some time, by id; `begun_at` is
+    when the read began, by our clock."""
 
     begun_at: datetime
     runs: dict[str, Observation]
@@ -148,7 +148,7 @@ class StartMatcher:
         async with aclosing(pages):
             async for page in pages:
                 found |= {
-                    item.run_id: item for item in page.items if item.technique_id == technique_id
+                    item.run_id: item for item in page.items if _may_be_of(technique_id, item)
                 }
                 oldest = history.oldest(page.items)
                 if oldest is not None and oldest < client.earliest_creation(since) - MARGIN:
@@ -176,13 +176,13 @@ class StartMatcher:
         self, workspace: Workspace, row: StartRow, read: HistoryRead
     ) -> Observation | None:
         """The run of a start whose key FLORA says is in use; `None` if there is none, more than
-        one, or another start that it may be of as well."""
+        one, one of unknown technique, or another start that it may be of as well."""
         # The rivals first: one that becomes a run meanwhile is accounted for then, or is a rival.
         rivals = await starts.rivals(
             self.database, row.workspace_slot, row.technique_id, row.idempotency_key
         )
         left = await self.unaccounted(workspace, row, read)
-        if len(left) != 1:
+        if len(left) != 1 or left[0].technique_id != row.technique_id:
             return None
         if any(
             _may_have_begun(workspace, left[0], rival.in_use_since or rival.created_at)
@@ -190,6 +190,13 @@ class StartMatcher:
         ):
             return None
         return left[0]
+
+
+def _may_be_of(technique_id: str, run: Observation) -> bool:
+    """Whether a run may be of this technique: one without a technique, or with what is no id of
+    one, may."""
+    named = run.technique_id
+    return named == technique_id or named is None or not named.startswith("tech_")
 
 
 def _may_have_begun(workspace: Workspace, run: Observation, since: datetime) -> bool:
