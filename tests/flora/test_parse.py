@@ -355,14 +355,37 @@ def test_a_bad_item_does_not_spoil_its_page() -> None:
         {"technique_runs": [], "meta": {"next_cursor": "abc"}},
         {"technique_runs": [{}], "meta": {"next_cursor": None}},
         {"technique_runs": [{}], "meta": {"next_cursor": ""}},
-        {"technique_runs": [{}], "meta": {"next_cursor": 7}},
+        {"technique_runs": [{}], "meta": {}},
+        {"technique_runs": [{}, {}], "meta": {"next_cursor": None}},
         {"technique_runs": [{}], "meta": None},
         {"technique_runs": [{}]},
+        {"technique_runs": []},
     ],
 )
 def test_the_last_page(payload: object) -> None:
-    """A page without items, or without a usable cursor, is the last."""
-    assert parse.page(payload, "technique_runs", read_item).next_cursor is None
+    """A page without items or a cursor is the last, and so is one without `meta` that is not
+    full."""
+    assert parse.page(payload, "technique_runs", read_item, limit=2).next_cursor is None
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *({}, {"meta": None}, {"meta": 7}, {"meta": [{"next_cursor": None}]}),
+        *({"meta": {"next_cursor": odd}} for odd in (1.0, True, False, {"offset": 2}, ["2"])),
+    ],
+)
+def test_a_page_that_may_not_be_the_last(meta: dict[str, object]) -> None:
+    """A full page without `meta`, or any page with an odd cursor, does not end the list."""
+    payload = {"technique_runs": [{}, {}], **meta}
+    with pytest.raises(FloraUnreadable, match="the page"):
+        parse.page(payload, "technique_runs", read_item, limit=2)
+
+
+def test_a_cursor_may_be_a_number() -> None:
+    """A whole number is sent back as the text that stands for it."""
+    payload = {"technique_runs": [{}], "meta": {"next_cursor": 100}}
+    assert parse.page(payload, "technique_runs", read_item).next_cursor == "100"
 
 
 @given(payload=ANY_JSON | some_of("technique_runs", "meta"))

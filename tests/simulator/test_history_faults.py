@@ -53,6 +53,26 @@ async def test_a_page_is_too_long(serve_flora: ServeFlora) -> None:
     assert len(first.content) < 20_000 < 1_000_000 < len(second.content)
 
 
+async def test_an_item_lacks_fields(serve_flora: ServeFlora) -> None:
+    """The fields of the bad item alone are null, and its page is answered."""
+    flora = await serve_flora(history=30, bad_offset=12, bad_fields=("run_id", "status"))
+    page = await flora.path("/technique-runs", limit=20)
+    lacking = [n for n, item in enumerate(page["technique_runs"]) if item["run_id"] is None]
+    assert lacking == [12]
+    assert page["technique_runs"][12]["status"] is None
+    assert page["technique_runs"][12]["technique_run_id"] is not None
+
+
+@pytest.mark.parametrize(("name", "cursor"), [("number", 20), ("object", {"offset": 20})])
+async def test_cursors_of_another_type(serve_flora: ServeFlora, name: str, cursor: object) -> None:
+    """The cursor is a number, which leads to the next page as text, or an object."""
+    flora = await serve_flora(history=30, cursor_type=name)
+    page = await flora.path("/technique-runs", limit=20)
+    assert page["meta"]["next_cursor"] == cursor
+    if name == "number":
+        assert len(await _read_all(flora)) == 30
+
+
 async def test_deep_pages_cannot_be_read(serve_flora: ServeFlora) -> None:
     """From an offset on, all pages are 400."""
     flora = await serve_flora(history=30, max_offset=20)

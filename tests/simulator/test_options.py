@@ -38,6 +38,8 @@ def test_every_option_is_documented() -> None:
         ("gateway_answers", "404,empty", ("404", "empty")),
         ("bill_seconds", "5,60", (5.0, 60.0)),
         ("bad_offset", "7", 7),
+        ("bad_fields", "run_id,status", ("run_id", "status")),
+        ("cursor_type", "number", "number"),
         ("signed_links", "true", True),
         ("slow_run", "last", "last"),
         ("prices", "icon-pack:20,cctv-cam:0.5", {"icon-pack": 20.0, "cctv-cam": 0.5}),

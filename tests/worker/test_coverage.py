@@ -117,6 +117,33 @@ async def test_a_stored_cursor_that_is_refused_costs_pages_and_no_runs(
         assert (await sweep(services)).pages == 1
 
 
+async def test_cursors_may_be_numbers(make_flora: MakeFlora, open_on: OpenServices) -> None:
+    """A list whose cursors are whole numbers is read to its end."""
+    async with make_flora(history=260, history_seconds=SPAN, cursor_type="number") as flora:
+        services = await open_on(flora)
+        assert (await sweep(services)).error is None
+        assert await known(services) == at_flora(flora)
+        [interval] = await covered(services)
+        assert interval.error is None
+
+
+async def test_a_cursor_that_cannot_be_read_ends_no_list(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """Where a cursor is neither text nor a number the sweep fails, covers nothing that it has not
+    read, and reads all of it once cursors are as they should be."""
+    async with make_flora(history=260, history_seconds=SPAN, cursor_type="object") as flora:
+        services = await open_on(flora)
+        for _ in range(2):
+            report = await sweep(services)
+            assert report.error is not None
+            assert "next_cursor is neither text" in report.error
+            assert await covered(services) == []
+        flora.world.change({"cursor_type": "text"})
+        assert (await sweep(services)).error is None
+        assert await known(services) == at_flora(flora)
+
+
 async def test_a_page_that_cannot_be_read_hides_only_itself(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:

@@ -219,7 +219,7 @@ class FloraClient:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
         url = self._urls.of("techniques", query=as_text(query), cursor=cursor, limit=limit)
         answer = await self._caller.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
-        return answer.read(partial(parse.page, key="techniques", read=technique))
+        return answer.read(partial(parse.page, key="techniques", read=technique, limit=limit))
 
     async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
         url = self._urls.of("techniques", id_or_slug)
@@ -322,7 +322,7 @@ class FloraClient:
         )
         answer = await self._caller.call(call, deadline=deadline)
         read = self._reader(answer, source=Source.HISTORY, run_type=kind)
-        return answer.read(partial(parse.page, key=key, read=read))
+        return answer.read(partial(parse.page, key=key, read=read, limit=limit))
 
     async def _read_run(
         self,

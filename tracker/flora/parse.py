@@ -233,24 +233,35 @@ def run(
     )
 
 
-def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
-    """A page whose items are under `key`, each read by `read`.
+def page(
+    payload: object, key: str, read: Callable[[object], T], *, limit: int | None = None
+) -> Page[T]:
+    """A page whose items are under `key`, each read by `read`; at most `limit` were asked for.
 
     An unreadable item does not spoil its page. An empty page is the last, whatever its cursor.
-    Raises `FloraUnreadable` if it is no page at all.
+    Raises `FloraUnreadable` if it is no page at all, or does not say whether it is the last: a
+    cursor that is neither text nor a whole number, or a full page without `meta`.
     """
     fields = _required(payload, "the page")
     listed = fields.get(key)
     if not isinstance(listed, list):
         raise FloraUnreadable(f"the page has no list of {key}")
+    meta = fields.get("meta")
+    if not isinstance(meta, dict) and limit is not None and len(listed) >= limit:
+        raise FloraUnreadable("the page is full and has no meta, so it may not be the last")
+    cursor = as_object(meta).get("next_cursor")
+    if type(cursor) is int:
+        cursor = str(cursor)
+    if cursor is not None and not isinstance(cursor, str):
+        raise FloraUnreadable("the page's next_cursor is neither text nor a whole number")
     items, unreadable = [], []
     for position, item in enumerate(listed):
         try:
             items.append(read(item))
         except FloraUnreadable as exc:
             unreadable.append(f"item {position}: {exc}")
-    next_cursor = as_text(as_object(fields.get("meta")).get("next_cursor"))
-    return Page(items=items, next_cursor=next_cursor if listed else None, unreadable=unreadable)
+    next_cursor = as_text(cursor) if listed else None
+    return Page(items=items, next_cursor=next_cursor, unreadable=unreadable)
 
 
 def delivery(

@@ -136,16 +136,17 @@ class SimulatedApi:
         return JSONResponse({name: items, "meta": meta})
 
     def _apply_page_faults(self, items: list[dict[str, Any]], offset: int) -> None:
-        """Refuses a page that cannot be read, or makes it too long. Raises `ErrorAnswer`."""
+        """Refuses a page that cannot be read, or spoils its items. Raises `ErrorAnswer`."""
         options = self._world.options
         if options.max_offset is not None and offset >= options.max_offset:
             raise ErrorAnswer.invalid(("cursor", f"must not lead beyond {options.max_offset}"))
         for position, item in enumerate(items, offset):
             if position == options.bad_offset or item["run_id"] in options.bad_runs:
-                if not options.bad_bytes:
+                if not options.bad_bytes and not options.bad_fields:
                     code = options.bad_code
                     raise ErrorAnswer(CODES[code], code, "The list cannot be read.")
                 item["notes"] = "x" * options.bad_bytes
+                item |= dict.fromkeys(options.bad_fields)
 
     def _find(self, request: Request, workspace: SimulatedWorkspace) -> SimulatedRun:
         run = self._world.find(request.path_params["run"], workspace)

@@ -107,7 +107,7 @@ class RunListing(Sequence[SimulatedRun]):
 
 def page_bounds(
     query: Mapping[str, str], count: int, options: Options, now_ms: int
-) -> tuple[slice, str | None]:
+) -> tuple[slice, object]:
     """Which of `count` items `cursor` and `limit` ask for, and the cursor of the next page.
 
     Raises `ErrorAnswer` where `limit` is not a number from 1 to 100 or the cursor is not ours.
@@ -121,11 +121,14 @@ def page_bounds(
     return slice(start, end), encode_cursor(end, options, now_ms) if end < count else None
 
 
-def encode_cursor(offset: int, options: Options, now_ms: int) -> str:
+def encode_cursor(offset: int, options: Options, now_ms: int) -> object:
     """The cursor that stands for an offset: as at FLORA, base64url of `{"offset":N}`.
 
-    With `opaque_cursors` the offset is hidden, and the cursor contains its age.
+    With `opaque_cursors` the offset is hidden, and the cursor contains its age. Other types are
+    the offset itself, or an object that holds it.
     """
+    if options.cursor_type != "text":
+        return offset if options.cursor_type == "number" else {"offset": offset}
     content = b'{"offset":%d}' % offset
     if options.opaque_cursors:
         opened = json.dumps([offset, now_ms, options.cursor_epoch]).encode()
@@ -139,6 +142,8 @@ def decode_cursor(cursor: str, options: Options, now_ms: int) -> int:
     Raises `ErrorAnswer` for what `encode_cursor` never made, and for opaque cursors that are too
     old or of another epoch.
     """
+    if options.cursor_type == "number" and cursor.isdecimal():
+        return int(cursor)
     try:
         content = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         if options.opaque_cursors:

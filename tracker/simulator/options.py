@@ -238,7 +238,11 @@ class Options:
     bad_runs: tuple[str, ...] = listed("runs whose page cannot be read")
     bad_code: str = choice("error that answers such a page", "input_validation_error", *CODES)
     bad_bytes: int = whole("bytes by which such an item is longer, instead of an error")
+    bad_fields: tuple[str, ...] = listed(
+        "fields that are null in such an item, instead of an error"
+    )
     max_offset: int | None = whole("offset from which pages are answered 400", None)
+    cursor_type: str = choice("JSON type of cursors", "text", "number", "object")
     opaque_cursors: bool = flag("cursors hide their offset")
     cursor_seconds: float | None = number(
         "age in seconds from which opaque cursors are refused", None
