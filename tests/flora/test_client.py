@@ -128,7 +128,7 @@ async def test_a_poll_url_elsewhere_gets_nothing() -> None:
 )
 async def test_history(kind: Any, path: str, key: str) -> None:
     """A page of either history is read without a status filter, and its bad items are told."""
-    page = {key: [run_payload(), {"run_id": "run_2"}], "meta": {"next_cursor": "next"}}
+    page = {key: [run_payload(), {"status": "running"}], "meta": {"next_cursor": "next"}}
     far_end = FarEnd(ok(page))
     async with client(far_end, VirtualTime()) as flora:
         read = await flora.history(kind=kind, cursor="a=&b", technique_id="tech_1", limit=50)
@@ -139,7 +139,7 @@ async def test_history(kind: Any, path: str, key: str) -> None:
         ("run_1", Source.HISTORY, kind)
     ]
     assert read.next_cursor == "next"
-    assert read.unreadable == ["item 1: run run_2 has no status"]
+    assert read.unreadable == {1: "the run has no run_id"}
 
 
 async def test_techniques() -> None:

@@ -14,7 +14,7 @@ Read = Callable[[str | None], Awaitable[Page[str]]]
 def reader(cursors: dict[str | None, str | None], asked: list[str | None]) -> Read:
     async def read(cursor: str | None) -> Page[str]:
         asked.append(cursor)
-        return Page(items=[f"after {cursor}"], next_cursor=cursors[cursor], unreadable=[])
+        return Page(items=[f"after {cursor}"], next_cursor=cursors[cursor], unreadable={})
 
     return read
 

@@ -339,14 +339,18 @@ def test_what_may_be_left_out(fields: dict[str, Any], optional: bool) -> None:
 def test_a_bad_item_does_not_spoil_its_page() -> None:
     """The good items of a page are read, and the bad ones are told with their places."""
     items = [{"run_id": "run_1", "status": "running"}, 7, {"run_id": "run_3", "status": 3}]
+    items.append({"run_id": None, "status": "running"})
     payload = {"technique_runs": items, "meta": {"next_cursor": "abc", "total_estimate": None}}
     page = parse.page(payload, "technique_runs", read_item)
-    assert [seen.run_id for seen in page.items] == ["run_1"]
-    assert page.next_cursor == "abc"
-    assert page.unreadable == [
-        "item 1: the run is not a JSON object",
-        "item 2: run run_3 has no status",
+    assert [(seen.run_id, seen.lacks_status) for seen in page.items] == [
+        ("run_1", None),
+        ("run_3", True),
     ]
+    assert page.next_cursor == "abc"
+    assert page.unreadable == {
+        1: "the run is not a JSON object",
+        3: "the run has no run_id",
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 
 from tests.support.clocks import HandClock
-from tests.worker.conftest import Hurry, MakeFlora, OpenServices, on_history, reads_of
-from tests.worker.test_sweep import sweep
-from tracker.core.run import RunType
+from tests.worker.conftest import (
+    Hurry,
+    MakeFlora,
+    OpenServices,
+    on_history,
+    reads_of,
+    the_run,
+)
+from tests.worker.test_sweep import A_LOOK, sweep
+from tracker.core.observation import Source
+from tracker.core.run import RunType, Tracking
 from tracker.flora.client import cursor_at, offset_of
 from tracker.services import Services
 from tracker.simulator import Simulator
@@ -26,6 +34,8 @@ def database_url(sqlite_url: str) -> str:
 WEEK = 7 * 86_400
 SPAN = WEEK - 3600
 """A preset history that a first sweep reads whole."""
+SPAN_AGAIN = timedelta(seconds=WEEK)
+"""The same, to be read again."""
 
 
 async def known(services: Services) -> set[str]:
@@ -175,6 +185,96 @@ async def test_a_page_that_cannot_be_read_hides_only_itself(
         assert len(await covered(services)) == 1
 
 
+NO_ID = ("run_id", "technique_run_id")
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("places", [(150,), (0, 1), (98, 99, 100), (97, 99), (99,), (5, 5 + 97)])
+async def test_an_item_that_shows_no_run_leaves_a_gap(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    opaque: bool,
+    places: tuple[int, ...],
+) -> None:
+    """Whatever its place on its page, all other runs are found with as many pages as ever; the gap
+    is reported, read again after growing waits, and closes once FLORA shows the run."""
+    async with make_flora(
+        history=350, history_seconds=SPAN, bad_fields=NO_ID, opaque_cursors=opaque
+    ) as flora:
+        services = await open_on(flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        bad = {runs[place].run_id for place in places}
+        flora.world.change({"bad_runs": list(bad)})
+        first = await sweep(services)
+        assert (first.error, first.pages) == (None, 4 + A_LOOK)
+        assert first.unreadable >= len(bad)
+        assert "has no run_id" in first.gaps[0].error
+        assert await known(services) == at_flora(flora) - bad
+        intervals = await covered(services)
+        for place in places:
+            at = runs[place].created_ms / 1000
+            assert not any(
+                one.from_at.timestamp() < at <= one.to_at.timestamp() for one in intervals
+            )
+        reads = []
+        for seconds in (60, 241, 301):
+            before = asked(flora)
+            clock.move(seconds)
+            await sweep(services)
+            reads.append(asked(flora) - before)
+        assert reads[0] == 1, "a gap rests"
+        # Without an overlap of pages the second attempt may come closer, which begins anew.
+        assert opaque or reads[2] == 1, "tried again after five minutes, then after ten"
+        assert 0 in places or reads[1] > 1, "the top is read each time"
+        flora.world.change({"bad_runs": []})
+        clock.move(86_400)
+        assert (await sweep(services)).gaps == []
+        assert await known(services) == at_flora(flora)
+        assert await gaps(services) == []
+        assert len(await covered(services)) == 1
+
+
+async def test_a_run_without_a_status_is_read_at_once(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """An item that names a run is enough to track it: it is due, and a single read settles it; one
+    that is known is left as it is."""
+    async with make_flora(history=120, history_seconds=SPAN, bad_fields=("status",)) as flora:
+        services = await open_on(flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        bad = runs[50].run_id
+        flora.world.change({"bad_runs": [bad]})
+        report = await sweep(services)
+        assert (report.error, report.gaps, report.unreadable) == (None, [], 0)
+        assert (report.items, report.discovered) == (120, 120)
+        record = await the_run(services, bad)
+        assert (record.source, record.tracking) == (Source.HISTORY, Tracking.ACTIVE)
+        assert record.next_check_at == record.first_seen_at
+        assert record.run.quoted_cost is None, "it may be the bill"
+        assert (await services.poller.poll_due()).settled == 1
+        record = await the_run(services, bad)
+        assert (record.tracking, record.run.conflict) == (Tracking.SETTLED, False)
+        assert record.run.charged_cost is not None
+        assert record.run.outputs
+        assert (await sweep(services, SPAN_AGAIN)).discovered == 0
+        assert await the_run(services, bad) == record
+
+
+async def test_a_page_without_a_status_does_not_answer_for_a_due_run(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Of the due runs on a page, the one that it shows without a status is read singly."""
+    async with make_flora(bad_fields=("status",)) as flora:
+        services = await open_on(flora)
+        due = [flora.start().run_id for _ in range(4)]
+        await sweep(services)
+        flora.world.change({"bad_runs": due[:1]})
+        clock.move(3600)
+        report = await services.poller.poll_due()
+        assert (report.pages, report.reads, report.settled) == (1, 1, 4)
+
+
 async def test_the_oldest_run_leaves_a_gap_too(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
@@ -193,6 +293,22 @@ async def test_the_oldest_run_leaves_a_gap_too(
         flora.world.change({"bad_runs": []})
         clock.move(300)
         assert (await sweep(services)).discovered == 1
+        assert await gaps(services) == []
+
+
+async def test_a_list_that_shows_no_run_at_all_is_a_gap(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Where no item can be read nothing is covered, and all is found once FLORA shows it."""
+    async with make_flora(history=120, history_seconds=SPAN, bad_fields=NO_ID) as flora:
+        services = await open_on(flora)
+        flora.world.change({"bad_runs": sorted(at_flora(flora))})
+        report = await sweep(services)
+        assert (report.discovered, len(report.gaps), await known(services)) == (0, 1, set())
+        assert report.unreadable >= 120, "those that two pages have in common count twice"
+        flora.world.change({"bad_runs": []})
+        clock.move(300)
+        assert (await sweep(services)).discovered == 120
         assert await gaps(services) == []
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 
+import pytest
 import sqlalchemy as sa
 
 from tests.support.clocks import HandClock
@@ -84,6 +85,37 @@ async def test_each_difference_is_named(
     async with services.database.read() as connection:
         log = (await connection.execute(sa.select(sa.func.count()).select_from(sweeps))).scalar()
     assert log == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (("run_id", "technique_run_id"), "an item of the list cannot be read: the run has no"),
+        (("status",), "without a status"),
+    ],
+)
+async def test_an_item_that_cannot_be_compared_makes_the_verdict_bad(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    fields: tuple[str, ...],
+    said: str,
+) -> None:
+    """It is said that an item could not be read; the others are compared, and no run that is here
+    counts as missing there."""
+    async with make_flora(bad_fields=fields) as flora:
+        services = await open_on(flora)
+        runs = [flora.start() for _ in range(12)]
+        clock.move(3600)
+        await sweep(services)
+        clock.move(3600)
+        assert (await verify(services)).good
+        flora.world.change({"bad_runs": [runs[5].run_id]})
+        verdict = await verify(services)
+        assert verdict.error is not None
+        assert said in verdict.error
+        assert (verdict.differences, verdict.good) == ([], False)
+        assert verdict.compared >= 11
 
 
 async def test_what_retention_removed_is_no_difference(

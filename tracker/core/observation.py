@@ -38,7 +38,8 @@ class Observation:
     `at` is when it was received, `sent_at` when its request was sent, both in the database's time;
     `sent_at` decides which cost and outputs are the latest. Times are aware UTC. `charged_cost` is
     FLORA's field in USD: a quote or the bill. `clock_skew` is how many seconds FLORA's clock was
-    ahead, if the clocks differed.
+    ahead, if the clocks differed. `lacks_status` is true for a list item without one: it shows that
+    the run exists, and its `status` says nothing.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class Observation:
     outputs: tuple[Output, ...] | None = None
     sent_at: datetime | None = None
     clock_skew: float | None = None
+    lacks_status: bool | None = None
 
     @property
     def read_at(self) -> datetime:

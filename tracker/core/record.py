@@ -199,7 +199,7 @@ def apply(
     run = merge(old.run, seen)
     if old.cost_final and shows_the_same(old.run, run):
         run = old.run  # no write for each page that shows the same bill
-    wants_read = seen.source in _WANTS_READ
+    wants_read = seen.source in _WANTS_READ or (record is None and bool(seen.lacks_status))
     just_ended = run.precedence.ended and run.precedence > old.run.precedence
     polled = _counts_as_poll(record, entry, run)
     looks = 0 if wants_read or just_ended else old.looks + polled
@@ -308,7 +308,7 @@ def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:
     the callback came.
     """
     seen = entry.observation
-    if run.settled or seen.source not in _API:
+    if run.settled or seen.source not in _API or seen.lacks_status:
         return False
     if before is None:
         return True

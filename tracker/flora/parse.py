@@ -168,12 +168,13 @@ _REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
 class Page(Generic[T]):
     """One page of a list.
 
-    `next_cursor` is `None` on the last; `unreadable` are the items that were left out, and why.
+    `next_cursor` is `None` on the last; `unreadable` are the positions of the items that were left
+    out, and why each was.
     """
 
     items: list[T]
     next_cursor: str | None
-    unreadable: list[str]
+    unreadable: dict[int, str]
 
 
 def run(
@@ -191,7 +192,8 @@ def run(
 
     `clock_offset` is FLORA's clock minus ours, to a second or so. `run_type` and `technique_id`
     fill in what FLORA leaves out. Raises `FloraUnreadable` if it is no run, is not `expect_run_id`,
-    or has no status; a start without one counts as pending, and the run is polled anyway.
+    or a single read has no status; elsewhere one without a status counts as pending, and the run
+    is read.
     """
     fields = _required(payload, "the run")
     run_id = (
@@ -204,8 +206,9 @@ def run(
     if expect_run_id not in (None, run_id):
         raise FloraUnreadable(f"the answer is about another run ({run_id})")
     name = as_id(fields.get("status"))
-    if name is None and source is not Source.START:
+    if name is None and source not in (Source.START, Source.HISTORY):
         raise FloraUnreadable(f"run {run_id} has no status")
+    lacks_status = True if name is None and source is Source.HISTORY else None
     technique = as_object(fields.get("technique"))
     skew = None
     if clock_offset is not None and abs(clock_offset) > CLOCKS_AGREE:  # as far as a date shows
@@ -225,11 +228,13 @@ def run(
         created_at=as_time(fields.get("created_at")),
         started_at=as_time(fields.get("started_at")),
         completed_at=as_time(fields.get("completed_at")),
-        charged_cost=as_dollars(fields.get("charged_cost")),
+        # Without a status it may be a quote or the bill.
+        charged_cost=None if lacks_status else as_dollars(fields.get("charged_cost")),
         error=_error(fields),
         outputs=_outputs(fields.get("outputs")),
         sent_at=sent_at,
         clock_skew=skew,
+        lacks_status=lacks_status,
     )
 
 
@@ -254,12 +259,12 @@ def page(
         cursor = str(cursor)
     if cursor is not None and not isinstance(cursor, str):
         raise FloraUnreadable("the page's next_cursor is neither text nor a whole number")
-    items, unreadable = [], []
+    items, unreadable = [], {}
     for position, item in enumerate(listed):
         try:
             items.append(read(item))
         except FloraUnreadable as exc:
-            unreadable.append(f"item {position}: {exc}")
+            unreadable[position] = str(exc)
     next_cursor = as_text(cursor) if listed else None
     return Page(items=items, next_cursor=next_cursor, unreadable=unreadable)
 

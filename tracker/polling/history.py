@@ -4,7 +4,8 @@ A list read by offsets has two pitfalls. A run that is deleted between two pages
 runs up, one of them from the page that comes next to the page that was read. And a page that cannot
 be read (one broken item, an answer that is too large, an offset that is too deep) hides everything
 below it. If FLORA's cursors are offsets, `HistoryWalk` makes its own: pages overlap by a few items,
-so that a shift shows, and unreadable items are skipped. Other cursors are followed as they are.
+so that a shift shows, and unreadable items are skipped. Other cursors are followed as they are. An
+item that shows no run leaves a hole in its page.
 """
 
 from collections import deque
@@ -71,24 +72,21 @@ class PageUnreadable(FloraError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkedPage:
-    """A page, and how it joins what was read before.
+    """A page, or the part of one above or below a hole in it, and how it joins what was read.
 
     Everything newer than `floor` has been read: from the top of the list if `from_top`; from the
     time `ceiling` if there is a `hole` above the page; else from where the walk began. `cursor`
-    leads to what is below; it is `None` on the last page. Times are FLORA's, in UTC.
+    leads to what is below, if known. Times are FLORA's, in UTC.
     """
 
     items: list[Observation]
     unreadable: list[str]
     floor: datetime | None
+    is_last: bool
     from_top: bool = False
     ceiling: datetime | None = None
     hole: Hole | None = None
     cursor: str | None = None
-
-    @property
-    def is_last(self) -> bool:
-        return self.cursor is None
 
 
 def pages(
@@ -142,6 +140,7 @@ class HistoryWalk:
         from_top, limit, skips, shifts = not placed, PAGE_SIZE, 0, 0
         edge: deque[datetime] = deque(maxlen=EDGE)
         hole: Hole | None = None
+        unreadable: list[str] = []
         shared: set[str] = set()  # ids of the previous page, if this one must overlap it
         cursors: set[str] = set()
         any_read = False
@@ -172,7 +171,6 @@ class HistoryWalk:
                 placed, from_top = False, True
                 continue
             ids = {item.run_id for item in page.items}
-            new_items = [item for item in page.items if item.run_id not in shared]
             if shared and self._offset and shared.isdisjoint(ids) and not page.unreadable:
                 shifts += 1
                 if shifts > SHIFTS:
@@ -180,19 +178,32 @@ class HistoryWalk:
                 self._move_to(max(0, self._offset - PAGE_SIZE * 2 ** (shifts - 1)))
                 continue
             placed, any_read = False, True
-            edge.extend(times)
-            yield WalkedPage(
-                items=new_items,
-                unreadable=page.unreadable,
-                floor=max(edge, default=None),
-                from_top=from_top,
-                ceiling=min(times[:EDGE]) - _INSTANT if hole and times else None,
-                hole=hole,
-                cursor=page.next_cursor,
-            )
+            cursor = self._cursor
+            for part, reason in _parts(page, shared):
+                is_last = reason is None and page.next_cursor is None
+                if part or is_last:
+                    times = [item.created_at for item in part if item.created_at]
+                    edge.extend(times)
+                    yield WalkedPage(
+                        items=part,
+                        unreadable=unreadable,
+                        floor=max(edge, default=None),
+                        is_last=is_last,
+                        from_top=from_top,
+                        ceiling=min(times[:EDGE]) - _INSTANT if hole and times else None,
+                        hole=hole,
+                        cursor=cursor if reason else page.next_cursor,
+                    )
+                    hole, unreadable = None, []
+                if reason is not None:
+                    unreadable.append(reason)
+                    why = f"an item of the list cannot be read: {reason}"
+                    hole = hole or Hole(error=why, cursor=cursor)
+                    from_top = False
+                    edge.clear()
             if page.next_cursor is None:
                 return
-            hole, skips, shifts, shared = None, 0, 0, set()
+            skips, shifts, shared = 0, 0, set()
             following = offset_of(page.next_cursor)
             if following is None or self._offset is None:
                 if page.next_cursor in cursors:
@@ -262,6 +273,27 @@ class HistoryWalk:
         return isinstance(error, FloraUnreadable) or stubborn
 
 
+def _parts(page: HistoryPage, shared: set[str]) -> list[tuple[list[Observation], str | None]]:
+    """The items of a page that are not `shared` with the page before it, parted where an item
+    cannot be read; with each part the reason for what follows it, and `None` with the last.
+
+    What is unreadable above a shared item was met on the page before.
+    """
+    items = iter(page.items)
+    parts: list[tuple[list[Observation], str | None]] = []
+    part: list[Observation] = []
+    for position in range(len(page.items) + len(page.unreadable)):
+        if (reason := page.unreadable.get(position)) is not None:
+            parts.append((part, reason))
+            part = []
+        elif (item := next(items)).run_id not in shared:
+            part.append(item)
+        else:
+            part = [*(one for before, _ in parts for one in before), *part]
+            parts.clear()
+    return [*parts, (part, None)]
+
+
 def attributed(workspace: Workspace, seen: Observation) -> Observation:
     """An observation read with the workspace's key, as its own if it names no workspace."""
     if seen.workspace_id is not None or workspace.workspace_id is None:
@@ -325,5 +357,5 @@ def _ended(items: Iterable[Observation]) -> list[ListedRun]:
             "generation" if item.run_type == "generation" else "technique",
         )
         for item in items
-        if item.created_at is not None and item.precedence.ended
+        if item.created_at is not None and (item.precedence.ended or item.lacks_status)
     ]

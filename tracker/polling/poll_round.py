@@ -277,7 +277,7 @@ class PollRound:
         same: if that shows the cost, lists leave costs out.
         """
         if not self._recheck:
-            return item.precedence.ended and not item.details
+            return bool(item.lacks_status) or (item.precedence.ended and not item.details)
         record = self.remaining.get(item.run_id)
         if record is None:
             return False
@@ -499,7 +499,11 @@ async def _ways(
             page = await client.history(deadline=seconds)
             listed.extend(item for item in page.items if item.run_id == run_id)
             found.others.extend(item for item in page.items if item.run_id != run_id)
-            whole = [item for item in listed if item.details or not item.precedence.ended]
+            whole = [
+                item
+                for item in listed
+                if item.details or not (item.precedence.ended or item.lacks_status)
+            ]
             return whole[0] if whole else None
 
         yield on_newest_page

@@ -158,6 +158,9 @@ class Verifier(Service):
             if changed_at is None or changed_at > settled_until:
                 report.unsettled += 1
                 continue
+            if item.lacks_status and record is not None:
+                report.error = f"{kind} runs: FLORA lists run {item.run_id} without a status"
+                continue
             created_at = item.created_at.isoformat() if item.created_at else ""
             report.differences += [
                 Difference(

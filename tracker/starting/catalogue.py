@@ -352,7 +352,7 @@ class CatalogueSync(Service):
                     report.back += listed.back
                     walked.pages += 1
                     walked.techniques += len(rows)
-                    unreadable += page.unreadable
+                    unreadable += page.unreadable.values()
                     await self._hold(holder)
         except (FloraError, StoreError) as failure:
             walked.error = str(failure)

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from tracker.core.clock import Clock
-from tracker.core.errors import FloraRefusal, StartNotStored, StoreError
+from tracker.core.errors import FloraRefusal, FloraUnreadable, StartNotStored, StoreError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
@@ -147,6 +147,8 @@ class StartMatcher:
         )
         async with aclosing(pages):
             async for page in pages:
+                for reason in page.unreadable.values():  # it may be the run of this start
+                    raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
                 found |= {
                     item.run_id: item for item in page.items if _may_be_of(technique_id, item)
                 }

@@ -79,7 +79,7 @@ _COUNTERS: Final = (
     ("sweep_items", "Runs on the pages that sweeps read.", "workspace_id"),
     ("sweep_discovered", "Runs that only a sweep discovered.", "workspace_id"),
     ("sweep_repaired", "Runs whose end or details only a sweep brought.", "workspace_id"),
-    ("sweep_unreadable", "History items that could not be parsed.", "workspace_id"),
+    ("sweep_unreadable", "History items that name no run.", "workspace_id"),
     ("starts_over_budget", "Starts refused because they exceed a budget.", "budget"),
     ("message_attempts", "Attempts to deliver messages.", "endpoint_id", "outcome"),
     ("worker_job_failures", "Scheduled jobs that failed.", "task"),

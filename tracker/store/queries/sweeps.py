@@ -114,18 +114,23 @@ Coverage = dict[tuple[str, str], list[Interval]]
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
     """The same coverage with adjacent intervals joined, newest first. Of two with the same start,
-    the later argument determines what is known below."""
+    the later argument determines what is known below, unless only the other has failures."""
     found: list[tuple[int, Interval]] = []
     for each in sorted(enumerate(intervals), key=lambda pair: pair[1].to_at, reverse=True):
         if not found or each[1].to_at < found[-1][1].from_at:
             found.append(each)
             continue
         upper = found[-1][1]
-        number, lower = min(found[-1], each, key=lambda pair: (pair[1].from_at, -pair[0]))
+        number, lower = min(found[-1], each, key=_lowest)
         newest = max(upper.read_at, each[1].read_at)
         found[-1] = number, replace(lower, to_at=upper.to_at, read_at=newest)
     # An empty interval only carries what is known about the gap at the top.
     return [one for n, (_, one) in enumerate(found) if n == 0 or one.from_at < one.to_at]
+
+
+def _lowest(pair: tuple[int, Interval]) -> tuple[datetime, bool, int]:
+    number, interval = pair
+    return (interval.from_at, not interval.failures, -number)
 
 
 def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> list[Gap]:
