@@ -3,6 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.clocks import HandClock
@@ -457,6 +458,50 @@ async def test_a_wrong_clock_hides_no_run(
         clock.move(300)
         await sweep(services)
         assert await known(services) == at_flora(flora)
+
+
+BEHIND = [
+    {"clock_offset": -150, "date_offset": 150},
+    {"clock_offset": -21_600, "date_offset": 21_600},
+    {"clock_offset": -600, "date_offset": 300},
+]
+
+
+@pytest.mark.parametrize("fault", BEHIND)
+async def test_a_creation_time_that_is_far_behind_hides_no_run(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, float]
+) -> None:
+    """FLORA creates runs at times that a sweep has covered, by our clock and by `Date`: all are
+    found, though the first sweep after it is broken off, and the next one costs a page again."""
+    async with make_flora(history=30, history_seconds=SPAN, **fault) as flora:
+        services = await open_on(flora)
+        for _ in range(2):
+            flora.start()
+            assert (await sweep(services)).error is None
+            clock.move(5)
+            for number in range(250):
+                run = flora.start()
+                if number >= 100:  # callbacks have made the newest known
+                    await services.tracker.track(run.run_id)
+            clock.move(30)
+            pages = 0
+
+            async def cut(page: list[str]) -> None:
+                nonlocal pages
+                pages += 1
+                if pages > 1:
+                    raise httpx.ReadError("cut")
+
+            [workspace] = services.workspaces
+            workspace.require_client()._caller.deadline = 0.1
+            on_history(services, cut)
+            assert (await sweep(services)).error is not None
+            workspace.require_client()._http.event_hooks = {}
+            workspace.require_client()._caller.deadline = 30
+            assert (await sweep(services)).error is None
+            assert await known(services) == at_flora(flora)
+            clock.move(300)
+            assert (await sweep(services)).pages == 1
 
 
 async def test_an_old_gap_is_closed_however_long_nobody_swept(

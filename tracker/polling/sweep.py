@@ -6,8 +6,10 @@ next sweep resumes one that was interrupted. A page that cannot be read leaves a
 recorded with its error and tried again after growing waits, and everything else is read.
 
 Coverage is in FLORA's creation times. It ends two minutes before FLORA's now, because a run may be
-listed late, and never later than the newest run allows, whatever either clock says. A sweep that
-finds nothing new costs one page.
+listed late, and never later than the newest run allows, whatever either clock says. FLORA's clock
+of creation may be further behind than both: a run that becomes known after its time was covered
+shows that, and the sweep reads on until a page has none. A sweep that finds nothing new costs one
+page.
 """
 
 import asyncio
@@ -269,7 +271,7 @@ class _Sweep:
                         await self._log_row()
                         plan = self._plans[kind] = await self._plan(kind, items)
                         gap = plan.newest_gap()
-                    await self._take_page(items, page)
+                    late = await self._take_page(plan, items, page) and not page.is_last
                     if page.from_top:
                         top = plan.until
                     if page.hole is not None:
@@ -277,7 +279,7 @@ class _Sweep:
                         await self._note(plan, lowest or top, page.hole, gap, end=end)
                         top, lowest = end, None
                     floor = plan.bottom if page.is_last else page.floor
-                    if floor is not None and floor < top:
+                    if floor is not None and floor < top and not late:
                         lowest, cursor = floor, page.cursor
                         read_at = self._clock()
                         await self._add(
@@ -286,7 +288,7 @@ class _Sweep:
                         )
                     if not await self.hold():
                         raise StoreError("it took so long that another process has begun one")
-                    if floor is not None and floor <= gap.bottom:
+                    if floor is not None and floor <= gap.bottom and not late:
                         break
         except PageUnreadable as error:
             if plan is None:
@@ -399,16 +401,22 @@ class _Sweep:
         else:
             plan.covered = await sweeps.add(self._database, plan.workspace_id, plan.kind, interval)
 
-    async def _take_page(self, items: Sequence[Observation], page: WalkedPage) -> None:
+    async def _take_page(
+        self, plan: "_Plan", items: Sequence[Observation], page: WalkedPage
+    ) -> bool:
+        """Store the items; whether one of them came after its time was covered."""
         report, sweeper = self.report, self._sweeper
         kept = await without_removed(self._database, items)
         await sweeper.durations.learn(item.technique_id for item in kept)
+        late = False
         for result in await sweeper.writer.submit_all([Seen(observation=item) for item in kept]):
             report.count(result)
+            late |= plan.is_late(result)
         report.items += len(items)
         report.unreadable += len(page.unreadable)
         for reason in page.unreadable:
             log.error("sweep.item_unreadable", workspace_id=report.workspace_id, reason=reason)
+        return late
 
     async def _finish(self) -> None:
         """Write the end of the sweep into the log, if the database answers."""
@@ -442,12 +450,28 @@ class _Plan:
     covered: list[Interval]
     all_again: bool
     unread: list[UnreadGap] = field(default_factory=list)
+    covered_before: list[Interval] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.covered_before = self.covered
 
     @property
     def bottom(self) -> datetime:
         """How far down there is anything to read."""
         covered = () if self.all_again else self.covered
         return min([self.since, *(one.from_at for one in covered)])
+
+    def is_late(self, result: WriteResult) -> bool:
+        """Whether the run became known after its time was covered.
+
+        FLORA's clock of creation is behind then, and more such runs may be below it.
+        """
+        created_at, before = result.record.run.created_at, result.before
+        return created_at is not None and any(
+            one.from_at < created_at <= one.to_at
+            and (before is None or before.first_seen_at > one.read_at)
+            for one in self.covered_before
+        )
 
     def newest_gap(self) -> Gap:
         """The gap at the top of the list: at least a page, which may show something new."""
