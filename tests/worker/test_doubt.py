@@ -313,6 +313,42 @@ async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
         assert await state_of(services.database) == "unresolved"
 
 
+@pytest.mark.parametrize("fields", [("status",), ("run_id", "technique_run_id")])
+async def test_an_item_that_cannot_be_read_may_be_the_starts(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fields: tuple[str, ...]
+) -> None:
+    """Nothing is paid again while the history shows it, and the start is left to a person."""
+    async with make_flora(**LOST, bad_fields=fields) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0, bad_runs=tuple(flora.world.runs))
+        for moved in (0.0, 3600.0):
+            clock.move(moved)
+            await _recover_for_long(services, clock)
+            assert len(flora.world.runs) == posts(flora) == 1
+            assert await state_of(services.database) == "in_doubt"
+        clock.move(2 * HOUR)
+        await services.recovery.recover()
+        assert await state_of(services.database) == "unresolved"
+
+
+async def test_an_older_item_that_cannot_be_read_holds_up_nothing(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """It is below a run that is older than the start."""
+    async with make_flora(bad_fields=("run_id", "technique_run_id")) as flora:
+        services = await open_on(flora)
+        bad = flora.start("icon-pack")
+        flora.start("icon-pack")
+        clock.move(HOUR)
+        change(flora, **GATEWAY, bad_runs=(bad.run_id,))
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        await _recover_for_long(services, clock)
+        assert await attempt(services) == list(flora.world.runs)[-1]
+        assert len(flora.world.runs) == 3
+
+
 async def _send_again(services: Services) -> None:
     """Let FLORA say that it knows the key."""
     [workspace] = services.workspaces

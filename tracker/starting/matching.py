@@ -7,6 +7,7 @@ one run of the technique since the first sending is not accounted for.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -147,13 +148,16 @@ class StartMatcher:
         )
         async with aclosing(pages):
             async for page in pages:
-                for reason in page.unreadable.values():  # it may be the run of this start
-                    raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
+                bottom = client.earliest_creation(since) - MARGIN
+                if page.unreadable:
+                    first = min(page.unreadable)
+                    if not _reaches(bottom, page.items[:first]):  # it may be the run of this start
+                        reason = page.unreadable[first]
+                        raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
                 found |= {
                     item.run_id: item for item in page.items if _may_be_of(technique_id, item)
                 }
-                oldest = history.oldest(page.items)
-                if oldest is not None and oldest < client.earliest_creation(since) - MARGIN:
+                if _reaches(bottom, page.items):
                     break
         return {
             run_id: item
@@ -192,6 +196,12 @@ class StartMatcher:
         ):
             return None
         return left[0]
+
+
+def _reaches(bottom: datetime, items: Sequence[Observation]) -> bool:
+    """Whether items of a list, newest first, reach down to one older than `bottom`."""
+    oldest = history.oldest(items)
+    return oldest is not None and oldest < bottom
 
 
 def _may_be_of(technique_id: str, run: Observation) -> bool:
