@@ -20,6 +20,8 @@ from tracker.core.rollup import (
     MEASURES,
     OPEN,
     QUOTE,
+    QUOTED,
+    SPENT,
     STATE,
     TAGGED,
     UNPRICED,
@@ -94,6 +96,14 @@ def test_a_bill_is_open_until_it_is_final_or_given_up() -> None:
     assert costs(ended, again) == [(COST, FINAL, 500_000_000)]
     given_up = seen("run_1", RunStatus.COMPLETED, at=NOW + day, reads=1)
     assert costs(ended, given_up) == [(COST, UNPRICED, 0), (QUOTE, UNPRICED, quote)]
+    assert [key.status for key, _ in facts(after(quoted, ended)) if key.measure == SPENT] == [
+        QUOTED
+    ]
+    assert [
+        (key.status, amount)
+        for key, amount in facts(after(quoted, ended, given_up))
+        if key.measure == SPENT
+    ] == [(UNPRICED, quote)]
     failed = {"error": RunError("model_timeout")}
     assert costs(seen("run_1", RunStatus.FAILED, at=NOW + day, facts=failed)) == [
         *((COST, OPEN, 0), (QUOTE, OPEN, quote), (FAILURE, "retry_now", 0)),

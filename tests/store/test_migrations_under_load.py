@@ -25,7 +25,7 @@ from tracker.store.url import DatabaseTimes
 
 DEATHS = 3
 # These do some of it beside the work, which no transaction can hold together.
-STEP_BY_STEP = {"0006", "0008", "0009", "0010", "0012"}
+STEP_BY_STEP = {"0006", "0008", "0009", "0010", "0012", "0020"}
 INVALID = "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid"
 
 

@@ -254,7 +254,8 @@ async def test_spending_adds_up_by_day_technique_and_tag(db: Database, writer: T
         facts = {"technique_id": f"tech_{number % 2}", "charged_cost": Decimal("0.1")}
         facts["created_at"] = NOW - number * DAY  # type: ignore[assignment]
         await writer.submit(seen(f"run_of_{number}", RunStatus.COMPLETED, facts=facts))
-    await writer.submit(seen("unpriced", RunStatus.COMPLETED, facts={"created_at": NOW}))
+    given_up = {"created_at": NOW, "completed_at": NOW - 2 * DAY}
+    await writer.submit(seen("unpriced", RunStatus.COMPLETED, facts=given_up))
 
     async def added(by: str) -> dict[Any, tuple[int, Decimal, Decimal]]:
         rows, total = await spending.spending(db, by, since=NOW - 30 * DAY)

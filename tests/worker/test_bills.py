@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
+from sqlalchemy import text
 
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
+from tracker.core.budget import Budget, Period
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
+from tracker.store.queries import attention, spending
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 WRONG_QUOTES = {"quotes": 1.0, "quote_factor": 0.29, "bill_factor": 3.5}
@@ -118,6 +122,20 @@ async def test_a_run_that_is_never_billed_stays_unpriced(
         assert [round(wait, -1) for wait in waits[1:5]] == [120, 240, 480, 960]
         assert len(waits) == 11
         assert sum(waits) == pytest.approx(86_400, abs=60)
+        # Spending counts it like the metric, and its price stays in budgets.
+        database, price = services.database, record.run.quoted_cost
+        _, total = await spending.spending(database, "day")
+        assert (total.runs, total.charged, total.quoted, total.unpriced) == (1, 0, price, 1)
+        [usage] = await spending.usages(
+            database, [Budget(usd=price, period=Period.TOTAL)], now=clock()
+        )
+        assert (usage.quoted, usage.left) == (price, 0)
+        view = text("SELECT quoted, unpriced FROM v_spending_daily")
+        async with database.read() as connection:
+            [row] = await connection.execute(view)
+        assert (Decimal(str(row.quoted)), row.unpriced) == (price, 1)
+        counted = await attention.read_gauges(database, now=clock())
+        assert sum(counted.unpriced.values()) == 1
 
 
 async def test_a_refund_that_shows_no_cost_clears_it(

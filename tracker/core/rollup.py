@@ -21,7 +21,7 @@ measure               since   beside it                                   amount
                               cost, and is not final
 `FAILURE`             day     technique, status, word: the retry advice   -
 `SPENT`               day *   technique, status: `charged`, `quoted` or   its cost, else quote or
-                              `unpriced` (ended, and nothing is known)    price, the greater
+                              `unpriced` (given up without a cost)        price, the greater
 `TAGGED`              day *   the same, word: one of its tags, once each  the same
 ====================  ======  ==========================================  =====================
 
@@ -193,10 +193,9 @@ def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
         part, cost = CHARGED, run.charged_cost
     elif record.cost_final:
         part, cost = CHARGED, Decimal(0)
-    elif quote is not None:
-        part, cost = QUOTED, quote
-    elif run.settled:
-        part, cost = UNPRICED, Decimal(0)
+    elif quote is not None or run.settled:
+        given_up = run.settled and _billed(record) == UNPRICED
+        part, cost = UNPRICED if given_up else QUOTED, quote or Decimal(0)
     else:
         return []
     day = record.spent_at.replace(hour=0, minute=0, second=0, microsecond=0)

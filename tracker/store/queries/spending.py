@@ -149,7 +149,7 @@ def _usage(connection: Connection, budget: Budget, now: datetime) -> Usage:
         since=since,
         renews_at=renews_at,
         reserved=dollars(parts[RESERVED]),
-        quoted=dollars(parts[QUOTED]),
+        quoted=dollars(parts[QUOTED] + parts[UNPRICED]),
         charged=dollars(parts[CHARGED]),
     )
 
@@ -210,8 +210,8 @@ def _reservations(
 class Spending:
     """The cost in USD of the runs of a day, a technique or a tag value (`of`; `None`: all others).
 
-    `charged` was billed by FLORA, `quoted` is expected for runs without a bill, `unpriced` runs
-    ended without any price.
+    `charged` was billed by FLORA, `quoted` is the price of runs without a bill, and `unpriced`
+    counts those of them that FLORA never billed.
     """
 
     of: datetime | str | None
@@ -297,7 +297,7 @@ def _sums() -> list[ColumnElement[Any]]:
         return func.coalesce(cast(counted, BigInteger), literal_column("0"))
 
     runs, amount = ROLLUPS.c.runs, ROLLUPS.c.amount
-    return [of(runs), of(amount, CHARGED), of(amount, QUOTED), of(runs, UNPRICED)]
+    return [of(runs), of(amount, CHARGED), of(amount, QUOTED, UNPRICED), of(runs, UNPRICED)]
 
 
 def _spending(

@@ -312,7 +312,7 @@ class Spent(ResponseModel):
     runs: int
     charged: float = Field(description="Billed by FLORA.")
     quoted: float = Field(description="Quoted for runs without a bill.")
-    unpriced: int = Field(description="Ended runs whose cost is not known.")
+    unpriced: int = Field(description="Runs that were never billed; `quoted` has their price.")
 
 
 class BudgetUsage(ResponseModel):
