@@ -42,10 +42,9 @@ ROUND_SECONDS: Final = 10.0
 the next round first checks for new callbacks."""
 CALL_SECONDS: Final = 20.0
 """How long a single read may take, repetitions included; what fails is tried at the next poll."""
-PAGE_SECONDS: Final = 30.0
-PAGE_SECONDS_AGAIN: Final = 10.0
-"""How long a page may take, repetitions included; less if the last one failed, so that unreadable
-pages do not delay single reads."""
+PAGE_SECONDS: Final = 10.0
+"""How long a page may take, repetitions included: single reads wait for it, and FLORA lists a
+hundred runs within a second."""
 FAILURES: Final = 2
 """Failures without a single answer that end a round: FLORA is down, and no run is to blame."""
 
@@ -175,11 +174,10 @@ class PollRound:
         )
         if not self._pages_pay(wanted):
             return
-        seconds = PAGE_SECONDS_AGAIN if backoff.failures(slot) else PAGE_SECONDS
         client = self._client if self._recheck else self._client.for_fresh
         try:
             async with aclosing(
-                history.pages(client, "technique", deadline=lambda: seconds)
+                history.pages(client, "technique", deadline=lambda: PAGE_SECONDS)
             ) as pages:
                 async for page in pages:
                     self.report.pages += 1
