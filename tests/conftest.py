@@ -35,6 +35,7 @@ from tests.support.databases import (
 )
 from tests.support.postgres import PostgresServer
 from tests.support.sharing import made_once
+from tracker.core.log import redact
 
 # A developer's own key, deployment and proxy are nobody's business here, nor a child process's.
 _FOR_TESTS = ("TRACKER_TEST_", "TRACKER_REQUIRE_")
@@ -165,11 +166,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _log_as_it_was() -> Iterator[None]:
-    """A test that configures the log leaves it as it was found."""
+    """A test that configures the log leaves it as it was found, and its secrets redacted in no
+    other's."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    secrets, known = set(redact._secrets), redact._known
     yield
     root.handlers[:], root.level = handlers, level
+    redact._secrets, redact._known = secrets, known
 
 
 @pytest.fixture(autouse=True)
