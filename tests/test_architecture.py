@@ -118,6 +118,19 @@ def test_the_core_imports_only_the_standard_library() -> None:
     assert foreign == set()
 
 
+def test_no_http_client_keeps_cookies() -> None:
+    """httpx keeps those of any server without limit, unless it is told otherwise."""
+    made = {
+        (path.relative_to(ROOT).as_posix(), "NoCookies" in ast.unparse(node))
+        for path in SOURCES
+        if not path.is_relative_to(ROOT / "tracker" / "simulator")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "httpx.AsyncClient"
+    }
+    assert len(made) >= 6
+    assert {path for path, keeps_none in made if not keeps_none} == {"tracker/demo/__init__.py"}
+
+
 def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -192,6 +192,15 @@ async def test_certificates_are_verified(tmp_path: Path) -> None:
         assert receiver.got == []
 
 
+async def test_cookies_of_an_endpoint_are_not_kept() -> None:
+    """They would fill the memory, answer by answer, and grow the head of every later request."""
+    setting = Receiver(headers={"Set-Cookie": "id=1; Path=/"})
+    async with setting as receiver, client(receiver) as one:
+        for number in range(2):
+            assert (await one.send(Claim(f"msg_{number}", BODY, utc_now()))).delivered
+    assert ["cookie" in got.headers for got in receiver.got] == [False, False]
+
+
 async def test_a_name_server_that_hangs_delays_one_endpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

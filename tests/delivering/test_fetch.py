@@ -216,6 +216,20 @@ async def test_redirects_are_followed_and_each_is_checked(fetch: Fetch, tmp_path
     assert len(inside.asked) == 1
 
 
+async def test_cookies_are_not_kept(fetch: Fetch) -> None:
+    """Neither from a redirect to where it leads, nor from one attempt to the next."""
+    cookie = {"set_cookie": "id=1; Path=/"}
+    replies = (
+        answer(b"", "302 Found", location="/file.png", **cookie),
+        answer(b"", "503 Busy", **cookie),
+        answer(BODY),
+    )
+    async with far_end(*replies) as end:
+        await fetch(end.url())
+    assert [one for one in end.asked if "cookie" in one] == []
+    assert len(end.asked) == 3
+
+
 async def test_a_hop_to_a_private_address_is_refused(
     fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

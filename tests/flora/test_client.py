@@ -65,6 +65,15 @@ async def test_start() -> None:
     assert (seen.technique_id, seen.run_type) == ("tech_1", "technique")
 
 
+async def test_cookies_are_not_kept() -> None:
+    """A gateway may set as many as it likes: none is kept, and none is sent."""
+    far_end = FarEnd(ok(run_payload(), set_cookie="lb=1; Path=/"))
+    async with client(far_end, VirtualTime()) as flora:
+        for _ in range(2):
+            await flora.get_any_run("run_1")
+    assert ["cookie" in request.headers for request in far_end.requests] == [False, False]
+
+
 async def test_a_start_by_slug() -> None:
     """A slug is never taken for a technique's id; without an address no callback is asked for."""
     far_end = FarEnd(ok(run_payload()))

@@ -80,13 +80,14 @@ def listen(
         import httpx
 
         from tracker.delivering.listen import TrackerStream, forward
+        from tracker.flora.caller import NoCookies
         from tracker.views import time_json
 
         stream = TrackerStream(
             root, token, wanted=wanted, notice=note, now=lambda: time_json(utc_now())
         )
         async with (
-            httpx.AsyncClient(timeout=None, trust_env=False) as client,  # noqa: S113
+            httpx.AsyncClient(timeout=None, cookies=NoCookies(), trust_env=False) as client,  # noqa: S113
             aclosing(stream.events()) as events,
         ):
             async for one in events:

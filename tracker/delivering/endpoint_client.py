@@ -19,7 +19,7 @@ from tracker.core.events import LONGEST_RETRY_AFTER, MOST_OPEN
 from tracker.core.waiting import in_thread
 from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
 from tracker.delivering.signing import signed_headers
-from tracker.flora.caller import retry_after_of
+from tracker.flora.caller import NoCookies, retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt, Claim
@@ -118,6 +118,7 @@ class EndpointClient:
                 permission="allow_private = true",
             ),
             headers={"accept": "*/*", "accept-encoding": "identity"},
+            cookies=NoCookies(),
             timeout=None,  # noqa: S113 - `send` limits the whole attempt
             follow_redirects=False,
             trust_env=False,

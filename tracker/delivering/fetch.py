@@ -30,7 +30,7 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
-from tracker.flora.caller import is_bounded
+from tracker.flora.caller import NoCookies, is_bounded
 
 MAX_BYTES: Final = 2 * 1024**3
 ATTEMPTS: Final = 5
@@ -95,6 +95,7 @@ class Fetcher:
                 "accept-encoding": "identity",  # so that sizes can be checked and parts resumed
                 "user-agent": f"flora-run-tracker/{__version__}",
             },
+            cookies=NoCookies(),
             timeout=httpx.Timeout(stall, connect=connect, pool=None),
             follow_redirects=False,
             trust_env=False,

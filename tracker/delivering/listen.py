@@ -32,6 +32,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.run import Run
 from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.delivering.signing import signed_headers
+from tracker.flora.caller import NoCookies
 from tracker.store.text import dump_json
 
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
@@ -97,6 +98,7 @@ class TrackerStream:
         async with httpx.AsyncClient(
             base_url=self.url,
             headers={} if self.token is None else {"authorization": f"Bearer {self.token}"},
+            cookies=NoCookies(),
             timeout=httpx.Timeout(10.0, read=SILENCE_SECONDS),
             trust_env=not is_loopback_url(self.url),
         ) as client:

@@ -19,6 +19,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http.cookiejar import CookieJar
 from typing import Any, Final, TypeVar
 
 import httpx
@@ -426,6 +427,17 @@ _BOUNDED: Final = frozenset({"", "identity", "gzip", "deflate"})
 def is_bounded(content_encoding: str | None) -> bool:
     """Whether a body with this `Content-Encoding` (`None` for none) may be decompressed."""
     return (content_encoding or "").strip().lower() in _BOUNDED
+
+
+class NoCookies(CookieJar):
+    """The jar of an HTTP client that keeps no cookies.
+
+    httpx keeps what any server sets for as long as the client lives, without limit, and sends all
+    of it with every request: a few hundred answers would fill the memory.
+    """
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Keep nothing of the response."""
 
 
 async def _bounded_body(response: httpx.Response, endpoint: str, largest: int) -> bytes:

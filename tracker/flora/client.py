@@ -49,6 +49,7 @@ from tracker.flora.caller import (
     Caller,
     FloraAnswer,
     FloraCall,
+    NoCookies,
     OnRequest,
     Wait,
 )
@@ -123,6 +124,7 @@ class FloraClient:
                 "accept-encoding": "gzip, deflate",
                 "user-agent": f"flora-run-tracker/{__version__}",
             },
+            cookies=NoCookies(),
             timeout=_TIMEOUT,
             limits=httpx.Limits(
                 max_connections=concurrency,

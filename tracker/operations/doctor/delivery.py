@@ -25,6 +25,7 @@ from tracker.core.formatting import plain
 from tracker.core.net import CALLBACK_PATH as _PATH
 from tracker.core.net import is_loopback
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
+from tracker.flora.caller import NoCookies
 from tracker.flora.signature import sign
 
 FLORA_WAITS: Final = 10.0
@@ -164,6 +165,7 @@ async def open_sender(url: str, timeout: float) -> AsyncIterator[Send]:
     are not followed; FLORA follows none."""
     async with httpx.AsyncClient(
         headers={"user-agent": f"flora-run-tracker/{__version__} (doctor)"},
+        cookies=NoCookies(),
         timeout=httpx.Timeout(timeout, connect=timeout * _CONNECT_SHARE),
         follow_redirects=False,
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
