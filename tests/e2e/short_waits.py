@@ -18,7 +18,7 @@ from tracker.delivering.webhooks import DeliveryTimes
 from tracker.polling import poll
 from tracker.polling.poll import Backoff
 from tracker.polling.workspaces import DatabaseWaits
-from tracker.starting import recover, sending
+from tracker.starting import matching, recover, sending
 from tracker.store.queries import batch_launches
 from tracker.web.http import server
 from tracker.worker import scheduler
@@ -88,7 +88,7 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     soon = timedelta(seconds=0.4)
     shorten(sending, HELD_FOR=soon)
     shorten(batch_launches, LEASE=soon)
-    shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
+    shorten_searches()
     services.BatchWorker = partial(services.BatchWorker, renew_after=0.1)  # type: ignore
     shorten(sending, RENEW_AFTER=0.1)
     shorten_leases(soon, renew_after=0.1)
@@ -101,6 +101,13 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     services.RollupCompactor = partial(  # type: ignore
         services.RollupCompactor, delay=0.2, last_within=0.5
     )
+
+
+def shorten_searches() -> None:
+    """A run is listed within a second, and no clock is set back by as much."""
+    second = timedelta(seconds=1)
+    shorten(recover, LISTED_WITHIN=second, SET_BACK=second)
+    shorten(matching, SET_BACK=second)
 
 
 def shorten_leases(lease: timedelta, *, renew_after: float) -> None:

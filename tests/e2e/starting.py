@@ -13,7 +13,6 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +20,15 @@ import httpx
 import sqlalchemy as sa
 
 from tests.e2e.lives import FloraKey, Life
-from tests.e2e.short_waits import KEYS_KEPT, shorten, shorten_key_memory, shorten_waits
+from tests.e2e.short_waits import (
+    KEYS_KEPT,
+    shorten_key_memory,
+    shorten_searches,
+    shorten_waits,
+)
 from tests.e2e.truth import keys_of
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
-from tracker.starting import recover
 from tracker.store.engine import Database
 from tracker.store.schema import starts
 
@@ -251,4 +254,4 @@ def prepare() -> None:
     """Leases last two seconds, so that a frozen process loses them, and doubt ends as soon."""
     shorten_waits(patient=False)  # callers ask again, and each answer has to come in time
     shorten_key_memory()
-    shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
+    shorten_searches()

@@ -2,20 +2,18 @@
 
 import asyncio
 import random
-from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.lives import Life
-from tests.e2e.short_waits import shorten, shorten_waits
+from tests.e2e.short_waits import shorten_searches, shorten_waits
 from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.simulator import Simulator, running
 from tracker.simulator.options import Options
-from tracker.starting import recover
 from tracker.store.engine import Database
 from tracker.store.queries import spending
 
@@ -33,7 +31,7 @@ tag = "team=red"
 def prepare() -> None:
     """Doubts are resolved soon."""
     shorten_waits()
-    shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
+    shorten_searches()
 
 
 @pytest.mark.both_databases

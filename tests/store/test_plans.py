@@ -231,7 +231,14 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     ),
     "open starts": (starts.open_starts, "ix_starts_open"),
     "starts in doubt": (starts.open_starts, "ix_starts_in_doubt"),
-    "known origins": (lambda db: starts.accounted(db, ["run_1", "run_2"]), "ix_starts_run"),
+    "known origins": (
+        lambda db: starts.accounted(db, ["run_1", "run_2"], known_before=NOW),
+        "ix_starts_run",
+    ),
+    "runs known before a start": (
+        lambda db: starts.newest_known(db, "default", before=NOW),
+        "ix_runs_newest_of_workspace",
+    ),
     "rival starts": (
         lambda db: starts.rivals(db, "default", "tech_1", "key_1"),
         "ix_starts",

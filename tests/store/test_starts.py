@@ -222,7 +222,8 @@ async def test_rival_starts_are_found(writer: TestWriter, db: Database) -> None:
 
 
 async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Database) -> None:
-    """A run that a start owns, or that was given to track, is nobody else's."""
+    """A run that a start owns, or that was given to track, is nobody else's; nor is one that was
+    known before."""
     await reserve(db, "key")
     await writer.submit(
         replace(seen("run_start", source=Source.HISTORY), slot="default", idempotency_key="key")
@@ -232,12 +233,39 @@ async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Da
             started("run_answer"),
             seen("run_track", source=Source.TRACK),
             seen("run_swept", source=Source.HISTORY),
+            seen("run_before", source=Source.HISTORY, at=NOW - timedelta(seconds=1)),
             callback("run_called"),
         ]
     )
     asked = ["run_start", "run_answer", "run_track", "run_swept", "run_called", "run_unknown"]
-    assert await starts.accounted(db, asked) == {"run_start", "run_answer", "run_track"}
-    assert await starts.accounted(db, []) == set()
+    asked.append("run_before")
+    assert await starts.accounted(db, asked, known_before=NOW) == {
+        *("run_start", "run_answer", "run_track", "run_before")
+    }
+    assert await starts.accounted(db, [], known_before=NOW) == set()
+
+
+async def test_the_newest_run_that_was_known_before(writer: TestWriter, db: Database) -> None:
+    """By FLORA's clock, whichever day it has, but not by a time that one run alone has."""
+
+    async def newest() -> datetime | None:
+        return await starts.newest_known(db, "ws_1", before=NOW)
+
+    async def know(number: int, created_at: datetime | None, **more: Any) -> None:
+        facts = {"created_at": created_at, "workspace_id": "ws_1"} | more
+        at = NOW + timedelta(seconds=number)
+        await writer.submit(seen(f"run_{number}", source=Source.HISTORY, at=at, facts=facts))
+
+    await know(-1, None)
+    await know(-2, NOW, workspace_id="ws_2")
+    await know(1, NOW)
+    assert await newest() is None
+    await know(-3, NOW.replace(year=9999))
+    assert await newest() == NOW.replace(year=9999)
+    days = [NOW + timedelta(days=day) for day in range(9)]
+    for number, day in enumerate(days, 4):
+        await know(-number, day)
+    assert await newest() == days[-4]
 
 
 async def test_a_hold_that_was_given_back_is_not_prolonged(db: Database) -> None:

@@ -197,29 +197,53 @@ async def test_a_colleagues_run_is_not_taken(
         assert await state_of(services.database) == "unresolved"
 
 
-@pytest.mark.parametrize("ahead", [-1.6, -0.7, 0.7, 1.6, 30.0])
-async def test_the_difference_of_the_clocks_is_allowed_for(
+@pytest.mark.parametrize("ahead", [-10_800.0, -1.6, 0.0, 1.6, 10_800.0])
+async def test_the_run_of_a_used_key_is_found_whatever_floras_clock_says(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, ahead: float
 ) -> None:
-    """A used key's run is found however the clocks differ, and none that began before is taken."""
-    async with make_flora(idempotency="conflict", clock_offset=ahead) as flora:
+    """None that was known before is taken for it."""
+    async with make_flora(idempotency="conflict", clock_offset=ahead, date_offset=-ahead) as flora:
         services = await open_on(flora)
-        [workspace] = services.workspaces
-        for tenth in range(40):  # `Date` has seconds: several answers tell the difference well
-            clock.move(0.1)
-            await workspace.require_client().history(limit=1)
-            if tenth == 10:
-                assert await attempt(services, "an-earlier-one")  # its answer shows FLORA's clock
-                flora.start("icon-pack")  # a colleague's, which began before ours
+        flora.start("icon-pack")
+        await _sweep(services)
+        clock.move(61)
         change(flora, lost_starts=1.0)
         assert await attempt(services) is None
         change(flora, lost_starts=0.0)
         ours = list(flora.world.runs)[-1]
         # What a process that died had sent is sent again by this one, within the window.
         await _send_again(services)
-        clock.move(30)
+        clock.move(61)
         await services.recovery.recover()
         assert await attempt(services) == ours
+
+
+async def test_a_run_is_not_taken_while_the_starts_own_may_not_be_listed_yet(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A colleague's, from before and not known here, is the only one that is listed for a while."""
+    async with make_flora(idempotency="conflict") as flora:
+        services = await open_on(flora)
+        flora.start("icon-pack")
+        change(flora, lost_starts=1.0)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        await _send_again(services)
+        ours = list(flora.world.runs)[-1]
+        unlisted = flora.world.runs.pop(ours)
+        for _ in range(5):
+            clock.move(10)
+            assert await services.recovery.recover() == 0
+        flora.world.runs[ours] = unlisted
+        for _ in range(10):
+            clock.move(30)
+            assert await services.recovery.recover() == 0
+        assert await state_of(services.database) == "unresolved"
+
+
+async def _sweep(services: Services) -> None:
+    [workspace] = services.workspaces
+    assert (await services.sweeper.sweep(workspace)).error is None
 
 
 LOST = {"lost_starts": 1.0, "keys_released": True}
@@ -232,54 +256,109 @@ async def _recover_for_long(services: Services, clock: HandClock) -> None:
         await services.recovery.recover()
 
 
+@pytest.mark.parametrize("known", [0, 1, 5])
 @pytest.mark.parametrize(
-    ("clocks", "shown"),
+    "clocks",
     [
-        ({"date_offset": 1}, False),
-        ({"date_offset": 100}, False),
-        ({"date_offset": 3600}, False),
-        ({"clock_offset": -100, "date_offset": 100}, False),
-        ({"date_offset": 3600}, True),
-        ({"clock_offset": -10_800, "date_offset": 10_800}, True),
-        ({"clock_offset": 600, "date_offset": -600}, True),
+        {"date_offset": 3600},
+        {"date_offset": -3600},
+        {"clock_offset": -10_800, "date_offset": 10_800},
+        {"clock_offset": 10_800, "date_offset": -10_800},
+        {"clock_offset": -172_800, "date_offset": 172_800},
+        {"clock_offset": -172_800},
+        {"clock_offset": 172_800},
     ],
 )
-async def test_nothing_is_paid_twice_where_created_at_is_behind_the_date_of_answers(
+async def test_nothing_is_paid_twice_whatever_floras_clock_says(
     make_flora: MakeFlora,
     open_on: OpenServices,
     clock: HandClock,
     clocks: dict[str, float],
-    shown: bool,
+    known: int,
 ) -> None:
-    """A gateway writes `Date`; up to two minutes are allowed for before a start has shown FLORA's
-    clock, and however much it differs afterwards."""
+    """Nor whatever `Date` says, which a gateway may write; also before a start was answered."""
     async with make_flora(**clocks) as flora:
         services = await open_on(flora)
-        if shown:
-            assert await attempt(services, "an-earlier-one") is not None
-            clock.move(1)
+        for number in range(known):
+            assert await attempt(services, f"an-earlier-one-{number}") is not None
+        clock.move(1)
         change(flora, **LOST)
         assert await attempt(services) is None
         change(flora, lost_starts=0.0)
         await _recover_for_long(services, clock)
-        assert len(flora.world.runs) == posts(flora) == 1 + shown
+        assert len(flora.world.runs) == posts(flora) == 1 + known
         assert await state_of(services.database) == "in_doubt"
 
 
-async def test_a_run_from_before_holds_up_nothing_once_floras_clock_is_known(
+@pytest.mark.parametrize("back", [60, 3600])
+async def test_nothing_is_paid_twice_where_floras_clock_is_set_back(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, back: float
+) -> None:
+    """The run of the start is then older, by its time of creation, than those known before."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        for number in range(6):
+            assert await attempt(services, f"an-earlier-one-{number}") is not None
+        await _sweep(services)
+        clock.move(300)
+        change(flora, **LOST, clock_offset=-back)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        await _recover_for_long(services, clock)
+        assert len(flora.world.runs) == posts(flora) == 7
+
+
+async def test_nothing_is_paid_twice_where_our_clock_is_set_back(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """A colleague's run of three seconds before is excluded, hours behind `Date` as well."""
-    async with make_flora(clock_offset=-10_800, date_offset=10_800) as flora:
+    """The run of the start seems to be known from before."""
+    async with make_flora(**LOST) as flora:
         services = await open_on(flora)
-        assert await attempt(services, "an-earlier-one") is not None
-        colleagues = flora.start("icon-pack")
-        clock.move(4)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        clock.move(-50)
+        await _sweep(services)
+        await _recover_for_long(services, clock)
+        assert len(flora.world.runs) == posts(flora) == 1
+
+
+async def test_one_wrong_creation_time_hides_no_run(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A run that was created in a year to come is no measure of what was known before."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        change(flora, clock_offset=1e9)
+        flora.start("icon-pack")
+        change(flora, clock_offset=0)
+        flora.start("icon-pack")
+        await _sweep(services)
+        clock.move(61)
+        change(flora, **LOST)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        await _recover_for_long(services, clock)
+        assert (len(flora.world.runs), posts(flora)) == (3, 1)
+
+
+@pytest.mark.parametrize("behind", [0, 10_800])
+async def test_a_run_that_was_known_before_holds_up_nothing(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, behind: float
+) -> None:
+    """Whatever FLORA's clock says; nor do those from before the runs that were known."""
+    async with make_flora(clock_offset=-behind, date_offset=behind) as flora:
+        services = await open_on(flora)
+        flora.start("icon-pack")
+        clock.move(10 * 24 * HOUR)  # the first sweep does not read so far back
+        colleagues = [flora.start("icon-pack").run_id for _ in range(5)]
+        await _sweep(services)
+        clock.move(61)
         change(flora, **GATEWAY)
         assert await attempt(services) is None
         change(flora, gateway_starts=0.0)
         await _recover_for_long(services, clock)
-        assert await attempt(services) not in (None, colleagues.run_id)
+        assert await attempt(services) == list(flora.world.runs)[-1]
+        assert (len(flora.world.runs), len(colleagues)) == (7, 5)
 
 
 @pytest.mark.parametrize("technique", ["icon-pack", 7, None])
@@ -335,12 +414,13 @@ async def test_an_item_that_cannot_be_read_may_be_the_starts(
 async def test_an_older_item_that_cannot_be_read_holds_up_nothing(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """It is below a run that is older than the start."""
+    """It is below a run that was known long before the start."""
     async with make_flora(bad_fields=("run_id", "technique_run_id")) as flora:
         services = await open_on(flora)
         bad = flora.start("icon-pack")
         flora.start("icon-pack")
-        clock.move(HOUR)
+        await _sweep(services)
+        clock.move(3 * HOUR)
         change(flora, **GATEWAY, bad_runs=(bad.run_id,))
         assert await attempt(services) is None
         change(flora, gateway_starts=0.0)

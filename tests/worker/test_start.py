@@ -224,7 +224,7 @@ async def test_a_key_that_flora_knows_finds_its_run(
     services.recovery.matcher.read = read_nothing  # type: ignore[method-assign]
     assert await services.recovery.recover() == 0
     services.recovery.matcher.read = read  # type: ignore[method-assign]
-    clock.move(5)
+    clock.move(61)
     assert await services.recovery.recover() == 1
     row = await starts.get(services.database, "ws_simulator", "key-1")
     assert row is not None

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http.cookiejar import CookieJar
@@ -36,7 +36,6 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.flora import parse
-from tracker.flora.clock import FloraClocks
 from tracker.flora.contact import Breaker, Contact
 from tracker.flora.parse import decode
 from tracker.flora.request_limit import RequestLimit, SharedWaits
@@ -186,9 +185,9 @@ class _Progress:
 class Caller:
     """Makes calls with one key, through one request limit and one breaker.
 
-    `deadline` is in seconds, for a call with all repetitions. `clocks` are FLORA's, `request_id` is
-    the id of the last answer, `None` before the first. `traced` means that the transport reports
-    when a request is written.
+    `deadline` is in seconds, for a call with all repetitions. `clock_offset` is FLORA's clock
+    minus ours, `request_id` the id of the last answer, both `None` before the first. `traced` means
+    that the transport reports when a request is written.
     """
 
     http: httpx.AsyncClient
@@ -210,7 +209,7 @@ class Caller:
         )
         self.breaker = Breaker(clock=self.clock, monotonic=self.monotonic)
         self.contact = Contact(clock=self.clock, monotonic=self.monotonic)
-        self.clocks = FloraClocks()
+        self.clock_offset: timedelta | None = None
         self.request_id: str | None = None
         self._calls: list[_Progress] = []
 
@@ -328,7 +327,7 @@ class Caller:
             if self.on_request is not None:
                 self.on_request(call.endpoint, status, seconds)
         if (date := http_date(response.headers.get("date", ""))) is not None:
-            self.clocks.answered(date, sent_at=sent_at, at=self.clock())
+            self.clock_offset = date - self.clock()
         return FloraAnswer(
             endpoint=call.endpoint,
             sent_at=sent_at,

@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
@@ -204,11 +204,7 @@ class FloraClient:
     @property
     def clock_offset(self) -> timedelta | None:
         """FLORA's clock minus ours, by its last answer."""
-        return self._caller.clocks.offset
-
-    def earliest_creation(self, sent_at: datetime) -> datetime:
-        """The earliest `created_at` of a run whose start was sent at `sent_at`, by our clock."""
-        return self._caller.clocks.earliest_creation(sent_at)
+        return self._caller.clock_offset
 
     @property
     def request_id(self) -> str | None:
@@ -267,11 +263,8 @@ class FloraClient:
         read = self._reader(
             answer, source=Source.START, run_type="technique", technique_id=known_id
         )
-        seen = answer.read(read)
         replayed = answer.headers.get("idempotent-replayed", "").lower() == "true"
-        if seen.created_at is not None and not replayed:
-            self._caller.clocks.started(seen.created_at, at=seen.at)
-        return StartAnswer(observation=seen, replayed=replayed)
+        return StartAnswer(observation=answer.read(read), replayed=replayed)
 
     async def get_run(
         self, technique_id: str, run_id: str, *, deadline: float | None = None
@@ -346,7 +339,7 @@ class FloraClient:
             parse.run,
             at=self._clock(),
             sent_at=answer.sent_at,
-            clock_offset=self._caller.clocks.offset,
+            clock_offset=self._caller.clock_offset,
             **options,
         )
 

@@ -2,12 +2,15 @@
 
 A run in the history belongs to no start by itself: colleagues start the same technique. It is
 matched with a start only if FLORA says, by 409 or 422, that the start's key is in use, and exactly
-one run of the technique since the first sending is not accounted for.
+one run of the technique that became known since the first sending is not accounted for.
+
+What is compared are the times at which runs became known here. FLORA's creation times are compared
+with each other alone: its clock may differ from ours and from the header `Date`, and be set.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,16 +32,19 @@ STORE_AGAIN: Final = (0.2, 5.0)
 """The first and the longest wait before an answer is stored again, in seconds."""
 LAST_SECONDS: Final = 8.0
 """How long the end of the process waits for answers that are not stored yet."""
-MARGIN: Final = timedelta(minutes=10)
-"""How far back the history is read besides, because it is only roughly sorted by creation."""
+SET_BACK: Final = timedelta(minutes=1)
+"""By how much our clock may have been set back since a start was sent."""
+READ_BELOW: Final = timedelta(hours=2)
+"""How far the history is read below the runs that were known before a start: FLORA's clock may have
+been set back by an hour, and the list is only roughly sorted by creation."""
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryRead:
-    """The runs that may be of a technique and may have begun since some time, by id; `begun_at` is
-    when the read began, by our clock."""
+    """The runs of a technique, or that may be, down to those that were surely known before some
+    time, by id; `begun_at` is when the read began, by our clock."""
 
     begun_at: datetime
     runs: dict[str, Observation]
@@ -112,15 +118,18 @@ class StartMatcher:
     async def read(
         self, workspace: Workspace, technique_id: str, since: datetime, *, give_up: float
     ) -> HistoryRead:
-        """Read the history completely, back to runs that may have begun at `since`, by our clock.
+        """Read the history completely, down to what was known here before `since`.
 
         FLORA is read until the time `give_up` of `time.monotonic`. Raises `FloraError`.
         """
         begun_at = self.clock()
+        known_until = await starts.newest_known(
+            self.database, workspace.workspace_id, before=since - SET_BACK
+        )
         while True:
             filtered = workspace.slot not in self._unfiltered
             try:
-                found = await self._read(workspace, technique_id, since, give_up, filtered)
+                found = await self._read(workspace, technique_id, known_until, give_up, filtered)
             except FloraRefusal as refusal:
                 # A refused filter says nothing about the key: all runs are read instead.
                 if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
@@ -134,74 +143,66 @@ class StartMatcher:
         self,
         workspace: Workspace,
         technique_id: str,
-        since: datetime,
+        known_until: datetime | None,
         give_up: float,
         filtered: bool,
     ) -> dict[str, Observation]:
-        client = workspace.require_client()
+        bottom = None if known_until is None else known_until - READ_BELOW
         found: dict[str, Observation] = {}
+        known = False  # whether what follows was listed before
         pages = history.pages(
-            client,
+            workspace.require_client(),
             "technique",
             technique_id=technique_id if filtered else None,
             deadline=lambda: max(give_up - time.monotonic(), 0.1),
         )
         async with aclosing(pages):
             async for page in pages:
-                bottom = client.earliest_creation(since) - MARGIN
-                if page.unreadable:
-                    first = min(page.unreadable)
-                    if not _reaches(bottom, page.items[:first]):  # it may be the run of this start
-                        reason = page.unreadable[first]
-                        raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
+                first = min(page.unreadable, default=len(page.items))
+                known = known or _reaches(known_until, page.items[:first])
+                if page.unreadable and not known:  # it may be the run of this start
+                    reason = page.unreadable[first]
+                    raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
                 found |= {
-                    item.run_id: item for item in page.items if _may_be_of(technique_id, item)
+                    item.run_id: item
+                    for item in page.items
+                    if _may_be_of(technique_id, item)
+                    and not (bottom and item.created_at and item.created_at < bottom)
                 }
+                known = known or _reaches(known_until, page.items)
                 if _reaches(bottom, page.items):
                     break
-        return {
-            run_id: item
-            for run_id, item in found.items()
-            if _may_have_begun(workspace, item, since)
-        }
+        return found
 
-    async def unaccounted(
-        self, workspace: Workspace, row: StartRow, read: HistoryRead
-    ) -> list[Observation]:
-        """The runs that may have begun since the start's first sending and that nothing else
-        accounts for: they are of no other start, and were not given to `track`."""
+    async def possible(self, row: StartRow, found: Iterable[Observation]) -> list[Observation]:
+        """Those of the runs that may be the start's: they became known since its first sending, and
+        nothing else accounts for them (they are of no other start, and were not given to
+        `track`)."""
+        runs = {run.run_id: run for run in found}
         first = row.in_use_since or row.created_at
-        accounted = await starts.accounted(self.database, list(read.runs))
-        return [
-            item
-            for run_id, item in read.runs.items()
-            if run_id not in accounted and _may_have_begun(workspace, item, first)
-        ]
+        accounted = await starts.accounted(self.database, list(runs), known_before=first - SET_BACK)
+        return [run for run_id, run in runs.items() if run_id not in accounted]
 
-    async def find(
-        self, workspace: Workspace, row: StartRow, read: HistoryRead
-    ) -> Observation | None:
-        """The run of a start whose key FLORA says is in use; `None` if there is none, more than
-        one, one of unknown technique, or another start that it may be of as well."""
+    async def find(self, row: StartRow, read: HistoryRead) -> Observation | None:
+        """The run of a start whose key FLORA says is in use, in a history that lists it; `None` if
+        there is none, more than one, one of unknown technique, or another start that it may be of
+        as well."""
         # The rivals first: one that becomes a run meanwhile is accounted for then, or is a rival.
         rivals = await starts.rivals(
             self.database, row.workspace_slot, row.technique_id, row.idempotency_key
         )
-        left = await self.unaccounted(workspace, row, read)
+        left = await self.possible(row, read.runs.values())
         if len(left) != 1 or left[0].technique_id != row.technique_id:
             return None
-        if any(
-            _may_have_begun(workspace, left[0], rival.in_use_since or rival.created_at)
-            for rival in rivals
-        ):
+        if any([await self.possible(rival, left) for rival in rivals]):
             return None
         return left[0]
 
 
-def _reaches(bottom: datetime, items: Sequence[Observation]) -> bool:
-    """Whether items of a list, newest first, reach down to one older than `bottom`."""
+def _reaches(bottom: datetime | None, items: Sequence[Observation]) -> bool:
+    """Whether items of a list, newest first, reach down to `bottom`."""
     oldest = history.oldest(items)
-    return oldest is not None and oldest < bottom
+    return bottom is not None and oldest is not None and oldest <= bottom
 
 
 def _may_be_of(technique_id: str, run: Observation) -> bool:
@@ -209,12 +210,3 @@ def _may_be_of(technique_id: str, run: Observation) -> bool:
     one, may."""
     named = run.technique_id
     return named == technique_id or named is None or not named.startswith("tech_")
-
-
-def _may_have_begun(workspace: Workspace, run: Observation, since: datetime) -> bool:
-    """Whether a run may be one whose start was sent at or after `since`, by our clock.
-
-    A run without a time may be.
-    """
-    earliest = workspace.require_client().earliest_creation(since)
-    return run.created_at is None or run.created_at >= earliest

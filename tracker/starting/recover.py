@@ -17,7 +17,7 @@ from tracker.core.clock import boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
 from tracker.polling.workspaces import Service, Workspace
-from tracker.starting.matching import HistoryRead, StartMatcher
+from tracker.starting.matching import SET_BACK, HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow, StartState
@@ -31,10 +31,8 @@ SEARCH_WAITS: Final = (timedelta(seconds=1), timedelta(minutes=2))
 """The shortest and the longest wait between two reads of the history for one start; in between it
 grows with the time since the start was last sent."""
 LISTED_WITHIN: Final = timedelta(minutes=1)
-"""How late a run may appear in the history: the run of a known key is searched for so long."""
-AHEAD: Final = timedelta(minutes=5)
-"""A start that was sent further ahead than this was sent before the clock was set back. `KEY_KEPT`
-has a margin for less."""
+"""How late a run may appear in the history: before, the only run that may be a start's may still be
+another's."""
 
 log = get_logger(__name__)
 
@@ -129,7 +127,8 @@ class Recovery(Service):
         window_ends = self._window_ends(row)
         read_after = read is not None and read.begun_at >= window_ends
         if row.is_known_to_flora:
-            run = read and await self.matcher.find(workspace, row, read)
+            listed = read is not None and read.begun_at >= self._looked_for_from(row)
+            run = await self.matcher.find(row, read) if read is not None and listed else None
             if run:
                 await self.matcher.adopt(row, run.run_id, run)
                 log.info("start.found", key=held.key, run_id=run.run_id)
@@ -140,7 +139,7 @@ class Recovery(Service):
         if self._is_forgotten(row):
             await self._leave_to_a_person(held)
             return False
-        if read is None or not read_after or await self.matcher.unaccounted(workspace, row, read):
+        if read is None or not read_after or await self.matcher.possible(row, read.runs.values()):
             return False
         if boot_seconds() - self._jumped_at < self.doubt.total_seconds():
             return False  # FLORA may be at work on it all the same
@@ -161,8 +160,14 @@ class Recovery(Service):
             advice="tracker starts resolve",
         )
 
+    def _looked_for_from(self, row: StartRow) -> datetime:
+        """From when on the history helps: the run of a known key is listed then; of another key,
+        FLORA is done with the request."""
+        wait = LISTED_WITHIN if row.is_known_to_flora else self.doubt
+        return (row.sent_at or row.created_at) + wait
+
     def _window_ends(self, row: StartRow) -> datetime:
-        """Until when FLORA may be at work on the last request."""
+        """Until when FLORA may be at work on the last request, or be about to list its run."""
         window = max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
         return (row.sent_at or row.created_at) + window
 
@@ -174,14 +179,14 @@ class Recovery(Service):
 
     def _is_ahead(self, row: StartRow) -> bool:
         """Whether it was sent at what is the future since the clock was set back."""
-        return (row.sent_at or row.created_at) > self.clock() + AHEAD
+        return (row.sent_at or row.created_at) > self.clock() + SET_BACK
 
     def _is_due(self, row: StartRow) -> bool:
         """Whether the history may help now, and was not read for it a moment ago."""
         now = self.clock()
         if self._is_ahead(row):
             return True
-        if not row.is_known_to_flora and now < self._window_ends(row):
+        if now < self._looked_for_from(row):
             return False  # until then only a callback helps
         searched = self._searched.get((row.workspace_slot, row.idempotency_key))
         if searched is None or searched > now or searched < self._window_ends(row) <= now:

@@ -62,6 +62,8 @@ class StartState(StrEnum):
 
 UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
 """States whose outcome is not known."""
+FEW: Final = 5
+"""Runs whose creation times are compared, so that one wrong time does no harm."""
 LISTED: Final = (StartState.STORED, *UNKNOWN)
 """States that can be listed: rare, each with its own index."""
 
@@ -378,15 +380,40 @@ async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -
     return [_row(row) for row in await db.fetch(statement)]
 
 
-async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
-    """The runs whose origin is known: they belong to a start or were tracked by request."""
+async def accounted(db: Database, run_ids: Sequence[str], *, known_before: datetime) -> set[str]:
+    """The runs that are of no start which was first sent at `known_before`: they belong to a start,
+    were tracked by request, or became known before."""
     if not run_ids:
         return set()
     by_start = select(starts.c.run_id).where(starts.c.run_id.in_(run_ids))
-    by_source = select(runs.c.run_id).where(
-        runs.c.run_id.in_(run_ids), runs.c.source.in_([Source.START, Source.TRACK])
+    by_itself = select(runs.c.run_id).where(
+        runs.c.run_id.in_(run_ids),
+        or_(
+            runs.c.source.in_([Source.START, Source.TRACK]),
+            runs.c.first_seen_at < known_before,
+        ),
     )
-    return set(await db.fetchcol(by_start.union(by_source)))
+    return set(await db.fetchcol(by_start.union(by_itself)))
+
+
+async def newest_known(
+    db: Database, workspace_id: str | None, *, before: datetime
+) -> datetime | None:
+    """FLORA's creation time of the newest runs that became known before; `None` if none did.
+
+    The oldest of a few counts, so that one wrong time does no harm.
+    """
+    newest = (
+        select(runs.c.created_at)
+        .where(
+            runs.c.workspace_id == workspace_id,
+            runs.c.created_at_known,
+            runs.c.first_seen_at < before,
+        )
+        .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
+        .limit(FEW)
+    )
+    return min(await db.fetchcol(newest), default=None)
 
 
 def is_in(state: StartState) -> ColumnElement[bool]:
