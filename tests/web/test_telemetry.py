@@ -11,11 +11,15 @@ from opentelemetry.instrumentation._semconv import _OpenTelemetrySemanticConvent
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests.delivering.conftest import endpoint
+from tests.support.endpoint import Receiver
 from tests.support.logs import capture_logs
 from tests.web import callbacks
 from tests.web.callbacks import PATH, SECRET, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
+from tracker.core.clock import utc_now
+from tracker.delivering.endpoint_client import send_test
 from tracker.operations import logs
 from tracker.operations.tracing import ENDPOINT, tracing, untraced
 from tracker.simulator import Options, running
@@ -118,6 +122,32 @@ async def test_a_call_to_flora_is_traced(small_site: Site, spans: InMemorySpanEx
     (span,) = [span for span in spans.get_finished_spans() if span.kind.name == "CLIENT"]
     assert (span.attributes or {})["http.status_code"] == 200
     assert "sk_test" not in str(dict(span.attributes or {}))
+
+
+@pytest.mark.parametrize("convention", ["", "http/dup"])
+async def test_a_span_has_no_query_of_what_we_ask(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, convention: str
+) -> None:
+    """A query signs a link to a file, or authorizes an endpoint; the log does not show it either.
+    Nor is the token of a callback address there, or the collector's password in the log."""
+    monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", convention)
+    monkeypatch.setattr(_OpenTelemetrySemanticConventionStability, "_initialized", False)
+    collector = {ENDPOINT: "http://collector:pass-word@127.0.0.1:4318/?token=sec-ret"}
+    with capture_logs() as lines:
+        async with (
+            Receiver() as receiver,
+            tracing((), environ=collector, processor=SimpleSpanProcessor(spans)),
+        ):
+            for path in ("?key=sec-ret#sec-ret", "/callbacks/flora/sec-ret?key=sec-ret"):
+                one = endpoint(receiver, url=f"{receiver.url}{path}")
+                assert (await send_test(one, clock=utc_now)).delivered
+    urls = [
+        {text for name, text in (span.attributes or {}).items() if name in ("http.url", "url.full")}
+        for span in spans.get_finished_spans()
+    ]
+    assert urls == [{receiver.url}, {f"{receiver.url}/callbacks/flora/*"}]
+    assert not [span for span in spans.get_finished_spans() if "sec-ret" in span.to_json()]
+    assert [one["endpoint"] for one in lines] == ["http://127.0.0.1:4318/"]
 
 
 async def test_nothing_is_traced_unless_asked_for() -> None:

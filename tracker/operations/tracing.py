@@ -2,8 +2,8 @@
 
 Enabled by OTEL_EXPORTER_OTLP_ENDPOINT if `flora-run-tracker[otel]` is installed; otherwise nothing
 of OpenTelemetry is loaded. Its SDK reads the other OTEL_ variables (service name, sampler,
-headers). No span holds parameters of statements, bodies, headers, or the token of a callback
-address.
+headers). No span holds parameters of statements, bodies, headers, the token of a callback address,
+or the query of a URL, which signs a link or authorizes an endpoint.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from sqlalchemy import Engine
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,6 +23,7 @@ from tracker.core.net import hide_callback_token
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
+    from opentelemetry.trace import Span
 
 ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 SERVICE: Final = "flora-run-tracker"
@@ -74,10 +76,10 @@ async def tracing(
     provider = TracerProvider(resource=Resource.create(_names(environ)))
     provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
     http, sql = HTTPXClientInstrumentor(), SQLAlchemyInstrumentor()
-    http.instrument(tracer_provider=provider)
+    http.instrument(tracer_provider=provider, async_request_hook=_shorten_url)
     # The package declares an older SQLAlchemy than ours as its newest, and would do nothing.
     sql.instrument(engines=list(engines), tracer_provider=provider, skip_dep_check=True)
-    log.info("telemetry.on", endpoint=environ[ENDPOINT])
+    log.info("telemetry.on", endpoint=_shown_url(environ[ENDPOINT]))
     try:
         yield partial(
             _without_tokens,
@@ -91,6 +93,26 @@ async def tracing(
         http.uninstrument()
         sql.uninstrument()
         await asyncio.to_thread(provider.shutdown)  # sends the remaining spans
+
+
+async def _shorten_url(span: "Span", request: object) -> None:
+    """Called with the span of a request that we send, once it has its attributes."""
+    attributes: Mapping[str, Any] = getattr(span, "attributes", None) or {}
+    for name in ("http.url", "url.full"):  # by either of OpenTelemetry's conventions
+        if name in attributes:
+            span.set_attribute(name, _shown_url(attributes[name]))
+
+
+def _shown_url(url: str) -> str:
+    """A URL without what may be secret in it: user, query, and the token of a callback."""
+    parts = urlsplit(url)
+    shown = parts._replace(
+        netloc=parts.netloc.rpartition("@")[2],
+        path=hide_callback_token(parts.path),
+        query="",
+        fragment="",
+    )
+    return shown.geturl()
 
 
 def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
