@@ -37,6 +37,8 @@ def test_this_machine(host: str) -> None:
         "169.254.1.1",
         "::ffff:10.0.0.1",
         "127.1",
+        "127.0.0.1%example.org",
+        "127.0.0.1%",
         "2130706433",
         "notlocalhost",
     ],

@@ -118,6 +118,28 @@ async def test_forwarded_headers_are_not_believed(
         assert answer.status in (400, 403), target
 
 
+async def test_the_host_of_an_absolute_target_counts(small_site: Site) -> None:
+    """Without a token, a target that names another host than `Host` is for no certain one; what is
+    open to everyone stays open."""
+    for host, target, status in (
+        ("evil.example", "/api/runs", 403),
+        ("evil.example", "/healthz", 200),
+        ("evil.example:80", "?", 400),  # no path
+        ("user@localhost", "/api/runs", 403),
+        ("127.0.0.1", "/api/runs", 403),  # not that of `Host` either
+        ("localhost", "/api/runs", 200),
+        ("LOCALHOST", "/api/runs?next=http://evil.example/", 200),
+    ):
+        for scheme in ("http", "https", "ftp"):
+            answer = await _ask(small_site, _get(f"{scheme}://{host}{target}"))
+            assert answer.status == status, (scheme, host, target)
+    alone = b"GET http://%b/api/runs HTTP/1.1\r\n\r\n"
+    assert (await _ask(small_site, alone % b"localhost")).status == 200
+    assert (await _ask(small_site, alone % b"evil.example")).status == 403
+    offer = _get("http://evil.example/api/runs", "Connection: upgrade", "Upgrade: h2c")
+    assert (await _ask(small_site, offer)).status == 403
+
+
 async def test_forwarded_addresses_do_not_add_attempts(serve: Serve, sqlite_url: str) -> None:
     """Who says that they come from elsewhere does not get more tries at the token."""
     slow = Limits(wrong_token_seconds=3600.0)  # none is added meanwhile

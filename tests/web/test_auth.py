@@ -18,6 +18,7 @@ from tracker.core.clock import utc_now
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.settings import TokenSettings
+from tracker.store.queries.audit import list_audit
 from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware
 from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import ResponseMiddleware
@@ -209,6 +210,9 @@ async def test_without_a_token_another_page_asks_for_nothing(
         ("X-Forwarded-Anything", ""),
         ("X-Real-IP", "127.0.0.1"),
         ("Via", "1.1 proxy"),
+        ("X-Forwarded", "for=198.51.100.7"),
+        ("X_Forwarded_For", "127.0.0.1"),
+        ("X-Real_IP", "127.0.0.1"),
     ],
 )
 async def test_without_a_token_what_a_proxy_passes_on_is_refused(header: tuple[str, str]) -> None:
@@ -490,6 +494,39 @@ async def test_health_details_need_a_token(serve: Serve, sqlite_url: str) -> Non
         shown = {"Authorization": f"Bearer {TOKEN}"}
         answer = await site.client.get("/readyz", headers=shown)
         assert answer.json() == {"status": "ready", "flora": "no key is set"}
+
+
+async def test_a_probe_that_is_answered_counts_as_no_refusal(serve: Serve, sqlite_url: str) -> None:
+    """Without a token, a proxy's probe gets no details, and nobody was refused anything."""
+    async with serve(sqlite_url) as site:
+        assert "flora" in (await site.client.get("/readyz")).json()
+        probe = {"X-Forwarded-For": "198.51.100.7"}
+        answer = await site.client.get("/readyz", headers=probe)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+        await site.services.refusals.store()
+        assert await list_audit(site.services.database, limit=10) == ([], None)
+        shown = (await site.client.get("/metrics")).text
+        assert 'tracker_auth_refused_total{reason="not_local"} 0.0' in shown
+
+
+@pytest.mark.parametrize("by", ["token", "session"])
+async def test_a_stream_ends_when_its_token_may_no_longer_read(
+    serve: Serve, sqlite_url: str, by: str
+) -> None:
+    """Scopes are looked at again, not only whether the token is still there."""
+    limits = Limits(stream_heartbeat=0.1)
+    one = TokenSettings(name="one", token=TOKEN, scopes={"read"})
+    async with serve(sqlite_url, tokens=(one,), limits=limits) as site:
+        if by == "token":
+            site.client.headers["Authorization"] = f"Bearer {TOKEN}"
+        else:
+            await site.client.post("/login", data={"token": TOKEN})
+        async with following(site.client) as events:
+            less = one.model_copy(update={"scopes": frozenset({TokenScope.METRICS})})
+            settings = site.services.settings.model_copy(update={"tokens": (less,)})
+            site.services.rotation.tokens = settings.access_tokens
+            assert await events.ended()
+        assert (await site.client.get("/api/runs")).status_code == 403
 
 
 async def test_a_stream_ends_when_its_token_is_taken_away(serve: Serve, sqlite_url: str) -> None:

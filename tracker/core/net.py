@@ -15,7 +15,7 @@ def is_loopback(host: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        address = ip_address(name.partition("%")[0])
+        address = ip_address(name)
     except ValueError:
         return False
     mapped = getattr(address, "ipv4_mapped", None)

@@ -8,7 +8,7 @@ served, and a request is refused if anything indicates that it may come from ano
 check                            reason
 ===============================  ===================================================================
 the address connected to         if it is not loopback, other machines reach it
-`Host`                           a page whose own name points at this machine sends that name
+`Host`, or an absolute target    a page whose own name points at this machine sends that name
 `Forwarded`, `X-Forwarded-*`,    a proxy forwards requests of other machines
 `X-Real-IP`, `Via`
 `TRACKER_PUBLIC_URL`             other machines are meant to reach it, by whatever proxy
@@ -170,21 +170,26 @@ class AccessControl:
     async def identify(self, scope: Scope) -> Actor | None:
         """Who asks for something open to everyone but with more detail for local requests, if no
         token is set, and for valid tokens; `None` for anyone else."""
-        if self.has_tokens and _bearer_token(scope) is None:
+        if not self.has_tokens:  # nothing is refused here, so nothing is counted
+            return LOCAL if self._not_local(scope) is None else None
+        if _bearer_token(scope) is None:
             return None
         try:
             return await self.authenticate(scope)
         except Fault:
             return None
 
-    async def is_valid(self, actor: Actor) -> bool:
+    async def may_read_on(self, actor: Actor) -> bool:
         """Whether an actor may still read a response that lasts. Raises `StoreUnavailable`."""
-        if actor.session is not None:
-            return await self.sessions.is_valid(actor.session)
         if actor is LOCAL:
             return not self.has_tokens
-        token = self._tokens().find(actor.token.value.encode())
-        return token is not None and not token.expired(self._clock())
+        if actor.session is not None:
+            token = await self.sessions.token_of(actor.session)
+        else:
+            token = self._tokens().find(actor.token.value.encode())
+            if token is not None and token.expired(self._clock()):
+                token = None
+        return token is not None and token.allows(TokenScope.READ)
 
     def check_token(self, scope: Scope, presented: bytes) -> Token:
         """The presented token. Raises `Fault` 401, or 429 after many wrong ones.

@@ -122,10 +122,11 @@ class Sessions:
                 await store.use_session(self._database, session_id, now=now)
         return Session(session_id=session_id, token=token, csrf=_csrf_of(cookie))
 
-    async def is_valid(self, session: Session) -> bool:
-        """Whether a session is still valid. Raises `StoreUnavailable`."""
+    async def token_of(self, session: Session) -> Token | None:
+        """The token of a session as it is now, if both are still valid. Raises
+        `StoreUnavailable`."""
         row = await store.find_session(self._database, session.session_id)
-        return row is not None and await self._token_of(row) is not None
+        return None if row is None else await self._token_of(row)
 
     def is_same_origin(self, scope: Scope) -> bool:
         """Whether a request comes from one of our own pages, or from no page at all."""

@@ -9,6 +9,7 @@ This builds on internals of uvicorn: `tests/web/test_uvicorn.py` lists them.
 """
 
 import asyncio
+import re
 from collections.abc import Iterable
 from functools import partial
 from heapq import nsmallest
@@ -252,6 +253,8 @@ class Connection(HttpToolsProtocol):
             return
         if len(self.pipeline) >= self._limits.requests_ahead:
             raise ValueError(len(self.pipeline))
+        if (authority := _authority_of(self.url)) is not None:
+            self._add_host(authority)
         self._pool.hold(self, self.held + _REQUEST_BYTES + _HEADER_BYTES * len(self.headers))
         previous = self.cycle
         super().on_headers_complete()
@@ -259,6 +262,13 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
             self._earlier.append(previous)
+
+    def _add_host(self, authority: bytes) -> None:
+        """Let the host in an absolute target count as one of the `Host` headers: where another one
+        is there as well, the request is for no certain host."""
+        hosts = {value.lower() for name, value in self.headers if name == b"host"}
+        if hosts != {authority.lower()}:
+            self.headers.append((b"host", authority))
 
     def on_body(self, body: bytes) -> None:
         self._framing = 0
@@ -445,6 +455,13 @@ class ConnectionPool:
         if count := self._logged.count("memory", now=connection.loop.time()):
             log.warning("connections.no_memory", most=most, count=count)
         return self._held <= most
+
+
+def _authority_of(target: bytes) -> bytes | None:
+    """Host and port of a target in absolute form (RFC 9112, 3.2.2); `None` for a path."""
+    if target[:1] in (b"/", b"*"):
+        return None
+    return re.split(rb"[/?#]", target.partition(b"://")[2], maxsplit=1)[0]
 
 
 def _waiting(newcomer: Connection) -> list[Connection]:

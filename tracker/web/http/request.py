@@ -16,7 +16,7 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """The methods that change nothing."""
 
 _BODY_READ: Final = "tracker.body_read"
-_FORWARDING: Final = (b"forwarded", b"x-real-ip", b"via")
+_FORWARDING: Final = (b"forwarded", b"x-forwarded", b"x-real-ip", b"via")
 _PROTO: Final = re.compile(rb'(?i)(?:^|[;,\s])proto\s*=\s*"?([a-z]+)')
 
 
@@ -50,10 +50,9 @@ def requested_host(scope: Scope) -> str | None:
 
 
 def is_forwarded(scope: Scope) -> bool:
-    """Whether a header says that a proxy forwarded the request."""
-    return any(
-        name in _FORWARDING or name.startswith(b"x-forwarded-") for name, _ in scope["headers"]
-    )
+    """Whether a header says that a proxy forwarded the request; some write `_` for `-`."""
+    names = (name.replace(b"_", b"-") for name, _ in scope["headers"])
+    return any(name in _FORWARDING or name.startswith(b"x-forwarded-") for name in names)
 
 
 def peer_of(scope: Scope) -> str:

@@ -139,7 +139,7 @@ class Stream:
                     return
                 if loop.time() - checked_at >= heartbeat:
                     checked_at = loop.time()
-                    if not await self._access.is_valid(actor):
+                    if not await self._access.may_read_on(actor):
                         return
                 # A comment keeps the connection open.
                 yield frames or b": heartbeat\nid: %d\n\n" % reader.position
