@@ -125,6 +125,8 @@ def test_carried_columns_come_first_with_their_own_names() -> None:
         ("+49 170 1", "'+49 170 1"),
         ("@sum", "'@sum"),
         ("\t=1", "'\t=1"),
+        ("\n=1", "'\n=1"),
+        ("\uff1d1", "'\uff1d1"),
         ("-17.5", "-17.5"),
         ("tea - 1", "tea - 1"),
     ],

@@ -14,7 +14,16 @@ def test_commands_keep_to_a_budget_and_show_it(tracker: Commands, stack: ExitSta
     tracker.environ["TRACKER_BUDGET_MONTH"] = "0.60"
     sheet = tracker.folder / "icons.csv"
     sheet.write_text("prompt,Cost centre\na,red\nb,blue\nc,red\n")
-    arguments = ("batch", "icon-pack", str(sheet), "--no-wait", "--tag", "order=7")
+    arguments = (
+        "batch",
+        "icon-pack",
+        str(sheet),
+        "--no-wait",
+        "--tag",
+        "order=7",
+        "--tag",
+        "by==1+1",
+    )
     wrong = tracker(*arguments, "--tag-column", "Cost centre")
     assert wrong.returncode == 2
     assert "KEY=Cost centre gives the tag another name" in wrong.stderr
@@ -33,10 +42,12 @@ def test_commands_keep_to_a_budget_and_show_it(tracker: Commands, stack: ExitSta
     }
     (budget,) = found["budgets"]
     assert (budget["quoted"], budget["left"]) == (0.5, 0.1)
-    rows = list(
-        csv.DictReader(io.StringIO(tracker("spending", "--by", "tag:order", "--csv").stdout))
-    )
-    assert [(row["of"], row["runs"], row["quoted"]) for row in rows] == [("7", "2", "0.5")]
+    # A tag that a spreadsheet would compute is text there.
+    for tag, shown in (("order", "7"), ("by", "'=1+1")):
+        rows = csv.DictReader(
+            io.StringIO(tracker("spending", "--by", f"tag:{tag}", "--csv").stdout)
+        )
+        assert [(row["of"], row["runs"], row["quoted"]) for row in rows] == [(shown, "2", "0.5")]
     table = tracker("spending").stdout
     assert "$0.50" in table
     assert "month:workspace_id=ws_simulator" in table

@@ -9,7 +9,7 @@ import typer
 
 from tracker.cli.output import JsonFlag, print_json, print_table
 from tracker.cli.setup import WorkspaceFilter, age_option, checked, run_once
-from tracker.core.formatting import money
+from tracker.core.formatting import money, safe_cell
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -52,7 +52,7 @@ def spending(
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([row[name] for name in columns] for row in found["spending"])
+        writer.writerows([safe_cell(row[name]) for name in columns] for row in found["spending"])
         return
     shown = [*found["spending"], {**found["total"], "of": "total"}]
     print_table(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
-from typing import Final
+from typing import Any, Final
 
 UNKNOWN: Final = "unknown"
 
@@ -109,6 +109,25 @@ def line_numbers(lines: Sequence[int], noun: str = "line", most: int = 10) -> st
         shown.append(f"{rest:,} more")
     text = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
     return f"{noun} {text}" if len(lines) == 1 else f"{noun}s {text}"
+
+
+# Untrusted text in a spreadsheet.
+
+_FORMULA: Final = re.compile(
+    r"[=+\-@\t\r\n"
+    r"\uff1d\uff0b\uff0d\uff20]"  # the same signs in full width, which some Excels read alike
+)
+_NUMBER: Final = re.compile(r"[+-]?\d[\d.,]*")
+
+
+def safe_cell(value: Any) -> str:
+    """A cell of CSV; text that a spreadsheet would take for a formula gets a `'` in front."""
+    if value is None:
+        return ""
+    if isinstance(value, Decimal):
+        return f"{value.normalize():f}"
+    text = str(value)
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 # Untrusted text on a terminal: control characters are escaped.

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
-from tracker.core.formatting import counted, money
+from tracker.core.formatting import counted, money, safe_cell
 from tracker.core.inputs import Turn
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
@@ -256,9 +256,6 @@ RESULT_COLUMNS: Final = (
 BOM: Final = "\ufeff"
 """Lets Excel read CSV as UTF-8."""
 
-_FORMULA: Final = re.compile(r"[=+\-@\t\r]")
-_NUMBER: Final = re.compile(r"[+-]?\d[\d.,]*")
-
 
 def csv_lines(
     rows: Sequence[RowState],
@@ -310,16 +307,6 @@ def carried_names(columns: Sequence[str], results: Sequence[str] = RESULT_COLUMN
             taken.add(name)
         names.append(name)
     return names
-
-
-def safe_cell(value: Any) -> str:
-    """A cell of CSV; text that a spreadsheet would take for a formula gets a `'` in front."""
-    if value is None:
-        return ""
-    if isinstance(value, Decimal):
-        return f"{value.normalize():f}"
-    text = str(value)
-    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def _links(row: RowState) -> list[str]:

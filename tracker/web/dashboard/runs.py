@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tracker.core.errors import FieldFault
+from tracker.core.formatting import safe_cell
 from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice
-from tracker.starting.batch_rows import BOM, safe_cell
+from tracker.starting.batch_rows import BOM
 from tracker.store.queries import batches, techniques
 from tracker.store.queries.search import (
     STATES,
