@@ -58,7 +58,6 @@ class AccessPages(PageGroup):
         answer = RedirectResponse(wanted, status_code=303)
         with acting(principal_of(request.scope, token.name)):
             answer.headers["Set-Cookie"] = await sessions.start(request.scope, token)
-        answer.headers["Cache-Control"] = "no-store"
         log.info("auth.signed_in", token=token.name, peer=peer_of(request.scope))
         return answer
 

@@ -177,7 +177,7 @@ class BatchPages(BatchGroup):
         name_by = query_field(request, "name_by")
         if name_by is not None:
             naming_column(batch, name_by)
-        headers = {"Content-Disposition": _attachment(batch.name), "Cache-Control": "no-store"}
+        headers = {"Content-Disposition": _attachment(batch.name)}
         if request.method == "HEAD":
             return Response(media_type="application/zip", headers=headers)
         if self._archives.locked():

@@ -149,7 +149,6 @@ class Renderer:
         """Characters of long values that the present page may still show."""
         self._headers = {
             "Content-Security-Policy": _content_security_policy(self.media_origin),
-            "Cache-Control": "no-store",
             "Cross-Origin-Opener-Policy": "same-origin",
             # Nothing to other hosts. (With no-referrer our own forms would come from "null".)
             "Referrer-Policy": "same-origin",

@@ -127,10 +127,7 @@ class RunListPages(PageGroup):
         """All runs that match the filters, up to `Limits.csv_runs`."""
         filters = {name: query_field(request, name) for name in _FILTERS}
         wanted, _ = await self._wanted(request, filters)
-        headers = {
-            "Content-Disposition": 'attachment; filename="runs.csv"',
-            "Cache-Control": "no-store",
-        }
+        headers = {"Content-Disposition": 'attachment; filename="runs.csv"'}
         if request.method == "HEAD":
             return Response(media_type="text/csv", headers=headers)
         return StreamingResponse(self._csv_lines(wanted), media_type="text/csv", headers=headers)

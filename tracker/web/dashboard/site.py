@@ -99,9 +99,7 @@ def _to_sign_in(request: Request) -> Response:
     wanted = "/"
     if request.method == "GET":
         wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    return RedirectResponse(
-        login_url(wanted), status_code=303, headers={"Cache-Control": "no-store"}
-    )
+    return RedirectResponse(login_url(wanted), status_code=303)
 
 
 def _path_of(url: str) -> str:

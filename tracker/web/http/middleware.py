@@ -142,8 +142,6 @@ def _headers(own: Iterable[tuple[bytes, bytes]], scope: Scope) -> list[tuple[byt
     headers = list(own)
     names = {name for name, _ in headers}
     defaults = [*DEFAULT_HEADERS, (b"x-request-id", scope[REQUEST_ID].encode())]
-    if scope["path"].startswith("/api"):
-        defaults.append((b"cache-control", b"no-store"))
     return headers + [header for header in defaults if header[0] not in names]
 
 

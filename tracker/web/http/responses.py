@@ -43,6 +43,7 @@ DEFAULT_HEADERS: Final = (
     (b"referrer-policy", b"no-referrer"),
     # For everything but pages: a browser that opens it runs and frames nothing.
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cache-control", b"no-store"),  # all but our own files is about runs, or true for a moment
 )
 """The headers of every response, unless it sets its own."""
 REQUEST_ID: Final = "tracker.request_id"

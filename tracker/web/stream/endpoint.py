@@ -62,7 +62,7 @@ class EventStream(StreamingResponse):
         stopping: asyncio.Event,
         on_close: Callable[[], None],
     ) -> None:
-        super().__init__(frames, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        super().__init__(frames, headers={"x-accel-buffering": "no"})
         self._stopping = stopping
         self._on_close = on_close
 
