@@ -121,6 +121,17 @@ def test_a_workbook_cannot_exhaust_the_machine() -> None:
     assert "is larger than 97.7 KiB" in problem(
         workbook.read_workbook(packed, most_unpacked=100_000)
     )
+    # A format that stands there once shows every number with as many zeros.
+    book = openpyxl.Workbook()
+    sheet = book.worksheets[0]
+    for row in range(1, 200):
+        sheet.cell(row, 1, 7).number_format = 1000 * "0"
+    file = io.BytesIO()
+    book.save(file)
+    assert len(file.getvalue()) < 20_000
+    assert "has more than 97.7 KiB of text" in problem(
+        workbook.read_workbook(file.getvalue(), most_unpacked=100_000)
+    )
     # A part that declares less than it holds is not read beyond that.
     size = len(zipfile.ZipFile(io.BytesIO(packed)).read(part))
     claims = packed.replace(struct.pack("<I", size), struct.pack("<I", 10))

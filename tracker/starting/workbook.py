@@ -1,7 +1,8 @@
 """Excel workbooks (`.xlsx`) become sheets.
 
-openpyxl streams the cells of one sheet. A workbook comes from anywhere, so what is unpacked and the
-number of cells are limited.
+openpyxl streams the cells of one sheet. A workbook comes from anywhere, so what is unpacked, the
+number of cells and their text are limited: a text or a format that stands there once may be that of
+every cell.
 """
 
 import io
@@ -17,7 +18,7 @@ from tracker.core.formatting import counted, size
 from tracker.starting.sheet import Sheet, SheetProblem, refused, sheet_of
 
 MOST_UNPACKED: Final = 256 * 1024**2
-"""Bytes of all parts of a workbook, unpacked."""
+"""Bytes of all parts of a workbook, unpacked, and characters of all cells that are read."""
 MOST_CELLS: Final = 5_000_000
 """Empty cells between others count, too."""
 MOST_ROWS: Final = 1_048_576
@@ -25,7 +26,7 @@ MOST_ROWS: Final = 1_048_576
 
 
 class _TooLarge(Exception):
-    """The sheet has more rows or cells than are read."""
+    """The sheet has more rows, cells or text than are read."""
 
 
 def read_workbook(
@@ -44,7 +45,7 @@ def read_workbook(
             return refused(f"the workbook is larger than {size(most_unpacked)}: export it as CSV")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # extensions of Excel that do not concern cells
-            return _read(data, sheet_name)
+            return _read(data, sheet_name, most_unpacked)
     except _TooLarge as error:
         return refused(str(error))
     except Exception as error:  # openpyxl lets the errors of each parser through
@@ -52,7 +53,7 @@ def read_workbook(
         return refused(f"the file is no workbook that can be read ({why}): save it as .xlsx or CSV")
 
 
-def _read(data: bytes, sheet_name: str | None) -> Sheet:
+def _read(data: bytes, sheet_name: str | None, most_text: int) -> Sheet:
     # Of a formula one shows the result, the other that there is one.
     book, formulas = (
         openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=results)
@@ -68,7 +69,7 @@ def _read(data: bytes, sheet_name: str | None) -> Sheet:
     detected = ""
     if len(sheets) > 1 and sheet_name is None:
         detected = f"sheet {title!r} of {counted(len(sheets), 'sheet')} ({names})"
-    records = _records(book[title], formulas[title], problems)
+    records = _records(book[title], formulas[title], problems, most_text)
     found = sheet_of(records, problems, detected=detected, bom=True)
     if not found.columns and len(problems) == 1:
         return refused(f"the sheet {title!r} is empty; --sheet reads another (it has {names})")
@@ -76,11 +77,11 @@ def _read(data: bytes, sheet_name: str | None) -> Sheet:
 
 
 def _records(
-    sheet: Any, formulas: Any, problems: list[SheetProblem]
+    sheet: Any, formulas: Any, problems: list[SheetProblem], most_text: int
 ) -> Iterator[tuple[int, list[str]]]:
     """Each row that is not blank, with its number."""
     titles: list[str] = []
-    cells = 0
+    cells = text = 0
     for one in (sheet, formulas):
         one.reset_dimensions()  # other programs write wrong ones
     rows = zip(sheet.iter_rows(), formulas.iter_rows(), strict=True)
@@ -92,6 +93,12 @@ def _records(
                 "cells: delete those that are empty"
             )
         values = [_text(cell) for cell in row]
+        text += sum(map(len, values))
+        if text > most_text:
+            raise _TooLarge(
+                f"the sheet {sheet.title!r} has more than {size(most_text)} of text: delete what "
+                "is not needed"
+            )
         titles = titles or (values if any(value.strip() for value in values) else [])
         for title, cell, formula in zip(titles, row, formula_row, strict=False):
             if cell.data_type == "e":
