@@ -46,6 +46,32 @@ def test_an_unknown_setting_is_a_problem_with_a_suggestion(tmp_path: Path) -> No
     assert "sk_live" not in seen
 
 
+@pytest.mark.parametrize(
+    ("mode", "text", "level"),
+    [
+        (0o644, 'flora_api_key = "sk_live_0123456789"', Level.WARNING),
+        (
+            0o644,
+            '[[tokens]]\nname = "a"\nscopes = ["read"]\ntoken = "0123456789abcdef"',
+            Level.WARNING,
+        ),
+        (0o640, 'flora_api_key = "sk_live_0123456789"', Level.OK),
+        (0o644, 'flora_api_key = "env:KEY_OF_SPRING"', Level.OK),
+    ],
+)
+def test_secrets_that_everyone_can_read_are_a_problem(
+    tmp_path: Path, mode: int, text: str, level: Level
+) -> None:
+    """Other users of the machine; a file that only refers to secrets is nobody's secret."""
+    file = tmp_path / "tracker.toml"
+    file.write_text(text)
+    file.chmod(mode)
+    found = _checked(TRACKER_CONFIG=str(file), KEY_OF_SPRING="sk_live_0123456789")
+    assert found.level("settings") is level
+    assert (f"`chmod o= {file}`" in (found["settings"].advice or "")) == (level is Level.WARNING)
+    assert "0123456789" not in found["settings"].seen
+
+
 async def test_a_service_warns_of_an_unknown_setting_once(tmp_path: Path, sqlite_url: str) -> None:
     """At its start; it runs all the same."""
     async with open_sandbox(tmp_path, sqlite_url) as sandbox:
@@ -60,6 +86,7 @@ def test_the_source_of_each_setting_is_reported(tmp_path: Path) -> None:
     """The environment, the file, or nowhere: the last as where sudo passed none on."""
     file = tmp_path / "tracker.toml"
     file.write_text('flora_webhook_secret = "whsec_1"\n')
+    file.chmod(0o600)
     found = _checked(TRACKER_CONFIG=str(file), FLORA_API_KEY="sk_1")["settings"]
     assert found.level is Level.OK
     assert "From the environment: FLORA_API_KEY" in found.seen

@@ -1,9 +1,12 @@
 """The settings: where they come from, signing secrets, signature tolerance, access tokens."""
 
+import os
+import stat
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Final
 
 from tracker.operations.doctor import Finding, failed, ok, warning
@@ -21,7 +24,7 @@ def check(
     """Everything that the settings alone show. `sources` says where each setting comes from,
     `unknown` names the unknown ones."""
     return [
-        _sources(sources, unknown),
+        _sources(settings, sources, unknown),
         *(_secrets(settings, one) for one in settings.all_workspaces),
         _tolerance(settings.tracker_signature_tolerance),
         _token(settings, now),
@@ -33,7 +36,7 @@ def label_of(settings: Settings, workspace: WorkspaceSettings) -> str | None:
     return workspace.id if len(settings.all_workspaces) > 1 else None
 
 
-def _sources(sources: Mapping[str, str], unknown: Sequence[str]) -> Finding:
+def _sources(settings: Settings, sources: Mapping[str, str], unknown: Sequence[str]) -> Finding:
     if unknown:
         return failed(
             "settings",
@@ -51,7 +54,26 @@ def _sources(sources: Mapping[str, str], unknown: Sequence[str]) -> Finding:
     for name, source in sources.items():
         found[source].append(name)
     parts = [f"From {source}: {', '.join(sorted(names))}" for source, names in found.items()]
-    return ok("settings", f"{'. '.join(parts)}.")
+    seen = f"{'. '.join(parts)}."
+    if open_file := next((one for one in found if _shows_secrets(Path(one), settings)), None):
+        return warning(
+            "settings",
+            f"{seen} All users of this machine can read the secrets in {open_file}.",
+            f"`chmod o= {open_file}`, or refer to them with env:NAME or file:PATH. Rotate them if "
+            "others use this machine.",
+        )
+    return ok("settings", seen)
+
+
+def _shows_secrets(path: Path, settings: Settings) -> bool:
+    """Whether a file has a secret in clear, and may be read by everyone."""
+    try:
+        if os.name != "posix" or not path.stat().st_mode & stat.S_IROTH:
+            return False
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # "the environment", and what has changed since
+        return False
+    return any(secret in text for secret in settings.secret_values)
 
 
 def _secrets(settings: Settings, workspace: WorkspaceSettings) -> Finding:
