@@ -176,6 +176,7 @@ async def open_services(
                 workspace.client = FloraClient(
                     base_url=settings.flora_base_url,
                     api_key=configured.api_key.get_secret_value(),
+                    workspace_id=configured.id,
                     concurrency=settings.tracker_api_concurrency,
                     clock=clock,
                     deadline=JOB_SECONDS if background else CALLER_SECONDS,

@@ -13,7 +13,7 @@ from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.operations.doctor import Level
 from tracker.operations.doctor.flora import compare_clocks
-from tracker.simulator import Options, Simulator, running
+from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
 
 
 async def test_a_key_is_tried_by_a_real_read(flora: Simulator, sqlite_url: str) -> None:
@@ -50,6 +50,22 @@ async def test_a_wrong_key_fails_and_the_rest_is_checked(flora: Simulator, sqlit
         assert report.level("conflicts") is Level.OK
         asked = "401" in seen or "ws_other" in seen
         assert report.level("clock") is (Level.OK if asked else Level.WARNING)
+
+
+async def test_a_key_that_sees_several_workspaces_is_reported(sqlite_url: str) -> None:
+    """Which of them is meant has to be set; then it is a warning."""
+    other = SimulatedWorkspace(workspace_id="ws_b", api_key="sk_b", webhook_secret="whsec_b")
+    async with running(Options(shared_key=True, more_workspaces=(other,))) as flora:
+        flora.start(workspace=other)
+        given = with_flora(flora, TRACKER_DATABASE_URL=sqlite_url)
+        for named, level, seen in (
+            ("", Level.FAILED, "sees several workspaces (ws_simulator, ws_b)"),
+            ("ws_simulator", Level.WARNING, "Only ws_simulator is tracked"),
+            ("ws_c", Level.FAILED, "ws_c is set"),
+        ):
+            report = await look(**given | {"FLORA_WORKSPACE_ID": named})
+            assert report.level("key") is level
+            assert seen in report["key"].seen
 
 
 @pytest.mark.parametrize(

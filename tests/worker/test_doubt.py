@@ -34,7 +34,7 @@ from tracker.starting.sheet import sheet_of_objects
 from tracker.starting.start import StartRequest
 from tracker.store.engine import Database
 from tracker.store.queries import starts as start_log
-from tracker.store.schema import starts
+from tracker.store.schema import runs, starts
 from tracker.web.app import build_app
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
@@ -569,6 +569,54 @@ async def test_a_key_of_another_workspace_than_the_settings_say_starts_nothing(
         with pytest.raises(Exception, match="ws_other"):
             await services.starter.start(request())
         assert not flora.world.runs
+
+
+async def test_of_a_key_that_sees_two_workspaces_one_is_tracked(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Starts, pages of due runs, sweeps, verify, and the search for a start's run: none of them
+    meets the runs of the other."""
+    async with make_flora(more_workspaces=(OTHER,), shared_key=True) as flora:
+        services = await open_on(flora, flora_workspace_id="ws_simulator")
+        [workspace] = services.workspaces
+        ours = {await attempt(services, f"key-{number}") for number in range(3)}
+        for _ in range(150):
+            flora.start("icon-pack", workspace=OTHER)
+        clock.move(61)
+        assert (await services.poller.poll_due()).settled == 3
+        report = await services.sweeper.sweep(workspace)
+        assert (report.error, report.pages) == (None, 2)  # the first showed the other's runs
+        clock.move(HOUR)
+        change(flora, **GATEWAY)
+        assert await attempt(services, "in doubt") is None
+        change(flora, gateway_starts=0.0)
+        flora.start("icon-pack", workspace=OTHER)
+        clock.move(200)
+        assert await services.recovery.recover() == 1
+        ours.add(await attempt(services, "in doubt"))
+        clock.move(61)
+        await services.poller.poll_due()
+        verified = await services.verifier.verify(workspace, since=timedelta(days=1))
+        assert (verified.error, verified.differences) == (None, [])
+        async with services.database.read() as connection:
+            assert set(await connection.scalars(select(runs.c.run_id))) == ours
+
+
+async def test_of_a_key_that_sees_two_workspaces_one_has_to_be_named(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """Nothing is started, and a sweep says what to set."""
+    async with make_flora(more_workspaces=(OTHER,), shared_key=True) as flora:
+        services = await open_on(flora)
+        flora.start("icon-pack")
+        flora.start("icon-pack", workspace=OTHER)
+        with pytest.raises(SettingsError, match="FLORA_WORKSPACE_ID"):
+            await services.starter.start(request())
+        [workspace] = services.workspaces
+        report = await services.sweeper.sweep(workspace)
+        assert "sees several workspaces" in str(report.error)
+        assert "FLORA_WORKSPACE_ID" in str(report.error)
+        assert len(flora.world.runs) == 2
 
 
 async def test_without_an_id_nothing_is_started(

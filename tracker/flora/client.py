@@ -19,6 +19,7 @@ import json
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -92,7 +93,8 @@ class FloraClient:
     `transport`, a `monotonic` clock and a `sleep`. Proxies of the environment are used, but never
     to this machine itself. `request_limit` is the workspace's, `breaker` is open while FLORA
     refuses the key, and `contact` says whether FLORA answers. Raises `SettingsError` for an invalid
-    base URL or key.
+    base URL or key. `workspace_id` is the workspace that the settings name: of a key that sees
+    several, its runs alone are listed.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class FloraClient:
         *,
         base_url: str,
         api_key: str,
+        workspace_id: str | None = None,
         concurrency: int = 2,
         deadline: float = DEADLINE,
         clock: Clock = utc_now,
@@ -113,6 +116,8 @@ class FloraClient:
         largest_answer: int = LARGEST_ANSWER,
     ) -> None:
         self._fresh = False
+        self._workspace_id = workspace_id
+        self._sees: set[str] = set()  # the workspaces that FLORA has listed for the key
         self._start_seconds = start_seconds
         self.key_fingerprint = ""
         """Identifies the key without revealing it."""
@@ -165,6 +170,7 @@ class FloraClient:
             self._http.headers["authorization"] = authorization
             self.breaker.accepted()
             self.contact.checked_workspace(None)
+            self._sees.clear()
             self.key_fingerprint = hashlib.sha256(b"flora-api-key:" + api_key.encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -215,7 +221,13 @@ class FloraClient:
         self, *, query: str | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page[Technique]:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
-        url = self._urls.of("techniques", query=as_text(query), cursor=cursor, limit=limit)
+        url = self._urls.of(
+            "techniques",
+            query=as_text(query),
+            workspace_id=self._only_workspace,
+            cursor=cursor,
+            limit=limit,
+        )
         answer = await self._caller.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
         return answer.read(partial(parse.page, key="techniques", read=technique, limit=limit))
 
@@ -226,10 +238,12 @@ class FloraClient:
         return answer.read(technique)
 
     async def list_workspaces(self, *, deadline: float | None = None) -> list[str]:
-        """The ids of the workspaces that the key can read: its own, and no other."""
+        """The ids of the workspaces that the key can read: as documented its own, and no other."""
         call = FloraCall(endpoint="GET /workspaces", url=self._urls.of("workspaces"))
         answer = await self._caller.call(call, deadline=deadline)
-        return answer.read(partial(parse.page, key="workspaces", read=parse.workspace_id)).items
+        ids = answer.read(partial(parse.page, key="workspaces", read=parse.workspace_id)).items
+        self._sees.update(ids)
+        return ids
 
     async def start_run(
         self,
@@ -305,12 +319,42 @@ class FloraClient:
         """A page of the workspace's runs, newest first, of at most `limit` (1 to 100) runs.
 
         It has no status filter: a run that leaves the filter while pages are read moves another
-        one past the reader.
+        one past the reader. If it shows runs of another workspace, FLORA is asked which ones the
+        key sees; with several, the page is read again for the one in the settings.
         """
+        read = partial(self._history, kind, cursor, limit, technique_id, deadline)
+        page, own = await read(), self._workspace_id
+        if own is None or all(item.workspace_id in (None, own) for item in page.items):
+            return page
+        if not self._sees:
+            with suppress(FloraError):  # then the caller notices the other workspace
+                await self.list_workspaces(deadline=deadline)
+        return page if self._only_workspace is None else await read()
+
+    @property
+    def _only_workspace(self) -> str | None:
+        """The workspace to which lists are narrowed, if the key sees several."""
+        own = self._workspace_id
+        return own if own in self._sees and len(self._sees) > 1 else None
+
+    async def _history(
+        self,
+        kind: RunType,
+        cursor: str | None,
+        limit: int,
+        technique_id: str | None,
+        deadline: float | None,
+    ) -> HistoryPage:
         path, key = _LISTS[kind]
         call = FloraCall(
             endpoint=f"GET /{path}",
-            url=self._urls.of(path, technique_id=technique_id, cursor=cursor, limit=limit),
+            url=self._urls.of(
+                path,
+                workspace_id=self._only_workspace,
+                technique_id=technique_id,
+                cursor=cursor,
+                limit=limit,
+            ),
             # A filter, or a kind that a workspace may not have, says nothing about the key.
             lists=technique_id is None and kind == "technique",
             fresh=self._fresh,

@@ -1,6 +1,6 @@
 """FLORA's routes under `/api/v1`."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.utils import formatdate
 from functools import partial
 from random import Random
@@ -56,12 +56,13 @@ class SimulatedApi:
         ]
 
     async def _list_workspaces(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        shown = {"workspace_id": workspace.workspace_id, "name": workspace.workspace_id}
-        return JSONResponse({"workspaces": [shown], "meta": {"next_cursor": None}})
+        seen = [one.workspace_id for one in self._world.options.seen_by(workspace)]
+        shown = [{"workspace_id": one, "name": one} for one in seen]
+        return JSONResponse({"workspaces": shown, "meta": {"next_cursor": None}})
 
     async def _list_techniques(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         query = request.query_params
-        _check_workspace(query, workspace)
+        self._asked_for(query, workspace)
         text = query.get("query", "").casefold()
         found = [
             technique
@@ -110,12 +111,12 @@ class SimulatedApi:
     ) -> Response:
         world, query, now_ms = self._world, request.query_params, self._world.now_ms()
         options = world.options
-        _check_workspace(query, workspace)
+        workspaces = self._asked_for(query, workspace)
         filters = {one: query.get(one) for one in FILTERS}
         statuses = (*STATUSES, options.queued_name, options.cancelled_name)
         if filters["status"] is not None and filters["status"] not in statuses:
             raise ErrorAnswer.invalid(("status", f"must be one of {', '.join(STATUSES)}"))
-        found = world.history(run_type, workspace, **filters)
+        found = world.history(run_type, *workspaces, **filters)
         bounds, next_cursor = page_bounds(query, len(found), options, now_ms)
         runs = found[bounds]
         items = [
@@ -149,7 +150,8 @@ class SimulatedApi:
                 item |= dict.fromkeys(options.bad_fields)
 
     def _find(self, request: Request, workspace: SimulatedWorkspace) -> SimulatedRun:
-        run = self._world.find(request.path_params["run"], workspace)
+        seen = self._world.options.seen_by(workspace)
+        run = self._world.find(request.path_params["run"], *seen)
         if run is None:
             raise ErrorAnswer.not_found("run")
         return run
@@ -239,7 +241,13 @@ class SimulatedApi:
             raise ErrorAnswer(401, "invalid_api_key", "The API key is not valid.")
         return workspace
 
-
-def _check_workspace(query: Mapping[str, str], workspace: SimulatedWorkspace) -> None:
-    if query.get("workspace_id", workspace.workspace_id) != workspace.workspace_id:
-        raise ErrorAnswer(403, "forbidden", "This key does not belong to that workspace.")
+    def _asked_for(
+        self, query: Mapping[str, str], workspace: SimulatedWorkspace
+    ) -> Sequence[SimulatedWorkspace]:
+        """The workspaces that a list is about. Raises `ErrorAnswer` for one that the key does not
+        see."""
+        seen, wanted = self._world.options.seen_by(workspace), query.get("workspace_id")
+        asked_for = [one for one in seen if wanted in (None, one.workspace_id)]
+        if not asked_for:
+            raise ErrorAnswer(403, "forbidden", "This key does not belong to that workspace.")
+        return asked_for

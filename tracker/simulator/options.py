@@ -89,6 +89,10 @@ class Options:
         "secret that signs the callbacks of new runs", "whsec_simulator", secret=True
     )
     workspace_id: str = text("workspace that the key belongs to", "ws_simulator")
+    shared_key: bool = flag(
+        "the key sees the other workspaces as well; lists show the runs of all unless they are "
+        "asked for one"
+    )
     credits: float | None = number(
         "USD that may be spent; starts beyond it are refused with 402", None
     )
@@ -279,6 +283,11 @@ class Options:
             project_id=self.project_id,
         )
         return (first, *self.more_workspaces)
+
+    def seen_by(self, workspace: SimulatedWorkspace) -> tuple[SimulatedWorkspace, ...]:
+        """The workspaces that the key of this one sees, its own first."""
+        is_first = workspace.api_key == self.api_key
+        return self.workspaces if self.shared_key and is_first else (workspace,)
 
     @property
     def changeable(self) -> dict[str, Any]:

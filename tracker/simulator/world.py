@@ -165,15 +165,16 @@ class World:
         self._spent += run.cost
         return run
 
-    def find(self, run_id: str, workspace: SimulatedWorkspace) -> SimulatedRun | None:
-        """A workspace's run, started or preset; None where there is none, or it was removed."""
+    def find(self, run_id: str, *workspaces: SimulatedWorkspace) -> SimulatedRun | None:
+        """A run of these workspaces, started or preset; None where there is none, or it was
+        removed."""
         run = self.runs.get(run_id)
         for run_type in () if run is not None else RUN_TYPES:
             preset = self.preset(run_type)
             index = preset.index_of(run_id)
             if index is not None:
                 run = preset.run(index)
-        if run is None or run.workspace.workspace_id != workspace.workspace_id:
+        if run is None or not _is_of(run.workspace, workspaces):
             return None
         gone = run_id in self.deleted or run.created_ms < self._oldest_ms()
         return None if gone else run
@@ -181,14 +182,13 @@ class World:
     def history(
         self,
         run_type: RunType,
-        workspace: SimulatedWorkspace,
-        *,
+        *workspaces: SimulatedWorkspace,
         status: str | None = None,
         technique_id: str | None = None,
         project_id: str | None = None,
     ) -> Sequence[SimulatedRun]:
-        """A workspace's runs of one type, newest first, of these the ones with the filters' values;
-        a filter of None matches every run."""
+        """The workspaces' runs of one type, newest first, of these the ones with the filters'
+        values; a filter of None matches every run."""
         now_ms, oldest_ms = self.now_ms(), self._oldest_ms()
 
         def matches(run: SimulatedRun) -> bool:
@@ -202,13 +202,13 @@ class World:
             run
             for run in reversed(self.runs.values())
             if run.request.run_type == run_type
-            and run.workspace.workspace_id == workspace.workspace_id
+            and _is_of(run.workspace, workspaces)
             and run.run_id not in self.deleted
             and run.created_ms >= oldest_ms
             and matches(run)
         ]
         preset = self.preset(run_type)
-        if not preset.count or preset.workspace.workspace_id != workspace.workspace_id:
+        if not preset.count or not _is_of(preset.workspace, workspaces):
             return started
         first = bisect_left(range(preset.count), oldest_ms, key=preset.created_ms)
         indexes: Sequence[int] = range(preset.count - 1, first - 1, -1)
@@ -275,3 +275,7 @@ class World:
     def _plan(self, due_ms: float, changes: Mapping[str, object], seconds: float | None) -> None:
         self._change_count += 1
         heapq.heappush(self._changes, (due_ms, self._change_count, changes, seconds))
+
+
+def _is_of(workspace: SimulatedWorkspace, workspaces: Iterable[SimulatedWorkspace]) -> bool:
+    return any(one.workspace_id == workspace.workspace_id for one in workspaces)

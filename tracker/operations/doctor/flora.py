@@ -93,6 +93,7 @@ async def _check_key(
         async with FloraClient(
             base_url=settings.flora_base_url,
             api_key=key,
+            workspace_id=workspace.id,
             concurrency=1,
             deadline=deadline,
             clock=clock,
@@ -112,17 +113,34 @@ async def _read(
     except FloraError as error:
         return _read_failed(error, base_url, setting), workspace.id
     request_id = client.request_id
-    ids = [one.workspace_id for one in page.items]
-    if not any(ids):  # an empty history may be another workspace's
-        with suppress(FloraError):
-            ids = [*await client.list_workspaces()]
-    found = workspace.id if workspace.id in ids else next((one for one in ids if one), None)
+    seen: list[str] = []
+    with suppress(FloraError):
+        seen = await client.list_workspaces()
+    ids = [one.workspace_id for one in page.items if one.workspace_id]
+    ids = ids or seen  # an empty history may be another workspace's
+    found = workspace.id if workspace.id in ids else next(iter(ids), None)
     if found and workspace.id and found != workspace.id:
         finding = failed(
             "key",
             f"The key belongs to workspace {found}, but {workspace.id} is set.",
             f"Set FLORA_WORKSPACE_ID (or id under [[workspaces]]) to {found}, or set a key of "
             f"{workspace.id}.",
+        )
+        return finding, workspace.id
+    if len(seen) > 1 and workspace.id is None:
+        finding = failed(
+            "key",
+            f"The key sees several workspaces ({', '.join(seen)}), and none is set, so nothing is "
+            "started.",
+            "Set FLORA_WORKSPACE_ID to the one to track.",
+        )
+        return finding, None
+    if len(seen) > 1:
+        finding = warning(
+            "key",
+            f"The key sees {len(seen)} workspaces. Only {workspace.id} is tracked, and FLORA "
+            "decides in which of them a run is started.",
+            f"Set {setting} to a key of {workspace.id} alone.",
         )
         return finding, workspace.id
     of = f" of workspace {found}" if found else ""
