@@ -189,7 +189,7 @@ def test_progress_fits_the_terminal() -> None:
     assert progress_text(progress) == (
         "5 of 9 started, 2 running, 1 failed, 1 not startable, rate-limited for 5 s"
     )
-    assert "3 unanswered" in progress_text(BatchProgress(counts=tally, doubt=3))
+    assert "3 in doubt" in progress_text(BatchProgress(counts=tally, doubt=3))
     assert "next start in 80 s" in progress_text(BatchProgress(counts=tally, held=80.0))
     large = BatchCounts(rows=20_000, started=20_000, active=1500, completed=15_000, failed=3500)
     large.cost, large.not_final = Decimal("12345.25"), 1

@@ -130,9 +130,11 @@ async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
         found["inbox"].seen
     )
     assert "10000 or more" in found["quarantine"].seen
-    assert "tracker runs track" in found["starts"].advice
+    assert "tracker starts resolve" in found["starts"].advice
     assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
     assert "never billed 3 runs" in found["bills"].seen
+    doubted = work.check_backlog(replace(state.gauges, open_starts=1), [], now=NOW)
+    assert not any("outcome of every start" in one.seen for one in doubted)
     few = replace(state.gauges, callbacks={("ws_1", "missed"): 9})
     assert work.check_backlog(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
 

@@ -197,6 +197,27 @@ async def test_a_colleagues_run_is_not_taken(
         assert await state_of(services.database) == "unresolved"
 
 
+async def test_a_start_is_left_to_a_person_once_no_callback_can_tell_what_it_became(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Who decides is told which run to look at, and does not wait until the key is forgotten."""
+    async with make_flora(lost_starts=1.0, keys_released=True, run_seconds=1200.0) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        [run_id] = flora.world.runs
+        for _ in range(12):
+            clock.move(100)
+            await services.recovery.recover()
+        assert await state_of(services.database) == "in_doubt"  # it runs, or its callback may come
+        for _ in range(18):
+            clock.move(100)
+            await services.recovery.recover()
+        assert (posts(flora), await state_of(services.database)) == (1, "unresolved")
+        [row] = await start_log.of_key(services.database, "key-1")
+        assert row.error is not None
+        assert run_id in row.error["message"]
+
+
 @pytest.mark.parametrize("ahead", [-10_800.0, -1.6, 0.0, 1.6, 10_800.0])
 async def test_the_run_of_a_used_key_is_found_whatever_floras_clock_says(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, ahead: float
@@ -251,7 +272,8 @@ LOST = {"lost_starts": 1.0, "keys_released": True}
 
 
 async def _recover_for_long(services: Services, clock: HandClock) -> None:
-    for _ in range(10):
+    """For longer than FLORA may be at work; not so long that a person is asked."""
+    for _ in range(8):
         clock.move(100)
         await services.recovery.recover()
 

@@ -177,6 +177,7 @@ class BatchScreen:
         self._screen = screen
         self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
         self._stage: tuple[bool, bool] | None = None
+        self._said_doubt = False
         self._progress: BatchProgress | None = None
         self._files: set[FileKey] | None = set() if downloads else None
         self.begun = asyncio.Event()
@@ -193,6 +194,12 @@ class BatchScreen:
         self._progress = progress
         files = None if self._files is None else len(self._files)
         counts = progress.counts
+        if progress.doubt and not (progress.left or counts.active or self._said_doubt):
+            self._said_doubt = True
+            self._screen.notice(
+                f"waiting for {counted(progress.doubt, 'start')} in doubt: see `tracker starts "
+                "list`. After an interruption a worker goes on with them"
+            )
         if self._screen.has_bars:
             text = progress_text(progress, files, width=_WIDTH - _NAME - _BAR - 2)
             self._screen.bar(
@@ -236,7 +243,7 @@ def progress_text(
     elif progress.held:
         parts.append(f"next start in {progress.held:.0f} s")
     if progress.doubt:
-        parts.append(f"{progress.doubt} unanswered")
+        parts.append(f"{progress.doubt} in doubt")
     parts.append(money(counts.cost) if counts.cost_final else f"{money(counts.cost)} so far")
     if files is not None:
         parts.append(counted(files, "file"))
@@ -317,6 +324,9 @@ def report_next_steps(
         costs = [plan.cost_of(row) for row in retried]
         price = "" if None in costs else f", up to {money(sum(filter(None, costs)))}"
         steps.append(f"{repeated} --retry-failed  # {counted(len(retried), 'row')}{price}")
+    if outcome.counts.unresolved:
+        unresolved = counted(outcome.counts.unresolved, "unresolved start")
+        steps.append(f"tracker starts list --state unresolved  # {unresolved}: resolve each")
     if outcome.counts.completed and not downloaded:
         named = [shlex.join(["--name-by", column]) for column in (outcome.batch.columns or [])[:1]]
         steps.append(" ".join(["tracker runs download --batch", batch_id, "--to out", *named]))

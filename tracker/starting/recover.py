@@ -2,8 +2,9 @@
 
 FLORA does not know a key that is still being used, and forgets it after two hours. So a start in
 doubt is not sent again before FLORA must be done with it (`doubt`), nor after its key may be
-forgotten, nor while the history shows a run that may be its own. A key that FLORA says is in use
-(409, 422) is never sent again: its run is searched for.
+forgotten, nor while the history shows a run that may be its own. Once no callback can tell any more
+whose that run is, a person decides. A key that FLORA says is in use (409, 422) is never sent again:
+its run is searched for.
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import Final
 from tracker.core.clock import boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
+from tracker.core.observation import Observation
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.matching import SET_BACK, HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
@@ -33,6 +35,11 @@ grows with the time since the start was last sent."""
 LISTED_WITHIN: Final = timedelta(minutes=1)
 """How late a run may appear in the history: before, the only run that may be a start's may still be
 another's."""
+CALLBACKS_WITHIN: Final = timedelta(minutes=15)
+"""How long after the end of a run its callback may tell whose it is: FLORA tries for six minutes.
+What other starts became is stored by then, too."""
+MOST_SHOWN: Final = 5
+"""How many runs that a start may have become its last message names."""
 
 log = get_logger(__name__)
 
@@ -133,13 +140,13 @@ class Recovery(Service):
                 await self.matcher.adopt(row, run.run_id, run)
                 log.info("start.found", key=held.key, run_id=run.run_id)
                 return True
-            if read_after or self._is_forgotten(row):
-                await self._leave_to_a_person(held)
+        runs = [] if read is None else read.runs.values()
+        possible = await self.matcher.possible(row, runs)
+        nothing_tells = row.is_known_to_flora or self._no_callback_tells(row, possible)
+        if self._is_forgotten(row) or (read_after and nothing_tells):
+            await self._leave_to_a_person(held, possible)
             return False
-        if self._is_forgotten(row):
-            await self._leave_to_a_person(held)
-            return False
-        if read is None or not read_after or await self.matcher.possible(row, read.runs.values()):
+        if row.is_known_to_flora or not read_after or possible:
             return False
         if boot_seconds() - self._jumped_at < self.doubt.total_seconds():
             return False  # FLORA may be at work on it all the same
@@ -151,8 +158,14 @@ class Recovery(Service):
             return False
         return True
 
-    async def _leave_to_a_person(self, held: HeldStart) -> None:
-        await held.record(StartState.UNRESOLVED, held.row.error or {"message": NO_ANSWER})
+    async def _leave_to_a_person(self, held: HeldStart, possible: Sequence[Observation]) -> None:
+        error = held.row.error or {"message": NO_ANSWER}
+        if possible:
+            shown = [run.run_id for run in possible[:MOST_SHOWN]]
+            shown += [f"{len(possible) - MOST_SHOWN} more"] * (len(possible) > MOST_SHOWN)
+            message = f"{error.get('message')}; it may have become {', '.join(shown)}"
+            error = error | {"message": message}
+        await held.record(StartState.UNRESOLVED, error)
         log.error(
             "start.unresolved",
             key=held.key,
@@ -170,6 +183,12 @@ class Recovery(Service):
         """Until when FLORA may be at work on the last request, or be about to list its run."""
         window = max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
         return (row.sent_at or row.created_at) + window
+
+    def _no_callback_tells(self, row: StartRow, possible: Sequence[Observation]) -> bool:
+        """Whether it may have become one of these runs, and their callbacks come no more."""
+        age = self.clock() - (row.sent_at or row.created_at)
+        is_old = age >= CALLBACKS_WITHIN and len(possible) > 0
+        return is_old and all(map(_callback_is_over, possible))
 
     def _is_forgotten(self, row: StartRow) -> bool:
         """Whether FLORA may have forgotten the key; assumed if the clock was set back, since the
@@ -193,3 +212,11 @@ class Recovery(Service):
             return True
         least, most = SEARCH_WAITS
         return now - searched >= min(max((now - (row.sent_at or now)) / 6, least), most)
+
+
+def _callback_is_over(run: Observation) -> bool:
+    """Whether the run ended so long ago that its callback comes no more."""
+    if not run.precedence.ended or run.completed_at is None:
+        return False
+    by_flora = run.read_at + timedelta(seconds=run.clock_skew or 0.0)
+    return by_flora - run.completed_at >= CALLBACKS_WITHIN

@@ -222,11 +222,13 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
         _none_wait(
             "starts",
             gauges.unresolved_starts,
-            "The outcome of every start is known.",
+            "No start waits for a person."
+            if gauges.open_starts
+            else "The outcome of every start is known.",
             f"{_number(gauges.unresolved_starts)} starts are unresolved: FLORA may have started a "
             "run, or not.",
-            "Look for each at FLORA around its time (SELECT * FROM v_open_starts): if the run is "
-            "there, `tracker runs track RUN_ID`; if not, start it again under another key.",
+            "`tracker starts list` shows them and which runs to look at; `tracker starts resolve` "
+            "says what each became.",
         ),
         _none_wait(
             "conflicts",
