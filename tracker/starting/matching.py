@@ -37,6 +37,9 @@ SET_BACK: Final = timedelta(minutes=1)
 READ_BELOW: Final = timedelta(hours=2)
 """How far the history is read below the runs that were known before a start: FLORA's clock may have
 been set back by an hour, and the list is only roughly sorted by creation."""
+FIRST_READ: Final = timedelta(days=3)
+"""How far the history is read where none was known before a start: FLORA's clock differs from ours
+and from `Date` by less."""
 
 log = get_logger(__name__)
 
@@ -118,7 +121,8 @@ class StartMatcher:
     async def read(
         self, workspace: Workspace, technique_id: str, since: datetime, *, give_up: float
     ) -> HistoryRead:
-        """Read the history completely, down to what was known here before `since`.
+        """Read the history completely, down to what was known here before `since`, at least to
+        three days before it where nothing was.
 
         FLORA is read until the time `give_up` of `time.monotonic`. Raises `FloraError`.
         """
@@ -129,7 +133,9 @@ class StartMatcher:
         while True:
             filtered = workspace.slot not in self._unfiltered
             try:
-                found = await self._read(workspace, technique_id, known_until, give_up, filtered)
+                found = await self._read(
+                    workspace, technique_id, since, known_until, give_up, filtered
+                )
             except FloraRefusal as refusal:
                 # A refused filter says nothing about the key: all runs are read instead.
                 if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
@@ -143,15 +149,20 @@ class StartMatcher:
         self,
         workspace: Workspace,
         technique_id: str,
+        since: datetime,
         known_until: datetime | None,
         give_up: float,
         filtered: bool,
     ) -> dict[str, Observation]:
-        bottom = None if known_until is None else known_until - READ_BELOW
+        client = workspace.require_client()
+        if known_until is None:
+            bottom = since + min(client.clock_offset or timedelta(), timedelta()) - FIRST_READ
+        else:
+            bottom = known_until - READ_BELOW
         found: dict[str, Observation] = {}
         known = False  # whether what follows was listed before
         pages = history.pages(
-            workspace.require_client(),
+            client,
             "technique",
             technique_id=technique_id if filtered else None,
             deadline=lambda: max(give_up - time.monotonic(), 0.1),
@@ -167,7 +178,7 @@ class StartMatcher:
                     item.run_id: item
                     for item in page.items
                     if _may_be_of(technique_id, item)
-                    and not (bottom and item.created_at and item.created_at < bottom)
+                    and not (item.created_at and item.created_at < bottom)
                 }
                 known = known or _reaches(known_until, page.items)
                 if _reaches(bottom, page.items):
