@@ -5,10 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Self
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
-
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from tracker.core.errors import SettingsError
 from tracker.core.net import is_loopback
@@ -28,6 +25,10 @@ TLS_ADVICE: Final = (
     "Set sslmode=verify-full and sslrootcert=FILE in TRACKER_DATABASE_URL, FILE being the "
     "certificate of the authority that signed the server's (for public ones "
     "/etc/ssl/certs/ca-certificates.crt); sslmode=disable says that the network is trusted."
+)
+_HOST_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%\w]*\]|[^\[\]:]*)(:(?P<port>\d{0,5}))?", re.ASCII)
+_ENCODE: Final = (
+    "in user and password, @ : / ? # [ ] and % must be encoded, as %40 %3A %2F %3F %23 %5B %5D %25"
 )
 _UNKNOWN_TO_ASYNCPG: Final = ("channel_binding",)
 
@@ -88,15 +89,18 @@ class DatabaseUrl:
         try:
             dsn = f"postgresql://{rest}"
             parts = urlsplit(dsn)
+            _check_hosts(parts)
             query = [
                 item
                 for item in parse_qsl(parts.query, keep_blank_values=True)
                 if item[0] not in _UNKNOWN_TO_ASYNCPG
             ]
-            shown = make_url(dsn).set(query={}).render_as_string(hide_password=True)
-        except (ValueError, ArgumentError):
+        except ValueError:
             # Not `from` the cause, whose message may hold the password.
-            raise SettingsError(advice) from None
+            raise SettingsError(f"{advice}; {_ENCODE}") from None
+        user, at, hosts = parts.netloc.rpartition("@")
+        name, colon, _ = user.partition(":")
+        shown = f"postgresql://{name}{colon and ':***'}{at}{hosts}{parts.path}"
         return cls("postgresql", parts._replace(query=urlencode(query)).geturl(), shown)
 
     @property
@@ -158,3 +162,14 @@ class DatabaseUrl:
 
     def __repr__(self) -> str:
         return f"DatabaseUrl({self.shown!r})"
+
+
+def _check_hosts(parts: SplitResult) -> None:
+    """Raise `ValueError` if a character of the password has ended the part with the hosts: what
+    follows it would be taken for a port or a database, and shown in errors."""
+    user, _, hosts = parts.netloc.rpartition("@")
+    if parts.fragment or "@" in user or "@" in parts.path:
+        raise ValueError("a part of the password")
+    for host in hosts.split(","):
+        if not (found := _HOST_PORT.fullmatch(host)) or int(found["port"] or 0) >= 2**16:
+            raise ValueError("no host and port")
