@@ -4,15 +4,18 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import Connection, insert, select, text
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util.concurrency import await_
 
 from tests.store.making import NOW
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.store import engine
 from tracker.store.engine import Database
-from tracker.store.errors import WriteConflict
+from tracker.store.errors import WriteConflict, translate
 from tracker.store.schema import leases
 from tracker.store.url import DatabaseUrl
 
@@ -28,6 +31,16 @@ async def names(db: Database) -> list[str]:
         return sorted((await connection.execute(select(leases.c.name))).scalars())
 
 
+def test_what_the_driver_alone_reports_is_a_lost_connection() -> None:
+    """asyncpg has no code for a connection that is ended in the middle of its set-up, and
+    SQLAlchemy no class of its own."""
+    message = "cannot switch to state 15; another operation (2) is in progress"
+    driver = asyncpg.InternalClientError(message)
+    wrapped = AsyncAdapt_asyncpg_dbapi.InternalClientError(message, driver)
+    for error in (driver, wrapped, DBAPIError("connect", None, wrapped)):
+        assert isinstance(translate(error), StoreUnavailable)
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -38,6 +51,9 @@ async def names(db: Database) -> list[str]:
         ("postgresql://u:pa%2Fss@db:5433/t", "postgresql://u:***@db:5433/t"),
         ("postgresql+asyncpg://u:pass@db/t?sslmode=require", "postgresql://u:***@db/t"),
         (" postgresql+psycopg2://u@db/t?password=pass ", "postgresql://u@db/t"),
+        ("postgresql://u:pass@one:5432,two:5433/t", "postgresql://u:***@one:5432,two:5433/t"),
+        ("postgresql://u:pass@[::1]:5432/t", "postgresql://u:***@[::1]:5432/t"),
+        ("postgresql:///t?host=/run/postgresql", "postgresql:///t"),
     ],
 )
 def test_addresses_are_read_and_shown_without_secrets(url: str, shown: str) -> None:
@@ -66,6 +82,9 @@ def test_what_only_libpq_knows_is_left_out() -> None:
         "sqlite://tracker.db",
         "postgresql://u:hunter2@[db/t",
         "postgresql://u:hunter2@db:port/t",
+        "postgresql://u:hunter2@db:65536/t",
+        *(f"postgresql://u:{part}@db/t" for part in ("hunter2#x", "1#hunter2", "hunter2/x")),
+        *(f"postgresql://u:{part}@db/t" for part in ("1/hunter2", "hunter2?x", "p@hunter2")),
     ],
 )
 def test_other_addresses_are_refused_unrepeated(url: str) -> None:

@@ -138,7 +138,8 @@ def translate(error: BaseException) -> StoreError:
         refused = StoreRefused if code & 0xFF in _SQLITE_DATA else StoreError
         return refused(f"the database refuses this: {what}")
     # No code: the driver itself failed, on a lost connection.
-    is_drivers = isinstance(error, InterfaceError) or type(error).__module__.startswith("asyncpg.")
+    driver = type(_driver_error(error))
+    is_drivers = isinstance(error, InterfaceError) or driver.__module__.startswith("asyncpg.")
     if is_drivers or getattr(error, "connection_invalidated", False):
         return StoreUnavailable(f"the connection to the database is lost: {what}")
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
