@@ -75,9 +75,18 @@ async def test_an_address_with_a_token_is_taken_as_the_plain_one(small_site: Sit
         None,
         "a-token-nobody-knows",
     }
-    for other in (f"{PATH}/", f"{PATH}/a/b"):
-        answer = await small_site.client.post(other, content=body, headers=signed(body))
-        assert answer.status_code == 404
+    answer = await small_site.client.post(f"{PATH}/a/b", content=body, headers=signed(body))
+    assert answer.status_code == 404
+
+
+async def test_a_slash_at_the_end_changes_nothing(small_site: Site) -> None:
+    """Whoever starts a run elsewhere may type the address so, and FLORA follows no redirect."""
+    for path in (f"{PATH}/", f"{PATH}/a-token/"):
+        body = event(f"run_{len(path)}")
+        assert (await small_site.client.post(path, content=body)).status_code == 401
+        assert (await small_site.client.post(path, content=body, headers=signed(body))).is_success
+    tokens = {row["callback_token"] for row in await stored(small_site.services.database)}
+    assert tokens == {None, "a-token"}
 
 
 async def test_many_callbacks_at_once_are_all_kept(site: Site) -> None:

@@ -68,7 +68,7 @@ async def test_every_answer_has_the_security_headers(small_site: Site) -> None:
 
 async def test_an_unknown_route_is_a_404_in_the_same_shape(small_site: Site) -> None:
     """Nothing is redirected: FLORA would not follow."""
-    for path in ("/nothing", "/api/nothing", "/api/runs/", "/callbacks/flora/"):
+    for path in ("/nothing", "/api/nothing", "/api/runs/", "/callbacks/flora/a/b"):
         answer = await small_site.client.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 

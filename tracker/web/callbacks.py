@@ -124,7 +124,7 @@ class Callbacks:
                 signature = value if signature is None else b"%b,%b" % (signature, value)
             elif name == b"flora-webhook-id":
                 webhook_id = value.decode("latin-1")
-        token = scope["path"][len(CALLBACK_PATH) + 1 :]
+        token = scope["path"][len(CALLBACK_PATH) + 1 :].removesuffix("/")
         return self._receiver.receive(
             body,
             signature=signature,
@@ -158,8 +158,9 @@ class Callbacks:
 
 
 def is_callback(path: str) -> bool:
-    """Whether `path` is the bare callback address or that of a start."""
+    """Whether `path` is the bare callback address or that of a start, with or without a slash at
+    its end: FLORA posts to what was typed somewhere."""
     if not path.startswith(CALLBACK_PATH):
         return False
-    token = path[len(CALLBACK_PATH) :]
+    token = path[len(CALLBACK_PATH) :].removesuffix("/")
     return not token or (token[0] == "/" and len(token) > 1 and "/" not in token[1:])
