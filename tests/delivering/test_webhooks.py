@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -16,9 +16,11 @@ from tests.support.endpoint import SECRET, Got, Receiver
 from tests.support.waiting import eventually
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
-from tracker.core.events import MessageState, RunFilter
+from tracker.core.events import MOST_OPEN, WAITS, MessageState, RunFilter
+from tracker.core.observation import Source
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus
+from tracker.core.waiting import cancel
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
@@ -30,10 +32,16 @@ from tracker.store.schema import endpoints
 from tracker.store.writing.messages import Attempt, take_turn
 
 
-def settled(run_id: str, *, cost: float | None = 0.25) -> Seen:
+def settled(
+    run_id: str,
+    *,
+    cost: float | None = 0.25,
+    at: datetime | None = None,
+    ended_at: datetime | None = None,
+) -> Seen:
     """A read of a run that ended now, with its bill."""
-    now = utc_now()
-    facts: dict[str, Any] = {"completed_at": now, "technique_id": "tech_1"}
+    now = at or utc_now()
+    facts: dict[str, Any] = {"completed_at": ended_at or now, "technique_id": "tech_1"}
     if cost is not None:
         facts["charged_cost"] = Decimal(str(cost))
     return seen(run_id, RunStatus.COMPLETED, at=now, facts=facts, reads=1)
@@ -273,6 +281,87 @@ async def test_what_a_dead_worker_had_claimed_is_sent_by_another(open_worker: Op
         assert len({got.message_id for got in receiver.got}) == 1
 
 
+class SetClock:
+    """A clock that the test may set."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta()
+
+    def __call__(self) -> datetime:
+        return utc_now() + self.ahead
+
+
+async def test_what_settles_after_days_of_sleep_is_sent(open_worker: OpenWorker) -> None:
+    """A machine that was suspended settles what ended meanwhile at once, before a minute has passed
+    by a clock that stood still."""
+    clock = SetClock()
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), clock=clock)
+        await configured(worker, "shop")
+        clock.ahead = timedelta(hours=25)
+        await worker.writer.submit(settled("run_1", at=clock()))
+        await eventually(lambda: receiver.taken)
+
+
+async def test_a_clock_that_is_set_back_puts_no_message_off(open_worker: OpenWorker) -> None:
+    """Neither one that failed before, nor one that waits for claims of a worker that is gone."""
+    clock = SetClock()
+    clock.ahead = timedelta(hours=1)
+    run_ids = ids("run", MOST_OPEN + 1)
+    async with Receiver(silent=True) as receiver:
+        died: Worker = await open_worker(endpoint(receiver), clock=clock, waits=WAITS)
+        await configured(died, "shop")
+        for run_id in run_ids:
+            await died.writer.submit(settled(run_id, at=clock()))
+        await eventually(lambda: len(receiver.got) == MOST_OPEN)
+        await die(died)
+    async with Receiver(status=503) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), clock=clock, waits=WAITS)
+        await eventually(lambda: receiver.got)
+        await eventually(lambda: failed_once(worker.db, run_ids[-1]))
+        clock.ahead = timedelta()
+        receiver.status = 200
+        worker.webhooks.clock_jumped(timedelta(hours=-1))
+        await eventually(lambda: receiver.runs.keys() == {*run_ids} and len(receiver.taken) > 20)
+
+
+async def die(worker: Worker) -> None:
+    """Leave the claims of a worker as a process that is killed does."""
+    webhooks = worker.webhooks
+    senders, webhooks._senders = webhooks._senders, {}
+    await cancel(webhooks._task, *(one._task for one in senders.values()))
+    for one in senders.values():
+        await cancel(*one._open)
+        await one.target.aclose()
+    webhooks._task = None
+
+
+async def failed_once(db: Database, run_id: str) -> bool:
+    (message,) = await messages_of(db, run_id=run_id)
+    return message.attempts == 1
+
+
+async def test_floras_clock_does_not_decide_what_is_sent(open_worker: OpenWorker) -> None:
+    """A run that was known before it ended is sent, though FLORA dates its end before the endpoint;
+    so is one that ends while the endpoint was first seen by a clock that was ahead."""
+    clock = SetClock()
+    clock.ahead = timedelta(days=1)
+    async with Receiver() as receiver:
+        first: Worker = await open_worker(endpoint(receiver), clock=clock)
+        await configured(first, "shop")
+        await first.webhooks.stop()
+        clock.ahead = timedelta()
+        worker: Worker = await open_worker(endpoint(receiver), clock=clock)
+        now = utc_now()
+        await worker.writer.submit(seen("run_1", RunStatus.PENDING, at=now, source=Source.START))
+        await worker.writer.submit(seen("run_2", RunStatus.RUNNING, at=now, reads=1))
+        for run_id in ("run_1", "run_2"):
+            await worker.writer.submit(settled(run_id, ended_at=now - timedelta(hours=1)))
+        await worker.writer.submit(settled("old", ended_at=now - timedelta(hours=1)))
+        await eventually(lambda: receiver.runs.keys() == {"run_1", "run_2"})
+        assert [one.run_id for one in await messages_of(worker.db, run_id="old")] == []
+
+
 async def test_stopping_releases_what_is_open(open_worker: OpenWorker) -> None:
     """A worker that stops waits for open requests a moment, and leaves the rest due."""
     async with Receiver(silent=True) as receiver:
@@ -377,7 +466,7 @@ async def test_a_worker_waits_while_others_hold_all_requests(open_worker: OpenWo
     async with Receiver() as receiver:
         worker: Worker = await open_worker(deliver=False)
         await add_endpoint(worker.db, "shop")
-        held = {"lease_until": utc_now() + timedelta(hours=1), "lease_holder": "another"}
+        held = {"lease_until": utc_now() + timedelta(minutes=4), "lease_holder": "another"}
         for number in range(20):
             await add_message(worker.db, f"msg_{number}", "shop", **held)
         await add_message(worker.db, "msg_due", "shop", next_attempt_at=utc_now())

@@ -54,6 +54,7 @@ COMMITS: Final = (
 )
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
+    "messages.make_due",
     "claims.release",
     "sweeps.forget_after",
     "statements.quarantine",

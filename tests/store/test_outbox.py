@@ -193,7 +193,7 @@ async def test_the_last_failure_is_final(db: Database) -> None:
         count += 1
     assert count == 10
     assert last.disabled == "every attempt failed for 3 days; last: it answered HTTP 500"
-    assert await next_due_at(db, "a", now=now + 30 * FAILING_FOR) is None
+    assert await next_due_at(db, "a", now=now + 30 * FAILING_FOR, lease=LEASE) is None
     assert (await turn(db, now=now + FAILING_FOR)).claims == []
     again = now + 2 * FAILING_FOR
     assert await enable(db, "a", now=again)

@@ -226,7 +226,7 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         "ix_messages_newest_of_endpoint",
     ),
     "when a message is due": (
-        lambda db: next_due_at(db, "point_1", now=NOW),
+        lambda db: next_due_at(db, "point_1", now=NOW, lease=timedelta(seconds=25)),
         "ix_messages_due",
     ),
     "open starts": (starts.open_starts, "ix_starts_open"),

@@ -123,6 +123,8 @@ class Webhooks:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._configured_at = float("-inf")
+        self._configured_by: datetime | None = None
+        self._set_back = False
         self._log_limit = LogRateLimit()
         # An event of this process has no message yet: the endpoints are woken when it has.
         self.signals.when_outbox_waits(self._woken.set, self.wake)
@@ -139,6 +141,11 @@ class Webhooks:
         self._woken.set()
         for sender in self._senders.values():
             sender.wake()
+
+    def clock_jumped(self, jump: timedelta) -> None:
+        """The clock was set. If it was set back, what waits for this process's endpoints is due."""
+        self._set_back |= jump < timedelta(0)
+        self._woken.set()
 
     async def start(self) -> None:
         self._stopping = False
@@ -267,6 +274,8 @@ class Webhooks:
             self._woken.clear()
             try:
                 await self._configure()
+                if self._set_back:
+                    await self._catch_up()
                 if woken or await outbox_waits(self.database):
                     await self.drain()
             except StoreError as error:
@@ -279,14 +288,28 @@ class Webhooks:
                 await asyncio.sleep(RETRY_SECONDS)
             await wait_for(self._woken, self.times.tick)
 
+    async def _catch_up(self) -> None:
+        """After the clock was set back: make due what was to wait until a time of the old clock."""
+        now, own = self.clock(), [*self._endpoints, *self._handlers]
+        await messages.make_due(self.database, own, now=now)
+        self._set_back = False
+        self.wake()
+
     async def _configure(self) -> None:
-        """Note the endpoints of this process in the database, once a minute."""
-        if time.monotonic() - self._configured_at < self.times.configure_every:
-            return
+        """Note the endpoints of this process in the database, once a minute.
+
+        By either clock: after days of sleep they would seem to be removed, and get no messages.
+        """
+        now = self.clock()
+        if self._configured_by is not None:
+            by_clock = abs((now - self._configured_by).total_seconds())
+            passed = max(time.monotonic() - self._configured_at, by_clock)
+            if passed < self.times.configure_every:
+                return
         configs = [one.config for one in self._endpoints.values()]
         configs += [one.config for one in self._handlers.values()]
-        replaced = await configure(self.database, configs, now=self.clock())
-        if self._configured_at > float("-inf"):  # else the settings of before a restart
+        replaced = await configure(self.database, configs, now=now)
+        if self._configured_by is not None:  # else the settings of before a restart
             for row in replaced:
                 log.warning(
                     "endpoint.settings_differ",
@@ -295,7 +318,7 @@ class Webhooks:
                     advice="two processes take turns to replace the settings of this endpoint: give"
                     " both the same, or two ids",
                 )
-        self._configured_at = time.monotonic()
+        self._configured_at, self._configured_by = time.monotonic(), now
 
 
 async def _end(task: asyncio.Task[None], seconds: float) -> None:
@@ -376,7 +399,9 @@ class _Sender:
         """Store outcomes and claim up to `room` messages; returns how long to wait then."""
         now = self.clock()
         if not self._outcomes:
-            due = await next_due_at(self.database, self.endpoint_id, now=now) if room > 0 else None
+            due = None
+            if room > 0:
+                due = await next_due_at(self.database, self.endpoint_id, now=now, lease=self.lease)
             if due is None or due > now:
                 tick = self.times.tick
                 return tick if due is None else min(tick, (due - now).total_seconds())

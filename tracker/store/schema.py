@@ -165,10 +165,10 @@ LONGEST_LEASE: Final = timedelta(minutes=5)
 """A lease on a row that lasts longer was taken before the clock was set back: it has expired."""
 
 
-def is_free(table: Table, now: datetime) -> ColumnElement[bool]:
-    """No process has a lease on the row."""
+def is_free(table: Table, now: datetime, longest: timedelta = LONGEST_LEASE) -> ColumnElement[bool]:
+    """No process has a lease on the row, where none lasts longer than `longest`."""
     until = table.c.lease_until
-    return or_(until.is_(None), until <= now, until > now + LONGEST_LEASE)
+    return or_(until.is_(None), until <= now, until > now + longest)
 
 
 def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:

@@ -186,6 +186,8 @@ async def configure(
             **{name: insert.excluded[name] for name in (*shared, "configured_at")},
             "enabled_at": case((is_back, now), else_=endpoints.c.enabled_at),
             "failing_since": case((is_back, None), else_=endpoints.c.failing_since),
+            # It was configured while the clock was ahead.
+            "since": case((endpoints.c.since > now, now), else_=endpoints.c.since),
         },
     )
     rows = {

@@ -26,19 +26,29 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    or_,
+    not_,
     select,
     update,
 )
 
 from tracker.core.events import MOST_OPEN, WAITS, EventType, RunFilter, next_attempt, still_holds
+from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.endpoints import CONFIGURED_WITHIN
 from tracker.store.rows import RUN_COLUMNS, records
-from tracker.store.schema import endpoints, message_attempts, messages, outbox, runs, word
+from tracker.store.schema import (
+    LONGEST_LEASE,
+    endpoints,
+    is_free,
+    message_attempts,
+    messages,
+    outbox,
+    runs,
+    word,
+)
 
 FAILING_FOR: Final = timedelta(days=3)
 """An endpoint that failed for this long, without a success in between, is disabled."""
@@ -104,7 +114,7 @@ def _messages_of(
         record, event = by_id.get(row.run_id), EventType(row.event)
         if record is None or not still_holds(event, record):
             continue
-        ended_at = record.run.completed_at or record.end_seen_at or row.at
+        ended_at = _ended_at(record) or row.at
         wanting = [
             endpoint.endpoint_id
             for endpoint in receivers
@@ -130,6 +140,16 @@ def _messages_of(
             for endpoint_id in wanting
         ]
     return made
+
+
+def _ended_at(record: Record) -> datetime | None:
+    """When the run ended. FLORA's time, whose clock may be off, counts only for a run that had
+    ended when it was found; the end of any other was seen as it came."""
+    seen_at = record.end_seen_at
+    is_found = record.source not in (Source.START, Source.CALLBACK)
+    if is_found and (seen_at is None or seen_at <= record.first_seen_at):
+        return record.run.completed_at or seen_at
+    return seen_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +209,13 @@ class _Health:
     catch_up_to: datetime | None
 
 
-async def next_due_at(db: Database, endpoint_id: str, *, now: datetime) -> datetime | None:
+async def next_due_at(
+    db: Database, endpoint_id: str, *, now: datetime, lease: timedelta
+) -> datetime | None:
     """When a message of the endpoint can be claimed, in the past if one is due; `None` if there is
-    none, or the endpoint is disabled."""
+    none, or the endpoint is disabled. `lease` is how long claims last."""
     first = select(func.min(messages.c.next_attempt_at)).where(
-        messages.c.endpoint_id == endpoint_id, _PENDING, _free(now)
+        messages.c.endpoint_id == endpoint_id, _PENDING, _free(now, lease)
     )
     statement = select(endpoints.c.catch_up_from, first.scalar_subquery()).where(
         endpoints.c.endpoint_id == endpoint_id, endpoints.c.state == "enabled"
@@ -324,6 +346,7 @@ def _store(
             since = row["tried_since"]
             if since is None or (enabled_at is not None and since < enabled_at):
                 since = attempt.at
+            since = min(since, attempt.at)  # the clock may have been set back
             due = (
                 None
                 if attempt.final
@@ -358,12 +381,13 @@ def _claim(
     """Claim due messages, then those that failed during an outage that is over; whether none of
     the latter is left."""
     mine = messages.c.endpoint_id == endpoint_id
-    is_open = and_(mine, messages.c.lease_holder.is_not(None), messages.c.lease_until > now)
+    free = _free(now, lease)
+    is_open = and_(mine, messages.c.lease_holder.is_not(None), not_(free))
     count = select(func.count()).select_from(messages).where(is_open)
     room = min(most, most_open - connection.execute(count).scalar_one())
     if room <= 0:
         return [], False
-    waiting = select(messages.c.message_id).where(mine, _PENDING, _free(now))
+    waiting = select(messages.c.message_id).where(mine, _PENDING, free)
     due = waiting.where(messages.c.next_attempt_at <= now)
     claims = _take(connection, due, room, holder, now + lease)
     if health.catch_up_from is None or len(claims) == room:
@@ -391,8 +415,8 @@ def _take(
     return sorted(claims, key=lambda claim: claim.event_at)
 
 
-def _free(now: datetime) -> ColumnElement[bool]:
-    return or_(messages.c.lease_until.is_(None), messages.c.lease_until <= now)
+def _free(now: datetime, lease: timedelta) -> ColumnElement[bool]:
+    return is_free(messages, now, max(lease, LONGEST_LEASE))
 
 
 async def resend(db: Database, message_id: str, *, now: datetime) -> bool:
@@ -435,6 +459,27 @@ async def enable(db: Database, endpoint_id: str, *, now: datetime) -> bool:
     entry = audit.entry(Action.ENABLE, now, endpoint_id=endpoint_id)
     fresh = {"state": "enabled", "disabled_at": None, "disabled_reason": None, "enabled_at": now}
     return await db.write(partial(_catch_up, endpoint_id, now, entry, fresh))
+
+
+async def make_due(db: Database, endpoint_ids: Sequence[str], *, now: datetime) -> int:
+    """Make all that waits for these endpoints due, after the clock was set back; returns how many.
+
+    Their failures began now at the latest.
+    """
+    wanted = select(endpoints.c.endpoint_id).where(endpoints.c.endpoint_id.in_(endpoint_ids))
+    wanted = wanted.order_by(endpoints.c.endpoint_id).with_for_update()
+    ahead = and_(endpoints.c.endpoint_id.in_(endpoint_ids), endpoints.c.failing_since > now)
+    waiting = and_(
+        messages.c.endpoint_id.in_(endpoint_ids), _PENDING, messages.c.next_attempt_at > now
+    )
+
+    def work(connection: Connection) -> int:
+        connection.execute(wanted)
+        connection.execute(update(endpoints).where(ahead).values(failing_since=now))
+        due = update(messages).where(waiting).values(next_attempt_at=now)
+        return connection.execute(due).rowcount
+
+    return await db.write(work)
 
 
 def _catch_up(
