@@ -43,7 +43,7 @@ from tracker.starting.resolve import RunTracker, StartResolver
 from tracker.starting.sending import CallbackAddresses, StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
-from tracker.store.clock import shared_clock
+from tracker.store.clock import ServerClock, shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
 from tracker.store.signals import Signals
@@ -101,6 +101,13 @@ class Services:
     explainer: Explainer
     downloader: Downloader
     webhooks: Webhooks
+
+    def machine_clock_jumped(self, jump: timedelta) -> None:
+        """The clock of this machine was set. On PostgreSQL the server's counts, and tells itself
+        where it was (`ServerClock`)."""
+        if self.database.dialect == "sqlite":
+            for one in (self.poller, self.recovery, self.webhooks):
+                one.clock_jumped(jump)
 
     @property
     def recheck_every(self) -> timedelta:
@@ -299,6 +306,8 @@ async def open_services(
         batch_worker = BatchWorker(
             **shared, batches=batches, process=process, concurrency=settings.tracker_api_concurrency
         )
+        if isinstance(clock, ServerClock):
+            clock.on_jump += [one.clock_jumped for one in (poller, recovery, webhooks)]
         yield Services(
             **shared,
             settings=settings,

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import func, select
 
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
@@ -56,6 +57,28 @@ async def test_it_is_put_right_by_the_next_answer(postgres_url: str) -> None:
         before = datetime.now(UTC)
         await told.ask()
         assert before <= told() <= datetime.now(UTC)
+
+
+async def test_a_server_whose_clock_is_set_is_told_of(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the difference, and before anyone gets a time after it; what the clocks drift apart is
+    no such thing."""
+    jumps: list[tuple[float, bool]] = []
+    async with await Database.open(postgres_url) as db:
+        told = ServerClock(db)
+        await told.ask()
+        told.on_jump.append(lambda jump: jumps.append((jump.total_seconds(), told() > soon())))
+        for seconds in (1, 3600, 3600, 0):
+            ahead = func.clock_timestamp() + timedelta(seconds=seconds)
+            monkeypatch.setattr(clock, "_ASK", select(ahead))
+            await told.ask()
+    assert [round(seconds, -1) for seconds, _ in jumps] == [3600, -3600]
+    assert [is_later for _, is_later in jumps] == [False, True]
+
+
+def soon() -> datetime:
+    return datetime.now(UTC) + timedelta(minutes=1)
 
 
 async def test_it_is_asked_for_as_long_as_it_is_used(postgres_url: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.support.clocks import HandClock
-from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.budget import Budget, Period
 from tracker.core.record import Record
 from tracker.core.run import Tracking
@@ -18,6 +18,7 @@ from tracker.starting.start import StartRequest
 from tracker.store.queries import attention, spending
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
+HOUR = 3600.0
 WRONG_QUOTES = {"quotes": 1.0, "quote_factor": 0.29, "bill_factor": 3.5}
 
 
@@ -136,6 +137,32 @@ async def test_a_run_that_is_never_billed_stays_unpriced(
         assert (Decimal(str(row.quoted)), row.unpriced) == (price, 1)
         counted = await attention.read_gauges(database, now=clock())
         assert sum(counted.unpriced.values()) == 1
+
+
+async def test_a_bill_is_given_up_by_an_answer_alone(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry
+) -> None:
+    """FLORA is away for longer than bills are waited for: what it shows then is read, and an answer
+    without a cost is the last."""
+    async with make_flora(late_bills=1.0, bill_seconds=(30.0,), missing_bills=0.5) as flora:
+        services = await open_on(flora)
+        hurry(services, flora)
+        run_ids = await start(services, 6)
+        await settle_all(services, clock)
+        flora.world.change({"gateway": 1.0, "gateway_works": 0.0})
+        give_up = clock() + timedelta(hours=27)
+        while clock() < give_up:
+            await services.poller.recheck_due()
+            clock.move(1000)
+        assert all(one.recheck_at is not None for one in await records(services, run_ids))
+        flora.world.change({"gateway": 0.0})
+        await recheck(services, clock, until=6 * HOUR)
+        for record in await records(services, run_ids):
+            truth = flora.world.runs[record.run.run_id]
+            is_priced = truth.bill.shown(truth.bill.final_ms) is not None
+            assert record.cost_final == is_priced
+            assert float(record.run.charged_cost or 0) == (truth.cost if is_priced else 0)
+            assert record.recheck_at is None
 
 
 async def test_a_refund_that_shows_no_cost_clears_it(

@@ -74,6 +74,62 @@ async def test_no_poll_lies_further_ahead_than_the_longest_wait(
         assert 1 <= sum(reads_of(flora).values()) - before <= len(run_ids)
 
 
+BILLS = {
+    "corrected": {"corrections": 1.0, "correction_seconds": 30.0},
+    "late": {"late_bills": 1.0, "bill_seconds": (30.0,)},
+}
+
+
+@pytest.mark.parametrize("bill", BILLS)
+@pytest.mark.parametrize("hours", [-20, -1, 1, 25])
+async def test_no_bill_waits_for_a_clock_that_is_set(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hours: float, bill: str
+) -> None:
+    """The bill is read within its usual waits, and what was read at a time that is still to come
+    does not outlast it."""
+    async with make_flora(**BILLS[bill]) as flora:
+        services = await open_on(flora)
+        [run_id] = await start(services)
+        await poll_to_the_end(services, clock, within=120)
+        clock.move(hours * 3600)
+        flora.world.change({"clock_offset": -hours * 3600})
+        services.machine_clock_jumped(timedelta(hours=hours))
+        services.poller.clock_jumped(timedelta(hours=hours))  # PostgreSQL's is none of the machine
+        await read_bills(services, clock)
+        await assert_billed(services, flora, run_id)
+
+
+@pytest.mark.parametrize("bill", BILLS)
+@pytest.mark.parametrize("hours", [-1, 1, 25])
+async def test_a_wrong_date_makes_no_bill_final_and_gives_none_up(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hours: float, bill: str
+) -> None:
+    """FLORA's answers, or a gateway's, have another `Date` while the end of a run is read."""
+    async with make_flora(**BILLS[bill]) as flora:
+        services = await open_on(flora)
+        [run_id] = await start(services)
+        flora.world.change({"date_offset": hours * 3600})
+        await poll_to_the_end(services, clock, within=120)
+        assert not (await the_run(services, run_id)).cost_final
+        flora.world.change({"date_offset": 0})
+        await read_bills(services, clock, within=4000 if hours < 0 else 200)
+        await assert_billed(services, flora, run_id)
+
+
+async def read_bills(services: Services, clock: HandClock, *, within: int = 200) -> None:
+    for _ in range(0, within, 5):
+        clock.move(5)
+        await services.poller.recheck_due()
+
+
+async def assert_billed(services: Services, flora: Simulator, run_id: str) -> None:
+    """The run has its bill, for good."""
+    record = await the_run(services, run_id)
+    assert float(record.run.charged_cost or 0) == flora.world.runs[run_id].cost
+    assert record.cost_final
+    assert record.recheck_at is None
+
+
 class Wall:
     """The wall clock of this process, which the test may set."""
 

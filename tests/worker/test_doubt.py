@@ -3,14 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from tests.support.clocks import HandClock
 from tests.support.waiting import eventually, free_port
@@ -32,6 +32,8 @@ from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.sheet import sheet_of_objects
 from tracker.starting.start import StartRequest
+from tracker.store import clock as store_clock
+from tracker.store.clock import ServerClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts as start_log
 from tracker.store.schema import runs, starts
@@ -740,6 +742,34 @@ async def test_a_process_that_stood_still_sends_nothing(
     clock.move(25 * HOUR)
     assert (await slow).record.run.run_id == quick.record.run.run_id
     assert len(flora.world.runs) == 2
+
+
+async def test_a_database_whose_clock_is_set_pays_nothing_twice(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases and windows of starts that FLORA is at work on seem to be over then."""
+    options = Options(slow_starts=1.0, slow_seconds=3.0, slow_run="last", keys_known="at_end")
+    async with running(options) as flora, AsyncExitStack() as stack:
+        settings = Settings(
+            flora_base_url=flora.base_url,
+            flora_api_key=options.api_key,
+            tracker_database_url=postgres_url,
+        )
+        one, two = [await stack.enter_async_context(open_services(settings)) for _ in range(2)]
+        starting = asyncio.create_task(one.starter.start(request()))
+
+        async def is_sent() -> bool:
+            return [row.state for row in await start_log.open_starts(two.database)] == ["sent"]
+
+        await eventually(is_sent)
+        ahead = func.clock_timestamp() + timedelta(hours=1)
+        monkeypatch.setattr(store_clock, "_ASK", select(ahead))
+        for services in (two, one):
+            assert isinstance(services.clock, ServerClock)
+            await services.clock.ask()
+            await services.recovery.recover()
+        assert (await starting).record.run.run_id in flora.world.runs
+        assert (posts(flora), len(flora.world.runs)) == (1, 1)
 
 
 async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(

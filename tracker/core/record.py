@@ -221,7 +221,10 @@ def apply(
     cost_final, recheck_at = False, None
     if end_seen_at is not None and run.precedence.ended_at_api:
         since = since_end(run, end_seen_at, seen.read_at, seen.clock_skew or 0.0)
-        late_enough = seen.shows_bill and since >= policy.cost_recheck
+        # A read that is older than the one that showed the cost, by a clock that was set back, says
+        # nothing about it.
+        is_latest = run.cost_read_at is None or seen.read_at >= run.cost_read_at
+        late_enough = seen.shows_bill and is_latest and since >= policy.cost_recheck
         shown = run.charged_cost is not None or run.status is RunStatus.FAILED
         cost_final = shown and (old.cost_final or late_enough)
         if run.settled and not _billed_whole(run, cost_final):
@@ -268,15 +271,20 @@ def apply(
 def since_end(
     run: Run, end_seen_at: datetime, at: datetime, skew: float | None = None
 ) -> timedelta:
-    """The time from the run's end to `at`.
+    """The time from the run's end to `at`, rather too short than too long.
 
-    Uses FLORA's time of the end, whose clock is `skew` seconds ahead; if either is unknown, at
-    least the time since the end was observed here. A callback may report an end in the future.
+    FLORA's time of the end is compared with FLORA's clock, which its answer showed to be `skew`
+    seconds ahead, if it showed any, and with ours. One of them may be wrong, and a clock that is
+    too far ahead must not make a bill final, or given up. So the shorter time counts, unless the
+    run ended in our future, which confirms what the answer showed.
     """
     since = at - end_seen_at
     if run.completed_at is not None:
-        by_flora = at + timedelta(seconds=skew or 0.0) - run.completed_at
-        since = by_flora if skew is not None else max(since, by_flora)
+        ours = at - max(run.completed_at, run.created_at or run.completed_at)
+        since = max(since, ours)
+        if skew is not None:
+            by_flora = ours + timedelta(seconds=skew)
+            since = by_flora if ours < timedelta(0) else min(since, by_flora)
     return max(since, timedelta(0))
 
 
@@ -328,7 +336,9 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
         recheck_at = record.recheck_at
         if recheck_at is not None and record.end_seen_at is not None:
             passed = since_end(record.run, record.end_seen_at, entry.at)
-            recheck_at = next_recheck(policy, since_end=passed, now=entry.at)
+            recheck_at = next_recheck(
+                policy, since_end=passed, now=entry.at, was_answered=entry.missing
+            )
         return replace(record, checks=checks, recheck_at=recheck_at, **lease)
     missing, since, lost = record.missing, record.missing_since, record.lost
     if entry.missing:

@@ -138,14 +138,17 @@ def next_check(
     return min(max(first, now), now + policy.longest_wait)
 
 
-def next_recheck(policy: Policy, *, since_end: timedelta, now: datetime) -> datetime | None:
+def next_recheck(
+    policy: Policy, *, since_end: timedelta, now: datetime, was_answered: bool = True
+) -> datetime | None:
     """When to read cost and outputs again, UTC, after a read at `now` that left them incomplete.
 
     FLORA bills after the end (flora-api.md, 8): the first recheck is `cost_recheck` after it, then
-    the wait doubles, and the last is at `cost_give_up`; `None` after that.
+    the wait doubles, and the last is at `cost_give_up`; `None` after that. Only an answer of FLORA
+    can be the last: until there is one (`was_answered`), each wait adds an eighth to the time.
     """
     if since_end >= policy.cost_give_up:
-        return None
+        return None if was_answered else now + since_end / 8
     first = since_end < policy.cost_recheck
     due = policy.cost_recheck if first else 2 * since_end + policy.cost_recheck
     return now + min(due, policy.cost_give_up) - since_end

@@ -77,6 +77,7 @@ class Poller(Service):
         self.backoff = Backoff(self.clock)
         self.page_backoff = Backoff(self.clock)
         self._brought_near_at = -math.inf
+        self._set_back = False
 
     async def poll_due(self, *, coalesce: bool = False) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
@@ -84,11 +85,7 @@ class Poller(Service):
         `coalesce`, for callers that poll repeatedly, leaves due runs until they have coalesced. A
         workspace without a key, with a refused one, or in which FLORA has just failed is left out.
         """
-        if time.monotonic() - self._brought_near_at >= BRING_NEAR_EVERY:
-            brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
-            self._brought_near_at = time.monotonic()
-            if brought:
-                log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
+        await self._bring_near()
         return await self._in_each(partial(self._poll, coalesce=coalesce))
 
     async def recheck_due(self, *, turn: timedelta | None = None) -> PollReport:
@@ -97,15 +94,29 @@ class Poller(Service):
         With `turn`, for callers that do so repeatedly, one process at a time does it for each
         workspace, and the others leave it out for so long. Raises `StoreUnavailable`.
         """
+        await self._bring_near()
         return await self._in_each(partial(self._recheck, turn=turn))
 
     def keys_changed(self) -> None:
         """A workspace may have another key: no pause lasts any longer."""
         self.backoff.clear()
 
-    def clock_jumped(self) -> None:
+    def clock_jumped(self, jump: timedelta) -> None:
         """The clock was set: the next round searches for runs that are due too far ahead."""
         self._brought_near_at = -math.inf
+        self._set_back |= jump < timedelta(0)
+
+    async def _bring_near(self) -> None:
+        """Make what is due too far ahead due now, after the clock was set and now and then."""
+        if time.monotonic() - self._brought_near_at < BRING_NEAR_EVERY:
+            return
+        brought = await claims.reset_far_schedules(
+            self.database, self.policy, self.clock(), set_back=self._set_back
+        )
+        self._brought_near_at = time.monotonic()
+        self._set_back = False
+        if brought:
+            log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
 
     async def next_due_at(self, *, coalesce: bool = False) -> datetime | None:
         """When the next run that can be read is due, UTC; in the past if one is due already.

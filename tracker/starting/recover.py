@@ -57,7 +57,7 @@ class Recovery(Service):
         self._searched: dict[tuple[str, str], datetime] = {}
         self._jumped_at = -math.inf
 
-    def clock_jumped(self) -> None:
+    def clock_jumped(self, _: timedelta) -> None:
         """The clock was set: the age of starts is unknown for a while."""
         self._jumped_at = boot_seconds()
 

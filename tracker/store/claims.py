@@ -14,6 +14,7 @@ from sqlalchemy import (
     Select,
     Update,
     and_,
+    case,
     delete,
     func,
     literal,
@@ -35,6 +36,9 @@ from tracker.store.signals import DUE
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """Runs that can be claimed, each by its index."""
 _ENDED: Final = runs.c.standing >= Precedence.CALLBACK_FAILED
+
+_APART: Final = timedelta(seconds=5)
+"""How much the clocks of processes on one database may differ."""
 
 WorkspaceScope = Sequence[str | None] | None
 """The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
@@ -166,16 +170,31 @@ def due_runs(
     return statement.where(_ENDED) if ended else statement
 
 
-async def reset_far_schedules(db: Database, policy: Policy, now: datetime) -> int:
+async def reset_far_schedules(
+    db: Database, policy: Policy, now: datetime, *, set_back: bool = False
+) -> int:
     """Make runs due that are scheduled later than any wait allows, as after the clock was set back;
-    returns how many."""
+    returns how many.
+
+    Waits for bills are longer than a clock is usually set back. So a bill is due too if it was last
+    read in what is the future now, or if the clock is known to have been `set_back`. What was read
+    then counts as read now, so that it does not outlast what is read next.
+    """
     due = runs.c.next_check_at
     lost = runs.c.tracking == word(Tracking.LOST)
     far = and_(due > now + policy.longest_wait, or_(not_(lost), due > now + LOST_READ_EVERY))
-    again = runs.c.recheck_at > now + policy.cost_give_up
+    bill_due = runs.c.recheck_at > now
+    read_at = runs.c.cost_read_at, runs.c.outputs_read_at
+    if not set_back:
+        is_ahead = or_(
+            runs.c.recheck_at > now + policy.cost_give_up, *(at > now + _APART for at in read_at)
+        )
+        bill_due = and_(bill_due, is_ahead)
+    cost_read_at, outputs_read_at = (case((at > now, now), else_=at) for at in read_at)
+    bills = update(runs).where(_in_order(db, bill_due))
     statements = (
         update(runs).where(_in_order(db, far)).values(next_check_at=now),
-        update(runs).where(_in_order(db, again)).values(recheck_at=now),
+        bills.values(recheck_at=now, cost_read_at=cost_read_at, outputs_read_at=outputs_read_at),
     )
     return await db.write(lambda connection: _count_updated(connection, *statements))
 
@@ -194,7 +213,7 @@ async def take_lease(
     `longest` is the longest duration it is ever taken for, if more than `duration`: one that lasts
     longer was taken before the clock was set back, and has expired.
     """
-    beyond = now + (longest or duration) + timedelta(seconds=5)  # clocks of processes differ
+    beyond = now + (longest or duration) + _APART
     may_take = or_(leases.c.until <= now, leases.c.until > beyond, leases.c.holder == holder)
     values = {"holder": holder, "until": now + duration}
     statement = db.upsert(leases, {"name": name}, values, may_take).returning(leases.c.name)

@@ -34,12 +34,17 @@ log = get_logger(__name__)
 
 
 class ServerClock:
-    """A `Clock` of the server's time; `ask` has to be called once before it is read."""
+    """A `Clock` of the server's time; `ask` has to be called once before it is read.
+
+    `on_jump` are called where the server's clock was set, with the difference, before any time
+    after that is given.
+    """
 
     def __init__(self, db: Database, *, seconds: Callable[[], float] = boot_seconds) -> None:
         self._db = db
         self._seconds = seconds
         self._start: datetime | None = None
+        self.on_jump: list[Callable[[timedelta], None]] = []
 
     def __call__(self) -> datetime:
         """The present moment by the server's clock, aware, in UTC."""
@@ -59,9 +64,10 @@ class ServerClock:
         earliest, latest = answer - timedelta(seconds=after), answer - timedelta(seconds=before)
         if self._start is None or not earliest <= self._start <= latest:
             start = earliest + (latest - earliest) / 2
-            if self._start is not None and abs(start - self._start) > LOGGED_FROM:
-                seconds = round((start - self._start).total_seconds(), 1)
-                log.warning("clock.server_jumped", seconds=seconds)
+            if self._start is not None and abs(jump := start - self._start) > LOGGED_FROM:
+                log.warning("clock.server_jumped", seconds=round(jump.total_seconds(), 1))
+                for jumped in self.on_jump:
+                    jumped(jump)
             self._start = start
 
     async def keep(self, ask_every: float) -> None:

@@ -276,8 +276,7 @@ class Worker:
     def _clock_jumped(self, jump: timedelta, now: datetime) -> None:
         """Shift the jobs: intervals continue, cron expressions refer to the new time, and no job
         that was due is skipped."""
-        self._services.poller.clock_jumped()
-        self._services.recovery.clock_jumped()
+        self._services.machine_clock_jumped(jump)
         for job in self._scheduler.get_jobs():
             if job.id == "poll":
                 due = now
