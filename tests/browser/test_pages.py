@@ -154,7 +154,7 @@ async def test_a_phone_has_room_for_the_state_of_the_stream(
     await page.route("**/api/stream*", answer)
     await page.goto(f"{live.url}/runs", wait_until="domcontentloaded")
     await expect(page.locator("#live-state")).to_have_text(state)
-    await _assert_narrow(page, state, widths=(360,))
+    await _assert_narrow(page, state, widths=(320, 360))
 
 
 async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
@@ -199,11 +199,11 @@ async def _assert_accessible(page: Page, path: str) -> None:
         for scheme, rules in (("light", ALL_RULES), ("dark", CONTRAST)):
             await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
             assert await page.evaluate(VIOLATIONS, rules) == [], (path, width, scheme)
-    await _assert_narrow(page, path, widths=(360, 1000))
+    await _assert_narrow(page, path, widths=(320, 360, 1000))
 
 
 async def _assert_narrow(
-    page: Page, path: str, *, widths: tuple[int, ...] = (360, 800, 1000)
+    page: Page, path: str, *, widths: tuple[int, ...] = (320, 360, 800, 1000)
 ) -> None:
     for width in widths:
         await page.set_viewport_size({"width": width, "height": 740})

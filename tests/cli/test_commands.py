@@ -63,6 +63,7 @@ def test_one_shot_commands_do_the_whole_job(new_tracker: Commands, stack: ExitSt
     page = new_tracker("runs", "list", "--limit", "1")
     assert elsewhere in page.stdout
     assert run["run_id"] not in page.stdout
+    assert "  $0." in page.stdout
     assert "--cursor" in page.stderr
 
     shown = new_tracker.json("runs", "show", run["run_id"])

@@ -68,7 +68,8 @@ def test_a_failed_run_is_status_1(tracker: Commands, stack: ExitStack) -> None:
     assert done.returncode == 1
     [shown] = json.loads(done.stdout)["runs"]
     assert shown["status"] == "failed"
-    assert f"tracker: run {run} failed: {shown['error_code']}" in done.stderr
+    error = ": ".join(filter(None, (shown["error_code"], shown["error_message"])))
+    assert f"tracker: run {run} failed: {error}\n" in done.stderr
     missing = tracker("runs", "watch", run, "run_x", "run_y")
     assert missing.returncode == 1
     assert "run run_x, run_y are not known" in missing.stderr

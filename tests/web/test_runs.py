@@ -30,10 +30,12 @@ async def _ids(site: Site, query: str = "") -> list[str]:
 
 
 def _refused_fields(answer: httpx.Response) -> list[str]:
-    """The fields that a 400 names, in their order; each says what is wrong with it."""
+    """The fields that a 400 names, in their order; each message is a predicate in plain words."""
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "input_validation_error")
-    assert all(fault["message"] for fault in error["fields"])
+    for fault in error["fields"]:
+        assert fault["message"].startswith(("must", "is ", "unknown", "tag", "'")), fault
+        assert not {"instance", "validation", "dictionary"} & {*fault["message"].split()}, fault
     return [fault["field"] for fault in error["fields"]]
 
 

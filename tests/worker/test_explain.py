@@ -112,7 +112,7 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
     observations = [one for one in explanation.sentences if one.kind is Kind.OBSERVATION]
     assert [one.source for one in observations] == [Source.START, Source.CALLBACK, Source.POLL]
     assert [one.at for one in observations] == sorted(one.at for one in observations if one.at)
-    assert "a cost of 0.25 USD" in observations[-1].text
+    assert "a cost of $0.25" in observations[-1].text
     assert "is settled" in observations[-1].text
     stored = text_of(explanation, Kind.START)
     assert "idempotency key key-1" in stored

@@ -5,6 +5,7 @@ error is one line on stderr; only a bug shows a traceback.
 """
 
 import gc
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -92,6 +93,7 @@ def _tracker(
 def main() -> NoReturn:
     """Run the command that `sys.argv` names, and exit with its status."""
     _collect_late()
+    _open_closed_streams()
     try:
         sys.exit(_run())
     finally:
@@ -122,7 +124,30 @@ def _run() -> int:
         return 2 if isinstance(error, SettingsError | InvalidRequest) else 1
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except OSError as error:
+        if not _is_output_lost():
+            raise
+        _print_error(f"stdout cannot be written: {error.strerror}")
+        return 1
     return status if isinstance(status, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Discard what is printed to a stream that the caller has closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open to the end
+
+
+def _is_output_lost() -> bool:
+    """Whether stdout takes nothing more, as on a full disk; what it still holds is discarded."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more as it exits, and would report the error again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _print_usage_error(error: typer.TyperException) -> None:

@@ -234,7 +234,7 @@ def list_(
             "status": "status",
             "progress": "progress",
             "tracking": "tracking",
-            "cost": "charged_cost",
+            "cost": lambda run: _charged(run["charged_cost"]),
             "outputs": lambda run: len(run["outputs"]),
             "created": "created_at",
         },
@@ -258,6 +258,10 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
 app.command()(watch.watch)
 app.command()(watch.explain)
 app.command()(download.download)
+
+
+def _charged(cost: float | None) -> str | None:
+    return None if cost is None else money(cost)
 
 
 def _print_run(record: "Record", *, as_json: bool) -> None:

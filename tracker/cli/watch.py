@@ -137,8 +137,8 @@ def exit_status(records: Iterable[Record]) -> int:
         run = record.run
         if run.status is RunStatus.COMPLETED and run.settled:
             continue
-        error = f"{run.error.code} {run.error.message}".strip() if run.error else record.tracking
-        note(f"tracker: run {run.run_id} {run.status}: {error}")
+        error = filter(None, (run.error.code, run.error.message)) if run.error else ()
+        note(f"tracker: run {run.run_id} {run.status}: {': '.join(error) or record.tracking}")
         status = 1
     return status
 

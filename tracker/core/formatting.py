@@ -10,6 +10,23 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 UNKNOWN: Final = "unknown"
+_REQUIREMENTS: Final = {
+    "missing": "is missing",
+    "extra_forbidden": "is not a known field",
+    "too_short": "must not be empty",
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+}
+_DETAIL: Final = re.compile(r" after validation, not \d+$|, unable to parse .*$")
+
+
+def requirement(kind: str, message: str) -> str:
+    """What a value must be, from the type and message of a validation error of pydantic.
+
+    It is the predicate of a sentence whose subject is the field: `must be a valid integer`.
+    """
+    message = re.sub(r"^[A-Z][a-z]+ should ", "must ", message.removeprefix("Value error, "))
+    return _REQUIREMENTS.get(kind) or _DETAIL.sub("", message)
 
 
 def money(value: Decimal | float | None) -> str:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from tracker.core.formatting import counted, duration
+from tracker.core.formatting import counted, duration, money
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import DeliveryOutcome, Record
@@ -201,7 +201,7 @@ def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:
     if after.outputs and after.outputs != before.outputs:
         yield counted(len(after.outputs), "output")
     if after.charged_cost is not None and after.charged_cost != before.charged_cost:
-        yield f"a cost of {after.charged_cost:f} USD"
+        yield f"a cost of {money(after.charged_cost)}"
     elif after.charged_cost is None and before.charged_cost is not None:
         yield "a refund (the run costs nothing)"
     if after.completed_at is not None and after.completed_at != before.completed_at:

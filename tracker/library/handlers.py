@@ -76,14 +76,17 @@ class Handlers:
         """A decorator that registers a function. Raises `SettingsError`."""
         from pydantic import ValidationError
 
-        from tracker.settings.load import fault
+        from tracker.core.formatting import requirement
         from tracker.settings.model import HandlerSettings
 
         given = {"id": name, "concurrency": concurrency, "timeout": timeout, **wanted}
         try:
             settings = HandlerSettings.model_validate(given)
         except ValidationError as error:
-            faults = "; ".join(f"{_argument(one['loc'])} {fault(one)}" for one in error.errors())
+            faults = "; ".join(
+                f"{_argument(one['loc'])} {requirement(one['type'], one['msg'])}"
+                for one in error.errors()
+            )
             raise SettingsError(f"handler {name!r}: {faults}") from None
 
         def decorate(function: HandlerFunction) -> HandlerFunction:

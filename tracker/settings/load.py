@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tracker.core.errors import SettingsError
+from tracker.core.formatting import requirement
 from tracker.settings.model import (
     BudgetSettings,
     EndpointSettings,
@@ -200,21 +201,9 @@ class _UnreadableError(Exception):
     """A file that is missing, not readable, or not text."""
 
 
-def fault(error: ErrorDetails) -> str:
-    """What a value must be, as the predicate of a sentence."""
-    if error["type"] == "too_short":
-        return "must not be empty"
-    return (
-        error["msg"]
-        .removeprefix("Value error, ")
-        .replace("Input should be", "must be")
-        .replace("Field required", "is missing")
-    )
-
-
 def _message(error: ErrorDetails, file: _File | None) -> str:
     """A validation error as a sentence: the variable or key, and what it must be."""
-    message = fault(error)
+    message = requirement(error["type"], error["msg"])
     if not error["loc"]:
         return message
     key, *rest = error["loc"]

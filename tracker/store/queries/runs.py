@@ -170,7 +170,8 @@ async def list_runs(
             some = select(runs.c.run_id).where(has_status(status)).limit(1)
             if (await connection.execute(some)).first() is None:
                 known = f"must be one of {', '.join(RunStatus)}, or another that a run has"
-                raise InvalidRequest("no run has this status", [FieldFault("status", known)])
+                message = f"no run has this status: it {known}"
+                raise InvalidRequest(message, [FieldFault("status", known)])
         statement = select(*RUN_COLUMNS).where(*wanted)
         rows, following = await newest_first(
             connection, statement, NEWEST_FIRST, cursor=cursor, limit=limit

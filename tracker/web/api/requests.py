@@ -17,6 +17,7 @@ from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
+from tracker.core.formatting import requirement
 from tracker.core.inputs import check_tags, parse_tag
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import RetryAdvice, Tracking
@@ -42,7 +43,10 @@ def validate(model: type[M], values: Any) -> M:
         return model.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
-    messages = [_MESSAGES.get(one.get("ctx", {}).get("pattern", ""), one["msg"]) for one in faults]
+    messages = [
+        _MESSAGES.get(one.get("ctx", {}).get("pattern", "")) or requirement(one["type"], one["msg"])
+        for one in faults
+    ]
     places = [".".join(map(str, one["loc"])) or "body" for one in faults]
     raise invalid(*map(FieldFault, places, messages))
 
