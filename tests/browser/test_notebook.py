@@ -1,6 +1,7 @@
 """A run as a notebook shows it, in Chromium."""
 
 import os
+import re
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
@@ -119,6 +120,17 @@ async def test_a_notebook_shows_a_run_with_its_outputs(
         await page.evaluate(AXE.read_text())
         assert await page.evaluate(VIOLATIONS, {}) == []
     watched.assert_quiet()
+
+
+async def test_plain_http_is_loaded_from_this_machine_alone() -> None:
+    """Another address may be that of a device in the reader's network: it is a link."""
+    hosts = ("127.0.0.1:8000", "localhost", "192.0.2.1", "printer.example", "user@localhost")
+    links = [f"http://{host}/a.png" for host in hosts]
+    kinds = ("imageUrl", "videoUrl", "audioUrl", "documentUrl")
+    shown = replace(RUN, outputs=tuple(Output("o", *one) for one in product(kinds, links)))
+    html = shown._repr_html_()
+    assert set(re.findall('src="([^"]*)"', html)) == {*links[:2]}
+    assert set(re.findall('href="([^"]*)"', html)) == {*links[:4]}
 
 
 async def test_hostile_texts_do_nothing_in_a_notebook(open_page: OpenPage) -> None:

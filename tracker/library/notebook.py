@@ -1,6 +1,6 @@
 """Runs and batches as HTML, which notebooks show for the value of a cell.
 
-Every text is escaped, and only a plain `http(s)` address becomes a link or is loaded.
+Every text is escaped, only a plain `http(s)` address becomes a link, and media are loaded by https.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tracker.core.formatting import counted, duration, money
-from tracker.core.run import RetryAdvice
-from tracker.web.dashboard.media import output_names, plain_http_origin, presentation
+from tracker.core.net import is_loopback_url
+from tracker.core.run import Output, RetryAdvice
+from tracker.web.dashboard.media import output_names, plain_http_origin, presentation, web_link
 
 if TYPE_CHECKING:
     from tracker.library.batches import BatchFields
@@ -27,12 +28,19 @@ MOST_ROWS: Final = 100
 def run_html(run: "RunFields") -> str:
     """A run with its state, cost, times, tags, error and outputs."""
     outputs = [
-        # A local FLORA serves its files by plain http.
-        (one, name, presentation(one, media_origin=plain_http_origin(one.url))[0])
+        (one, name, _kind(one))
         for one, name in zip(run.outputs, output_names(run.outputs, ()), strict=True)
     ]
     advice = run.retry_advice and RetryAdvice(run.retry_advice).sentence
     return str(_macros().card(run, outputs, advice))
+
+
+def _kind(output: Output) -> str:
+    """How to show an output. By plain http only what is on this machine is loaded, as the files of
+    a local FLORA are: other addresses may be those of devices in the reader's network."""
+    link = web_link(output.url)
+    local = link is not None and is_loopback_url(link)
+    return presentation(output, media_origin=plain_http_origin(output.url) if local else None)[0]
 
 
 def runs_html(runs: "Iterable[RunFields]") -> str:
