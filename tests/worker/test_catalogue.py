@@ -362,6 +362,38 @@ async def test_a_technique_is_found_to_be_shown(
     assert (await find("old")) == (await find("tech_old")) == await kept(services, "tech_old")
 
 
+async def test_who_may_only_read_keeps_no_start_waiting(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many names are looked up at once, at most one lookup is in the queue in which starts
+    and polls wait, and ten wait for that; the others, and who waits too long, are shown what is
+    known. A name that was read lately waits for none."""
+    (workspace,) = services.workspaces
+    limit = workspace.require_client().request_limit
+    find = services.catalogue.find
+    assert await find("cctv-cam") is not None
+    old = TechniqueRow(technique_id="tech_old", name="Old", inputs=({"id": "a"},))
+    await techniques.define(services.database, old, clock())
+    finding = [asyncio.create_task(find(f"nonesuch-{number}")) for number in range(40)]
+    most = 0
+    while not all(one.done() for one in finding):
+        most = max(most, limit.state().waiting + limit.state().in_flight)
+        await asyncio.sleep(0)
+    results = await asyncio.gather(*finding, return_exceptions=True)
+    refused = [one for one in results if one is not None]
+    assert (most, len(refused)) == (1, 30)
+    assert {str(one).partition(", ")[2] for one in refused} == {
+        "because too many others are being looked up"
+    }
+    monkeypatch.setattr("tracker.starting.catalogue.RENEWAL_SECONDS", 0.2)
+    async with services.catalogue._finding:
+        assert await find("cctv-cam") is not None
+        clock.move(2 * HOUR)
+        assert await find("tech_old") == await kept(services, "tech_old")
+        with pytest.raises(FloraUnreachable, match="too many others"):
+            await find("nonesuch")
+
+
 async def test_what_is_known_is_shown_without_flora(
     services: Services, flora: Simulator, hurry: Hurry
 ) -> None:

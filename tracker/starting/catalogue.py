@@ -21,6 +21,7 @@ from tracker.core.errors import (
     FieldFault,
     FloraError,
     FloraRefusal,
+    FloraUnreachable,
     FloraUnreadable,
     InvalidRequest,
     NotFound,
@@ -42,6 +43,8 @@ PAUSE: Final = timedelta(minutes=1)
 """How long after a read, or a failed one, the same definition is not read again."""
 RENEWAL_SECONDS: Final = 5.0
 """How long FLORA may take to renew a known definition."""
+MOST_FINDERS: Final = 10
+"""Techniques that are looked up to be shown at the same time, one after the other at FLORA."""
 EVERY: Final = timedelta(hours=6)
 """How often the catalogue is read."""
 LEASE: Final = timedelta(minutes=10)
@@ -64,6 +67,8 @@ class Catalogue(Service):
         self._slugs: dict[_Key, str] = {}
         self._failed_at: dict[_Key, datetime] = {}
         self._asking: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
+        self._finding = asyncio.Lock()
+        self._finders = 0
 
     async def definition(
         self, workspace: Workspace, technique: str, *, deadline: float | None = None
@@ -126,19 +131,24 @@ class Catalogue(Service):
     async def find(self, technique: str) -> TechniqueRow | None:
         """A technique to show, of any workspace; `None` if there is none.
 
-        FLORA is read if the definition is old or was never read. Raises `FloraError` if nothing is
-        known and FLORA cannot be read, and `StoreUnavailable`.
+        FLORA is read if the definition is old or was never read; for one caller at a time, because
+        starts and polls wait in the same queue for their requests, and whoever may read can ask for
+        any name. Raises `FloraError` if nothing is known and FLORA cannot be read within
+        `RENEWAL_SECONDS`, and `StoreUnavailable`.
         """
         if not is_possible_name(technique):
             return None
         failure: FloraError | None = None
         known: TechniqueRow | None = None
         for workspace in self.workspaces:
-            known = await self._known(workspace, technique) or known
+            here = await self._known(workspace, technique)
+            known = here or known
             if workspace.client is None:
                 continue
+            if here is not None and self._is_current(here, (workspace.slot, technique)):
+                return here
             try:
-                return await self._renewed(workspace, technique, RENEWAL_SECONDS)
+                return await self._renewed_in_turn(workspace, technique)
             except NotFound:
                 continue
             except FloraError as error:
@@ -155,6 +165,32 @@ class Catalogue(Service):
         """
         if refusal.code == "input_validation_error":
             await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
+
+    async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
+        """As `_renewed`, after other callers of this, unless these are too many; for
+        `RENEWAL_SECONDS` in all."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + RENEWAL_SECONDS
+        crowded = FloraUnreachable(
+            "FLORA was not asked for the technique, because too many others are being looked up",
+            may_have_acted=False,
+            timed_out=True,
+        )
+        if self._finders >= MOST_FINDERS:
+            raise crowded
+        self._finders += 1
+        try:
+            async with asyncio.timeout_at(until):
+                await self._finding.acquire()
+        except TimeoutError:
+            raise crowded from None
+        else:
+            try:
+                return await self._renewed(workspace, technique, until - loop.time())
+            finally:
+                self._finding.release()
+        finally:
+            self._finders -= 1
 
     async def _renewed(
         self, workspace: Workspace, technique: str, deadline: float | None
