@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -13,6 +13,7 @@ from uuid import uuid4
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger, redact_also
+from tracker.core.waiting import ClosingStack
 from tracker.delivering.downloads import Downloader
 from tracker.delivering.endpoint_client import endpoint_of
 from tracker.delivering.handlers import Handler
@@ -62,6 +63,9 @@ LONGEST_RECHECK: Final = timedelta(seconds=60)
 """The longest interval of rechecks, in which bills that become due share their pages."""
 JOB_SECONDS: Final = 60.0
 """How long one call of a long-running process may take, repetitions included."""
+CLOSE_SECONDS: Final = 5.0
+"""How long all of it may take to close. With an answering database that takes a tenth of a second;
+what is cut short is done by another process or by the next start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +136,8 @@ async def open_services(
     clock: Clock | None = None,
     handlers: Sequence[Handler] = (),
 ) -> AsyncIterator[Services]:
-    """Open what the settings name, and close it in order. With a `Rotation`, secrets may change.
+    """Open what the settings name, and close it in order, within `CLOSE_SECONDS`. With a
+    `Rotation`, secrets may change.
 
     `background` is true for a long-running process: it waits longer for FLORA, and is notified
     of other processes' work. `traces` is whether spans are recorded (default: `background`), which
@@ -155,7 +160,7 @@ async def open_services(
     receivers += [handler.config.endpoint_id for handler in handlers]
     redact_also(settings.secret_values)
     rotation.follow(lambda rotated: redact_also(rotated.secret_values))
-    async with AsyncExitStack() as stack:
+    async with ClosingStack(CLOSE_SECONDS) as stack:
         database = await stack.enter_async_context(
             migrate.open_database(
                 settings.tracker_database_url, history_since=settings.tracker_history_since
@@ -164,12 +169,12 @@ async def open_services(
         if background and (trouble := database.url.tls_trouble):
             log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
         if clock is None:
-            clock = await stack.enter_async_context(shared_clock(database))
+            clock = await stack.open("clock", shared_clock(database))
         traced: Wrap = untraced
         if background if traces is None else traces:
-            traced = await stack.enter_async_context(tracing(database.engines))
+            traced = await stack.open("tracing", tracing(database.engines))
         metrics = Metrics(clock=clock)
-        stack.push_async_callback(metrics.aclose)
+        stack.on_close("metrics", metrics.aclose)
         process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         opened: list[Workspace] = []
         for configured in settings.all_workspaces:
@@ -193,11 +198,11 @@ async def open_services(
                     ),
                     find_new_key=rotation.check,
                 )
-                stack.push_async_callback(workspace.client.aclose)
+                stack.on_close("client", workspace.client.aclose)
             opened.append(workspace)
         workspaces = Workspaces(opened, database=database, clock=clock)
         shared: _Shared = {"database": database, "workspaces": workspaces, "clock": clock}
-        contacts = await stack.enter_async_context(Contacts(**shared, background=background))
+        contacts = await stack.open("contacts", Contacts(**shared, background=background))
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
         # These two before the writers, so that they are closed after them and see the last commits.
@@ -211,7 +216,7 @@ async def open_services(
             on_attempt=[metrics.attempted],
             handlers=handlers,
         )
-        stack.push_async_callback(webhooks.aclose)
+        stack.on_close("webhooks", webhooks.aclose)
         # Each on its own: a secret that one of them refuses does not keep the other from its own.
         rotation.follow(partial(_rotate, workspaces))
         rotation.follow(
@@ -232,19 +237,20 @@ async def open_services(
         )
         signals.when_inbox_waits(applier.wake)
         if background:
-            await stack.enter_async_context(signals)
-        await stack.enter_async_context(compactor)
-        writer = await stack.enter_async_context(
+            await stack.open("signals", signals)
+        await stack.open("compactor", compactor)
+        writer = await stack.open(
+            "writer",
             Writer(
                 database,
                 rules=rules,
                 on_commit=[*on_commit, applier.committed],
                 on_write=[metrics.written],
-            )
+            ),
         )
-        await stack.enter_async_context(applier)
-        inbox = await stack.enter_async_context(
-            Inbox(database, on_stored=applier.stored, on_write=[metrics.written])
+        await stack.open("applier", applier)
+        inbox = await stack.open(
+            "inbox", Inbox(database, on_stored=applier.stored, on_write=[metrics.written])
         )
         budgets = BudgetReader(**shared, budgets=settings.all_budgets)
         metrics.create_series(workspaces, receivers)
@@ -263,7 +269,7 @@ async def open_services(
         )
         catalogue = Catalogue(**shared)
         matcher = StartMatcher(database=database, writer=writer, clock=clock)
-        stack.push_async_callback(matcher.aclose)
+        stack.on_close("matcher", matcher.aclose)
         sender = StartSender(
             matcher=matcher,
             addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
@@ -298,7 +304,7 @@ async def open_services(
             budgets=settings.all_budgets,
             on_over_budget=metrics.over_budget,
         )
-        stack.push_async_callback(starter.aclose)
+        stack.on_close("starter", starter.aclose)
         follower = Follower(**shared, signals=signals, poller=poller)
         batches = Batches(
             **shared, catalogue=catalogue, starter=starter, recovery=recovery, poller=poller
@@ -329,7 +335,7 @@ async def open_services(
                 find_new_secrets=rotation.check,
             ),
             pruner=Pruner(database=database, clock=clock),
-            refusals=await stack.enter_async_context(Refusals(database, clock=clock)),
+            refusals=await stack.open("refusals", Refusals(database, clock=clock)),
             replayer=Replayer(**shared, applier=applier),
             starter=starter,
             budgets=budgets,

@@ -5,8 +5,10 @@ import re
 import pytest
 
 from tests.docs.pages import DOCS, ROOT, blocks
+from tracker.services import CLOSE_SECONDS
 from tracker.web.http.limits import Limits
-from tracker.web.http.server import GRACE_SECONDS
+from tracker.web.http.server import CANCEL_SECONDS, GRACE_SECONDS
+from tracker.worker import scheduler
 
 PAGE = DOCS / "proxy.md"
 LIMITS = Limits()
@@ -31,6 +33,16 @@ def test_the_table_lists_the_limits(row: str, says: str) -> None:
     """Each limit in the table is the one that holds."""
     (cells,) = re.findall(rf"^\| {re.escape(row)}[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     assert says in cells
+
+
+def test_a_stop_ends_within_its_promise() -> None:
+    """The time limits of its steps, and two seconds for what is cut short, add up to no more."""
+    (promised,) = set(
+        re.findall(r"ends? within (\d+) s", (DOCS / "production.md").read_text(encoding="utf-8"))
+    )
+    answering = GRACE_SECONDS + CANCEL_SECONDS
+    working = scheduler.STOP_SECONDS + scheduler.CANCEL_SECONDS  # meanwhile
+    assert max(answering, working) + CLOSE_SECONDS + 2 <= int(promised)
 
 
 def test_the_proxies_that_are_shown_fit() -> None:

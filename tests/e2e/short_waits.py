@@ -98,9 +98,7 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
     shorten_webhooks(patient=patient)
-    services.RollupCompactor = partial(  # type: ignore
-        services.RollupCompactor, delay=0.2, last_within=0.5
-    )
+    services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore
 
 
 def shorten_searches() -> None:

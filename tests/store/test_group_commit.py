@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.waiting import eventually, let_pass
 from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.core.waiting import ClosingStack
 from tracker.store.errors import StoreBusy
 from tracker.store.writing.group_commit import MAX_GROUP_BYTES, GroupCommit
 
@@ -114,3 +115,16 @@ async def test_closing_commits_what_waits() -> None:
     assert await asyncio.gather(*answers) == [1] * 45
     with pytest.raises(StoreUnavailable):
         group.enqueue(b"late")
+
+
+async def test_a_close_that_is_cut_short_leaves_nobody_waiting() -> None:
+    """The database does not answer: what is being written and what waits is refused."""
+    committed = Committed()
+    committed.free.clear()
+    async with ClosingStack(0.05) as stack:
+        group = await stack.open("group", group_commit(committed, max_group=2))
+        answers = group.enqueue_all([b"x"] * 3)
+        await asyncio.sleep(0)
+    for answer in answers:
+        with pytest.raises(StoreUnavailable):
+            await answer

@@ -303,14 +303,14 @@ async def test_writers_compact(db: Database) -> None:
 
     entries: list[Entry] = [seen("run_1"), seen("run_2")]
     async with (
-        RollupCompactor(db, background=True, delay=0.05, last_within=60.0) as keeper,
+        RollupCompactor(db, background=True, delay=0.05) as keeper,
         open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
         for entry in entries:
             await writer.submit(entry)
             await eventually(folded)
     async with (
-        RollupCompactor(db, background=False, last_within=60.0) as keeper,
+        RollupCompactor(db, background=False) as keeper,
         open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
         await writer.submit(seen("run_3"))
@@ -323,12 +323,11 @@ async def test_the_last_compaction_makes_up_for_a_failed_one(
     sqlite_url: str, tmp_path: Path
 ) -> None:
     """Said once; and where a commit has shown since that the database is back, it is done."""
-    patient = {"retry": 60.0, "last_within": 60.0}
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
     async with await Database.open(sqlite_url) as db:
         with capture_logs() as lines:
             async with (
-                RollupCompactor(db, background=True, delay=0.01, **patient) as keeper,
+                RollupCompactor(db, background=True, delay=0.01, retry=60.0) as keeper,
                 open_writer(db, on_commit=[keeper.committed]) as writer,
             ):
                 path.rename(away)

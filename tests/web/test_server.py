@@ -6,18 +6,19 @@ import signal
 import socket
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from tests.support.forked import ForkedPython
 from tests.support.waiting import START_SECONDS, eventually, free_port
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.serving import post, wire
 from tracker.core.errors import SettingsError, TrackerError
-from tracker.web.http.server import listen
+from tracker.web.http.server import GRACE_SECONDS, Server, listen
 
 pytestmark = pytest.mark.alone
 
@@ -170,3 +171,35 @@ async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None
                 process.send_signal(signal.SIGTERM)
                 status, logged = await _end(process)
     assert status == 0, logged
+
+
+@pytest.mark.parametrize("turns", [0, 2, 3, 4])
+async def test_connections_that_are_just_being_accepted_are_closed(turns: int) -> None:
+    """They would go on with requests until the server gives up, and hold up its end until then."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    ready = asyncio.Event()
+    with listen("127.0.0.1", 0, local_only=True) as sockets, ExitStack() as stack:
+        server = Server(answer, on_ready=ready.set)
+        serving = asyncio.create_task(server.serve(sockets=sockets))
+        await ready.wait()
+        address = sockets[0].getsockname()
+        clients = [stack.enter_context(socket.create_connection(address, 5)) for _ in range(20)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        server.stop()
+        await asyncio.wait([serving], timeout=GRACE_SECONDS / 2)
+        assert serving.done()
+        for client in clients:
+            assert await asyncio.to_thread(_is_hung_up, client)
+
+
+def _is_hung_up(client: socket.socket) -> bool:
+    """Whether the server ends the connection, in whichever way."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True

@@ -18,10 +18,7 @@ from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.starting import sending
 from tracker.store.queries import runs as read
-from tracker.worker.scheduler import WorkerTimes
 
-PATIENT = WorkerTimes(release=30.0)
-"""Another process may pause while a worker that stops releases its claims."""
 PUBLIC_URL = "https://tracker.example"
 
 

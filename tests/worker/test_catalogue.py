@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.support.waiting import eventually
-from tests.worker.conftest import PATIENT, Hurry, MakeFlora, OpenServices, reads_of
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of
 from tracker.core.errors import (
     FloraRefusal,
     FloraUnreachable,
@@ -174,7 +174,7 @@ async def test_a_scheduled_sync_comes_every_six_hours(
 
 async def test_a_worker_reads_the_catalogue_soon_after_its_start(services: Services) -> None:
     """Nobody has to ask for it."""
-    worker = Worker(services, times=PATIENT)
+    worker = Worker(services)
     await worker.start()
     try:
 

@@ -1,7 +1,6 @@
 """A wall clock that is set delays nothing, repeats nothing, and costs a run one poll at most."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
@@ -13,7 +12,7 @@ import tracker.store.clock
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
-from tests.worker.conftest import PATIENT, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_scheduler import swept
 from tracker.core.clock import utc_now
@@ -23,7 +22,7 @@ from tracker.simulator import Options, Simulator, running
 from tracker.store import claims
 from tracker.store.queries import sweeps
 from tracker.worker import scheduler
-from tracker.worker.scheduler import Worker
+from tracker.worker.scheduler import Worker, WorkerTimes
 
 SIX_HOURS = 6 * 3600
 LONGEST = timedelta(minutes=5)
@@ -175,7 +174,7 @@ async def test_a_worker_whose_clock_is_set_back_goes_on(database_url: str, wall:
         )
         with capture_logs() as lines:
             async with open_services(settings, background=True) as services:
-                worker = Worker(services, times=replace(PATIENT, watch_clock_every=0.2))
+                worker = Worker(services, times=WorkerTimes(watch_clock_every=0.2))
                 await worker.start()
                 try:
                     await eventually(lambda: swept(services))

@@ -23,6 +23,7 @@ from tracker.core.errors import (
     InvalidRequest,
     SettingsError,
     StartError,
+    StartPending,
     StoreUnavailable,
 )
 from tracker.core.observation import Source
@@ -113,6 +114,24 @@ async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServ
         await eventually(is_started)
         assert (posts(flora), len(flora.world.runs)) == (1, 1)
         assert await attempt(services) == next(iter(flora.world.runs))
+
+
+async def test_who_waits_in_doubt_is_told_when_the_process_stops(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """It would wait for minutes, and hold up the stop; the same key tells later what came of it."""
+    async with make_flora(gateway_starts=1.0, gateway_works=1.0, keys_known="at_end") as flora:
+        services = await open_on(flora)
+        starting = asyncio.create_task(services.starter.start(request(), wait=60))
+
+        async def is_in_doubt() -> bool:
+            return await state_of(services.database) == "in_doubt"
+
+        await eventually(is_in_doubt)
+        assert not starting.done()
+        services.starter.stop_waiting()
+        with pytest.raises(StartPending):
+            await asyncio.wait_for(starting, 30)
 
 
 @pytest.mark.parametrize("second", ["400", "402", "404"])

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from logging import INFO
 from urllib.parse import urlsplit
@@ -16,7 +15,7 @@ from starlette.responses import Response
 
 from tests.support.logs import capture_logs
 from tests.support.waiting import NO_SWEEPS, eventually
-from tests.worker.conftest import PATIENT, assert_true_to, reads_of, the_run
+from tests.worker.conftest import assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now
 from tracker.services import Services, open_services
 from tracker.settings import Settings
@@ -24,7 +23,7 @@ from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
 from tracker.store.queries import sweeps
-from tracker.worker.scheduler import Worker
+from tracker.worker.scheduler import Worker, WorkerTimes
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
@@ -43,7 +42,7 @@ async def working(
         tracker_reconcile_cron=NO_SWEEPS,
     )
     async with open_services(settings, background=True) as services:
-        worker = Worker(services, times=replace(PATIENT, **times))
+        worker = Worker(services, times=WorkerTimes(**times))
         await worker.start()
         try:
             yield worker, services

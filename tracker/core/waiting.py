@@ -3,11 +3,16 @@
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, TypeVar
 
+from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
+
 T = TypeVar("T")
+
+log = get_logger(__name__)
 
 
 async def wait_for(event: asyncio.Event, seconds: float | None) -> bool:
@@ -26,6 +31,38 @@ async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None)
         task.cancel()
     if running:
         await asyncio.wait(running, timeout=seconds)
+
+
+class ClosingStack(AsyncExitStack):
+    """An exit stack whose parts have `seconds` to close, all of them together.
+
+    A part that is not done by then is cancelled, and so is each later one that waits for anything.
+    That, and a database that does not answer, is logged and not raised.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._until: float | None = None
+
+    async def open(self, name: str, part: AbstractAsyncContextManager[T]) -> T:
+        """Enter a block, which is left when the stack closes."""
+        opened = await part.__aenter__()
+        self.on_close(name, lambda: part.__aexit__(None, None, None))
+        return opened
+
+    def on_close(self, name: str, close: Callable[[], Awaitable[object]]) -> None:
+        """Call `close` when the stack closes."""
+        self.push_async_callback(self._close, name, close)
+
+    async def _close(self, name: str, close: Callable[[], Awaitable[object]]) -> None:
+        if self._until is None:
+            self._until = asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._until):
+                await close()
+        except (StoreError, TimeoutError) as error:
+            log.info("close.unfinished", part=name, error=str(error) or "no time was left")
 
 
 def in_thread(name: str, work: Callable[[], T]) -> asyncio.Future[T]:

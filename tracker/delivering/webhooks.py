@@ -190,14 +190,11 @@ class Webhooks:
             )
 
     async def aclose(self) -> None:
-        """Make messages of the last events of this process, if that is quick."""
+        """Make messages of the last events of this process. Raises `StoreUnavailable`; then a
+        worker makes them, or the next process that ends."""
         if self._woken.is_set():
-            try:
-                async with asyncio.timeout(self.times.last_commits):
-                    await self._configure()
-                    await self.drain()
-            except (StoreError, TimeoutError):
-                log.info("outbox.left", advice="a worker sends it, or the next process that ends")
+            await self._configure()
+            await self.drain()
 
     async def drain(self) -> int:
         """Make messages of all events; returns how many events there were.

@@ -92,6 +92,7 @@ class Tracker(RunCalls, BatchCalls):
                 "this tracker is open already: open it once, and share it between tasks"
             )
         self._stack = stack = AsyncExitStack()
+        stopping = asyncio.Event()
         handlers = self._handlers.all
         mounted = self._application is not None
         works = mounted or bool(handlers)
@@ -113,11 +114,10 @@ class Tracker(RunCalls, BatchCalls):
             if self._works:
                 from tracker.worker.scheduler import Worker
 
-                worker = Worker(services)
-                await worker.start()
-                stack.push_async_callback(worker.stop)
+                await stack.enter_async_context(Worker(services).running(stopping))
             if self._application is not None:
                 await stack.enter_async_context(self._application.serving(services))
+            stack.callback(stopping.set)  # the worker stops while requests are answered
         except BaseException:
             self._stack = None
             await stack.aclose()

@@ -6,7 +6,6 @@ headers). No span holds parameters of statements, bodies, headers, the token of 
 or the query of a URL, which signs a link or authorizes an endpoint.
 """
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tracker import __version__
 from tracker.core.log import get_logger
 from tracker.core.net import hide_callback_token
+from tracker.core.waiting import in_thread
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -92,7 +92,7 @@ async def tracing(
     finally:
         http.uninstrument()
         sql.uninstrument()
-        await asyncio.to_thread(provider.shutdown)  # sends the remaining spans
+        await in_thread("tracing", provider.shutdown)  # sends the remaining spans
 
 
 async def _shorten_url(span: "Span", request: object) -> None:

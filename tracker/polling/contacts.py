@@ -30,8 +30,6 @@ KEEP_TICK: Final = 0.5
 """Seconds within which a long-running process stores a change."""
 KEEP_EVERY: Final = timedelta(seconds=20)
 """How often the time of the last request is stored while nothing else changes."""
-CLOSE_SECONDS: Final = 1.0
-"""How long the last state may take to be stored when the process ends."""
 
 log = get_logger(__name__)
 
@@ -55,9 +53,7 @@ class Contacts(Service):
 
     async def __aexit__(self, *_: object) -> None:
         await cancel(self._keeping)
-        with suppress(StoreError, TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.keep()
+        await self.keep()
 
     def of(self, workspace: Workspace) -> ContactState | None:
         """What is known of a workspace, by this process and what was last read; `None` if nothing

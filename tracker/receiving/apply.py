@@ -51,8 +51,6 @@ NOTIFY_SECONDS: Final = 0.1
 """The shortest time between two notifications: each takes a lock that all commits share."""
 RETRY_SECONDS: Final = (0.05, 1.0)
 """The first and the longest wait before an unavailable database is tried again."""
-LAST_WITHIN: Final = 2.0
-"""Seconds that the end of a process waits for the deliveries it stored last."""
 
 log = get_logger(__name__)
 
@@ -251,18 +249,15 @@ class Applier:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop; deliveries that were stored just now are still applied, if that is quick."""
+        """Stop; deliveries that were stored just now are still applied. Raises
+        `StoreUnavailable`; then another process applies them, or the next start."""
         self._closing = True
         task, self._task = self._task, None
         if task is None:
             return
         await cancel(task)
         if self._woken.is_set():
-            try:
-                async with asyncio.timeout(LAST_WITHIN):
-                    await self.drain()
-            except (StoreError, TimeoutError):
-                log.info("inbox.left", advice="another process applies it, or the next start")
+            await self.drain()
 
     def stored(self, queue_length: int) -> None:
         """Hook of the inbox: deliveries were stored, while so many waited for it."""

@@ -240,7 +240,7 @@ class BatchWorker(Service):
             launch.break_off()
         if tasks:
             await asyncio.wait(tasks, timeout=BREAK_OFF_SECONDS)
-        await cancel(*tasks, seconds=BREAK_OFF_SECONDS)
+        await cancel(*tasks)
 
     async def _work(self, batch: BatchRow) -> None:
         """Launch one batch, and store how that ended."""

@@ -30,8 +30,6 @@ from tracker.store.writing.writer import Writer
 
 STORE_AGAIN: Final = (0.2, 5.0)
 """The first and the longest wait before an answer is stored again, in seconds."""
-LAST_SECONDS: Final = 8.0
-"""How long the end of the process waits for answers that are not stored yet."""
 SET_BACK: Final = timedelta(minutes=1)
 """By how much our clock may have been set back since a start was sent."""
 READ_BELOW: Final = timedelta(hours=2)
@@ -66,12 +64,15 @@ class StartMatcher:
         self._storing: dict[asyncio.Task[None], str] = {}
 
     async def aclose(self) -> None:
-        """Wait for answers that are not stored yet, and log those that are lost."""
-        if self._storing:
-            await asyncio.wait(self._storing, timeout=LAST_SECONDS)
-        for task, run_id in list(self._storing.items()):
-            task.cancel()
-            log.critical("start.answer_lost", run_id=run_id, advice="tracker starts resolve")
+        """Wait for answers that are not stored yet; those that are lost by a cancellation are
+        logged."""
+        try:
+            if self._storing:
+                await asyncio.wait(self._storing)
+        finally:
+            for task, run_id in list(self._storing.items()):
+                task.cancel()
+                log.critical("start.answer_lost", run_id=run_id, advice="tracker starts resolve")
 
     async def track(self, row: StartRow, seen: Observation) -> Record:
         """Store a run as the start's, which closes the start, in one transaction.

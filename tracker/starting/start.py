@@ -94,12 +94,17 @@ class Starter(Service):
 
     def __post_init__(self) -> None:
         self._sending: set[asyncio.Task[Record | None]] = set()
+        self._stopping = False
+
+    def stop_waiting(self) -> None:
+        """The process stops: whoever waits for evidence of a start in doubt is told so now."""
+        self._stopping = True
 
     async def aclose(self) -> None:
         """Wait a moment for answers to what was sent; the rest stays in doubt."""
         if self._sending:
             await asyncio.wait(self._sending, timeout=LAST_SECONDS)
-        await cancel(*self._sending, seconds=LAST_SECONDS)
+        await cancel(*self._sending)
 
     async def start(
         self, request: StartRequest, *, wait: float | None = None, wait_in_doubt: bool = True
@@ -158,7 +163,7 @@ class Starter(Service):
                 await self.recovery.recover_one(workspace, row)
             if row.state is StartState.IN_DOUBT and not wait_in_doubt:
                 raise pending(key)
-            if self.monotonic() + pause >= give_up:
+            if self._stopping or self.monotonic() + pause >= give_up:
                 raise pending(key)
             await self.sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)

@@ -112,9 +112,10 @@ def _connection_class() -> Any:
         def __init__(self, protocol: Any, transport: Any, loop: Any, *more: Any) -> None:
             super().__init__(protocol, transport, getattr(loop, "real", loop), *more)
 
-        async def close(self, *, timeout: float | None = CLOSE_SECONDS) -> None:
+        async def close(self, **_: object) -> None:
+            # SQLAlchemy gives two seconds, which add up where several connections are closed.
             with suppress(TimeoutError):  # then it is cut off
-                await super().close(timeout=timeout)
+                await super().close(timeout=CLOSE_SECONDS)
 
         async def set_type_codec(self, *args: Any, **options: Any) -> None:
             # SQLAlchemy calls this for a new connection, and does not wrap its errors.

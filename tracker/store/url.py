@@ -52,7 +52,7 @@ class DatabaseTimes:
     reported."""
     answer: float = 6.0
     """A read or a write on PostgreSQL, with its wait for a connection. Closing a connection to a
-    server that does not answer takes two seconds more."""
+    server that does not answer takes half a second more."""
     ping: float = 3.0
 
 

@@ -21,7 +21,8 @@ from tracker.web.stream.endpoint import Stream
 
 
 class Application:
-    """An ASGI application. `stop` ends what does not end by itself: event streams."""
+    """An ASGI application. `stop` ends what would hold up the end of the process: event streams,
+    and requests that wait for evidence of a start in doubt."""
 
     def __init__(
         self,
@@ -80,6 +81,11 @@ def build_app(
     access = _access(services, limits)
     dashboard = Dashboard(services, access, limits)
     stream = Stream(services, access, limits=limits)
+
+    def stop() -> None:
+        stream.stop()
+        services.starter.stop_waiting()
+
     routes = [
         *Health(services, access, limits=limits).routes(),
         *Api(services, stream, limits=limits).routes(),
@@ -93,7 +99,7 @@ def build_app(
         deadline=limits.answer_seconds,
         callbacks=callbacks,
         error_page=dashboard.show_fault,
-        stop=stream.stop,
+        stop=stop,
     )
 
 

@@ -9,8 +9,8 @@ a run due.
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -35,7 +35,10 @@ PROBE_EVERY: Final = timedelta(seconds=2)
 CHECK_CATALOGUE_EVERY: Final = timedelta(minutes=20)
 """How often to check whether the catalogue is due to be read."""
 STOP_SECONDS: Final = 8.0
-"""How long running jobs have to end."""
+"""How long a worker that stops has to end its jobs, launches and deliveries, and to release its
+claims. What has not ended by then is cancelled."""
+CANCEL_SECONDS: Final = 1.0
+"""How long that may then take."""
 JUMP: Final = timedelta(seconds=1)
 """A difference of more than this between the wall clock and one that only runs forward means that
 the clock was set."""
@@ -55,8 +58,6 @@ class WorkerTimes:
     `tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
     recover_every: timedelta = timedelta(seconds=30)
     """How often starts are recovered whose caller is gone."""
-    release: float = 2.0
-    """How long a worker that stops has to release its claims, once its jobs have ended."""
     watch_clock_every: float = 2.0
     """Between two comparisons of the wall clock with one that only runs forward."""
 
@@ -129,28 +130,43 @@ class Worker:
             ]
             services.batch_worker.start()
 
+    @asynccontextmanager
+    async def running(self, stopping: asyncio.Event) -> AsyncIterator[None]:
+        """The jobs run in the block, until it ends or `stopping` is set."""
+
+        async def stop() -> None:
+            await stopping.wait()
+            await self.stop()
+
+        await self.start()
+        ending = asyncio.create_task(stop(), name="worker-stop")
+        try:
+            yield
+        finally:
+            stopping.set()
+            await ending
+
     async def stop(self) -> None:
-        """End the jobs, interrupting them, and release their claims."""
-        self._services.metrics.worker_running = False
-        delivering = asyncio.create_task(self._services.webhooks.stop(), name="webhooks")
-        await cancel(*self._tasks)
-        launches = asyncio.create_task(self._services.batch_worker.stop())
+        """End the jobs, interrupting them, and release their claims, within `STOP_SECONDS`."""
+        services = self._services
+        services.metrics.worker_running = False
         # A job that is cancelled before its first step could not report that this is no error.
         self._scheduler.pause()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.sleep(0)
         self._scheduler.shutdown(wait=False)  # cancels what runs
-        if self._running:
-            await asyncio.wait(self._running, timeout=STOP_SECONDS)
-        for task in self._running:
-            task.cancel()  # without waiting for its release any longer
-        await launches
+        ending = [*self._tasks, *self._running]
+        for part in (services.webhooks, services.batch_worker):
+            ending.append(asyncio.create_task(part.stop()))
         try:
-            async with asyncio.timeout(self._times.release):
-                await self._services.poller.release()
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.wait(ending)
+                await services.poller.release()
         except (StoreError, TimeoutError) as error:
             why = str(error) or "the database does not answer in time"
             log.warning("worker.claims_kept", error=why, advice="they run out by themselves")
-        await delivering
+        await cancel(*ending, seconds=CANCEL_SECONDS)
 
     def _job(self, name: str, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """A job that reports its failures, and that `stop` waits for."""
@@ -314,12 +330,7 @@ async def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with open_services() as services:
-        worker = Worker(services)
-        await worker.start()
+    async with open_services() as services, Worker(services).running(stop):
         log.info("working", workspaces=len(services.workspaces))
-        try:
-            await stop.wait()
-        finally:
-            log.info("stopping")
-            await worker.stop()
+        await stop.wait()
+        log.info("stopping")

@@ -49,8 +49,9 @@ class _Waiting(Generic[T, R]):
 class GroupCommit(Generic[T, R]):
     """Commits items in groups. Used as `async with GroupCommit(…) as group`.
 
-    Leaving the block commits what waits; later items are refused with `StoreUnavailable`. `commit`
-    writes a group and returns the result of each item, in order. `deadline` is how many seconds an
+    Leaving the block commits what waits; later items are refused with `StoreUnavailable`, and so is
+    what still waits if that is cancelled. `commit` writes a group and returns the result of each
+    item, in order. `deadline` is how many seconds an
     item waits until its caller gets an error. `trouble` is why the last attempt to commit failed.
     """
 
@@ -92,10 +93,16 @@ class GroupCommit(Generic[T, R]):
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
         self._arrived.set()
-        if self._task is not None:
-            await asyncio.wait([self._task])
-        if self._timer is not None:
-            self._timer.cancel()
+        try:
+            if self._task is not None:
+                await asyncio.wait([self._task])
+        finally:
+            if self._task is not None:
+                self._task.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            for waiting in (*self._writing, *self._queue):
+                self._give_up(waiting)
 
     @property
     def waiting(self) -> int:

@@ -10,7 +10,6 @@ The views `run_facts` and `run_spending` compute `tracker.core.rollup.facts` in 
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -219,8 +218,6 @@ COMPACT_AFTER: Final = 3.0
 """Seconds from a commit to compacting, so that many commits share it."""
 RETRY: Final = 5.0
 """Seconds until failed compacting is tried again."""
-LAST_WITHIN: Final = 2.0
-"""Seconds that the end of a process waits for compacting."""
 
 log = get_logger(__name__)
 
@@ -240,13 +237,11 @@ class RollupCompactor:
         background: bool,
         delay: float = COMPACT_AFTER,
         retry: float = RETRY,
-        last_within: float = LAST_WITHIN,
     ) -> None:
         self._db = db
         self._background = background
         self._delay = delay
         self._retry = retry
-        self._last_within = last_within
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
@@ -262,9 +257,7 @@ class RollupCompactor:
         task, self._task = self._task, None
         await cancel(task)
         if self._changed.is_set() and not self._is_down:
-            with suppress(TimeoutError):  # the next process does it
-                async with asyncio.timeout(self._last_within):
-                    await self._compact()
+            await self._compact()
 
     def committed(self, outcome: "WriteOutcome") -> None:
         self._changed.set()

@@ -167,7 +167,9 @@ class Connection(HttpToolsProtocol):
         transport.set_write_buffer_limits(high=UNSENT_BYTES)
         self.flow: _ReadFlow = _ReadFlow(transport)
         self._writer = WriteCoalescer(transport, self.loop)
-        if not self._pool.admit(self):
+        if self._pool.is_stopping:
+            self.shutdown()
+        elif not self._pool.admit(self):
             self._refuse(_NO_PLACE)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -407,6 +409,9 @@ class ConnectionPool:
     def __init__(self, limits: Limits, take: Take | None = None) -> None:
         self.limits = limits
         self.take = take
+        self.is_stopping = False
+        """Whether the server stops: it tells the connections that it has, and one that was accepted
+        just before would go on with requests."""
         files = _open_files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._held = 0

@@ -29,8 +29,8 @@ class Limits:
     callback_bytes: int = 256 * 1024
     callback_seconds: float = 8.0
     answer_seconds: float = 6.5
-    """For reads, until the response starts. If the database stops answering, it takes two more
-    seconds to give up the connection."""
+    """For reads, until the response starts. If the database stops answering, it takes half a second
+    more to give up the connection."""
     api_bytes: int = 1024 * 1024
     batch_bytes: int = 8 * 1024 * 1024
     api_read_seconds: float = 10.0

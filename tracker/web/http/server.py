@@ -2,8 +2,9 @@
 
 Sockets are bound first, so that a port in use is reported before anything is opened; connections
 are accepted only when the services are open. At SIGTERM or SIGINT nothing new is accepted, open
-requests are answered, the worker stops, the services close. A second SIGINT does not wait for
-clients.
+requests are answered while the worker stops, and then the services close: each step has a time
+limit, so that a process ends within 20 s whatever does not answer. A second SIGINT does not wait
+for clients.
 """
 
 import asyncio
@@ -14,10 +15,10 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
-    AsyncExitStack,
     ExitStack,
     asynccontextmanager,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from dataclasses import dataclass
@@ -39,8 +40,7 @@ from tracker.web.http.responses import Answer, Take
 from tracker.worker.scheduler import Worker
 
 GRACE_SECONDS: Final = 10
-"""How long open requests may take once the process stops: no callback takes longer, and together
-with the worker's end a container's usual 30 s suffice."""
+"""How long open requests may take once the process stops: no callback takes longer."""
 CANCEL_SECONDS: Final = 2
 """How long cancelled requests may then take to respond and to release what they hold."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -86,14 +86,12 @@ def serve(
             raise TrackerError("callbacks and everything else need different ports")
 
         @asynccontextmanager
-        async def application() -> AsyncIterator[ASGIApp]:
-            async with open_services() as services, AsyncExitStack() as running:
+        async def application(stopping: asyncio.Event) -> AsyncIterator[ASGIApp]:
+            async with open_services() as services:
                 apps = [one.build(services) for one in listeners]
-                if worker is not None:
-                    background = worker(services)
-                    await background.start()
-                    running.push_async_callback(background.stop)
-                yield apps[0] if len(apps) == 1 else _AppsByPort(zip(ports, apps, strict=True))
+                app = apps[0] if len(apps) == 1 else _AppsByPort(zip(ports, apps, strict=True))
+                async with worker(services).running(stopping) if worker else nullcontext():
+                    yield app
 
         def log_ready() -> None:
             log.info(
@@ -180,13 +178,17 @@ def listen(
 
 
 async def _run(
-    application: Callable[[], AbstractAsyncContextManager[ASGIApp]],
+    application: Callable[[asyncio.Event], AbstractAsyncContextManager[ASGIApp]],
     sockets: list[socket.socket],
     on_ready: Callable[[], None],
 ) -> None:
-    """Serve until SIGTERM or SIGINT, which also end the opening of the application."""
+    """Serve until SIGTERM or SIGINT, which also end the opening of the application.
+
+    The event that the application gets is set at the signal, so that a worker stops at once.
+    """
     loop, opening = asyncio.get_running_loop(), asyncio.current_task()
     server: Server | None = None
+    stopping = asyncio.Event()
     signals = 0
 
     def ready() -> None:
@@ -199,6 +201,7 @@ async def _run(
         nonlocal signals
         signals += 1
         log.info("stopping", signal=number.name)
+        stopping.set()
         if server is not None:
             server.stop(force=signals > 1 and number is signal.SIGINT)
         elif opening is not None:
@@ -208,7 +211,7 @@ async def _run(
         loop.add_signal_handler(number, on_signal, number)
     try:
         with suppress(asyncio.CancelledError):
-            async with application() as app:
+            async with application(stopping) as app:
                 server = Server(app, on_ready=ready)
                 await server.serve(sockets=sockets)
     finally:
@@ -248,7 +251,7 @@ class Server(uvicorn.Server):
     def stop(self, *, force: bool = False) -> None:
         """Begin to stop; with `force`, without waiting for open requests."""
         self.force_exit = force
-        self.should_exit = True
+        self.should_exit = self._pool.is_stopping = True
         self._stopping.set()
         _stop(self._app)
 
