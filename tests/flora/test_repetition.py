@@ -27,7 +27,8 @@ from tracker.core.errors import (
     ServerFault,
     StartPending,
 )
-from tracker.flora.client import FloraClient, StartAnswer, start_body
+from tracker.core.observation import Observation
+from tracker.flora.client import FloraClient, start_body
 
 RUN = ok(run_payload())
 CONNECT_ERRORS = [
@@ -45,7 +46,7 @@ CUTS = [
 ]
 
 
-async def start(flora: FloraClient) -> StartAnswer:
+async def start(flora: FloraClient) -> Observation:
     body = start_body([], idempotency_key="k")
     return await flora.start_run("tech_1", body=body, idempotency_key="k")
 
@@ -125,7 +126,7 @@ async def test_a_start_is_repeated_where_that_is_safe(reply: Reply) -> None:
     time = VirtualTime()
     far_end = FarEnd(reply, RUN)
     async with client(far_end, time) as flora:
-        assert (await time.run(start(flora))).observation.run_id == "run_1"
+        assert (await time.run(start(flora))).run_id == "run_1"
     first, second = far_end.requests
     assert first.content == second.content
     assert first.headers["idempotency-key"] == second.headers["idempotency-key"]

@@ -3,8 +3,8 @@
 ::
 
     async with FloraClient(base_url=…, api_key=…) as flora:
-        answer = await flora.start_run("cctv-cam", body=start_body(…), idempotency_key="…")
-        seen = await flora.get_run("cctv-cam", answer.observation.run_id)
+        started = await flora.start_run("cctv-cam", body=start_body(…), idempotency_key="…")
+        seen = await flora.get_run("cctv-cam", started.run_id)
 
 One client stands for one key, and so for one workspace: everything that calls shares its request
 limit, breaker and connections. A call without a usable answer raises a `FloraError`
@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Self, TypeVar
@@ -74,14 +74,6 @@ _LISTS: Final = {
     "technique": ("technique-runs", "technique_runs"),
     "generation": ("generations", "generations"),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartAnswer:
-    """The answer to a start. `replayed` means that FLORA repeated the answer to an earlier one."""
-
-    observation: Observation
-    replayed: bool
 
 
 class FloraClient:
@@ -253,8 +245,9 @@ class FloraClient:
         idempotency_key: str,
         deadline: float | None = None,
         fence: Callable[[], Awaitable[None]] | None = None,
-    ) -> StartAnswer:
-        """Start a run of a technique (its id or slug), which costs money.
+    ) -> Observation:
+        """Start a run of a technique (its id or slug), which costs money; the run, also where
+        FLORA repeats its answer to an earlier request.
 
         `body` is made by `start_body`. The key is sent in both forms that FLORA documents. `fence`
         is awaited directly before the request is written, and prevents that by raising; the answer
@@ -277,8 +270,7 @@ class FloraClient:
         read = self._reader(
             answer, source=Source.START, run_type="technique", technique_id=known_id
         )
-        replayed = answer.headers.get("idempotent-replayed", "").lower() == "true"
-        return StartAnswer(observation=answer.read(read), replayed=replayed)
+        return answer.read(read)
 
     async def get_run(
         self, technique_id: str, run_id: str, *, deadline: float | None = None

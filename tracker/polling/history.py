@@ -91,18 +91,17 @@ class WalkedPage:
 
 def pages(
     client: FloraClient,
-    kind: RunType,
     *,
     technique_id: str | None = None,
     deadline: Callable[[], float],
 ) -> AsyncGenerator[HistoryPage, None]:
-    """Every page of the history, newest first, as FLORA's cursors lead.
+    """Every page of technique runs, newest first, as FLORA's cursors lead.
 
     No status filter is ever set: a run that leaves the filter between two pages would move another
     one past the reader. `deadline` gives the seconds that the next page may take. Raises
     `FloraUnreadable` if the cursors form a circle, and what the client raises.
     """
-    read = partial(client.history, kind=kind, limit=PAGE_SIZE, technique_id=technique_id)
+    read = partial(client.history, limit=PAGE_SIZE, technique_id=technique_id)
     return flora.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
 
 

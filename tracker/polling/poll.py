@@ -297,12 +297,10 @@ class Backoff:
         _, since, length = self._pauses.get(name, (0, now, timedelta()))
         return max(timedelta(), since + length - now) if since <= now else timedelta()
 
-    def failures(self, name: str) -> int:
-        return self._pauses[name][0] if name in self._pauses else 0
-
     def failed(self, name: str, *, least: float = 0.0) -> float:
         """Count a failure; the seconds of pause that follow, at least `least`."""
-        failures = self.failures(name) + 1
+        before, *_ = self._pauses.get(name, (0,))
+        failures = before + 1
         length: timedelta = min(BACKOFF * 2 ** min(failures - 1, 10), LONGEST_BACKOFF)
         length = max(length, timedelta(seconds=least))
         self._pauses[name] = (failures, self._clock(), length)

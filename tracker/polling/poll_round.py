@@ -176,9 +176,7 @@ class PollRound:
             return
         client = self._client if self._recheck else self._client.for_fresh
         try:
-            async with aclosing(
-                history.pages(client, "technique", deadline=lambda: PAGE_SECONDS)
-            ) as pages:
+            async with aclosing(history.pages(client, deadline=lambda: PAGE_SECONDS)) as pages:
                 async for page in pages:
                     self.report.pages += 1
                     self.shared_reads += 1

@@ -164,7 +164,6 @@ class StartMatcher:
         known = False  # whether what follows was listed before
         pages = history.pages(
             client,
-            "technique",
             technique_id=technique_id if filtered else None,
             deadline=lambda: max(give_up - time.monotonic(), 0.1),
         )

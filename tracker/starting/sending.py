@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -153,14 +153,13 @@ class StartSender:
         if not body:
             body = start_body(row.inputs, idempotency_key=held.key, callback_url=url)
         try:
-            answer = await workspace.require_client().start_run(
+            seen = await workspace.require_client().start_run(
                 row.technique_id,
                 body=body,
                 idempotency_key=held.key,
                 deadline=deadline,
                 fence=partial(held.let_through, url, body),
             )
-            seen = answer.observation
         except FloraError as error:
             if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
                 failure = await self._failure(held, error, in_doubt=in_doubt)
@@ -296,44 +295,46 @@ class HeldStart:
             self.valid_until = valid_until
 
 
+def holding(
+    database: Database, row: StartRow, process: str, clock: Clock
+) -> AbstractAsyncContextManager[HeldStart | None]:
+    """Hold the lease of a stored start. Raises `StoreUnavailable`; else as `held_by`."""
+    workspace_id, key = row.workspace_slot, row.idempotency_key
+
+    async def take(holder: str, lease: timedelta) -> StartRow | None:
+        return await starts.take(database, workspace_id, key, holder, clock(), lease)
+
+    return held_by(take, database, (workspace_id, key), process, clock)
+
+
 @asynccontextmanager
-async def holding(
+async def held_by(
+    take: Callable[[str, timedelta], Awaitable[StartRow | None]],
     database: Database,
-    row: StartRow | tuple[str, str],
+    start: tuple[str, str],
     process: str,
     clock: Clock,
-    *,
-    reserve: Callable[[str, timedelta], Awaitable[StartRow]] | None = None,
 ) -> AsyncIterator[HeldStart | None]:
     """Hold the lease of a start; `None` if another caller has it, or the start became a run.
 
-    `row` is the start, or workspace and key of one to be stored: `reserve(holder, duration)` then
-    stores it and takes the lease. `process` names the process in the lease. Raises
-    `StoreUnavailable`, and what `reserve` raises.
+    `start` is its workspace and key; `take(holder, lease)` takes the lease for so long and returns
+    the row, or `None`. `process` names the process in the lease. Raises what `take` raises.
     """
-    workspace_id, key = row if isinstance(row, tuple) else (row.workspace_slot, row.idempotency_key)
     holder = f"{process}:{uuid4()}"
     taken = True  # as far as is known if taking it is interrupted
     valid_until = boot_seconds() + HELD_FOR.total_seconds()
     try:
         try:
-            if reserve is not None:
-                row = await reserve(holder, HELD_FOR)
-                taken = row.lease_holder == holder
-            else:
-                taken = await starts.take(database, workspace_id, key, holder, clock(), HELD_FOR)
+            row = await take(holder, HELD_FOR)
         except TrackerError:
             # It is hardly ever taken all the same, and expires then. During an outage every start
             # would try for half a minute to release what it does not have.
             taken = False
             raise
-        if not taken:
+        if row is None:
+            taken = False
             yield None
             return
-        if reserve is None:  # its state may have changed before it was taken
-            row = await starts.get(database, workspace_id, key) or row
-        if isinstance(row, tuple):
-            raise AssertionError("a start that is not stored has to be reserved")
         held = HeldStart(database, clock, row, holder, valid_until)
         renewing = asyncio.create_task(held.renew())
         try:
@@ -342,7 +343,7 @@ async def holding(
             renewing.cancel()
     finally:
         if taken:
-            releasing = asyncio.create_task(_release(database, workspace_id, key, holder))
+            releasing = asyncio.create_task(_release(database, *start, holder))
             _releasing.add(releasing)  # the event loop keeps weak references only
             releasing.add_done_callback(_releasing.discard)
             await asyncio.wait([releasing], timeout=RELEASE_SECONDS)

@@ -33,7 +33,7 @@ from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
-from tracker.starting.sending import StartSender, holding, new_token, pending
+from tracker.starting.sending import StartSender, held_by, new_token, pending
 from tracker.store.queries import runs, spending, starts
 from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
@@ -204,8 +204,8 @@ class Starter(Service):
         it is of another request."""
         technique_id, tags = definition.technique_id, request.tags or {}
 
-        async def reserve(holder: str, lease: timedelta) -> StartRow:
-            return await starts.reserve(
+        async def reserve(holder: str, lease: timedelta) -> StartRow | None:
+            row = await starts.reserve(
                 self.database,
                 workspace_id=workspace_id,
                 idempotency_key=key,
@@ -222,10 +222,11 @@ class Starter(Service):
                 runs=definition.runs_of(request.inputs),
                 budgets=self.budgets.covering(workspace_id, technique_id, tags),
             )
+            return row if row.lease_holder == holder else None
 
         try:
-            async with holding(
-                self.database, (workspace_id, key), self.process, self.clock, reserve=reserve
+            async with held_by(
+                reserve, self.database, (workspace_id, key), self.process, self.clock
             ) as held:
                 if held is None:
                     return None

@@ -274,12 +274,13 @@ def of_tokens(connection: Connection, tokens: Sequence[str]) -> dict[str, StartR
 
 async def take(
     db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
-) -> bool:
-    """Take the lease until `now + lease`; false if another holds it or the start became a run."""
+) -> StartRow | None:
+    """Take the lease until `now + lease`, and return the row; `None` if another holds it or the
+    start became a run."""
     may_take = or_(is_free(starts, now), starts.c.lease_holder == holder)
     mine = _update(workspace_id, key, starts.c.state != StartState.STARTED, may_take)
     statement = mine.values(lease_until=now + lease, lease_holder=holder)
-    return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
+    return await _mark(db, statement.returning(*starts.c))
 
 
 async def prolong(
