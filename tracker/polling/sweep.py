@@ -344,14 +344,10 @@ class _Sweep:
         workspace = self._workspace
         ids = {item.workspace_id for item in items if item.workspace_id}
         if others := ids - {workspace.workspace_id}:
-            if workspace.configured_id is None:
-                raise SettingsError(
-                    f"the API key sees several workspaces, {workspace.name} and {min(others)} "
-                    "among them: set FLORA_WORKSPACE_ID to the one to track"
-                )
             raise SettingsError(
                 f"the API key that is set for workspace {workspace.name} shows runs of workspace "
-                f"{min(others)}: set the right key, or the right id"
+                f"{min(others)}: set the right key, or FLORA_WORKSPACE_ID (or id) to the one to "
+                "track"
             )
         if ids:
             return True

@@ -190,8 +190,9 @@ class StartMatcher:
         nothing else accounts for them (they are of no other start, and were not given to
         `track`)."""
         runs = {run.run_id: run for run in found}
-        first = row.in_use_since or row.created_at
-        accounted = await starts.accounted(self.database, list(runs), known_before=first - SET_BACK)
+        accounted = await starts.accounted(
+            self.database, list(runs), known_before=row.first_sent - SET_BACK
+        )
         return [run for run_id, run in runs.items() if run_id not in accounted]
 
     async def find(self, row: StartRow, read: HistoryRead) -> Observation | None:

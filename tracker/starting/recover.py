@@ -112,7 +112,7 @@ class Recovery(Service):
             return 0
         for row in due:
             self._searched[row.workspace_slot, row.idempotency_key] = self.clock()
-        since = min(row.in_use_since or row.created_at for row in due)
+        since = min(row.first_sent for row in due)
         read = None
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
@@ -177,28 +177,28 @@ class Recovery(Service):
         """From when on the history helps: the run of a known key is listed then; of another key,
         FLORA is done with the request."""
         wait = LISTED_WITHIN if row.is_known_to_flora else self.doubt
-        return (row.sent_at or row.created_at) + wait
+        return row.last_sent + wait
 
     def _window_ends(self, row: StartRow) -> datetime:
         """Until when FLORA may be at work on the last request, or be about to list its run."""
         window = max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
-        return (row.sent_at or row.created_at) + window
+        return row.last_sent + window
 
     def _no_callback_tells(self, row: StartRow, possible: Sequence[Observation]) -> bool:
         """Whether it may have become one of these runs, and their callbacks come no more."""
-        age = self.clock() - (row.sent_at or row.created_at)
+        age = self.clock() - row.last_sent
         is_old = age >= CALLBACKS_WITHIN and len(possible) > 0
         return is_old and all(map(_callback_is_over, possible))
 
     def _is_forgotten(self, row: StartRow) -> bool:
         """Whether FLORA may have forgotten the key; assumed if the clock was set back, since the
         age of the start is unknown then."""
-        age = self.clock() - (row.in_use_since or row.created_at)
+        age = self.clock() - row.first_sent
         return age >= KEY_KEPT or self._is_ahead(row)
 
     def _is_ahead(self, row: StartRow) -> bool:
         """Whether it was sent at what is the future since the clock was set back."""
-        return (row.sent_at or row.created_at) > self.clock() + SET_BACK
+        return row.last_sent > self.clock() + SET_BACK
 
     def _is_due(self, row: StartRow) -> bool:
         """Whether the history may help now, and was not read for it a moment ago."""
@@ -211,7 +211,7 @@ class Recovery(Service):
         if searched is None or searched > now or searched < self._window_ends(row) <= now:
             return True
         least, most = SEARCH_WAITS
-        return now - searched >= min(max((now - (row.sent_at or now)) / 6, least), most)
+        return now - searched >= min(max((now - row.last_sent) / 6, least), most)
 
 
 def _callback_is_over(run: Observation) -> bool:

@@ -103,6 +103,16 @@ class StartRow:
     reserved_runs: int | None = None
 
     @property
+    def first_sent(self) -> datetime:
+        """When its key was first sent; when it was stored, if that is unknown."""
+        return self.in_use_since or self.created_at
+
+    @property
+    def last_sent(self) -> datetime:
+        """When its key was last sent; when it was stored, if that is unknown."""
+        return self.sent_at or self.created_at
+
+    @property
     def is_fresh(self) -> bool:
         """Whether no request with this key can have taken effect."""
         return self.state in (StartState.STORED, StartState.REFUSED)
