@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tracker.cli.batch_report import progress_text
+from tracker.cli.batch_report import progress_text, report_outcome
 from tracker.cli.batches import Results, results_format, show_rows
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError
-from tracker.starting.batch import BatchProgress
+from tracker.starting.batch import BatchOutcome, BatchProgress
 from tracker.starting.batch_rows import RowState, carried_names, csv_lines
-from tracker.store.queries.batches import BatchCounts, BatchEntry
+from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow
 from tracker.store.queries.starts import StartRow, StartState
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -197,3 +197,16 @@ def test_progress_fits_the_terminal() -> None:
     for width in (50, 79):
         assert len(progress_text(busy, 60_000, width=width)) <= width
     assert progress_text(busy, width=50) == "15000 of 20000 completed, 1500 running"
+
+
+def test_a_row_of_unknown_outcome_is_not_called_not_started(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """FLORA may have started it: it counts as unresolved or in doubt."""
+    batch = BatchRow(
+        batch_id="bat_1", workspace_slot="ws_1", technique_id="tech_1", name="a", created_at=NOW
+    )
+    tally = BatchCounts(rows=9, started=5, completed=5, unresolved=1, doubt=2)
+    report_outcome(BatchOutcome(batch=batch, rows=[], counts=tally), waited=True, seconds=1.0)
+    said = capsys.readouterr().err
+    assert "5 of 9 rows completed, 1 unresolved, 2 in doubt, 1 not started" in said

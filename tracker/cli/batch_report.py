@@ -279,7 +279,9 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
             "running": counts.active,
             f"failed ({retryable:,} can be retried)" if retryable else "failed": counts.failed,
             "not found at FLORA": counts.lost,
-            "not started": counts.unstarted,
+            "unresolved": counts.unresolved,
+            "in doubt": counts.doubt,
+            "not started": counts.unstarted - counts.unresolved - counts.doubt,
         }.items()
         if count
     ]
