@@ -314,7 +314,26 @@ class FloraClient:
         one past the reader. If it shows runs of another workspace, FLORA is asked which ones the
         key sees; with several, the page is read again for the one in the settings.
         """
-        read = partial(self._history, kind, cursor, limit, technique_id, deadline)
+        path, key = _LISTS[kind]
+
+        async def read() -> HistoryPage:
+            call = FloraCall(
+                endpoint=f"GET /{path}",
+                url=self._urls.of(
+                    path,
+                    workspace_id=self._only_workspace,
+                    technique_id=technique_id,
+                    cursor=cursor,
+                    limit=limit,
+                ),
+                # A filter, or a kind that a workspace may not have, says nothing about the key.
+                lists=technique_id is None and kind == "technique",
+                fresh=self._fresh,
+            )
+            answer = await self._caller.call(call, deadline=deadline)
+            run = self._reader(answer, source=Source.HISTORY, run_type=kind)
+            return answer.read(partial(parse.page, key=key, read=run, limit=limit))
+
         page, own = await read(), self._workspace_id
         if own is None or all(item.workspace_id in (None, own) for item in page.items):
             return page
@@ -328,32 +347,6 @@ class FloraClient:
         """The workspace to which lists are narrowed, if the key sees several."""
         own = self._workspace_id
         return own if own in self._sees and len(self._sees) > 1 else None
-
-    async def _history(
-        self,
-        kind: RunType,
-        cursor: str | None,
-        limit: int,
-        technique_id: str | None,
-        deadline: float | None,
-    ) -> HistoryPage:
-        path, key = _LISTS[kind]
-        call = FloraCall(
-            endpoint=f"GET /{path}",
-            url=self._urls.of(
-                path,
-                workspace_id=self._only_workspace,
-                technique_id=technique_id,
-                cursor=cursor,
-                limit=limit,
-            ),
-            # A filter, or a kind that a workspace may not have, says nothing about the key.
-            lists=technique_id is None and kind == "technique",
-            fresh=self._fresh,
-        )
-        answer = await self._caller.call(call, deadline=deadline)
-        read = self._reader(answer, source=Source.HISTORY, run_type=kind)
-        return answer.read(partial(parse.page, key=key, read=read, limit=limit))
 
     async def _read_run(
         self,
