@@ -150,9 +150,11 @@ class Poller(Service):
         if workspace is None or workspace.client is None or record.run.settled:
             return record
         try:
-            return await PollRound(self, workspace, [record]).read_one(record)
+            _, entries = await PollRound(self, workspace, [record]).read_entries(record)
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
+        results = await self.writer.submit_all(entries)
+        return results[-1].after or record
 
     async def read_unwritten(self, run: Run) -> tuple[SingleRead, list[Entry]]:
         """Read a run that may not be stored: the result, and what to write of it.
@@ -161,8 +163,7 @@ class Poller(Service):
         """
         workspace = await self.workspaces.pick(run.workspace_id)
         record = Record(run=run, source=Source.TRACK, first_seen_at=self.clock())
-        poll_round = PollRound(self, workspace, [record])
-        return await poll_round.read_entries(workspace.require_client(), record)
+        return await PollRound(self, workspace, [record]).read_entries(record)
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""

@@ -135,15 +135,6 @@ class PollRound:
         """Whether FLORA refuses requests, or has not answered any."""
         return self._refused or (self._failures >= FAILURES and not self._answered)
 
-    async def read_one(self, record: Record) -> Record:
-        """Read one run; what is known of it afterwards.
-
-        Raises `KeyRefused`, `RateLimited`, `OtherWorkspace` and `StoreUnavailable`.
-        """
-        _, entries = await self.read_entries(self._client, record)
-        results = await self._poller.writer.submit_all(entries)
-        return results[-1].after or record
-
     def _refuse(self, error: FloraError) -> None:
         """FLORA refuses the key or any request for now, or the key reads another workspace."""
         self._refused = True
@@ -316,9 +307,7 @@ class PollRound:
                 if self.broken_off or time.monotonic() > until:
                     return  # it remains, and is released
                 try:
-                    found, entries = await self.read_entries(
-                        self._client.for_fresh if fresh else self._client, record
-                    )
+                    found, entries = await self.read_entries(record, fresh=fresh)
                 except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
                     self._refuse(refusal)
                     return
@@ -344,9 +333,10 @@ class PollRound:
         )
 
     async def read_entries(
-        self, client: FloraClient, record: Record
+        self, record: Record, *, fresh: bool = False
     ) -> tuple[SingleRead, list[Entry]]:
-        """Read a run; the result, and what to write: the other runs that it showed, then the run.
+        """Read a run, before others if its end is `fresh`; the result, and what to write: the other
+        runs that it showed, then the run.
 
         A run that is only claimed for this workspace, and does not exist there, is read with the
         other keys: whoever knows a workspace's signing secret can claim any run for it. FLORA's
@@ -355,7 +345,7 @@ class PollRound:
         """
         run, workspace, poller = record.run, self._workspace, self._poller
         with log_context(run_id=run.run_id, workspace_id=workspace.name):
-            found = await read_run(client, run)
+            found = await read_run(self._client.for_fresh if fresh else self._client, run)
             if found.missing and run.workspace_is_claimed:
                 found, workspace = await self._read_elsewhere(found, run)
             elif found.observation is not None:
