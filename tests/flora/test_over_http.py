@@ -98,6 +98,28 @@ async def test_a_cut_start_is_not(cut: bytes) -> None:
     assert len(requests) == 1
 
 
+async def test_a_start_meets_no_connection_that_closes() -> None:
+    """Neither one that was idle for a while, nor while the database takes its time before it."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(number: int, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(RUN))
+        writers.append(writer)
+        if number == 1:
+            asyncio.get_running_loop().call_later(3.3, writer.close)
+
+    async def slow_fence() -> None:
+        await asyncio.sleep(1.5)
+
+    async with server(serve) as (base, requests), flora_at(base) as flora:
+        await flora.get_run("tech_1", "run_1")
+        await asyncio.sleep(2.2)
+        await flora.start_run("tech_1", body="{}", idempotency_key="k", fence=slow_fence)
+        await flora.get_run("tech_1", "run_1")
+        assert len(requests) == 3
+        assert writers[1] is writers[2]  # what is not idle is used again
+
+
 async def test_nobody_listens() -> None:
     """Where no connection can be made, a start has certainly not acted."""
     async with flora_at(f"http://127.0.0.1:{free_port()}", deadline=30) as flora:

@@ -66,8 +66,9 @@ HistoryPage = Page[Observation]
 T = TypeVar("T")
 
 _TIMEOUT: Final = httpx.Timeout(20.0, connect=5.0)
-_KEEP_ALIVE: Final = 4.0
-"""Seconds; common servers hang up after five, and a start must not meet a closing connection."""
+_KEEP_ALIVE: Final = 2.0
+"""Seconds; common servers hang up after five, and a start must not meet a closing connection: it
+would be in doubt. Its fence is passed after the connection was chosen, and may wait as long."""
 _KEY: Final = re.compile(r"[!-~]{1,500}")
 _IDEMPOTENCY_KEY: Final = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 _LISTS: Final = {
