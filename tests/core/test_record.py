@@ -359,6 +359,17 @@ def test_clocks_that_disagree_make_no_bill_final_too_early(skew: float) -> None:
     assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))
 
 
+@pytest.mark.parametrize("off", [-86_400.0, 86_400.0])
+def test_an_end_that_no_clock_has_ends_the_rechecks_all_the_same(off: float) -> None:
+    """FLORA dates it before the run, or in what is the future for its own clock."""
+    facts = {"created_at": START, "completed_at": START + timedelta(seconds=off)}
+    early = billed(Source.POLL, 1, reads=1, charged_cost=Decimal(1), **facts)
+    record = after([started(), early])
+    assert not record.cost_final
+    record = after([billed(Source.POLL, 62, reads=1, charged_cost=Decimal(2), **facts)], record)
+    assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))
+
+
 @pytest.mark.parametrize("looks", [0, 1, 20])
 @pytest.mark.parametrize("known", [None, Durations(count=50, p50=3000, p95=9000)])
 def test_no_poll_lies_further_ahead_than_the_longest_wait(

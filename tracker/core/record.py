@@ -276,15 +276,18 @@ def since_end(
     FLORA's time of the end is compared with FLORA's clock, which its answer showed to be `skew`
     seconds ahead, if it showed any, and with ours. One of them may be wrong, and a clock that is
     too far ahead must not make a bill final, or given up. So the shorter time counts, unless the
-    run ended in our future, which confirms what the answer showed.
+    run ended in our future, which confirms what the answer showed. An end in the future of both
+    clocks is a mistake: it came when it was seen.
     """
     since = at - end_seen_at
     if run.completed_at is not None:
         ours = at - max(run.completed_at, run.created_at or run.completed_at)
-        since = max(since, ours)
-        if skew is not None:
-            by_flora = ours + timedelta(seconds=skew)
-            since = by_flora if ours < timedelta(0) else min(since, by_flora)
+        by_flora = None if skew is None else ours + timedelta(seconds=skew)
+        if ours >= timedelta(0):
+            since = max(since, ours)
+            since = since if by_flora is None else min(since, by_flora)
+        elif by_flora is not None and by_flora >= timedelta(0):
+            since = by_flora
     return max(since, timedelta(0))
 
 
