@@ -645,6 +645,25 @@ async def test_of_a_key_that_sees_two_workspaces_one_is_tracked(
             assert set(await connection.scalars(select(runs.c.run_id))) == ours
 
 
+async def test_of_a_key_that_sees_two_workspaces_another_one_may_be_tracked(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """If the settings say so; one that it does not see may not."""
+    async with make_flora(more_workspaces=(OTHER,), shared_key=True) as flora:
+        services = await open_on(flora, flora_workspace_id="ws_zzz")
+        with pytest.raises(SettingsError, match="is of workspace ws_simulator, ws_other"):
+            await services.starter.start(request())
+        assert not flora.world.runs
+        for number, named in enumerate(("ws_simulator", "ws_other", "ws_simulator")):
+            services = await open_on(flora, flora_workspace_id=named)
+            assert await attempt(services, f"key-{number}") is not None
+            assert await start_log.get(services.database, named, f"key-{number}") is not None
+        services = await open_on(flora, flora_workspace_id="ws_zzz")
+        with pytest.raises(SettingsError, match="is of workspace ws_simulator"):
+            await services.starter.start(request())
+        assert len(flora.world.runs) == 3
+
+
 async def test_of_a_key_that_sees_two_workspaces_one_has_to_be_named(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:

@@ -238,6 +238,13 @@ class FloraClient:
         self._sees.update(ids)
         return ids
 
+    async def sees(self, workspace_id: str, *, deadline: float | None = None) -> bool:
+        """Whether FLORA lists this workspace for the key; it is asked until it has answered."""
+        if not self._sees:
+            with suppress(FloraError):
+                await self.list_workspaces(deadline=deadline)
+        return workspace_id in self._sees
+
     async def start_run(
         self,
         technique_id: str,
@@ -338,9 +345,7 @@ class FloraClient:
         page, own = await read(), self._workspace_id
         if own is None or all(item.workspace_id in (None, own) for item in page.items):
             return page
-        if not self._sees:
-            with suppress(FloraError):  # then the caller notices the other workspace
-                await self.list_workspaces(deadline=deadline)
+        await self.sees(own, deadline=deadline)
         return page if self._only_workspace is None else await read()
 
     @property

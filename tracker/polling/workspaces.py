@@ -206,17 +206,16 @@ class Workspaces:
         if (known := self._ids.get((workspace.slot, fingerprint))) is not None:
             return known
         async with self._asking:
+            seconds = min(deadline, ASK_SECONDS)
             workspace_id = await stored.workspace_of(self._database, fingerprint)
             if workspace_id is None:
-                seconds = min(deadline, ASK_SECONDS)
                 workspace_id = await self._learn(workspace, client, fingerprint, seconds)
             configured = workspace.configured_id
-            if configured not in (None, workspace_id):
-                log.error("workspace.other_key", configured=configured, workspace_id=workspace_id)
-                raise SettingsError(
-                    f"the API key that is set for workspace {configured} is of workspace "
-                    f"{workspace_id}: set the right key, or the right id"
-                )
+            if configured is not None and configured != workspace_id:
+                # A key that sees several may have been used for another of them before.
+                if not await client.sees(configured, deadline=seconds):
+                    raise _other_key(configured, [workspace_id])
+                workspace_id = configured
             workspace.workspace_id = workspace_id
             if workspace.is_top:
                 await stored.give_ids(self._database, workspace_id)
@@ -253,12 +252,23 @@ class Service:
     clock: Clock
 
 
+def _other_key(configured: str, ids: Sequence[str]) -> SettingsError:
+    log.error("workspace.other_key", configured=configured, workspace_id=", ".join(ids))
+    return SettingsError(
+        f"the API key that is set for workspace {configured} is of workspace {', '.join(ids)}: set "
+        "the right key, or the right id"
+    )
+
+
 def _fault(message: str) -> InvalidRequest:
     return InvalidRequest(message, [FieldFault("workspace_id", message)])
 
 
 async def _ask_flora(client: FloraClient, configured: str | None, deadline: float) -> str | None:
-    """The id that FLORA gives for the key; `None` if it gives none, or several."""
+    """The id that FLORA gives for the key; `None` if it gives none, or several.
+
+    Raises `SettingsError` if the settings name none of several.
+    """
     try:
         listed = await client.list_workspaces(deadline=deadline)
     except FloraError as error:
@@ -270,6 +280,8 @@ async def _ask_flora(client: FloraClient, configured: str | None, deadline: floa
         listed = []
     if configured in listed:
         return configured
+    if len(listed) > 1 and configured is not None:
+        raise _other_key(configured, listed)
     if len(listed) == 1:
         return listed[0]
     if listed or configured is not None:
