@@ -68,6 +68,11 @@ NEEDS_HOVER = """
 () => [...document.querySelectorAll("main [title]:not(time)")]
   .map((each) => each.outerHTML.slice(0, 120))
 """
+CUT_OFF = """
+() => [...document.querySelectorAll(".scroll")]
+  .filter((each) => each.scrollWidth > each.clientWidth + 1)
+  .map((each) => each.outerHTML.slice(0, 120))
+"""
 TOO_WIDE = """
 () => [...document.querySelectorAll("body *")]
   .filter((each) => each.getBoundingClientRect().right > innerWidth + 1)
@@ -205,11 +210,11 @@ async def _assert_accessible(page: Page, path: str) -> None:
 async def _assert_narrow(
     page: Page, path: str, *, widths: tuple[int, ...] = (320, 360, 800, 1000)
 ) -> None:
-    for width in widths:
+    for width in (*widths, 1280):
         await page.set_viewport_size({"width": width, "height": 740})
+        assert await page.evaluate(CUT_OFF) == [], (path, width)
         taken = await page.evaluate("document.documentElement.scrollWidth")
         assert taken <= width, (path, await page.evaluate(TOO_WIDE))
-    await page.set_viewport_size({"width": 1280, "height": 800})
 
 
 async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) -> None:

@@ -88,6 +88,10 @@ async def attack(services: Services, evil: str = EVIL) -> None:
         )
     )
     await services.writer.submit(Unseen(run_id=run_id, at=now, error=evil))
+    disagreeing = Observation(
+        run_id=run_id, at=now, source=Source.CALLBACK, status=RunStatus.COMPLETED
+    )
+    await services.writer.submit(Seen(observation=disagreeing))
     for number, outcome in enumerate(DeliveryOutcome):
         await keep(
             services.database,
