@@ -226,3 +226,25 @@ def test_an_output_that_cannot_be_written_is_status_1(arguments: str, tmp_path: 
 def _in_shell(arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     command = ["/bin/sh", "-c", f"exec {sys.executable} -m tracker {arguments}"]
     return subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=False)
+
+
+def test_an_interrupted_start_is_status_130(tmp_path: Path) -> None:
+    """Ctrl-C while the command's modules are loaded ends it without a traceback."""
+    interrupted = """
+import sys
+from tracker.cli import main
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "tracker.cli.doctor":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", interrupted],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -17,6 +17,14 @@
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """
 
-from tracker.cli.app import main
+import sys
+from typing import NoReturn
 
-__all__ = ["main"]
+
+def main() -> NoReturn:
+    """Run the command that `sys.argv` names, and exit with its status."""
+    try:
+        from tracker.cli.app import main as run
+    except KeyboardInterrupt:  # Ctrl-C while the modules are loaded
+        sys.exit(130)
+    run()
