@@ -60,6 +60,9 @@ def test_one_shot_commands_do_the_whole_job(new_tracker: Commands, stack: ExitSt
     listed = new_tracker.json("runs", "list")
     assert [one["run_id"] for one in listed["runs"]] == [elsewhere, run["run_id"]]
     assert {one["tracking"] for one in listed["runs"]} == {"settled"}
+    for technique in ("cctv-cam", "tech_cctv-cam"):
+        of_one = new_tracker.json("runs", "list", "--technique", technique)
+        assert of_one["runs"] == listed["runs"][1:]
     page = new_tracker("runs", "list", "--limit", "1")
     assert elsewhere in page.stdout
     assert run["run_id"] not in page.stdout

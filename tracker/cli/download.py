@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from tracker.cli.output import JsonFlag, note, plain, print_json, screen
-from tracker.cli.setup import check_run_ids, run_once
+from tracker.cli.setup import check_run_ids, run_once, technique_id_of
 from tracker.cli.watch import require_known
 from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
@@ -103,7 +103,7 @@ def download(
     async def find(services: "Services", notify: "Notify") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
         if all_settled:
-            technique_id = None if technique is None else await _technique_id(services, technique)
+            technique_id = await technique_id_of(services.database, technique)
             return downloader.settled(technique_id=technique_id, watch=watch, notify=notify)
         if batch is not None:
             return downloader.batch(batch, watch=watch, name_by=name_by, notify=notify)
@@ -152,16 +152,6 @@ def download(
     else:
         typer.echo(plain(_summary(report, to)))
     return 0 if report.complete else 1
-
-
-async def _technique_id(services: "Services", technique: str) -> str:
-    """The id of a technique, from its id or slug; FLORA is not asked."""
-    from tracker.store.queries import techniques
-
-    if technique.startswith("tech_"):
-        return technique
-    known = await techniques.by_slug(services.database, technique)
-    return f"tech_{technique}" if known is None else known.technique_id
 
 
 def _columns() -> "Sequence[ProgressColumn]":

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
 
@@ -25,6 +24,7 @@ from tracker.cli.setup import (
     print_list,
     run_on_database,
     run_once,
+    technique_id_of,
 )
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tracker.core.record import Record
     from tracker.services import Services
     from tracker.starting.resolve import TrackedRun
+    from tracker.store.engine import Database
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
@@ -194,7 +195,7 @@ def list_(
         ),
     ] = None,
     technique: Annotated[
-        str | None, typer.Option(metavar="T", help="Filter by technique (tech_…).")
+        str | None, typer.Option(metavar="T", help="Filter by technique (id or slug).")
     ] = None,
     workspace: WorkspaceFilter = None,
     project: Annotated[
@@ -213,20 +214,25 @@ def list_(
     from tracker.store.queries.runs import list_runs
     from tracker.views import run_json
 
-    print_list(
-        "runs",
-        partial(
-            list_runs,
+    wanted_tag = None if tag is None else "=".join(checked(parse_tag, tag, "--tag"))
+
+    async def find(database: "Database") -> "tuple[list[Record], str | None]":
+        return await list_runs(
+            database,
             status=status,
-            technique_id=technique,
+            technique_id=await technique_id_of(database, technique),
             workspace_id=workspace,
             project_id=project,
-            tag=None if tag is None else "=".join(checked(parse_tag, tag, "--tag")),
+            tag=wanted_tag,
             tracking=tracking,
             retry_advice=retry_advice,
             cursor=cursor,
             limit=limit,
-        ),
+        )
+
+    print_list(
+        "runs",
+        find,
         run_json,
         {
             "run": "run_id",
