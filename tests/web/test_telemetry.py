@@ -92,7 +92,7 @@ async def test_the_token_of_a_callback_address_shows_nowhere(
                 await client.post(address, content=body, headers=signed(body)),
                 await client.post(address, content=body, headers=signed(body, "another")),
                 await client.get(address),
-                await client.post(f"{address}/", content=body, headers=signed(body)),
+                await client.post(f"{address}/more", content=body, headers=signed(body)),
             ]
             assert [answer.status_code for answer in answers] == [200, 401, 405, 404]
             await site.services.applier.drain()
