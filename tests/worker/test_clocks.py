@@ -99,7 +99,7 @@ async def test_no_bill_waits_for_a_clock_that_is_set(
 
 
 @pytest.mark.parametrize("bill", BILLS)
-@pytest.mark.parametrize("hours", [-1, 1, 25])
+@pytest.mark.parametrize("hours", [-200_000, -1, 1, 25])
 async def test_a_wrong_date_makes_no_bill_final_and_gives_none_up(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hours: float, bill: str
 ) -> None:
@@ -110,13 +110,14 @@ async def test_a_wrong_date_makes_no_bill_final_and_gives_none_up(
         flora.world.change({"date_offset": hours * 3600})
         await poll_to_the_end(services, clock, within=120)
         assert not (await the_run(services, run_id)).cost_final
-        flora.world.change({"date_offset": 0})
-        await read_bills(services, clock, within=4000 if hours < 0 else 200)
+        if hours > 0:  # else FLORA's own time of the end shows that it is wrong
+            flora.world.change({"date_offset": 0})
+        await read_bills(services, clock)
         await assert_billed(services, flora, run_id)
 
 
-async def read_bills(services: Services, clock: HandClock, *, within: int = 200) -> None:
-    for _ in range(0, within, 5):
+async def read_bills(services: Services, clock: HandClock) -> None:
+    for _ in range(40):
         clock.move(5)
         await services.poller.recheck_due()
 

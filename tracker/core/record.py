@@ -273,22 +273,22 @@ def since_end(
 ) -> timedelta:
     """The time from the run's end to `at`, rather too short than too long.
 
-    FLORA's time of the end is compared with FLORA's clock, which its answer showed to be `skew`
-    seconds ahead, if it showed any, and with ours. One of them may be wrong, and a clock that is
-    too far ahead must not make a bill final, or given up. So the shorter time counts, unless the
-    run ended in our future, which confirms what the answer showed. An end in the future of both
-    clocks is a mistake: it came when it was seen.
+    FLORA's time of the end is compared with our clock, and with FLORA's, which its answer showed to
+    be `skew` seconds ahead, if it showed any. Either may be wrong. One by which the run has not
+    ended yet is; otherwise the shorter time counts, since a clock that is too far ahead must not
+    make a bill final, or given up. If no clock fits, the run ended when that was seen.
     """
-    since = at - end_seen_at
+    never, since = timedelta(0), at - end_seen_at
     if run.completed_at is not None:
         ours = at - max(run.completed_at, run.created_at or run.completed_at)
-        by_flora = None if skew is None else ours + timedelta(seconds=skew)
-        if ours >= timedelta(0):
+        by_flora = ours + timedelta(seconds=skew or 0.0)
+        if ours >= never:
             since = max(since, ours)
-            since = since if by_flora is None else min(since, by_flora)
-        elif by_flora is not None and by_flora >= timedelta(0):
+            if skew is not None and by_flora >= never:
+                since = min(since, by_flora)
+        elif by_flora >= never:
             since = by_flora
-    return max(since, timedelta(0))
+    return max(since, never)
 
 
 def _billed_whole(run: Run, cost_final: bool) -> bool:

@@ -53,6 +53,8 @@ OnRequest = Callable[[str, int | None, float], None]
 
 _FIRST_BACKOFF: Final = 0.5
 _LONGEST_BACKOFF: Final = 30.0
+_LAST_YEAR: Final = 2999
+"""No clock shows a later one; what is added to a time must stay within Python's years."""
 _NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 _KEY_ACCEPTED: Final = (400, 402, 403, 404, 409, 422)
 """Refusals that FLORA gives only to a key that it takes."""
@@ -326,7 +328,8 @@ class Caller:
             )
             if self.on_request is not None:
                 self.on_request(call.endpoint, status, seconds)
-        if (date := http_date(response.headers.get("date", ""))) is not None:
+        date = http_date(response.headers.get("date", ""))
+        if date is not None and date.year <= _LAST_YEAR:
             self.clock_offset = date - self.clock()
         return FloraAnswer(
             endpoint=call.endpoint,
