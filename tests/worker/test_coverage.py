@@ -449,8 +449,8 @@ WRONG = [{"clock_offset": 21_600}, {"date_offset": 21_600}, {"date_offset": 251_
 async def test_a_wrong_clock_hides_no_run(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, float]
 ) -> None:
-    """FLORA's clock, or only the date of its answers, is hours or millennia ahead: coverage ends before runs
-    that are still to come, so that more of them than a page shows are all found."""
+    """FLORA's clock, or only the date of its answers, is hours or millennia ahead: coverage ends
+    before runs that are still to come, so that more of them than a page shows are all found."""
     async with make_flora(**fault) as flora:
         services = await open_on(flora)
         flora.start()
