@@ -257,3 +257,22 @@ async def test_recovering_takes_pages(db: Database) -> None:
     assert await recover(db, "a", since=NOW, now=NOW, page=2) == 5
     assert len((await turn(db, now=NOW)).claims) == 5
     assert await recover(db, "b", since=NOW, now=NOW) is None
+
+
+async def test_a_clock_that_was_ahead_for_days_changes_no_schedule(db: Database) -> None:
+    """An endpoint seemed to be back then, and its messages would be tried every few seconds until
+    that time has come."""
+    await known(db, "a")
+    await known(db, "a", at=NOW + timedelta(days=2))
+    await known(db, "a")
+    await add_message(db, "msg_1", "a", next_attempt_at=NOW)
+    now, waits = NOW, []
+    for _ in range(4):
+        (claim,) = (await turn(db, now=now)).claims
+        await turn(db, now=now, outcomes=[(claim.message_id, failure(now))], most=0)
+        due = (await the_message(db)).next_attempt_at
+        assert due is not None
+        waits.append((due - now).total_seconds())
+        now = due
+    assert waits == sorted(waits)
+    assert waits[-1] > 3600

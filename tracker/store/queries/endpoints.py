@@ -173,7 +173,8 @@ async def configure(
     those that the database had with other settings.
 
     For an endpoint that is back after `CONFIGURED_WITHIN`, schedules of attempts begin anew, and
-    failures from before do not count.
+    failures from before do not count. Times that are still to come are from before the clock was
+    set back, and become `now`.
     """
     if not configs:
         return []
@@ -184,10 +185,9 @@ async def configure(
         index_elements=[endpoints.c.endpoint_id],
         set_={
             **{name: insert.excluded[name] for name in (*shared, "configured_at")},
-            "enabled_at": case((is_back, now), else_=endpoints.c.enabled_at),
-            "failing_since": case((is_back, None), else_=endpoints.c.failing_since),
-            # It was configured while the clock was ahead.
-            "since": case((endpoints.c.since > now, now), else_=endpoints.c.since),
+            "since": _at_most(now, endpoints.c.since),
+            "enabled_at": case((is_back, now), else_=_at_most(now, endpoints.c.enabled_at)),
+            "failing_since": case((is_back, None), else_=_at_most(now, endpoints.c.failing_since)),
         },
     )
     rows = {
@@ -214,6 +214,10 @@ async def configure(
         ]
 
     return await db.write(work)
+
+
+def _at_most(now: datetime, column: ColumnElement[Any]) -> ColumnElement[Any]:
+    return case((column > now, now), else_=column)
 
 
 def _endpoint(row: Row[Any]) -> EndpointRow:

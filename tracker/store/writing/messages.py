@@ -462,20 +462,15 @@ async def enable(db: Database, endpoint_id: str, *, now: datetime) -> bool:
 
 
 async def make_due(db: Database, endpoint_ids: Sequence[str], *, now: datetime) -> int:
-    """Make all that waits for these endpoints due, after the clock was set back; returns how many.
-
-    Their failures began now at the latest.
-    """
+    """Make all that waits for these endpoints due, after the clock was set back; returns how many."""
     wanted = select(endpoints.c.endpoint_id).where(endpoints.c.endpoint_id.in_(endpoint_ids))
     wanted = wanted.order_by(endpoints.c.endpoint_id).with_for_update()
-    ahead = and_(endpoints.c.endpoint_id.in_(endpoint_ids), endpoints.c.failing_since > now)
     waiting = and_(
         messages.c.endpoint_id.in_(endpoint_ids), _PENDING, messages.c.next_attempt_at > now
     )
 
     def work(connection: Connection) -> int:
         connection.execute(wanted)
-        connection.execute(update(endpoints).where(ahead).values(failing_since=now))
         due = update(messages).where(waiting).values(next_attempt_at=now)
         return connection.execute(due).rowcount
 
