@@ -462,7 +462,7 @@ async def enable(db: Database, endpoint_id: str, *, now: datetime) -> bool:
 
 
 async def make_due(db: Database, endpoint_ids: Sequence[str], *, now: datetime) -> int:
-    """Make all that waits for these endpoints due, after the clock was set back; returns how many."""
+    """Make due what waits for these endpoints, after the clock was set back; returns how many."""
     wanted = select(endpoints.c.endpoint_id).where(endpoints.c.endpoint_id.in_(endpoint_ids))
     wanted = wanted.order_by(endpoints.c.endpoint_id).with_for_update()
     waiting = and_(
