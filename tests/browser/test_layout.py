@@ -49,6 +49,30 @@ async def test_the_navigation_of_a_phone_is_at_its_bottom(
     await expect(bar.get_by_role("button", name="More")).to_be_hidden()
 
 
+async def test_paper_shows_no_bars_and_buttons(live: LiveTracker, open_page: OpenPage) -> None:
+    """A sheet is as narrow as a phone, whose bar would cover the end of each page."""
+    watched = await open_page(viewport={"width": 718, "height": 1000})
+    page = watched.page
+    await sign_in(page, f"{live.url}/spending")
+    await expect(page.get_by_role("navigation")).to_be_visible()
+    await page.emulate_media(media="print")
+    await expect(page.get_by_role("heading", name="Spending")).to_be_visible()
+    await expect(page.get_by_role("navigation")).to_be_hidden()
+    assert await page.locator("button:visible, select:visible").count() == 0
+    watched.assert_quiet()
+
+
+async def test_forced_colours_mark_the_current_page(live: LiveTracker, open_page: OpenPage) -> None:
+    """They remove the background that marks it otherwise."""
+    page = (await open_page(forced_colors="active")).page
+    await sign_in(page, f"{live.url}/runs")
+    links = page.get_by_role("navigation").get_by_role("link")
+    widths = await links.evaluate_all(
+        "(all) => all.map((one) => [one.textContent.trim(), getComputedStyle(one).borderTopWidth])"
+    )
+    assert [name for name, width in widths if width != "0px"] == ["Runs"]
+
+
 async def test_a_phone_folds_the_filters_away(live: LiveTracker, open_page: OpenPage) -> None:
     """The search is shown, and the other filters after a tap; a wide screen shows them all."""
     watched = await open_page(**PHONE)
