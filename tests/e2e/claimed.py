@@ -48,6 +48,22 @@ CREATE TRIGGER witness AFTER UPDATE ON starts FOR EACH ROW
     EXECUTE FUNCTION witness('idempotency_key', 'lease_holder', 'lease_until');
 CREATE TRIGGER witness AFTER INSERT OR UPDATE ON leases FOR EACH ROW
     EXECUTE FUNCTION witness('name', 'holder', 'until');
+
+CREATE TABLE swept (id bigint PRIMARY KEY, workspace text, logged timestamptz NOT NULL,
+    finished timestamptz);
+
+CREATE FUNCTION witness_sweep() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO swept (id, workspace, logged) VALUES (NEW.id, NEW.workspace_id, clock_timestamp())
+    ON CONFLICT (id) DO NOTHING;
+    IF NEW.finished_at IS NOT NULL THEN
+        UPDATE swept SET finished = clock_timestamp() WHERE id = NEW.id;
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER witness AFTER INSERT OR UPDATE ON sweeps FOR EACH ROW
+    EXECUTE FUNCTION witness_sweep();
 """
 # A wait that FLORA asked for is nobody's own: whoever is told of a longer one prolongs it.
 STOLEN = """
@@ -61,10 +77,17 @@ SELECT key, at, holder, was IS NOT NULL AS taken_over, due IS NULL AS for_bill,
     extract(epoch FROM at - greatest(due, was_until)) AS late
 FROM witnessed WHERE what = 'runs' AND was IS DISTINCT FROM holder ORDER BY id
 """
+# By the server's clock, because a process's idea of it may be off by more than lies between two
+# sweeps. One begins with its lease, which comes before its row; there is one workspace.
 SWEEPS_AT_ONCE = """
-SELECT count(*) FROM sweeps a JOIN sweeps b
-    ON a.id < b.id AND a.workspace_id IS NOT DISTINCT FROM b.workspace_id
-WHERE a.started_at < b.finished_at AND b.started_at < a.finished_at
+WITH spans AS (
+    SELECT id, workspace, finished, (
+        SELECT max(at) FROM witnessed WHERE what = 'leases' AND key LIKE 'sweep:%'
+            AND was IS DISTINCT FROM holder AND at <= logged
+    ) AS began FROM swept WHERE finished IS NOT NULL)
+SELECT count(*) FROM spans a JOIN spans b
+    ON a.id < b.id AND a.workspace IS NOT DISTINCT FROM b.workspace
+WHERE a.began < b.finished AND b.began < a.finished
 """
 
 
