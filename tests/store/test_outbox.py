@@ -186,7 +186,11 @@ async def test_the_last_failure_is_final(db: Database) -> None:
     now, count = NOW, 0
     while (found := await the_message(db)).state is MessageState.PENDING:
         assert found.next_attempt_at is not None
-        now = found.next_attempt_at
+        while (
+            now := min(now + timedelta(hours=12), found.next_attempt_at)
+        ) < found.next_attempt_at:
+            await known(db, "a", at=now)  # as a process does that runs all the time
+        await known(db, "a", at=now)
         done = await turn(db, now=now, most=20)
         outcomes = [(claim.message_id, failure(now)) for claim in done.claims]
         last = await turn(db, now=now, outcomes=outcomes, most=0)
@@ -276,3 +280,14 @@ async def test_a_clock_that_was_ahead_for_days_changes_no_schedule(db: Database)
         now = due
     assert waits == sorted(waits)
     assert waits[-1] > 3600
+
+
+async def test_days_of_sleep_are_no_days_of_failures(db: Database) -> None:
+    """The first attempts of a machine that wakes up fail, because it has no network yet."""
+    await known(db, "a")
+    await add_message(db, "msg_1", "a", next_attempt_at=NOW)
+    for now in (NOW, NOW + FAILING_FOR + timedelta(days=1)):
+        (claim,) = (await turn(db, now=now)).claims
+        last = await turn(db, now=now, outcomes=[(claim.message_id, failure(now))], most=0)
+        assert last.disabled is None
+        assert (await the_message(db)).state is MessageState.PENDING

@@ -238,14 +238,19 @@ def take_turn(
 ) -> Claimed:
     """Store the outcomes of attempts, by message, and claim up to `most` further messages, of which
     at most `most_open` are claimed by all processes together."""
-    wanted = select(*(endpoints.c[name] for name in _Health.__slots__))
+    columns = (*_Health.__slots__, "configured_at")
+    wanted = select(*(endpoints.c[name] for name in columns))
     wanted = wanted.where(endpoints.c.endpoint_id == endpoint_id).with_for_update()
     row = connection.execute(wanted).one_or_none()
     if row is None:
         return Claimed([])
-    before = after = _Health(**row._mapping)
+    *health, configured_at = row
+    before = after = _Health(**dict(zip(_Health.__slots__, health, strict=True)))
+    if configured_at < now - CONFIGURED_WITHIN:
+        # This process has slept for as long, and is about to note it (`configure`).
+        after = replace(after, failing_since=None, enabled_at=now)
     if outcomes:
-        _store(connection, outcomes, holder, waits, before.enabled_at)
+        _store(connection, outcomes, holder, waits, after.enabled_at)
         for _, attempt in outcomes:
             after = _judged(after, attempt, waits[0])
     claims: list[Claim] = []
