@@ -1,10 +1,10 @@
-"""Amounts and line numbers for people."""
+"""Amounts, line numbers and requirements for people, and cells of CSV."""
 
 from decimal import Decimal
 
 import pytest
 
-from tracker.core.formatting import line_numbers, money
+from tracker.core.formatting import line_numbers, money, requirement, safe_cell
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,32 @@ def test_lines_are_listed_shortly() -> None:
     assert line_numbers([2, 9, 5, 6, 7]) == "lines 2, 5-7 and 9"
     assert line_numbers(range(1, 30, 2)) == "lines 1, 3, 5, 7, 9, 11, 13, 15, 17, 19 and 5 more"
     assert line_numbers([1, 2], "row") == "rows 1 and 2"
+
+
+def test_cells_of_csv_have_the_values_of_json() -> None:
+    """An unknown value is empty, and an amount has no exponent."""
+    cells = [True, False, None, Decimal("1E+2"), 3]
+    assert [safe_cell(cell) for cell in cells] == ["true", "false", "", "100", "3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "said"),
+    [
+        ("missing", "Field required", "is missing"),
+        ("model_type", "Input should be a valid dictionary or instance of B", "must be an object"),
+        ("value_error", "Value error, 'x' is not KEY=VALUE", "'x' is not KEY=VALUE"),
+        (
+            "int_parsing",
+            "Input should be a valid integer, unable to parse string as an integer",
+            "must be a valid integer",
+        ),
+        (
+            "too_long",
+            "List should have at most 9 items after validation, not 10",
+            "must have at most 9 items",
+        ),
+    ],
+)
+def test_a_requirement_is_a_predicate(kind: str, message: str, said: str) -> None:
+    """Whatever pydantic calls it."""
+    assert requirement(kind, message) == said

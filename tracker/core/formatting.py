@@ -138,9 +138,14 @@ _NUMBER: Final = re.compile(r"[+-]?\d[\d.,]*")
 
 
 def safe_cell(value: Any) -> str:
-    """A cell of CSV; text that a spreadsheet would take for a formula gets a `'` in front."""
+    """A cell of CSV; text that a spreadsheet would take for a formula gets a `'` in front.
+
+    Truth values are written as in JSON, which every spreadsheet reads.
+    """
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, Decimal):
         return f"{value.normalize():f}"
     text = str(value)
