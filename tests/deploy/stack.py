@@ -142,7 +142,7 @@ class Stack:
                 PORT: str(port),
                 CALLBACKS_PORT: str(callbacks_port),
             }
-            process = await Process.start(
+            process = Process.fork(
                 *(replaced.get(word, word) for word in service["command"]),
                 env={
                     **environment,

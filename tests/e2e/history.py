@@ -49,7 +49,7 @@ async def sweep(database_url: str, *, history: int, kills: int, log: Path) -> Sw
         }
         killed = 0
         while True:
-            process = await Process.start("reconcile", env=env, log=log)
+            process = Process.fork("reconcile", env=env, log=log)
             ends = asyncio.create_task(process.wait())
             goal = (killed + 1) * history / 100 / (kills + 1)
             while not ends.done() and (killed == kills or pages_of(flora) < goal):
