@@ -107,7 +107,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     fork_workers(config, len(specs))
 
 
-ONE_DATABASE = ("delivering", "e2e", "hostile", "library", "web", "worker")
+ONE_DATABASE = ("cli", "delivering", "e2e", "hostile", "library", "stateful", "web", "worker")
 """Folders of code that has no SQL of its own."""
 
 

@@ -34,7 +34,6 @@ def prepare() -> None:
     shorten_searches()
 
 
-@pytest.mark.both_databases
 @pytest.mark.timeout(120)
 async def test_of_100_starts_exactly_20_are_sent_though_processes_are_killed(
     database_url: str, tmp_path: Path
