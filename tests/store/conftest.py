@@ -1,13 +1,22 @@
 """A database and a writer for each test, on both engines."""
 
+import functools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 
 import pytest
+from alembic.script import base as scripts
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
 from tracker.store.engine import Database
+
+# Each upgrade would read all migrations anew: here there are hundreds, of a revision each.
+_load = scripts.util.load_python_file
+_load_once = functools.cache(_load)
+scripts.util.load_python_file = lambda folder, file: (  # type: ignore[assignment]
+    _load(folder, file) if file == "env.py" else _load_once(folder, file)
+)
 
 
 @pytest.fixture
