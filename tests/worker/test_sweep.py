@@ -61,6 +61,22 @@ async def test_runs_found_only_there_are_adopted(
     assert (await the_run(services, going.run_id)).tracking is Tracking.ACTIVE
 
 
+async def test_durations_are_read_for_runs_that_have_not_ended_alone(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """They say when to poll next: a page of ended runs asks for none."""
+    ended = flora.start()
+    technique = ended.technique.technique_id
+    clock.move(60)
+    await sweep(services)
+    assert services.sweeper.durations.of(technique) is None
+    flora.start()
+    await sweep(services)
+    known = services.sweeper.durations.of(technique)
+    assert known is not None
+    assert known.count == 1
+
+
 async def test_an_end_that_was_missed_is_repaired(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:

@@ -408,7 +408,8 @@ class _Sweep:
         """Store the items; whether one of them came after its time was covered."""
         report, sweeper = self.report, self._sweeper
         kept = await without_removed(self._database, items)
-        await sweeper.durations.learn(item.technique_id for item in kept)
+        open_runs = (item for item in kept if not item.precedence.ended)  # others wait for no end
+        await sweeper.durations.learn(item.technique_id for item in open_runs)
         late = False
         for result in await sweeper.writer.submit_all([Seen(observation=item) for item in kept]):
             report.count(result)
