@@ -223,12 +223,9 @@ async def test_breaking_off_gives_claims_back(
     assert (await the_run(services, run.run_id)).lease_holder is None
 
 
-async def test_what_no_process_polls_is_polled_by_who_waits(
-    clock: HandClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_no_process_polls_is_polled_by_who_waits(clock: HandClock) -> None:
     """Something is left to others until it is overdue; from then on it is polled when it is due,
     one round at a time. An outage ends nothing, a bug does."""
-    monkeypatch.setattr(follow, "POLL_EVERY", 0.0)
     rounds, error = 0, None
 
     async def poll() -> None:
@@ -238,7 +235,7 @@ async def test_what_no_process_polls_is_polled_by_who_waits(
             raise error
 
     due, second = clock(), timedelta(seconds=1)
-    async with OwnPolling(poll=poll, clock=clock) as polling:
+    async with OwnPolling(poll=poll, clock=clock, poll_every=0.0) as polling:
         clock.move(follow.OVERDUE.total_seconds())
         assert polling.check(None) is polling.check(due) is None
         assert not polling.has_begun

@@ -56,12 +56,13 @@ class OwnPolling:
     """Calls `poll` while a caller waits, if no other process polls.
 
     Where one does, nothing stays overdue for `overdue_after`. Once something has, `poll` is called
-    whenever something is due, at most every `POLL_EVERY` seconds, until the block ends.
+    whenever something is due, at most every `poll_every` seconds, until the block ends.
     """
 
     poll: Callable[[], Awaitable[object]]
     clock: Clock
     overdue_after: timedelta = OVERDUE
+    poll_every: float = POLL_EVERY
     _round: asyncio.Task[None] | None = field(default=None, init=False)
 
     async def __aenter__(self) -> Self:
@@ -94,7 +95,7 @@ class OwnPolling:
         began = time.monotonic()
         with contextlib.suppress(StoreError):  # the caller's next read notices an outage
             await self.poll()
-        await asyncio.sleep(max(POLL_EVERY - (time.monotonic() - began), 0.0))
+        await asyncio.sleep(max(self.poll_every - (time.monotonic() - began), 0.0))
 
 
 @dataclass(kw_only=True, eq=False)
