@@ -14,7 +14,6 @@ from sqlalchemy import (
     Select,
     Update,
     and_,
-    case,
     delete,
     func,
     literal,
@@ -178,7 +177,7 @@ async def reset_far_schedules(
 
     Waits for bills are longer than a clock is usually set back. So a bill is due too if it was last
     read in what is the future now, or if the clock is known to have been `set_back`. What was read
-    then counts as read now, so that it does not outlast what is read next.
+    then counts as the latest until that time has come: the timeline says the same of the run.
     """
     due = runs.c.next_check_at
     lost = runs.c.tracking == word(Tracking.LOST)
@@ -190,11 +189,9 @@ async def reset_far_schedules(
             runs.c.recheck_at > now + policy.cost_give_up, *(at > now + _APART for at in read_at)
         )
         bill_due = and_(bill_due, is_ahead)
-    cost_read_at, outputs_read_at = (case((at > now, now), else_=at) for at in read_at)
-    bills = update(runs).where(_in_order(db, bill_due))
     statements = (
         update(runs).where(_in_order(db, far)).values(next_check_at=now),
-        bills.values(recheck_at=now, cost_read_at=cost_read_at, outputs_read_at=outputs_read_at),
+        update(runs).where(_in_order(db, bill_due)).values(recheck_at=now),
     )
     return await db.write(lambda connection: _count_updated(connection, *statements))
 
