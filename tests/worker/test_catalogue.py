@@ -374,7 +374,11 @@ async def test_who_may_only_read_keeps_no_start_waiting(
     assert await find("cctv-cam") is not None
     old = TechniqueRow(technique_id="tech_old", name="Old", inputs=({"id": "a"},))
     await techniques.define(services.database, old, clock())
-    finding = [asyncio.create_task(find(f"nonesuch-{number}")) for number in range(40)]
+    monkeypatch.setattr("tracker.starting.catalogue.RENEWAL_SECONDS", 60.0)
+    async with services.catalogue._finding:
+        finding = [asyncio.create_task(find(f"nonesuch-{number}")) for number in range(40)]
+        while sum(one.done() for one in finding) < 30:
+            await asyncio.sleep(0.01)
     most = 0
     while not all(one.done() for one in finding):
         most = max(most, limit.state().waiting + limit.state().in_flight)
