@@ -36,8 +36,8 @@ ATTEMPTS: tuple[tuple[Role, bool], ...] = (
 )
 """The lives in which a crash point is looked for, and whether FLORA fails in them: not everything
 happens in every life."""
-STOP_WITHIN = 30.0
-"""Seconds that a container has, from SIGTERM to its end."""
+STOP_WITHIN = 20.0
+"""Seconds within which a process that is told to stop promises to end; a container has 30."""
 
 
 async def soak(database: str, seconds: float, chance: random.Random) -> dict[str, Any]:

@@ -289,8 +289,8 @@ async def take(
     start became a run."""
     may_take = or_(is_free(starts, now), starts.c.lease_holder == holder)
     mine = _update(workspace_id, key, starts.c.state != StartState.STARTED, may_take)
-    statement = mine.values(lease_until=now + lease, lease_holder=holder)
-    return await _mark(db, statement.returning(*starts.c))
+    statement = mine.values(lease_until=now + lease, lease_holder=holder).returning(*starts.c)
+    return await db.write(lambda connection: _changed(connection, statement))
 
 
 async def prolong(
@@ -365,11 +365,12 @@ async def mark(
 
 
 async def _mark(db: Database, statement: Any) -> StartRow | None:
-    def work(connection: Connection) -> StartRow | None:
-        found = connection.execute(statement).first()
-        return None if found is None else _row(found)
+    return await db.write(lambda connection: _changed(connection, statement))
 
-    return await db.write(work)
+
+def _changed(connection: Connection, statement: Any) -> StartRow | None:
+    found = connection.execute(statement).first()
+    return None if found is None else _row(found)
 
 
 async def open_starts(db: Database) -> list[StartRow]:
