@@ -211,20 +211,27 @@ def test_an_unknown_run_is_status_1(tracker: Commands) -> None:
     assert "tracker runs track run_unknown" in one_line(done)
 
 
-@pytest.mark.parametrize("arguments", ["runs list", "runs list --json", "db current"])
-def test_an_output_that_cannot_be_written_is_status_1(arguments: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", ["runs list", "runs list --json", "db current", "spending --csv", "--help"]
+)
+@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
+def test_an_output_that_cannot_be_written_is_status_1(
+    arguments: str, unbuffered: str, tmp_path: Path
+) -> None:
     """One line, where the disk is full; a command whose stdout is closed prints nothing."""
-    full = _in_shell(f"{arguments} >/dev/full", tmp_path)
+    full = _in_shell(f"{arguments} >/dev/full", tmp_path, unbuffered)
     assert (full.returncode, one_line(full)) == (
         1,
         "tracker: stdout cannot be written: No space left on device\n",
     )
-    closed = _in_shell(f"{arguments} >&-", tmp_path)
+    closed = _in_shell(f"{arguments} >&-", tmp_path, unbuffered)
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
-def _in_shell(arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    command = ["/bin/sh", "-c", f"exec {sys.executable} -m tracker {arguments}"]
+def _in_shell(
+    arguments: str, folder: Path, variables: str = ""
+) -> "subprocess.CompletedProcess[str]":
+    command = ["/bin/sh", "-c", f"{variables}exec {sys.executable} -m tracker {arguments}"]
     return subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=False)
 
 

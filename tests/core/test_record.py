@@ -344,18 +344,20 @@ def test_only_what_is_settled_is_read_again(observed: list[Observation]) -> None
         assert record.run.charged_cost is not None or record.run.status is RunStatus.FAILED
 
 
-@pytest.mark.parametrize("skew", [-1200.0, 1200.0])
-def test_clocks_that_disagree_make_no_bill_final_too_early(skew: float) -> None:
-    """How long ago the run ended is told by FLORA's clock: ours may be hours off."""
+@pytest.mark.parametrize("cut", [0.0, 0.9, 20.0])
+@pytest.mark.parametrize("skew", [-86_400.0, -1200.0, 1200.0])
+def test_clocks_that_disagree_make_no_bill_final_too_early(skew: float, cut: float) -> None:
+    """How long ago the run ended is told by FLORA's clock: ours may be hours off. Of its `Date` a
+    part of a second is cut, and the time of the answer is missing."""
     end = START + timedelta(seconds=skew)  # as FLORA's clock has it
 
     def read(at: float, cost: int) -> Seen:
-        facts = {"completed_at": end, "clock_skew": skew, "charged_cost": Decimal(cost)}
+        facts = {"completed_at": end, "clock_skew": skew - cut, "charged_cost": Decimal(cost)}
         return billed(Source.POLL, at, reads=1, **facts)
 
     record = after([started(), read(1, 1)])
-    assert (record.cost_final, seconds(record.recheck_at)) == (False, 60)
-    record = after([read(60, 2)], record)
+    assert (record.cost_final, seconds(record.recheck_at)) == (False, 60 + min(cut, 1))
+    record = after([read(60 + cut, 2)], record)
     assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))
 
 

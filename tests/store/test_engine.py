@@ -84,7 +84,10 @@ def test_what_only_libpq_knows_is_left_out() -> None:
         "postgresql://u:hunter2@db:port/t",
         "postgresql://u:hunter2@db:65536/t",
         *(f"postgresql://u:{part}@db/t" for part in ("hunter2#x", "1#hunter2", "hunter2/x")),
-        *(f"postgresql://u:{part}@db/t" for part in ("1/hunter2", "hunter2?x", "p@hunter2")),
+        *(
+            f"postgresql://u:{part}@db/t"
+            for part in ("1/hunter2", "1?hunter2", "hunter2?x", "p@hunter2")
+        ),
     ],
 )
 def test_other_addresses_are_refused_unrepeated(url: str) -> None:

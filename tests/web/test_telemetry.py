@@ -150,6 +150,17 @@ async def test_a_span_has_no_query_of_what_we_ask(
     assert [one["endpoint"] for one in lines] == ["http://127.0.0.1:4318/"]
 
 
+@pytest.mark.parametrize("address", ["http://[::1:4318", "user:hunter2@collector:4318"])
+async def test_a_collector_s_address_that_is_no_url_stops_nothing(
+    spans: InMemorySpanExporter, address: str
+) -> None:
+    """Nor is it shown: it may hold a password."""
+    with capture_logs() as lines:
+        async with tracing((), environ={ENDPOINT: address}, processor=SimpleSpanProcessor(spans)):
+            pass
+    assert [one["endpoint"] for one in lines] == ["(not a URL)"]
+
+
 async def test_nothing_is_traced_unless_asked_for() -> None:
     """Without the variable nothing changes, and OpenTelemetry is not even looked for."""
     async with tracing((), environ={}) as traced:

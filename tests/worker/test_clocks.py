@@ -102,6 +102,25 @@ async def test_no_bill_waits_for_a_clock_that_is_set(
         await assert_billed(services, flora, run_id)
 
 
+async def test_a_bill_is_read_no_more_often_because_the_clock_was_set_back(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Once it was made due it has its usual waits, until the old time comes."""
+    async with make_flora(**BILLS["corrected"]) as flora:
+        services = await open_on(flora)
+        await start(services)
+        await poll_to_the_end(services, clock, within=120)
+        before = sum(reads_of(flora).values())
+        clock.move(-20 * 3600)
+        flora.world.change({"clock_offset": 20 * 3600})
+        services.poller.clock_jumped(timedelta(hours=-20))
+        for _ in range(36):
+            clock.move(300)
+            services.poller.clock_jumped(timedelta(0))  # far schedules are searched for again
+            await services.poller.recheck_due()
+        assert 0 < sum(reads_of(flora).values()) - before < 12
+
+
 @pytest.mark.parametrize("bill", BILLS)
 @pytest.mark.parametrize("hours", [-200_000, -1, 1, 25])
 async def test_a_wrong_date_makes_no_bill_final_and_gives_none_up(

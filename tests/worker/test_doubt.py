@@ -333,6 +333,27 @@ async def test_nothing_is_paid_twice_whatever_floras_clock_says(
         assert await state_of(services.database) == "in_doubt"
 
 
+@pytest.mark.parametrize("ahead", [3 * HOUR, 1e9])
+@pytest.mark.parametrize("known", [1, 6])
+async def test_nothing_is_paid_twice_where_floras_clock_was_ahead(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, ahead: float, known: int
+) -> None:
+    """The run of the start is then older, by its time of creation, than those known before."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        change(flora, clock_offset=ahead)
+        for _ in range(known):
+            flora.start("icon-pack")
+        change(flora, clock_offset=0)
+        await _sweep(services)
+        clock.move(61)
+        change(flora, **LOST)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        await _recover_for_long(services, clock)
+        assert (len(flora.world.runs), posts(flora)) == (known + 1, 1)
+
+
 @pytest.mark.parametrize("back", [60, 3600])
 async def test_nothing_is_paid_twice_where_floras_clock_is_set_back(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, back: float

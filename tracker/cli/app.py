@@ -4,6 +4,7 @@ Exit status 0 is done, 1 failed, 2 wrong usage or missing settings, 130 interrup
 error is one line on stderr; only a bug shows a traceback.
 """
 
+import errno
 import gc
 import os
 import re
@@ -90,6 +91,10 @@ def _tracker(
     pass
 
 
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write to stdout says that has no place; without a file name it is about no other file."""
+
+
 def main() -> NoReturn:
     """Run the command that `sys.argv` names, and exit with its status."""
     _collect_late()
@@ -116,6 +121,7 @@ def _collect_late() -> None:
 def _run() -> int:
     try:
         status = app(prog_name="tracker", standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:
         _print_usage_error(error)
         return error.exit_code
@@ -125,8 +131,9 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except OSError as error:
-        if not _is_output_lost():
+        if not (error.filename is None and error.errno in _FULL) and not _is_output_lost():
             raise
+        _discard_output()
         _print_error(f"stdout cannot be written: {error.strerror}")
         return 1
     return status if isinstance(status, int) else 0
@@ -140,14 +147,17 @@ def _open_closed_streams() -> None:
 
 
 def _is_output_lost() -> bool:
-    """Whether stdout takes nothing more, as on a full disk; what it still holds is discarded."""
+    """Whether stdout takes nothing more."""
     try:
         sys.stdout.flush()
     except OSError:
-        # Python flushes once more as it exits, and would report the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _discard_output() -> None:
+    """Python flushes stdout once more as it exits, and would report the error again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_usage_error(error: typer.TyperException) -> None:

@@ -208,7 +208,7 @@ def batch(
                 pass  # it can be written to: known before anything is paid
         try:
             with screen(bar_columns) as shown:
-                display = BatchScreen(shown, name, downloads=download is not None)
+                display = BatchScreen(shown, name, downloads=download is not None, waits=wait)
                 running = services.batches.run(
                     plan,
                     concurrency=concurrency or services.settings.tracker_api_concurrency,

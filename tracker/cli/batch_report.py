@@ -170,11 +170,14 @@ def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
 class BatchScreen:
     """The progress of a batch: one bar on a terminal; elsewhere a line now and then.
 
-    `begun` is set when the batch is stored.
+    `begun` is set when the batch is stored; `waits` is whether the command waits for its runs.
     """
 
-    def __init__(self, screen: Screen, name: str, *, downloads: bool = False) -> None:
+    def __init__(
+        self, screen: Screen, name: str, *, downloads: bool = False, waits: bool = True
+    ) -> None:
         self._screen = screen
+        self._waits = waits
         self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
         self._stage: tuple[bool, bool] | None = None
         self._said_doubt = False
@@ -194,11 +197,12 @@ class BatchScreen:
         self._progress = progress
         files = None if self._files is None else len(self._files)
         counts = progress.counts
-        if progress.doubt and not (progress.left or counts.active or self._said_doubt):
+        only_doubt = progress.doubt and not (progress.left or counts.active)
+        if only_doubt and self._waits and not self._said_doubt:
             self._said_doubt = True
             self._screen.notice(
                 f"waiting for {counted(progress.doubt, 'start')} in doubt: see `tracker starts "
-                "list`. After an interruption a worker goes on with them"
+                "list`. If you interrupt the command, a running worker resolves them"
             )
         if self._screen.has_bars:
             text = progress_text(progress, files, width=_WIDTH - _NAME - _BAR - 2)
@@ -259,13 +263,14 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
     The exit status: 0 where all rows completed (not `waited`: were started), else 1.
     """
     counts = outcome.counts
+    not_started = counts.unstarted - counts.unresolved - counts.doubt
     bad = [row for row in outcome.rows if not (row.done if waited else row.started)]
     if outcome.stopped is not None:
-        left = [row.entry.line for row in outcome.rows if not row.started]
+        left = [row.entry.line for row in outcome.rows if row.start is None or row.start.is_fresh]
         if left:
             note(f"tracker: not started: {line_numbers(left)}")
         note(
-            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {counts.unstarted:,} of "
+            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {not_started:,} of "
             f"{counted(counts.rows, 'row')} not started; repeat the command to continue"
         )
         # Rows that were never reached are covered by the reason why the command stopped.
@@ -281,7 +286,7 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
             "not found at FLORA": counts.lost,
             "unresolved": counts.unresolved,
             "in doubt": counts.doubt,
-            "not started": counts.unstarted - counts.unresolved - counts.doubt,
+            "not started": not_started,
         }.items()
         if count
     ]

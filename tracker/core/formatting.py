@@ -13,7 +13,6 @@ UNKNOWN: Final = "unknown"
 _REQUIREMENTS: Final = {
     "missing": "is missing",
     "extra_forbidden": "is not a known field",
-    "too_short": "must not be empty",
     "model_type": "must be an object",
     "dict_type": "must be an object",
 }
@@ -26,6 +25,8 @@ def requirement(kind: str, message: str) -> str:
     It is the predicate of a sentence whose subject is the field: `must be a valid integer`.
     """
     message = re.sub(r"^[A-Z][a-z]+ should ", "must ", message.removeprefix("Value error, "))
+    if kind == "too_short" and "at least 1 " in message:
+        return "must not be empty"
     return _REQUIREMENTS.get(kind) or _DETAIL.sub("", message)
 
 

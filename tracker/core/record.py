@@ -268,6 +268,11 @@ def apply(
     return record if record is not None and after == record else after
 
 
+_DATE_BEHIND: Final = timedelta(seconds=30)
+"""How far FLORA's clock may seem to be behind itself: `Date` is cut to seconds, and compared with
+ours when the answer has come."""
+
+
 def since_end(
     run: Run, end_seen_at: datetime, at: datetime, skew: float | None = None
 ) -> timedelta:
@@ -282,6 +287,8 @@ def since_end(
     if run.completed_at is not None:
         ours = at - max(run.completed_at, run.created_at or run.completed_at)
         by_flora = ours + timedelta(seconds=skew or 0.0)
+        if -_DATE_BEHIND <= by_flora < never:
+            by_flora = never
         if ours >= never:
             since = max(since, ours)
             if skew is not None and by_flora >= never:

@@ -287,9 +287,13 @@ class Webhooks:
 
     async def _catch_up(self) -> None:
         """After the clock was set back: make due what was to wait until a time of the old clock."""
-        now, own = self.clock(), [*self._endpoints, *self._handlers]
-        await messages.make_due(self.database, own, now=now)
-        self._set_back = False
+        self._set_back = False  # before the write, during which it may be set back again
+        try:
+            own = [*self._endpoints, *self._handlers]
+            await messages.make_due(self.database, own, now=self.clock())
+        except BaseException:
+            self._set_back = True
+            raise
         self.wake()
 
     async def _configure(self) -> None:

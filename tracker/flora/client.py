@@ -239,10 +239,12 @@ class FloraClient:
         return ids
 
     async def sees(self, workspace_id: str, *, deadline: float | None = None) -> bool:
-        """Whether FLORA lists this workspace for the key; it is asked until it has answered."""
+        """Whether FLORA lists this workspace for the key; it is asked until it has answered.
+
+        Raises `FloraError`.
+        """
         if not self._sees:
-            with suppress(FloraError):
-                await self.list_workspaces(deadline=deadline)
+            await self.list_workspaces(deadline=deadline)
         return workspace_id in self._sees
 
     async def start_run(
@@ -345,7 +347,8 @@ class FloraClient:
         page, own = await read(), self._workspace_id
         if own is None or all(item.workspace_id in (None, own) for item in page.items):
             return page
-        await self.sees(own, deadline=deadline)
+        with suppress(FloraError):
+            await self.sees(own, deadline=deadline)
         return page if self._only_workspace is None else await read()
 
     @property

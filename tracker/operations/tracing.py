@@ -105,7 +105,12 @@ async def _shorten_url(span: "Span", request: object) -> None:
 
 def _shown_url(url: str) -> str:
     """A URL without what may be secret in it: user, query, and the token of a callback."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if not parts.netloc:
+        return "(not a URL)"
     shown = parts._replace(
         netloc=parts.netloc.rpartition("@")[2],
         path=hide_callback_token(parts.path),

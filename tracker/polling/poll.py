@@ -110,11 +110,16 @@ class Poller(Service):
         """Make what is due too far ahead due now, after the clock was set and now and then."""
         if time.monotonic() - self._brought_near_at < BRING_NEAR_EVERY:
             return
-        brought = await claims.reset_far_schedules(
-            self.database, self.policy, self.clock(), set_back=self._set_back
-        )
-        self._brought_near_at = time.monotonic()
+        # Before the write, during which the clock may be set again.
+        self._brought_near_at, set_back = time.monotonic(), self._set_back
         self._set_back = False
+        try:
+            brought = await claims.reset_far_schedules(
+                self.database, self.policy, self.clock(), set_back=set_back
+            )
+        except BaseException:
+            self._brought_near_at, self._set_back = -math.inf, self._set_back or set_back
+            raise
         if brought:
             log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
 

@@ -156,9 +156,11 @@ class StartMatcher:
         filtered: bool,
     ) -> dict[str, Observation]:
         client = workspace.require_client()
+        first = since + min(client.clock_offset or timedelta(), timedelta())
         if known_until is None:
-            bottom = since + min(client.clock_offset or timedelta(), timedelta()) - FIRST_READ
-        else:
+            known_until = bottom = first - FIRST_READ
+        else:  # FLORA's clock may have been ahead
+            known_until = min(known_until, first)
             bottom = known_until - READ_BELOW
         found: dict[str, Observation] = {}
         known = False  # whether what follows was listed before
@@ -169,10 +171,10 @@ class StartMatcher:
         )
         async with aclosing(pages):
             async for page in pages:
-                first = min(page.unreadable, default=len(page.items))
-                known = known or _reaches(known_until, page.items[:first])
+                readable = min(page.unreadable, default=len(page.items))
+                known = known or _reaches(known_until, page.items[:readable])
                 if page.unreadable and not known:  # it may be the run of this start
-                    reason = page.unreadable[first]
+                    reason = page.unreadable[readable]
                     raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
                 found |= {
                     item.run_id: item

@@ -184,10 +184,9 @@ async def reset_far_schedules(
     far = and_(due > now + policy.longest_wait, or_(not_(lost), due > now + LOST_READ_EVERY))
     bill_due = runs.c.recheck_at > now
     read_at = runs.c.cost_read_at, runs.c.outputs_read_at
+    by_old_clock = (and_(at > now + _APART, runs.c.recheck_at > at) for at in read_at)
     if not set_back:
-        is_ahead = or_(
-            runs.c.recheck_at > now + policy.cost_give_up, *(at > now + _APART for at in read_at)
-        )
+        is_ahead = or_(runs.c.recheck_at > now + policy.cost_give_up, *by_old_clock)
         bill_due = and_(bill_due, is_ahead)
     statements = (
         update(runs).where(_in_order(db, far)).values(next_check_at=now),

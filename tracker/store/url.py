@@ -168,7 +168,8 @@ def _check_hosts(parts: SplitResult) -> None:
     """Raise `ValueError` if a character of the password has ended the part with the hosts: what
     follows it would be taken for a port or a database, and shown in errors."""
     user, _, hosts = parts.netloc.rpartition("@")
-    if parts.fragment or "@" in user or "@" in parts.path:
+    elsewhere = parts.path if "@" in parts.netloc else parts.path + parts.query
+    if parts.fragment or "@" in user or "@" in elsewhere:
         raise ValueError("a part of the password")
     for host in hosts.split(","):
         if not (found := _HOST_PORT.fullmatch(host)) or int(found["port"] or 0) >= 2**16:

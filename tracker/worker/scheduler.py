@@ -156,9 +156,11 @@ class Worker:
             task.cancel()
         await asyncio.sleep(0)
         self._scheduler.shutdown(wait=False)  # cancels what runs
-        ending = [*self._tasks, *self._running]
-        for part in (services.webhooks, services.batch_worker):
-            ending.append(asyncio.create_task(part.stop()))
+        ending: list[asyncio.Task[object]] = [*self._tasks, *self._running]
+        ending += [
+            asyncio.create_task(services.webhooks.stop(), name="webhooks"),
+            asyncio.create_task(services.batch_worker.stop(), name="batches"),
+        ]
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 await asyncio.wait(ending)
@@ -167,6 +169,9 @@ class Worker:
             why = str(error) or "the database does not answer in time"
             log.warning("worker.claims_kept", error=why, advice="they run out by themselves")
         await cancel(*ending, seconds=CANCEL_SECONDS)
+        for part in ending:
+            if part.done() and not part.cancelled() and (failure := part.exception()) is not None:
+                log.exception("worker.stop_failed", exc_info=failure, task=part.get_name())
 
     def _job(self, name: str, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """A job that reports its failures, and that `stop` waits for."""

@@ -17,6 +17,9 @@ LAST_ATTEMPT: Final = 375
 EXPIRES_SOON: Final = timedelta(days=14)
 PREFIX: Final = "whsec_"
 
+_CERTAIN: Final = 10
+"""Characters from which on a secret in a file is no other word."""
+
 
 def check(
     settings: Settings, sources: Mapping[str, str], unknown: Sequence[str] = (), *, now: datetime
@@ -73,7 +76,8 @@ def _shows_secrets(path: Path, settings: Settings) -> bool:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):  # "the environment", and what has changed since
         return False
-    return any(secret in text for secret in settings.secret_values)
+    # A short one, such as the database's password "tracker", may stand there as something else.
+    return any(len(secret) >= _CERTAIN and secret in text for secret in settings.secret_values)
 
 
 def _secrets(settings: Settings, workspace: WorkspaceSettings) -> Finding:

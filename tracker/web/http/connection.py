@@ -343,6 +343,7 @@ class Connection(HttpToolsProtocol):
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
             "Connection": "close",
+            "Cache-Control": "no-store",
             **fault.headers,
         }
         lines = [f"HTTP/1.1 {fault.status} {HTTPStatus(fault.status).phrase}"]
