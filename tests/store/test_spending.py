@@ -254,7 +254,7 @@ async def test_spending_adds_up_by_day_technique_and_tag(db: Database, writer: T
         facts = {"technique_id": f"tech_{number % 2}", "charged_cost": Decimal("0.1")}
         facts["created_at"] = NOW - number * DAY  # type: ignore[assignment]
         await writer.submit(seen(f"run_of_{number}", RunStatus.COMPLETED, facts=facts))
-    given_up = {"created_at": NOW, "completed_at": NOW - 2 * DAY}
+    given_up = {"created_at": NOW - 2 * DAY, "completed_at": NOW - 2 * DAY}
     await writer.submit(seen("unpriced", RunStatus.COMPLETED, facts=given_up))
 
     async def added(by: str) -> dict[Any, tuple[int, Decimal, Decimal]]:
@@ -267,9 +267,9 @@ async def test_spending_adds_up_by_day_technique_and_tag(db: Database, writer: T
     today = NOW.replace(hour=0, minute=0, second=0, microsecond=0)
     tenth = Decimal("0.1")
     assert await added("day") == {
-        today - 2 * DAY: (1, tenth, 0),
+        today - 2 * DAY: (2, tenth, 0),
         today - DAY: (1, tenth, 0),
-        today: (3, tenth, PRICE),
+        today: (2, tenth, PRICE),
     }
     by_technique = await added("technique")
     assert by_technique["tech_1"] == (2, tenth, PRICE)
