@@ -141,7 +141,11 @@ class Database:
         Raises `StoreUnavailable` if the database does not answer, `StoreError` for the rest.
         """
         async with self._guarded(), self.engine.connect() as connection:
-            yield connection
+            try:
+                yield connection
+            finally:
+                if self._closed:  # its pool is gone, which closes only what it holds
+                    await connection.invalidate()
 
     async def fetch(self, query: Executable) -> Sequence[AnyRow]:
         """The rows of one query. Raises as `read` does."""

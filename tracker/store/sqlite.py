@@ -109,17 +109,23 @@ def sqlite_read_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     engine = create_async_engine(
         _file_url("sqlite+aiosqlite", url),
         pool_timeout=url.times.long_busy,
-        connect_args={"async_creator_fn": _open},
+        connect_args=_creator(url.times.long_busy, "PRAGMA query_only=ON"),
         **options,
     )
-    _prepare(engine.sync_engine, "BEGIN", url.times.long_busy, "PRAGMA query_only=ON")
+    _begin(engine.sync_engine, "BEGIN")
     _check_file(engine.sync_engine, url.path)
     return engine
 
 
-async def _open(*place: Any, **options: Any) -> Any:
-    """A connection of aiosqlite. If the caller is cancelled it is closed, which aiosqlite itself
-    would leave to the garbage collector."""
+def _creator(busy_seconds: float, *pragmas: str) -> dict[str, Any]:
+    """How SQLAlchemy opens a connection of aiosqlite."""
+    set_up = partial(_set_up, busy_seconds=busy_seconds, pragmas=pragmas)
+    return {"async_creator_fn": partial(_open, set_up)}
+
+
+async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **options: Any) -> Any:
+    """A connection of aiosqlite, set up in its thread. If the caller is cancelled it is closed,
+    which aiosqlite itself, and SQLAlchemy for an event, would leave to the garbage collector."""
     import aiosqlite  # noqa: PLC0415 - not loaded for PostgreSQL
 
     made: list[sqlite3.Connection] = []
@@ -130,6 +136,8 @@ async def _open(*place: Any, **options: Any) -> Any:
         made.append(connection)
         if is_abandoned:
             connection.close()
+        else:
+            set_up(connection)
         return connection
 
     opening = aiosqlite.Connection(connect, iter_chunk_size=64)
@@ -158,13 +166,18 @@ def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
             "choose another place"
         )
     address = URL.create("sqlite+aiosqlite", database=url.path)
-    engine = create_async_engine(address, poolclass=NullPool, **options)
+    engine = create_async_engine(
+        address,
+        poolclass=NullPool,
+        connect_args=_creator(url.times.long_busy, *_DURABLE),
+        **options,
+    )
 
     @event.listens_for(engine.sync_engine, "do_connect")
     def connecting(*_: object) -> None:
         _create(Path(url.path).resolve())
 
-    _prepare(engine.sync_engine, "BEGIN IMMEDIATE", url.times.long_busy, *_DURABLE)
+    _begin(engine.sync_engine, "BEGIN IMMEDIATE")
     return engine
 
 
@@ -178,11 +191,7 @@ def _create(file: Path) -> None:
 
 def _write_engine(url: DatabaseUrl, **options: Any) -> Engine:
     engine = create_engine(_file_url("sqlite", url), pool_size=1, max_overflow=0, **options)
-    _prepare(
-        engine,
-        # Take the lock at once: a transaction that reads before it writes may fail.
-        "BEGIN IMMEDIATE",
-        url.times.busy,
+    pragmas = (
         *_DURABLE,
         "PRAGMA foreign_keys=ON",
         # The statement journal is kept in memory, not in a file for each commit.
@@ -191,6 +200,13 @@ def _write_engine(url: DatabaseUrl, **options: Any) -> Engine:
         # 32 MB of the log instead of 4.
         "PRAGMA wal_autocheckpoint=8000",
     )
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: object) -> None:
+        _set_up(connection, url.times.busy, pragmas)
+
+    # Take the lock at once: a transaction that reads before it writes may fail.
+    _begin(engine, "BEGIN IMMEDIATE")
     _check_file(engine, url.path)
     return engine
 
@@ -202,17 +218,15 @@ def _file_url(driver: str, url: DatabaseUrl) -> URL:
     )
 
 
-def _prepare(engine: Engine, begin: str, busy_seconds: float, *pragmas: str) -> None:
-    """Begin transactions here, because Python's driver begins them late or not at all."""
-    busy = f"PRAGMA busy_timeout={int(busy_seconds * 1000)}"
+def _set_up(connection: sqlite3.Connection, busy_seconds: float, pragmas: Sequence[str]) -> None:
+    """Set the options of a new connection."""
+    connection.isolation_level = None  # see `_begin`
+    for pragma in (f"PRAGMA busy_timeout={int(busy_seconds * 1000)}", *pragmas):
+        connection.execute(pragma).close()
 
-    @event.listens_for(engine, "connect")
-    def connected(connection: Any, _: object) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in (busy, *pragmas):
-            cursor.execute(pragma)
-        cursor.close()
+
+def _begin(engine: Engine, begin: str) -> None:
+    """Begin transactions here, because Python's driver begins them late or not at all."""
 
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
