@@ -29,7 +29,7 @@ from tests.support.databases import Background, PostgresDatabases
 from tests.support.postgres import PostgresServer
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import RunStatus
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims, migrate
@@ -138,7 +138,7 @@ async def _start(db: Database, writer: Writer, key: str, now: datetime) -> None:
     )
     run_id = f"run_of_{key}"
     first = Observation(run_id=run_id, source=Source.START, at=now, technique_id="tech_1")
-    await writer.submit(Seen(observation=first, slot="default", idempotency_key=key))
+    await writer.submit(Observed(observation=first, slot="default", idempotency_key=key))
     await starts.give_back(db, "default", key, "h")
     await writer.submit(callback(run_id, at=now))
     ended = {"charged_cost": 1, "completed_at": now, "outputs": ()}

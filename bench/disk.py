@@ -30,7 +30,7 @@ from tests.store.making import callback, open_writer, seen
 from tests.web.callbacks import event
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Entry, Seen
+from tracker.core.record import Entry, Observed
 from tracker.core.run import Output, RunStatus
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import migrate
@@ -54,7 +54,7 @@ def _entries(number: int) -> Iterator[Entry]:
     facts: dict[str, Any] = {"workspace_id": WORKSPACE, "technique_id": TECHNIQUE}
     first = Observation(run_id=run_id, source=Source.START, at=now, created_at=now, **facts)
     inputs = [{"id": "prompt", "type": "text", "value": f"{PROMPT}{number:036}"}]
-    yield Seen(
+    yield Observed(
         observation=first,
         inputs=inputs,
         callback_expected=True,

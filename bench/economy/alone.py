@@ -34,20 +34,20 @@ def alone(middle: float, *, interval: float, known: bool) -> Alone:
     reads, stale = 0, []
     for number in range(RUNS):
         run, end = Run(run_id=f"run_{number}"), low + spread * (number + 0.5) / RUNS
-        now, looks = 0.0, 0
-        while looks == 0 or now < end:
+        now, polls = 0.0, 0
+        while polls == 0 or now < end:
             at = next_check(
                 run,
                 policy=policy,
                 now=BEGIN + timedelta(seconds=now),
                 first_seen=BEGIN,
-                looks=looks,
+                polls=polls,
                 callback_expected=False,
                 durations=durations,
             )
             now = (at - BEGIN).total_seconds() if at else end
-            looks += 1
-        reads += looks
+            polls += 1
+        reads += polls
         stale.append(now - end)
     stale.sort()
     return Alone(reads / RUNS, stale[RUNS // 2], stale[RUNS * 95 // 100])

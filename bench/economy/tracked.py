@@ -19,7 +19,7 @@ from tests.e2e.truth import settled_runs
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
 from tracker.core.observation import Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.schedule import Policy
 from tracker.flora import parse
 from tracker.polling.poll import FEW_KEPT_FOR
@@ -105,7 +105,7 @@ async def _start_at_once(
     """All runs within a second, which no machine starts through the API: FLORA begins them, and
     its answers go through a writer, as those to a start do."""
     started = [
-        Seen(
+        Observed(
             observation=parse.run(
                 run.answer_to_start(),
                 source=Source.START,

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Final
 
-from bench.footprint.process import Seen, serving
+from bench.footprint.process import Usage, serving
 from bench.report import Report, Table, say
 from bench.throw_away import throw_away
 from tracker.simulator import Options, running
@@ -44,14 +44,14 @@ def idle(report: Report, kind: str, *, seconds: float) -> None:
     }
 
 
-async def _watch(kind: str, url: str, seconds: float) -> tuple[Seen, Counter[str]]:
+async def _watch(kind: str, url: str, seconds: float) -> tuple[Usage, Counter[str]]:
     async with running(Options()) as flora:
         return await asyncio.to_thread(_wait, kind, url, flora.environment, seconds)
 
 
 def _wait(
     kind: str, url: str, environ: dict[str, str], seconds: float
-) -> tuple[Seen, Counter[str]]:
+) -> tuple[Usage, Counter[str]]:
     with serving(url, module="bench.footprint.counted", environ=environ) as tracker:
         time.sleep(QUIET_SECONDS)
         sent, used = Counter(tracker.statements()), tracker.seen()

@@ -18,15 +18,15 @@ from tests.support.waiting import free_port
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Usage:
     """What a process has used so far: seconds of processor time, and how often one of its threads
     was woken."""
 
     processor: float
     wakings: int
 
-    def __sub__(self, earlier: "Seen") -> "Seen":
-        return Seen(self.processor - earlier.processor, self.wakings - earlier.wakings)
+    def __sub__(self, earlier: "Usage") -> "Usage":
+        return Usage(self.processor - earlier.processor, self.wakings - earlier.wakings)
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Serving:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
-    def seen(self) -> Seen:
+    def seen(self) -> Usage:
         """What all its threads have used."""
         processor, wakings = 0, 0
         for task in Path(f"/proc/{self.pid}/task").iterdir():
@@ -54,7 +54,7 @@ class Serving:
                 lines = (task / "status").read_text().splitlines()
                 counted = next(line for line in lines if line.startswith("voluntary_ctxt"))
                 wakings += int(counted.split()[1])
-        return Seen(processor / 1e9, wakings)
+        return Usage(processor / 1e9, wakings)
 
     def statements(self) -> dict[str, int]:
         """The statements that it has sent so far."""

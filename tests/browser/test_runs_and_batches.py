@@ -13,7 +13,7 @@ from tests.browser.test_layout import PHONE
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
@@ -84,7 +84,7 @@ async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> N
             outputs=None if failed else outputs,
             error=RunError("model_timeout", "The model took too long.") if failed else None,
         )
-        one = Seen(observation=observation, inputs=inputs)
+        one = Observed(observation=observation, inputs=inputs)
         seen.append(replace(one, slot=workspace, idempotency_key=entry.key))
     await live.services.writer.submit_all(seen)
     await batches.finish(database, batch_id, utc_now())
@@ -168,14 +168,14 @@ async def test_a_picture_that_does_not_load_becomes_an_icon(
         created_at=utc_now(),
         outputs=(Output("a", "imageUrl", f"{live.flora.base_url}/no/such.png"),),
     )
-    await live.services.writer.submit(Seen(observation=seen))
+    await live.services.writer.submit(Observed(observation=seen))
     watched = await open_page()
     page = watched.page
     await sign_in(page, f"{live.url}/runs?text=run_broken")
     thumb = page.locator('tr[data-run="run_broken"] .thumb')
     await expect(thumb).to_have_class(re.compile("broken"))
     billed = replace(seen, at=utc_now(), charged_cost=Decimal("0.25"))
-    await live.services.writer.submit(Seen(observation=billed))
+    await live.services.writer.submit(Observed(observation=billed))
     await expect(page.locator('tr[data-run="run_broken"]')).to_contain_text("$0.25")
     await expect(thumb.locator("img")).to_be_hidden()
     await expect(thumb.locator("svg")).to_be_visible()
@@ -185,6 +185,6 @@ async def test_a_picture_that_does_not_load_becomes_an_icon(
     await page.goto(f"{live.url}/runs/run_broken")
     await expect(page.locator(".gone")).to_have_count(1)
     billed = replace(seen, at=utc_now(), charged_cost=Decimal("0.50"))
-    await live.services.writer.submit(Seen(observation=billed))
+    await live.services.writer.submit(Observed(observation=billed))
     await expect(page.locator("main")).to_contain_text("$0.50")
     await expect(page.locator(".gone")).to_have_count(1)

@@ -14,7 +14,7 @@ from tests.store.making import NOW, TestWriter, ids, open_writer, seen, started
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.forked import TRACKER, Forked, ForkedPython
 from tests.support.waiting import START_SECONDS, close_server, eventually, free_port
-from tracker.core.record import Seen, Unseen
+from tracker.core.record import FailedRead, Observed
 from tracker.core.run import Output, RunStatus
 from tracker.store.engine import Database
 
@@ -191,7 +191,7 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
                 for hour in range(5):
                     at = NOW + timedelta(hours=hour)
                     await writer.submit(
-                        Unseen(run_id="run_lost", at=at, error="no such run", missing=True)
+                        FailedRead(run_id="run_lost", at=at, error="no such run", missing=True)
                     )
                 await served.start()
                 assert "run_lost pending → 204" in await asyncio.to_thread(process.stdout.readline)
@@ -204,7 +204,7 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
     assert receiver.got[0].data["charged_cost"] == 0.2
 
 
-def billed(run_id: str, cost: str, *, later: float = 10) -> Seen:
+def billed(run_id: str, cost: str, *, later: float = 10) -> Observed:
     """A later read of a completed run, with its cost."""
     return seen(
         run_id,

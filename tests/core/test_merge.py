@@ -16,7 +16,6 @@ from tests.core.strategies import START, observations
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.run import (
-    MERGED_FIELDS,
     Details,
     Output,
     Precedence,
@@ -315,7 +314,7 @@ def test_other_outputs_are_no_conflict(others: tuple[Output, ...]) -> None:
 
 def precedence_of(run: Run, field: str) -> Precedence:
     """The precedence of the observation that `field` has its value from."""
-    return Precedence(run.precedences >> 3 * MERGED_FIELDS.index(field) & 0o7)
+    return Precedence(getattr(run.precedences, field))
 
 
 def test_each_value_remembers_its_rank() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Entry, Record, Seen, Unseen, apply
+from tracker.core.record import Entry, FailedRead, Observed, Record, apply
 from tracker.core.run import Output, Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, first_wait, next_check, wait_after
 
@@ -38,21 +38,21 @@ def seen(
     return Observation(run_id="run_1", source=source, status=status, at=moment, **shown)  # type: ignore[arg-type]
 
 
-def callback(status: RunStatus = RunStatus.COMPLETED, *, at: float) -> Seen:
-    return Seen(observation=seen(Source.CALLBACK, status, at=at))
+def callback(status: RunStatus = RunStatus.COMPLETED, *, at: float) -> Observed:
+    return Observed(observation=seen(Source.CALLBACK, status, at=at))
 
 
-def started(*, at: float = 0, callback_expected: bool = True) -> Seen:
-    return Seen(observation=seen(Source.START, at=at), callback_expected=callback_expected)
+def started(*, at: float = 0, callback_expected: bool = True) -> Observed:
+    return Observed(observation=seen(Source.START, at=at), callback_expected=callback_expected)
 
 
-def polled(status: RunStatus, *, at: float, **shown: object) -> Seen:
-    return Seen(observation=seen(Source.POLL, status, at=at, **shown), reads=1)
+def polled(status: RunStatus, *, at: float, **shown: object) -> Observed:
+    return Observed(observation=seen(Source.POLL, status, at=at, **shown), reads=1)
 
 
-def denied(*, at: float) -> Unseen:
+def denied(*, at: float) -> FailedRead:
     moment = START + timedelta(seconds=at)
-    return Unseen(run_id="run_1", at=moment, error="no such run", missing=True)
+    return FailedRead(run_id="run_1", at=moment, error="no such run", missing=True)
 
 
 def seconds(moment: datetime | None) -> float:
@@ -111,12 +111,12 @@ def test_waits_grow_while_nothing_happens() -> None:
 
 
 def test_a_page_read_for_others_puts_no_poll_off() -> None:
-    """A list that shows a run which is not due leaves its time and its count of looks alone."""
+    """A list that shows a run which is not due leaves its time and its count of polls alone."""
     record = after([started(), polled(RunStatus.RUNNING, at=30)])
-    page = Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=31))
+    page = Observed(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=31))
     assert after([page], record) is record
     due = seconds(record.next_check_at)
-    late = Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=due + 1))
+    late = Observed(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=due + 1))
     assert seconds(after([late], record).next_check_at) > due
 
 
@@ -124,7 +124,7 @@ def test_lists_without_details_put_no_read_off() -> None:
     """A run that has ended stays due for its details, however many pages show it without them."""
     record = after([started(), callback(at=7)])
     for at in range(8, 20):
-        item = Seen(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=at))
+        item = Observed(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=at))
         record = after([item], record)
     assert seconds(record.next_check_at) <= 8
 
@@ -138,21 +138,23 @@ def test_what_was_read_before_a_callback_puts_no_read_off() -> None:
 
 def test_a_failed_read_of_a_settled_run_is_only_counted() -> None:
     """A read that failed after another way had settled the run leaves no error behind."""
-    failed = Unseen(run_id="run_1", at=START + timedelta(seconds=40), error="FLORA answered 503")
+    failed = FailedRead(
+        run_id="run_1", at=START + timedelta(seconds=40), error="FLORA answered 503"
+    )
     record = after([started(), polled(RunStatus.FAILED, at=31), failed])
     assert (record.checks, record.last_error, record.tracking) == (2, None, Tracking.SETTLED)
 
 
 def test_an_end_without_details_is_read_at_once() -> None:
     """A history item that shows the end but not the details makes the run due now."""
-    item = Seen(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=60))
+    item = Observed(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=60))
     record = after([started(), polled(RunStatus.RUNNING, at=30), item])
     assert (seconds(record.next_check_at), record.checks) == (60, 1)
 
 
 def test_a_history_item_with_details_settles_without_a_read() -> None:
     """An item that carries outputs and cost settles: nothing is left to look at."""
-    item = Seen(
+    item = Observed(
         observation=seen(
             Source.HISTORY, RunStatus.COMPLETED, at=9, outputs=(PICTURE,), charged_cost=Decimal(1)
         )
@@ -178,7 +180,7 @@ def test_lost_needs_five_reads_and_an_hour() -> None:
         Tracking.LOST,
         START + timedelta(seconds=7300, days=2),
     )
-    found = after([Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=7400))], lost)
+    found = after([Observed(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=7400))], lost)
     assert found.tracking is Tracking.ACTIVE
     assert found.next_check_at is not None
 
@@ -198,7 +200,9 @@ def test_a_observation_between_denials_starts_the_count_anew() -> None:
 
 def test_a_failed_read_is_counted_and_kept() -> None:
     """A read that failed is counted, tells why in `last_error`, and is tried again later."""
-    failed = Unseen(run_id="run_1", at=START + timedelta(seconds=30), error="FLORA answered 503")
+    failed = FailedRead(
+        run_id="run_1", at=START + timedelta(seconds=30), error="FLORA answered 503"
+    )
     record = after([started(), failed])
     assert (record.checks, record.last_error) == (1, "FLORA answered 503")
     assert 34 <= seconds(record.next_check_at) <= 35
@@ -207,15 +211,15 @@ def test_a_failed_read_is_counted_and_kept() -> None:
 
 def test_a_tracked_run_is_read_at_once() -> None:
     """What someone tells of a run is not believed: it is due the moment it is tracked."""
-    record = after([Seen(observation=seen(Source.TRACK, at=3))])
+    record = after([Observed(observation=seen(Source.TRACK, at=3))])
     assert (record.source, seconds(record.next_check_at)) == (Source.TRACK, 3)
 
 
 def test_only_the_holder_of_a_claim_gives_it_back() -> None:
     """A observation made under another claim, or under none, leaves the lease alone."""
     held = replace(after([started()]), lease_holder="w1", lease_until=START)
-    other = Seen(observation=seen(Source.POLL, at=1), claim="w2")
-    mine = Seen(observation=seen(Source.POLL, at=1), claim="w1")
+    other = Observed(observation=seen(Source.POLL, at=1), claim="w2")
+    mine = Observed(observation=seen(Source.POLL, at=1), claim="w1")
     assert after([other], held).lease_holder == "w1"
     assert after([mine], held).lease_holder is None
 
@@ -228,7 +232,7 @@ def test_an_unseen_run_that_nobody_tracks_is_nothing() -> None:
 @given(st.lists(observations(), min_size=1, max_size=8))
 def test_every_unsettled_run_has_a_next_poll(observed: list[Observation]) -> None:
     """Whatever is seen in whatever order, a run is settled or has a time at which it is read."""
-    record = after([Seen(observation=observation) for observation in observed])
+    record = after([Observed(observation=observation) for observation in observed])
     assert (record.next_check_at is None) is (record.tracking is Tracking.SETTLED)
     assert (record.settled_at is not None) is (record.tracking is Tracking.SETTLED)
     assert (record.ended_via is not None) is record.run.precedence.ended
@@ -266,14 +270,14 @@ def test_jitter_drifts_runs_apart_and_repeats() -> None:
 def test_flora_s_clock_does_not_move_the_first_poll() -> None:
     """A run that FLORA says was created tomorrow is first looked at as any other."""
     tomorrow = replace(started().observation, created_at=START + timedelta(days=1))
-    record = after([Seen(observation=tomorrow, callback_expected=True)])
+    record = after([Observed(observation=tomorrow, callback_expected=True)])
     assert seconds(record.next_check_at) == 30
 
 
-def billed(source: Source, at: float, *, reads: int = 0, **shown: object) -> Seen:
+def billed(source: Source, at: float, *, reads: int = 0, **shown: object) -> Observed:
     """A read of the completed run, with its outputs."""
     facts = {"outputs": (PICTURE,), "completed_at": START} | shown
-    return Seen(observation=seen(source, RunStatus.COMPLETED, at=at, **facts), reads=reads)
+    return Observed(observation=seen(source, RunStatus.COMPLETED, at=at, **facts), reads=reads)
 
 
 def test_a_cost_is_final_once_it_was_read_long_enough_after_the_end() -> None:
@@ -290,7 +294,7 @@ def test_a_cost_is_final_once_it_was_read_long_enough_after_the_end() -> None:
 def test_a_callback_that_came_before_the_end_makes_no_cost_final() -> None:
     """The wait counts from FLORA's time of the end: a failed run still shows its quote then."""
     failed = {"charged_cost": Decimal(1), "completed_at": START + timedelta(seconds=70)}
-    listed = Seen(observation=seen(Source.HISTORY, RunStatus.FAILED, at=71, **failed))
+    listed = Observed(observation=seen(Source.HISTORY, RunStatus.FAILED, at=71, **failed))
     record = after([started(), callback(RunStatus.FAILED, at=5), listed])
     assert (record.cost_final, seconds(record.recheck_at)) == (False, 130)
 
@@ -318,7 +322,9 @@ def test_a_page_read_for_others_puts_no_recheck_off() -> None:
 def test_a_recheck_that_fails_is_tried_again_later() -> None:
     """FLORA gave no answer: the next wait is as long as after an answer without a cost."""
     record = after([started(), billed(Source.POLL, 10, reads=1)])
-    failed = Unseen(run_id="run_1", at=START + timedelta(seconds=60), error="FLORA answered 503")
+    failed = FailedRead(
+        run_id="run_1", at=START + timedelta(seconds=60), error="FLORA answered 503"
+    )
     record = after([failed], record)
     assert seconds(record.recheck_at) == 180
     assert (record.tracking, record.last_error) == (Tracking.SETTLED, None)
@@ -336,7 +342,7 @@ def test_a_final_bill_that_is_shown_again_changes_nothing() -> None:
 @given(st.lists(observations(), min_size=1, max_size=6))
 def test_only_what_is_settled_is_read_again(observed: list[Observation]) -> None:
     """Whatever is seen, a recheck is due only of a settled run that lacks something."""
-    record = after([Seen(observation=observation) for observation in observed])
+    record = after([Observed(observation=observation) for observation in observed])
     if record.recheck_at is not None:
         assert record.run.settled
         assert not record.billed_whole
@@ -351,7 +357,7 @@ def test_clocks_that_disagree_make_no_bill_final_too_early(skew: float, cut: flo
     part of a second is cut, and the time of the answer is missing."""
     end = START + timedelta(seconds=skew)  # as FLORA's clock has it
 
-    def read(at: float, cost: int) -> Seen:
+    def read(at: float, cost: int) -> Observed:
         facts = {"completed_at": end, "clock_skew": skew - cut, "charged_cost": Decimal(cost)}
         return billed(Source.POLL, at, reads=1, **facts)
 
@@ -372,10 +378,10 @@ def test_an_end_that_no_clock_has_ends_the_rechecks_all_the_same(off: float) -> 
     assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))
 
 
-@pytest.mark.parametrize("looks", [0, 1, 20])
+@pytest.mark.parametrize("polls", [0, 1, 20])
 @pytest.mark.parametrize("known", [None, Durations(count=50, p50=3000, p95=9000)])
 def test_no_poll_lies_further_ahead_than_the_longest_wait(
-    looks: int, known: Durations | None
+    polls: int, known: Durations | None
 ) -> None:
     """Also where the clock was set back, so that the run was first seen in what is the future."""
     policy = Policy()
@@ -385,7 +391,7 @@ def test_no_poll_lies_further_ahead_than_the_longest_wait(
             policy=policy,
             now=START,
             first_seen=START + ahead,
-            looks=looks,
+            polls=polls,
             callback_expected=True,
             durations=known,
         )

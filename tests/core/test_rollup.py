@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.store.making import NOW, POLICY, callback, observations, seen, started
 from tests.support.deliveries import Delivered
-from tracker.core.record import Entry, Record, Seen, apply
+from tracker.core.record import Entry, Observed, Record, apply
 from tracker.core.rollup import (
     ALWAYS,
     BEYOND,
@@ -49,7 +49,7 @@ def as_seen(entry: Entry | Delivered) -> Entry:
     if not isinstance(entry, Delivered):
         return entry
     assert entry.observation is not None
-    return Seen(observation=entry.observation)
+    return Observed(observation=entry.observation)
 
 
 def test_a_run_that_goes_on_counts_for_its_state_alone() -> None:
@@ -129,7 +129,7 @@ def test_what_is_the_same_counts_for_the_same(observed: list, expected: list[boo
     """The quick look never overlooks a change."""
     record = None
     for observation, with_callback in zip(observed, expected, strict=False):
-        entry = Seen(observation=observation, callback_expected=with_callback)
+        entry = Observed(observation=observation, callback_expected=with_callback)
         new = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
         assert new is not None
         if record is not None and same(record, new):

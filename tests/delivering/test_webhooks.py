@@ -18,7 +18,7 @@ from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
 from tracker.core.events import WAITS, MessageState, RunFilter
 from tracker.core.observation import Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import RunStatus
 from tracker.core.waiting import cancel
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
@@ -38,7 +38,7 @@ def settled(
     cost: float | None = 0.25,
     at: datetime | None = None,
     ended_at: datetime | None = None,
-) -> Seen:
+) -> Observed:
     """A read of a run that ended now, with its bill."""
     now = at or utc_now()
     facts: dict[str, Any] = {"completed_at": ended_at or now, "technique_id": "tech_1"}

@@ -21,7 +21,7 @@ import httpx
 from sqlalchemy import Connection
 
 from tests.e2e.short_waits import shorten_all_waits, shorten_key_memory
-from tracker.core.record import Entry, Seen
+from tracker.core.record import Entry, Observed
 from tracker.store.engine import Database
 
 T = TypeVar("T")
@@ -220,4 +220,4 @@ def names_of(work: Callable[[Any], Any]) -> set[str]:
 
 def _kind(entry: Entry) -> str:
     """What an entry tells of a run, or else what it is."""
-    return entry.observation.source.value if isinstance(entry, Seen) else "nothing seen"
+    return entry.observation.source.value if isinstance(entry, Observed) else "nothing seen"

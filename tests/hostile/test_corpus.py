@@ -13,7 +13,7 @@ from tests.hostile import parsers, served
 from tests.hostile.inputs import corpus
 from tests.hostile.targets import FETCHED, READING, SERVED, opened
 from tracker.core.merge import merge
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.services import open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as read
@@ -46,7 +46,7 @@ async def test_every_answer_of_flora_is_stored(database_url: str) -> None:
     assert len(observations) > 20
     async with open_services(Settings(tracker_database_url=database_url)) as services:
         for one in observations:
-            await services.writer.submit(Seen(observation=one))
+            await services.writer.submit(Observed(observation=one))
         for run_id in {one.run_id for one in observations}:
             record = await read.get_run(services.database, run_id)
             assert record is not None

@@ -10,7 +10,7 @@ import pytest
 from tests.delivering.far_end import FarEnd, answer, far_end
 from tests.web.callbacks import event, signature
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import Output, RunStatus
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.delivering.saving import DownloadOutcome
@@ -98,7 +98,7 @@ async def _told(services: Services, run_id: str, poll_url: str) -> None:
 
 async def _listed(services: Services, run_id: str, poll_url: str) -> None:
     seen = Observation(run_id=run_id, source=Source.HISTORY, at=services.clock(), poll_url=poll_url)
-    await services.writer.submit(Seen(observation=seen))
+    await services.writer.submit(Observed(observation=seen))
 
 
 async def _called(services: Services, run_id: str, poll_url: str) -> None:
@@ -168,7 +168,7 @@ async def test_a_download_carries_no_key(sqlite_url: str, tmp_path: Path) -> Non
                 status=RunStatus.COMPLETED,
                 outputs=outputs,
             )
-            await services.writer.submit(Seen(observation=ended))
+            await services.writer.submit(Observed(observation=ended))
             report = DownloadReport()
             await services.downloader.download(
                 services.downloader.named(["run_1"], watch=False),
@@ -195,7 +195,7 @@ async def test_a_download_reaches_no_internal_address(sqlite_url: str, tmp_path:
             status=RunStatus.COMPLETED,
             outputs=outputs,
         )
-        await services.writer.submit(Seen(observation=seen))
+        await services.writer.submit(Observed(observation=seen))
         report = DownloadReport()
         await services.downloader.download(
             services.downloader.named(["run_1"], watch=False),

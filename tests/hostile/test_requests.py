@@ -12,7 +12,7 @@ from tests.web.serving import Answer, wire
 from tests.web.streaming import following
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.tokens import Scope, Token, Tokens
 from tracker.store.queries import runs as read
 from tracker.web.app import build_app
@@ -77,7 +77,7 @@ def _get(target: str, *headers: str, host: str = "localhost") -> bytes:
 
 async def _keep_marked(site: Site) -> None:
     seen = Observation(run_id=MARK, source=Source.HISTORY, at=utc_now())
-    await site.services.writer.submit(Seen(observation=seen))
+    await site.services.writer.submit(Observed(observation=seen))
 
 
 async def test_no_path_bypasses_the_token(serve: Serve, sqlite_url: str) -> None:
@@ -171,7 +171,7 @@ async def test_runs_with_hostile_ids_are_shown(site: Site) -> None:
     """A page leads to it and stays within its own addresses; no header is made of it."""
     for run_id in ODD_IDS:
         seen = Observation(run_id=run_id, source=Source.HISTORY, at=utc_now())
-        await site.services.writer.submit(Seen(observation=seen))
+        await site.services.writer.submit(Observed(observation=seen))
     assert {run["run_id"] for run in (await site.client.get("/api/runs")).json()["runs"]} == {
         *ODD_IDS
     }
@@ -194,7 +194,7 @@ async def test_no_text_ends_its_stream_event(small_site: Site) -> None:
         seen = Observation(
             run_id=forged, source=Source.HISTORY, at=utc_now(), technique_name=forged
         )
-        await small_site.services.writer.submit(Seen(observation=seen))
+        await small_site.services.writer.submit(Observed(observation=seen))
         event = await events.next()
         assert (event["event"], event["data"]["run"]["run_id"]) == ("run", forged)
 

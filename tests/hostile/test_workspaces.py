@@ -13,7 +13,7 @@ from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import RunStatus
 from tracker.services import Services
 from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
@@ -62,7 +62,7 @@ async def test_a_run_of_another_workspace_is_neither_ended_nor_claimed(
             status=RunStatus.RUNNING,
             workspace_id="ws_b",
         )
-        await site.services.writer.submit(Seen(observation=of_b))
+        await site.services.writer.submit(Observed(observation=of_b))
         body = _of("run_1", named)
         assert await _post(site, body, "whsec_of_a") == "quarantined"
         row = await read.get_delivery(site.services.database, json.loads(body)["id"])

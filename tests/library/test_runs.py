@@ -13,7 +13,7 @@ import pytest
 from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.waiting import eventually, let_pass
 from tracker import Run, Tracker, errors
-from tracker.core.record import Unseen
+from tracker.core.record import FailedRead
 from tracker.simulator import Simulator
 
 
@@ -117,7 +117,7 @@ async def test_a_lost_run_raises(small_tracker: Tracker) -> None:
     waiting = asyncio.create_task(run.wait(timeout=30))
     for minutes in range(0, 90, 15):
         at = now + timedelta(minutes=minutes)
-        await writer.submit(Unseen(run_id=run.run_id, at=at, error="404", missing=True))
+        await writer.submit(FailedRead(run_id=run.run_id, at=at, error="404", missing=True))
     with pytest.raises(errors.RunLost, match=f"run {run.run_id} is lost"):
         await waiting
     lost = await run.wait(raise_on_failure=False)

@@ -56,7 +56,7 @@ _SERIAL: Final = (1, 7, 2**40)
 # Runs: one that is active and leased, one that is settled, one that is lost.
 _CHECKED: Final[dict[str, Sequence[Any]]] = {
     "runs.status": ("running", "completed", "failed"),
-    "runs.standing": (1, 5, 2),
+    "runs.precedence": (1, 5, 2),
     "runs.tracking": ("active", "settled", "lost"),
     "runs.settled_at": (None, _NOW, None),
     "runs.next_check_at": (_NOW, None, None),
@@ -88,11 +88,11 @@ def every_value() -> Rows:
 
 
 def _row(table: Table, number: int) -> dict[str, Any]:
-    return {column.name: _value(column, number) for column in table.c}
+    return {column.key: _value(column, number) for column in table.c}
 
 
 def _value(column: Column[Any], number: int) -> Any:
-    checked = _CHECKED.get(f"{column.table.name}.{column.name}")
+    checked = _CHECKED.get(f"{column.table.name}.{column.key}")
     if checked is not None:
         return checked[number]
     if column.identity is not None:
@@ -102,9 +102,7 @@ def _value(column: Column[Any], number: int) -> Any:
     for kind, values in _VALUES:
         if isinstance(column.type, kind):
             return values[number]
-    raise AssertionError(
-        f"no value is known for {column.table.name}.{column.name}: {column.type!r}"
-    )
+    raise AssertionError(f"no value is known for {column.table.name}.{column.key}: {column.type!r}")
 
 
 async def fill(url: str, rows: Rows) -> None:
@@ -127,12 +125,14 @@ async def everything(url: str) -> Rows:
     async with engine.connect() as connection:
         for table in TABLES:
             result = await connection.execute(select(table))
-            found[table.name] = in_order(table, [dict(row) for row in result.mappings()])
+            found[table.name] = in_order(
+                table, [{column.key: row._mapping[column] for column in table.c} for row in result]
+            )
     await engine.dispose()
     return found
 
 
 def in_order(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows by their key, whatever the database's collation."""
-    key = [column.name for column in table.primary_key.columns]
+    key = [column.key for column in table.primary_key.columns]
     return sorted(rows, key=lambda row: [row[name] for name in key])

@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen
+from tracker.core.record import Delivery, DeliveryOutcome, Entry, Observed
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
 from tracker.flora import parse
@@ -45,7 +45,7 @@ class TestWriter(Writer):
         await keep(self._db, entry)
         if entry.observation is None:
             return WriteResult(None, None)
-        return await super().submit(Seen(observation=entry.observation))
+        return await super().submit(Observed(observation=entry.observation))
 
     async def submit_all(self, entries: Sequence[Entry | Delivered]) -> list[WriteResult]:
         seen: list[Entry] = []
@@ -55,7 +55,7 @@ class TestWriter(Writer):
                 continue
             await keep(self._db, entry)
             if entry.observation is not None:
-                seen.append(Seen(observation=entry.observation))
+                seen.append(Observed(observation=entry.observation))
         return await super().submit_all(seen)
 
 
@@ -115,11 +115,11 @@ def quarantined(delivery_id: str, *, at: datetime = NOW, body: bytes = b"?") -> 
     )
 
 
-def called(run_id: str, **how: Any) -> Seen:
+def called(run_id: str, **how: Any) -> Observed:
     """What `callback` says of its run, and no delivery."""
     observation = callback(run_id, **how).observation
     assert observation is not None
-    return Seen(observation=observation)
+    return Observed(observation=observation)
 
 
 def seen(
@@ -130,13 +130,13 @@ def seen(
     at: datetime = NOW,
     facts: dict[str, Any] | None = None,
     **how: Any,
-) -> Seen:
+) -> Observed:
     """A observation of a run by the API."""
     observation = Observation(run_id=run_id, source=source, at=at, status=status, **(facts or {}))
-    return Seen(observation=observation, **how)
+    return Observed(observation=observation, **how)
 
 
-def started(run_id: str, *, at: datetime = NOW, facts: dict[str, Any] | None = None) -> Seen:
+def started(run_id: str, *, at: datetime = NOW, facts: dict[str, Any] | None = None) -> Observed:
     """FLORA's answer to a start of ours, with a callback on its way."""
     return seen(
         run_id,
@@ -252,9 +252,9 @@ def observations(run_id: str) -> st.SearchStrategy[Observation]:
     )
 
 
-def as_entry(observation: Observation) -> Seen:
+def as_entry(observation: Observation) -> Observed:
     """The entry that brings an observation."""
-    return Seen(observation=observation)
+    return Observed(observation=observation)
 
 
 def ids(prefix: str, count: int) -> Sequence[str]:

@@ -176,7 +176,7 @@ async def test_what_an_old_process_still_writes_is_a_quote(db: Database) -> None
         await writer.submit(seen("run_1", RunStatus.RUNNING))
 
         def old_write(connection: Any) -> None:
-            connection.execute(update(runs).values(charged_cost=0.25, ranks=SEEN_RUNNING))
+            connection.execute(update(runs).values(charged_cost=0.25, precedences=SEEN_RUNNING))
 
         await db.write(old_write)
         (record,) = (await read.get_runs(db, ["run_1"])).values()

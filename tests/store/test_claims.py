@@ -4,7 +4,7 @@ import asyncio
 from datetime import timedelta
 
 from tests.store.making import NOW, TestWriter, callback, ids, seen, started
-from tracker.core.record import Unseen
+from tracker.core.record import FailedRead
 from tracker.store.claims import claim_due, drop_lease, next_due_at, release, take_lease
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
@@ -78,7 +78,7 @@ async def test_the_answer_gives_its_claim_back(writer: TestWriter, db: Database)
     assert record is not None
     assert record.lease_holder == "h"
     await writer.submit(seen("run_1", claim="h", reads=1))
-    await writer.submit(Unseen(run_id="run_2", at=NOW, error="FLORA answered 503", claim="h"))
+    await writer.submit(FailedRead(run_id="run_2", at=NOW, error="FLORA answered 503", claim="h"))
     for run in ("run_1", "run_2"):
         record = await get_run(db, run)
         assert record is not None

@@ -27,9 +27,9 @@ RUN = {
     "created_at": NOW,
     "created_at_known": True,
     "output_count": 0,
-    "standing": 5,
+    "precedence": 5,
     "details": 2,
-    "ranks": 0,
+    "precedences": 0,
     "conflict": False,
     "source": "start",
     "first_seen_at": NOW,
@@ -37,7 +37,7 @@ RUN = {
     "ended_via": "poll",
     "tracking": "settled",
     "settled_at": NOW,
-    "looks": 0,
+    "polls": 0,
     "checks": 1,
     "missing": 0,
 }
@@ -96,8 +96,8 @@ async def test_true_rows_are_taken(db: Database) -> None:
     """The rows that the other tests spoil are good as they stand; a status that FLORA does not
     document is taken where it stands as running or as an end, and a lost run may be due."""
     true = {"tracking": "active", "settled_at": None, "next_check_at": NOW}
-    new = {"run_id": "run_2", "status": "cancelled", "standing": 4}
-    queued = {"run_id": "run_3", "status": "queued", "standing": 1}
+    new = {"run_id": "run_2", "status": "cancelled", "precedence": 4}
+    queued = {"run_id": "run_3", "status": "queued", "precedence": 1}
     lost = {"run_id": "run_4", "tracking": "lost"}
     for more in (
         new,
@@ -114,21 +114,21 @@ async def test_true_rows_are_taken(db: Database) -> None:
 
 
 LIES: list[dict[str, Any]] = [
-    {"status": "cancelled", "standing": 5},
-    {"status": "cancelled", "standing": 3},
-    {"status": "queued", "standing": 1},
-    {"status": "", "standing": 4},
+    {"status": "cancelled", "precedence": 5},
+    {"status": "cancelled", "precedence": 3},
+    {"status": "queued", "precedence": 1},
+    {"status": "", "precedence": 4},
     {"tracking": "forgotten"},
     {"source": "rumour"},
     {"ended_via": "rumour"},
     {"progress": 101},
     {"progress": -0.1},
-    {"standing": 6},
+    {"precedence": 6},
     {"details": 3},
     {"settled_at": None},
-    {"status": "running", "standing": 1},
+    {"status": "running", "precedence": 1},
     {"status": "running"},
-    {"standing": 0},
+    {"precedence": 0},
     {"tracking": "active", "settled_at": None},
     {"tracking": "active", "next_check_at": NOW},
     {"next_check_at": NOW},

@@ -75,7 +75,7 @@ def test_every_column_has_a_value_and_is_null() -> None:
     rows = every_value()
     for table in TABLES:
         for column in table.c:
-            values = [row[column.name] for row in rows[table.name]]
+            values = [row[column.key] for row in rows[table.name]]
             where = f"{table.name}.{column.name}"
             assert any(value is not None for value in values), where
             assert column.nullable == (None in values), where
@@ -103,7 +103,9 @@ async def test_every_table_of_the_database_is_copied(database_url: str) -> None:
         names = set(inspector.get_table_names()) - {"alembic_version", sessions.name}
         return {name: {one["name"] for one in inspector.get_columns(name)} for name in names}
 
-    assert await on(database_url, found) == {table.name: set(table.c.keys()) for table in TABLES}
+    assert await on(database_url, found) == {
+        table.name: {one.name for one in table.c} for table in TABLES
+    }
 
 
 async def test_there_and_back_changes_nothing(

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from tests.store.making import NOW, TestWriter, seen
 from tests.support.webhooks import add_message
 from tracker.core.events import MOST_OPEN, EventType, MessageState, RunFilter
-from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Unseen
+from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, FailedRead
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read_endpoints
@@ -73,7 +73,7 @@ async def test_every_event_has_one_message_for_each_endpoint(
     await writer.submit_all([ended("run_1", cost="2"), ended("run_2", cost="1")])
     for number in range(LOST_AFTER_READS):
         at = NOW + number * LOST_AFTER
-        await writer.submit(Unseen(run_id="run_3", at=at, error="no such run", missing=True))
+        await writer.submit(FailedRead(run_id="run_3", at=at, error="no such run", missing=True))
     expected = {
         ("run.settled", "run_1"),
         ("run.settled", "run_2"),
@@ -103,7 +103,7 @@ async def test_an_event_that_is_out_of_date_is_dropped(db: Database, writer: Tes
     await writer.submit(seen("run_1"))
     for number in range(LOST_AFTER_READS):
         at = NOW + number * LOST_AFTER
-        await writer.submit(Unseen(run_id="run_1", at=at, error="no such run", missing=True))
+        await writer.submit(FailedRead(run_id="run_1", at=at, error="no such run", missing=True))
     await writer.submit(seen("run_1", at=NOW + 10 * LOST_AFTER))
     assert await waiting(db) == 1
     assert await distribute(db) == []

@@ -29,7 +29,7 @@ from tests.store.test_rollups import counted, tallied
 from tests.support.deliveries import Delivered
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen, Unseen
+from tracker.core.record import Delivery, DeliveryOutcome, Entry, FailedRead, Observed
 from tracker.core.rollup import STATE
 from tracker.core.run import Output, RunStatus
 from tracker.operations.retention import TABLES, Ages, Pruner, ages
@@ -141,7 +141,7 @@ async def test_what_is_not_settled_stays(writer: TestWriter, db: Database) -> No
     await writer.submit(started("lost", at=then))
     for hour in range(5):
         at = then + timedelta(hours=hour)
-        await writer.submit(Unseen(run_id="lost", at=at, error="no such run", missing=True))
+        await writer.submit(FailedRead(run_id="lost", at=at, error="no such run", missing=True))
     await writer.submit(callback("ended", at=then))  # nobody has read how it ended
     late = {"created_at": then, "charged_cost": Decimal(1)}
     await writer.submit(seen("late", RunStatus.COMPLETED, at=NOW - DAY, facts=late))
@@ -386,7 +386,7 @@ async def _start(
     )
     if run_id is not None:
         first = Observation(run_id=run_id, source=Source.START, at=at)
-        await writer.submit(Seen(observation=first, slot="default", idempotency_key=key))
+        await writer.submit(Observed(observation=first, slot="default", idempotency_key=key))
 
 
 async def test_what_was_asked_for_goes_but_not_that_it_was(

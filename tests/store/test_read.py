@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from tests.store.making import NOW, TestWriter, callback, ids, quarantined, seen, started
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Source
-from tracker.core.record import DeliveryOutcome, Seen
+from tracker.core.record import DeliveryOutcome, Observed
 from tracker.core.run import Output, RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
@@ -32,7 +32,7 @@ from tracker.store.schema import runs
 
 def created(
     run_id: str, at: datetime, status: RunStatus = RunStatus.RUNNING, **facts: object
-) -> Seen:
+) -> Observed:
     """A run of the history, created at that moment."""
     return seen(run_id, status, source=Source.HISTORY, facts={"created_at": at, **facts})
 
@@ -170,7 +170,9 @@ async def test_durations_are_those_of_the_last_completed_runs(
     """Only completed runs whose creation is known count, and of them the last two hundred."""
     assert await durations(db, "tech_1") == Durations(count=0, p50=0, p95=0)
 
-    def run(name: str, seconds: float, end: datetime, status: RunStatus, **facts: object) -> Seen:
+    def run(
+        name: str, seconds: float, end: datetime, status: RunStatus, **facts: object
+    ) -> Observed:
         times = {"created_at": end - timedelta(seconds=seconds), "completed_at": end}
         return seen(name, status, facts={"technique_id": "tech_1", **times, **facts})
 

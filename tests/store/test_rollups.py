@@ -30,7 +30,7 @@ from tests.support.forked import run_python
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Entry, Record, Unseen
+from tracker.core.record import Entry, FailedRead, Record
 from tracker.core.rollup import ALWAYS, Key, facts
 from tracker.core.run import RunStatus, Tracking
 from tracker.store import migrate
@@ -119,7 +119,7 @@ async def rows_in(db: Database, table: Any) -> int:
 
 
 _unseen = st.builds(
-    Unseen,
+    FailedRead,
     run_id=st.sampled_from(RUNS),
     at=st.integers(0, 4).map(lambda hours: NOW + timedelta(hours=hours)),
     error=st.just("no such run"),
@@ -170,7 +170,7 @@ async def test_a_lost_run_that_comes_back_counts_once(writer: TestWriter, db: Da
     await writer.submit(started("run_1"))
     for hour in range(5):
         at = NOW + timedelta(hours=hour)
-        await writer.submit(Unseen(run_id="run_1", at=at, error="no such run", missing=True))
+        await writer.submit(FailedRead(run_id="run_1", at=at, error="no such run", missing=True))
     assert [each.word for each in await tallied(db)] == [Tracking.LOST]
     await writer.submit(seen("run_1", at=NOW + timedelta(hours=9)))
     assert [(key.status, key.word, runs) for key, (runs, _) in (await tallied(db)).items()] == [
@@ -188,7 +188,7 @@ async def test_a_forgotten_run_counts_for_nothing(writer: TestWriter, db: Databa
     await writer.submit(replace(started("lost"), **RESERVED))
     for hour in range(5):
         at = NOW + timedelta(hours=hour)
-        await writer.submit(Unseen(run_id="lost", at=at, error="no such run", missing=True))
+        await writer.submit(FailedRead(run_id="lost", at=at, error="no such run", missing=True))
     await rollups.compact(db)
     with pytest.raises(ShownByFlora):
         await forget_run(db, "shown", force=False, entry=entry)

@@ -9,7 +9,7 @@ from tests.store.test_bills_migration import a_run
 from tests.store.upgrading import OldWriters
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
@@ -46,7 +46,7 @@ async def test_lost_runs_become_due_and_new_statuses_are_taken(empty_database_ur
             cancelled = Observation(
                 run_id="cancelled", source=Source.POLL, at=now, status="cancelled", completed_at=now
             )
-            await writer.submit(Seen(observation=cancelled))
+            await writer.submit(Observed(observation=cancelled))
             await writer.submit(seen("lost"))
         async with db.read() as connection:
             statuses = await connection.execute(select(runs.c.run_id, runs.c.status))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.making import called, observations, seen
-from tracker.core.record import Unseen
+from tracker.core.record import FailedRead
 from tracker.store.text import clean, clean_entry, clean_observation, dump_json
 
 anything = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\0", "\ud800", "é\0"])
@@ -78,7 +78,7 @@ def test_entries_of_every_kind_are_cleaned() -> None:
     entries = [
         called("r\0"),
         seen("r\0"),
-        Unseen(run_id="r\0", at=seen("r").observation.at, error="e\ud800"),
+        FailedRead(run_id="r\0", at=seen("r").observation.at, error="e\ud800"),
     ]
     for entry in entries:
         fit = clean_entry(entry)

@@ -17,7 +17,7 @@ from tests.store.making import (
 )
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
-from tracker.core.record import Unseen
+from tracker.core.record import FailedRead
 from tracker.core.run import Output, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.runs import events, get_run, get_runs
@@ -98,7 +98,7 @@ async def test_a_observation_without_news_leaves_no_event(writer: TestWriter, db
     assert len(await events(db, "run_1")) == 1
     record = await get_run(db, "run_1")
     assert record is not None
-    assert (record.checks, record.looks) == (2, 2)
+    assert (record.checks, record.polls) == (2, 2)
 
 
 async def test_an_unseen_run_is_counted_only_where_it_is_known(
@@ -109,8 +109,8 @@ async def test_an_unseen_run_is_counted_only_where_it_is_known(
     at = NOW + timedelta(seconds=40)
     await writer.submit_all(
         [
-            Unseen(run_id="run_1", at=at, error="FLORA answered 404", missing=True),
-            Unseen(run_id="run_unknown", at=at, error="FLORA answered 404", missing=True),
+            FailedRead(run_id="run_1", at=at, error="FLORA answered 404", missing=True),
+            FailedRead(run_id="run_unknown", at=at, error="FLORA answered 404", missing=True),
         ]
     )
     record = await get_run(db, "run_1")

@@ -19,7 +19,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.serving import serving, wire
 from tests.web.streaming import following
 from tracker.core.errors import StoreUnavailable
-from tracker.core.record import Unseen
+from tracker.core.record import FailedRead
 from tracker.core.run import RunStatus
 from tracker.services import open_services
 from tracker.settings import Settings
@@ -119,7 +119,7 @@ async def test_a_lost_run_is_sent_without_an_event(site: Site) -> None:
     async with following(site.client) as events:
         for hour in range(5):
             at = NOW + timedelta(hours=hour)
-            unseen = Unseen(run_id="run_1", at=at, error="no such run", missing=True)
+            unseen = FailedRead(run_id="run_1", at=at, error="no such run", missing=True)
             await site.services.writer.submit(unseen)
         told = await events.next()
         assert (told["data"]["event"], told["data"]["run"]["tracking"]) == (None, "lost")

@@ -10,7 +10,7 @@ from tests.web.flora import START, with_flora
 from tests.web.test_metrics import scrape
 from tracker.core.errors import FloraError
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.flora.client import FloraClient
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
@@ -71,7 +71,7 @@ async def test_a_status_of_a_newer_flora_is_shown_and_filtered_by(site: Site) ->
         seen = Observation(
             run_id=run_id, source=Source.POLL, at=NOW, status=status, completed_at=ended
         )
-        await site.services.writer.submit(Seen(observation=seen))
+        await site.services.writer.submit(Observed(observation=seen))
     run = (await site.client.get("/api/runs/run_c")).json()
     assert (run["status"], run["tracking"]) == ("<b>cancelled</b>", "settled")
     for status, run_id in (("queued", "run_q"), ("<b>cancelled</b>", "run_c")):

@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 from tests.worker.conftest import the_run
 from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record, Seen
+from tracker.core.record import Observed, Record
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.delivering.files import MANIFEST
@@ -49,7 +49,7 @@ async def settle(services: Services, run_id: str, outputs: Sequence[Output], **s
     observation = Observation(
         run_id=run_id, at=services.clock(), outputs=tuple(outputs), **(given | shown)
     )
-    await services.writer.submit(Seen(observation=observation))
+    await services.writer.submit(Observed(observation=observation))
 
 
 async def download(services: Services, folder: Path, *run_ids: str, **order: Any) -> DownloadReport:
@@ -295,7 +295,7 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
         at=services.clock(),
     )
     seen = Observation(run_id=run_id, source=Source.START, at=services.clock())
-    entered = Seen(observation=seen, slot="ws_simulator", idempotency_key=entry.key)
+    entered = Observed(observation=seen, slot="ws_simulator", idempotency_key=entry.key)
     await services.writer.submit(entered)
 
 

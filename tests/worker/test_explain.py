@@ -12,7 +12,7 @@ from tests.support.clocks import HandClock
 from tests.support.deliveries import Delivered, keep
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, DeliveryOutcome, Seen
+from tracker.core.record import Delivery, DeliveryOutcome, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.explaining.explainer import Explanation
 from tracker.explaining.next_poll import PollReason
@@ -70,7 +70,7 @@ async def call_back(
 async def see(services: Services, status: RunStatus, source: Source, **shown: Any) -> None:
     """The API shows run_1."""
     await services.writer.submit(
-        Seen(
+        Observed(
             observation=Observation(
                 run_id="run_1", source=source, at=services.clock(), status=status, **shown
             ),

@@ -13,7 +13,7 @@ from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.errors import StoreUnavailable
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import RunStatus, Tracking
 from tracker.polling import follow
 from tracker.polling.follow import OwnPolling, RunUpdate
@@ -35,7 +35,7 @@ async def see(services: Services, run_id: str, status: RunStatus, progress: floa
         status=status,
         progress=progress,
     )
-    await services.writer.submit(Seen(observation=observation))
+    await services.writer.submit(Observed(observation=observation))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def scheduled(one: Record, *, now: datetime = START, known: Durations | None = N
         policy=POLICY,
         now=now,
         first_seen=one.first_seen_at,
-        looks=one.looks,
+        polls=one.polls,
         callback_expected=one.callback_expected,
         durations=known,
     )
@@ -98,7 +98,7 @@ def test_polls_are_put_off_until_the_end_may_be_expected(
     or nearly all where a callback is on its way, and never later than the longest wait; that is
     told."""
     # The wait that each look doubles is the shortest one here.
-    one = record(callback_expected=expected, looks=1)
+    one = record(callback_expected=expected, polls=1)
     now = START + timedelta(seconds=seconds)
     policy = replace(POLICY, interval=timedelta(seconds=1))
     at = next_check(
@@ -106,7 +106,7 @@ def test_polls_are_put_off_until_the_end_may_be_expected(
         policy=policy,
         now=now,
         first_seen=START,
-        looks=1,
+        polls=1,
         callback_expected=expected,
         durations=known,
     )
@@ -121,13 +121,13 @@ def test_polls_are_put_off_until_the_end_may_be_expected(
 
 
 @given(
-    looks=st.integers(1, 12),
+    polls=st.integers(1, 12),
     age=st.floats(0, 20_000),
     p50=st.floats(0, 10_000),
     callback_expected=st.booleans(),
 )
 def test_what_was_learned_puts_off_by_the_longest_wait_at_most(
-    looks: int, age: float, p50: float, callback_expected: bool
+    polls: int, age: float, p50: float, callback_expected: bool
 ) -> None:
     """It brings no look forward, and none is later than the longest wait from now."""
     now = START + timedelta(seconds=age)
@@ -138,7 +138,7 @@ def test_what_was_learned_puts_off_by_the_longest_wait_at_most(
             policy=POLICY,
             now=now,
             first_seen=START,
-            looks=looks,
+            polls=polls,
             callback_expected=callback_expected,
             durations=Durations(count=200, p50=p50, p95=2 * p50) if learned else None,
         )
@@ -147,16 +147,16 @@ def test_what_was_learned_puts_off_by_the_longest_wait_at_most(
     assert at[False] <= at[True] <= now + POLICY.interval_max
 
 
-@given(looks=st.integers(1, 40), run_id=st.text(min_size=1, max_size=8))
-def test_a_doubled_wait_is_taken_apart(looks: int, run_id: str) -> None:
+@given(polls=st.integers(1, 40), run_id=st.text(min_size=1, max_size=8))
+def test_a_doubled_wait_is_taken_apart(polls: int, run_id: str) -> None:
     """Of the k-th wait it is told since when it runs, and what the jitter took off."""
     now = START + timedelta(minutes=5)
-    one = scheduled(record(run=Run(run_id=run_id), looks=looks), now=now)
+    one = scheduled(record(run=Run(run_id=run_id), polls=polls), now=now)
     look = next_poll(one, policy=POLICY, durations=KNOWN)
-    assert (look.why, look.number, look.since) == (PollReason.WAIT, looks, now)
-    assert look.wait == wait_after(POLICY, run_id, looks)
+    assert (look.why, look.number, look.since) == (PollReason.WAIT, polls, now)
+    assert look.wait == wait_after(POLICY, run_id, polls)
     whole = (look.wait or timedelta()) + (look.jitter or timedelta())
-    assert whole == min(POLICY.interval * 2 ** (looks - 1), POLICY.interval_max)
+    assert whole == min(POLICY.interval * 2 ** (polls - 1), POLICY.interval_max)
 
 
 def test_an_end_without_details_is_due_at_once() -> None:

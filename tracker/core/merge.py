@@ -20,7 +20,7 @@ on their order nor on repetition. So a late, repeated or stale observation is ha
   higher precedence.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from operator import attrgetter
@@ -29,161 +29,144 @@ from typing import Any, Final
 from tracker.core.observation import Observation, Source
 from tracker.core.run import (
     LISTED,
-    MERGED_FIELDS,
     READ,
     WORKSPACE_KNOWN,
     Details,
     Output,
     Precedence,
+    Precedences,
     Run,
     RunError,
     RunStatus,
 )
 
-_DIGIT: Final = {name: 3 * position for position, name in enumerate(MERGED_FIELDS)}
-_LATEST: Final = ("charged_cost", "outputs")
-"""Fields for which the latest read counts."""
-_PLACES: Final = tuple(item for item in _DIGIT.items() if item[0] not in _LATEST)
+_BY_PRECEDENCE: Final = tuple(
+    name for name in Precedences._fields if name not in ("charged_cost", "outputs")
+)
+_SHOWN: Final = attrgetter(*_BY_PRECEDENCE)
 _CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
 """Sources whose `workspace_id` is not confirmed by the workspace's key."""
-_SHOWN: Final = attrgetter(*(name for name, _ in _PLACES))
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
-_READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "precedences")
 # `replace` would determine the fields each time, and take three times as long.
 _FIELDS: Final = tuple(field.name for field in fields(Run))
 _VALUES: Final = attrgetter(*_FIELDS)
 
 
-def merge(run: Run | None, seen: Observation) -> Run:
+def merge(run: Run | None, observation: Observation) -> Run:
     """`run` with one more observation; `run` itself if that changes nothing.
 
     `run` is `None` for an unknown run. Raises `ValueError` if the ids differ.
     """
     if run is None:
-        run = Run(run_id=seen.run_id)
-    elif run.run_id != seen.run_id:
-        raise ValueError(f"cannot merge an observation of {seen.run_id} into {run.run_id}")
-    news: dict[str, Any] = {}
-    precedence = seen.precedence
+        run = Run(run_id=observation.run_id)
+    elif run.run_id != observation.run_id:
+        raise ValueError(f"cannot merge an observation of {observation.run_id} into {run.run_id}")
+    precedence = observation.precedence
+    top, unknown = max(run.precedence, precedence), None
+    if run.unknown_status is not None or observation.unknown_status is not None:
+        top, unknown = max(
+            (run.precedence, run.unknown_status),
+            (precedence, observation.unknown_status),
+            key=_by_height,
+        )
     conflict = run.conflict or (
-        run.precedence.ended and precedence.ended and run.status != seen.status
+        run.precedence.ended and precedence.ended and run.status != observation.status
     )
-    precedences = run.precedences
-    for (name, digit), theirs in zip(_PLACES, _SHOWN(seen), strict=True):
-        if theirs is None:
+    new: dict[str, Any] = {}
+    precedences: dict[str, int] = {}
+    for name, value in zip(_BY_PRECEDENCE, _SHOWN(observation), strict=True):
+        if value is None:
             continue
         if name == "error" and (
             # The reference's examples carry error fields even on pending runs.
-            not precedence.ended or seen.status is RunStatus.COMPLETED or theirs == RunError()
+            not precedence.ended or observation.status is RunStatus.COMPLETED or value == RunError()
         ):
             continue
-        weight: int = precedence
-        if name == "workspace_id" and seen.source not in _CLAIMS:
-            weight = WORKSPACE_KNOWN
-        ours = getattr(run, name)
-        if ours is not None:
-            our_rank = precedences >> digit & 0o7
-            if our_rank == precedence and ours != theirs and precedence.ended_at_api:
-                # Times may differ in resolution (seconds, milliseconds): no conflict.
-                conflict = conflict or (name == "error" and ours.code != theirs.code)
-            if (our_rank, ours) >= (weight, theirs):
+        its_precedence: int = precedence
+        if name == "workspace_id" and observation.source not in _CLAIMS:
+            its_precedence = WORKSPACE_KNOWN
+        known = getattr(run, name)
+        if known is not None:
+            known_precedence = getattr(run.precedences, name)
+            if name == "error" and known_precedence == precedence and precedence.ended_at_api:
+                conflict = conflict or known.code != value.code
+            if (known_precedence, known) >= (its_precedence, value):
                 continue
-        if ours != theirs:
-            news[name] = theirs
-        precedences = precedences & ~(0o7 << digit) | weight << digit
-
-    if seen.charged_cost is not None or seen.status is RunStatus.FAILED:
-        precedences = _join_cost(run, seen, precedences, news)
-    if seen.outputs:
-        precedences = _join_outputs(run, seen, seen.outputs, precedences, news)
-    details = _joined_details(run, seen)
-    top, unknown = max(run.precedence, precedence), None
-    if run.unknown_status is not None or seen.unknown_status is not None:
-        top, unknown = max(
-            (run.precedence, run.unknown_status), (precedence, seen.unknown_status), key=_by_height
-        )
+        new[name], precedences[name] = value, its_precedence
     if top is Precedence.COMPLETED:
-        news.pop("error", None)
-        if run.error is not None:
-            news["error"] = None
-        precedences &= ~(0o7 << _DIGIT["error"])
-    progress = run.progress if seen.progress is None else max(run.progress, seen.progress)
-    if (
-        not news
-        and (top, unknown) == (run.precedence, run.unknown_status)
-        and (details, progress) == (run.details, run.progress)
-        and (conflict, precedences) == (run.conflict, run.precedences)
-    ):
-        return run
-    news |= {
+        new["error"], precedences["error"] = None, 0
+    if observation.charged_cost is not None or observation.status is RunStatus.FAILED:
+        _merge_cost(run, observation, new, precedences)
+    if observation.outputs:
+        _merge_outputs(run, observation, observation.outputs, new, precedences)
+    new |= {
         "precedence": top,
         "unknown_status": unknown,
-        "details": details,
-        "progress": progress,
+        "details": _merged_details(run, observation),
+        "progress": max(run.progress, observation.progress or 0),
         "conflict": conflict,
-        "precedences": precedences,
     }
-    return Run(**dict(zip(_FIELDS, _VALUES(run), strict=True)) | news)
-
-
-def shown_before_the_end(precedences: int) -> bool:
-    """Whether the `charged_cost` with these precedences was shown before the run ended."""
-    return precedences >> _DIGIT["charged_cost"] & 0o7 < Precedence.FAILED
+    if precedences:
+        new["precedences"] = run.precedences._replace(**precedences)
+    if all(getattr(run, name) == value for name, value in new.items()):
+        return run
+    return Run(**dict(zip(_FIELDS, _VALUES(run), strict=True)) | new)
 
 
 def shows_the_same(run: Run, other: Run) -> bool:
     """Whether two states of a run differ only in when cost and outputs were last read."""
-    others = ~(0o7 << _DIGIT["charged_cost"] | 0o7 << _DIGIT["outputs"])
-    return run.precedences & others == other.precedences & others and all(
-        ours == theirs
-        for name, ours, theirs in zip(_FIELDS, _VALUES(run), _VALUES(other), strict=True)
-        if name not in _READ_TIMES
+    return run == replace(
+        other,
+        cost_read_at=run.cost_read_at,
+        outputs_read_at=run.outputs_read_at,
+        precedences=other.precedences._replace(
+            charged_cost=run.precedences.charged_cost, outputs=run.precedences.outputs
+        ),
     )
 
 
-def _join_cost(run: Run, seen: Observation, precedences: int, news: dict[str, Any]) -> int:
-    """Merge the quote or the bill; returns the precedences."""
-    cost = seen.charged_cost
-    if not seen.shows_bill:
+def _merge_cost(
+    run: Run, observation: Observation, new: dict[str, Any], precedences: dict[str, int]
+) -> None:
+    """Merge the quote or the bill."""
+    cost = observation.charged_cost
+    if not observation.shows_bill:
         if cost is not None and (run.quoted_cost is None or cost > run.quoted_cost):
-            news["quoted_cost"] = cost
-        return precedences
-    place = _DIGIT["charged_cost"]
-    known = run.charged_cost
-    digit = READ if seen.source is Source.POLL else LISTED
-    ours = (run.cost_read_at or _NEVER, precedences >> place & 0o7, *_comparable(known))
-    if ours >= (seen.read_at, digit, *_comparable(cost)):
-        return precedences
-    news |= {"charged_cost": cost, "cost_read_at": seen.read_at}
-    return precedences & ~(0o7 << place) | digit << place
+            new["quoted_cost"] = cost
+        return
+    known = (
+        run.cost_read_at or _NEVER,
+        run.precedences.charged_cost,
+        *_comparable(run.charged_cost),
+    )
+    precedence = _of_a_read(observation)
+    if (observation.read_at, precedence, *_comparable(cost)) > known:
+        new |= {"charged_cost": cost, "cost_read_at": observation.read_at}
+        precedences["charged_cost"] = precedence
+
+
+def _of_a_read(observation: Observation) -> int:
+    return READ if observation.source is Source.POLL else LISTED
 
 
 def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
     return (cost is not None, cost or Decimal(0))
 
 
-def _join_outputs(
-    run: Run, seen: Observation, theirs: tuple[Output, ...], precedences: int, news: dict[str, Any]
-) -> int:
-    """Merge the outputs; returns the precedences."""
-    place = _DIGIT["outputs"]
-    ours, our_digit = run.outputs, precedences >> place & 0o7
-    digit: int = seen.precedence
-    read_at = _NEVER
-    if seen.precedence.ended_at_api:
-        read_at = seen.read_at
-        digit = READ if seen.source is Source.POLL else LISTED
-    if ours is not None and (run.outputs_read_at or _NEVER, our_digit, ours) >= (
-        read_at,
-        digit,
-        theirs,
-    ):
-        return precedences
-    if ours != theirs:
-        news["outputs"] = theirs
-    if read_at is not _NEVER:
-        news["outputs_read_at"] = read_at
-    return precedences & ~(0o7 << place) | digit << place
+def _merge_outputs(
+    run: Run,
+    observation: Observation,
+    outputs: tuple[Output, ...],
+    new: dict[str, Any],
+    precedences: dict[str, int],
+) -> None:
+    read_at, precedence = None, int(observation.precedence)
+    if observation.precedence.ended_at_api:
+        read_at, precedence = observation.read_at, _of_a_read(observation)
+    known = (run.outputs_read_at or _NEVER, run.precedences.outputs, run.outputs or ())
+    if (read_at or _NEVER, precedence, outputs) > known:
+        new |= {"outputs": outputs, "outputs_read_at": read_at}
+        precedences["outputs"] = precedence
 
 
 def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool, str]:
@@ -191,11 +174,11 @@ def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool,
     return (precedence, unknown is None, unknown or "")
 
 
-def _joined_details(run: Run, seen: Observation) -> Details:
+def _merged_details(run: Run, observation: Observation) -> Details:
     """A single read settles the run; a list item settles only the end that it shows."""
-    ours, theirs = run.details, seen.details
-    if Details.READ in (ours, theirs):
+    known, shown = run.details, observation.details
+    if Details.READ in (known, shown):
         return Details.READ
-    if run.precedence == seen.precedence:
-        return max(ours, theirs)
-    return ours if run.precedence > seen.precedence else theirs
+    if run.precedence == observation.precedence:
+        return max(known, shown)
+    return known if run.precedence > observation.precedence else shown

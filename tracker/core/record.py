@@ -58,7 +58,7 @@ class Delivery:
 
 
 @fast_dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Observed:
     """An observation to write.
 
     `reads` counts the API reads made for this run alone (0 for a list item). `claim` is the lease
@@ -90,7 +90,7 @@ class Seen:
 
 
 @fast_dataclass(frozen=True, slots=True, kw_only=True)
-class Unseen:
+class FailedRead:
     """A read made for this run alone that brought no observation.
 
     `missing` is true if FLORA answered that the run does not exist while other reads of the
@@ -105,7 +105,7 @@ class Unseen:
     claim: str | None = None
 
 
-Entry = Seen | Unseen
+Entry = Observed | FailedRead
 
 
 LOST_AFTER_READS: Final = 5
@@ -126,7 +126,7 @@ DurationsOf = Callable[[str | None], Durations | None]
 class Record:
     """A tracked run.
 
-    `looks` counts the polls since the last other news, and so sets the wait; `checks` counts all
+    `polls` counts the polls since the last other news, and so sets the wait; `checks` counts all
     API reads of this run. `missing` counts the reads that answered "no such run" since the
     run was last shown, the first of them at `missing_since`. `cost_final` tells that a read long
     enough after the end showed the bill; until then, and while a completed run lacks outputs, both
@@ -149,7 +149,7 @@ class Record:
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
     next_check_at: datetime | None = None
-    looks: int = 0
+    polls: int = 0
     checks: int = 0
     missing: int = 0
     missing_since: datetime | None = None
@@ -190,9 +190,9 @@ def apply(
 ) -> Record | None:
     """The record after `entry`; `record` is `None` for an unknown run.
 
-    Returns `record` itself if nothing changes, and `None` for `Unseen` of an unknown run.
+    Returns `record` itself if nothing changes, and `None` for `FailedRead` of an unknown run.
     """
-    if isinstance(entry, Unseen):
+    if isinstance(entry, FailedRead):
         return None if record is None else _unseen(record, entry, policy)
     seen = entry.observation
     old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
@@ -202,7 +202,7 @@ def apply(
     wants_read = seen.source in _WANTS_READ or (record is None and bool(seen.lacks_status))
     just_ended = run.precedence.ended and run.precedence > old.run.precedence
     polled = _counts_as_poll(record, entry, run)
-    looks = 0 if wants_read or just_ended else old.looks + polled
+    polls = 0 if wants_read or just_ended else old.polls + polled
     callback_expected = old.callback_expected or entry.callback_expected
     moves = polled or wants_read or just_ended or record is None or record.lost
     next_check_at = old.next_check_at
@@ -212,7 +212,7 @@ def apply(
             policy=policy,
             now=seen.at,
             first_seen=old.first_seen_at,
-            looks=looks,
+            polls=polls,
             callback_expected=callback_expected,
             durations=None if run.precedence.ended else durations_of(run.technique_id),
             at_once=wants_read,
@@ -256,7 +256,7 @@ def apply(
         reserved_at=entry.reserved_at or old.reserved_at,
         reserved_cost=old.reserved_cost if entry.reserved_at is None else entry.reserved_cost,
         next_check_at=next_check_at,
-        looks=looks,
+        polls=polls,
         checks=old.checks + entry.reads,
         missing=0,
         missing_since=None,
@@ -307,7 +307,7 @@ def _billed_whole(run: Run, cost_final: bool) -> bool:
     return cost_final and not run.lacks_outputs and not refund_due
 
 
-def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> datetime | None:
+def _recheck_at(old: Record, entry: Observed, since: timedelta, policy: Policy) -> datetime | None:
     """When to read an incomplete settled run again.
 
     Only a read made for this run moves that time: a page read for others may leave costs out.
@@ -318,7 +318,7 @@ def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> d
     return next_recheck(policy, since_end=since, now=entry.observation.read_at)
 
 
-def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:
+def _counts_as_poll(before: Record | None, entry: Observed, run: Run) -> bool:
     """Whether this observation counts as a poll (for backoff).
 
     A read made for this run does, and a list item if the run is new or due. A list item of an ended
@@ -338,7 +338,7 @@ def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:
     return due and not run.precedence.ended
 
 
-def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
+def _unseen(record: Record, entry: FailedRead, policy: Policy) -> Record:
     is_released = entry.claim is not None and entry.claim == record.lease_holder
     lease: dict[str, Any] = {"lease_until": None, "lease_holder": None} if is_released else {}
     checks = record.checks + entry.reads
@@ -354,19 +354,19 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
     if entry.missing:
         missing, since = missing + 1, since or entry.at
         lost = missing >= LOST_AFTER_READS and entry.at - since >= LOST_AFTER
-    looks = record.looks + 1
+    polls = record.polls + 1
     due = next_check(
         record.run,
         policy=policy,
         now=entry.at,
         first_seen=record.first_seen_at,
-        looks=looks,
+        polls=polls,
         callback_expected=record.callback_expected,
     )
     return replace(
         record,
         checks=checks,
-        looks=looks,
+        polls=polls,
         last_error=entry.error,
         missing=missing,
         missing_since=since,

@@ -9,13 +9,13 @@ A run's status only rises in *precedence*::
     FAILED              ended, reported by the API; only COMPLETED overrides it
     COMPLETED           ended, reported by the API; final
 
-An unknown status ranks as RUNNING without `completed_at`, else as an end just below FAILED;
+An unknown status counts as RUNNING without `completed_at`, else as an end just below FAILED;
 `Run.unknown_status` keeps its text.
 
-Every other field keeps the value from the observation with the highest precedence that showed one.
-`Run.precedences` holds that precedence for each of `MERGED_FIELDS`, as one octal digit each.
+Every other field keeps the value from the observation with the highest precedence that showed one;
+`Run.precedences` holds that precedence for each field.
 
-Cost and outputs may change after the end: there the latest read counts. Their digit is then
+Cost and outputs may change after the end: there the latest read counts. Their precedence is then
 `LISTED` or `READ`, and `cost_read_at` and `outputs_read_at` are when that read was sent. Quotes are
 not costs: `quoted_cost` is the greatest cost shown before the end.
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from enum import IntEnum, StrEnum
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from tracker.core.fast_dataclass import fast_dataclass
 
@@ -55,7 +55,7 @@ _KNOWN: Final = {str(status): status for status in RunStatus}
 
 
 class Precedence(IntEnum):
-    """A status together with who reported it, in ascending order. Fits one octal digit."""
+    """A status together with who reported it, in ascending order."""
 
     PENDING = 0
     RUNNING = 1
@@ -129,27 +129,30 @@ class RunError:
 
 LISTED: Final = 6
 READ: Final = 7
-"""The digits of values of an ended run that a list or a single read showed."""
+"""The precedences of a value of the ended run that a list or a single read showed."""
 WORKSPACE_KNOWN: Final = 7
-"""The digit of a `workspace_id` that FLORA showed to the workspace's own key. Claims (callbacks,
-`track`) and values read by older versions are below it."""
+"""The precedence of a `workspace_id` that FLORA showed to the workspace's own key. Claims
+(callbacks, `track`) and values read by older versions are below it."""
 
-MERGED_FIELDS: Final = (
-    "run_type",
-    "workspace_id",
-    "project_id",
-    "technique_id",
-    "technique_name",
-    "poll_url",
-    "created_at",
-    "started_at",
-    "completed_at",
-    "charged_cost",
-    "error",
-    "outputs",
-)
-"""The fields that `merge` keeps by precedence. The order fixes each digit in
-`Run.precedences`: append only."""
+
+class Precedences(NamedTuple):
+    """The precedence of the observation that each merged field has its value from, 0 to 7.
+
+    A `Precedence`, `LISTED`, `READ` or `WORKSPACE_KNOWN`; 0 also for a field without a value.
+    """
+
+    run_type: int = 0
+    workspace_id: int = 0
+    project_id: int = 0
+    technique_id: int = 0
+    technique_name: int = 0
+    poll_url: int = 0
+    created_at: int = 0
+    started_at: int = 0
+    completed_at: int = 0
+    charged_cost: int = 0
+    error: int = 0
+    outputs: int = 0
 
 
 @fast_dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +161,8 @@ class Run:
 
     Times are aware UTC datetimes, costs are USD, `progress` 0 to 100. `charged_cost` is the bill,
     as the read sent at `cost_read_at` showed it; `None` with a `cost_read_at` is a failed run that
-    was shown without a cost. `precedences` holds one octal digit for each of `MERGED_FIELDS`:
-    the `Precedence` of the observation that its value came from, or `LISTED` or `READ`.
-    `unknown_status` is the text of a status that this version does not know.
+    was shown without a cost. `unknown_status` is the text of a status that this version does not
+    know.
     """
 
     run_id: str
@@ -184,7 +186,7 @@ class Run:
     error: RunError | None = None
     outputs: tuple[Output, ...] | None = None
     outputs_read_at: datetime | None = None
-    precedences: int = 0
+    precedences: Precedences = Precedences()
 
     @property
     def status(self) -> Status:
@@ -207,8 +209,7 @@ class Run:
     @property
     def workspace_is_claimed(self) -> bool:
         """Whether `workspace_id` comes only from a callback or a request to track the run."""
-        digit = self.precedences >> 3 * MERGED_FIELDS.index("workspace_id") & 0o7
-        return self.workspace_id is not None and digit != WORKSPACE_KNOWN
+        return self.workspace_id is not None and self.precedences.workspace_id != WORKSPACE_KNOWN
 
     @property
     def lacks_outputs(self) -> bool:

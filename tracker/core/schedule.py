@@ -84,18 +84,18 @@ def learned_wait(durations: Durations | None, *, callback_expected: bool) -> tim
     return timedelta(seconds=durations.p50)
 
 
-def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
-    """The wait after the `looks`-th poll (from 1) without an end: doubling, capped, with jitter.
+def wait_after(policy: Policy, run_id: str, polls: int) -> timedelta:
+    """The wait after the `polls`-th poll (from 1) without an end: doubling, capped, with jitter.
 
     The jitter takes off up to a fifth, so that runs started together spread out. It is derived from
     the run id and the count, so that the function stays pure.
     """
-    return whole_wait(policy, looks) * (1 - 0.2 * jitter_share(run_id, looks))
+    return whole_wait(policy, polls) * (1 - 0.2 * jitter_share(run_id, polls))
 
 
-def whole_wait(policy: Policy, looks: int) -> timedelta:
-    """The wait after the `looks`-th poll (from 1), without jitter."""
-    doublings = min(looks - 1, 30)
+def whole_wait(policy: Policy, polls: int) -> timedelta:
+    """The wait after the `polls`-th poll (from 1), without jitter."""
+    doublings = min(polls - 1, 30)
     wait: timedelta = min(policy.interval * 2**doublings, policy.interval_max)
     return wait
 
@@ -106,21 +106,21 @@ def next_check(
     policy: Policy,
     now: datetime,
     first_seen: datetime,
-    looks: int,
+    polls: int,
     callback_expected: bool,
     durations: Durations | None = None,
     at_once: bool = False,
 ) -> datetime | None:
     """When to read the run next, in UTC; `None` if nothing is left to read.
 
-    `first_seen` is when the tracker first heard of the run, by its own clock. `looks` is the number
+    `first_seen` is when the tracker first heard of the run, by its own clock. `polls` is the number
     of polls since the last other news. `at_once` tells that a callback or a request to track the
     run asks for a read now.
     """
     if run.settled:
         return None
-    if looks > 0:
-        later = now + wait_after(policy, run.run_id, looks)
+    if polls > 0:
+        later = now + wait_after(policy, run.run_id, polls)
         if run.precedence.ended:
             return later
         learned = learned_wait(durations, callback_expected=callback_expected)

@@ -81,7 +81,7 @@ def next_poll(record: Record, *, policy: Policy, durations: Durations | None) ->
         return NextPoll(why=PollReason.SETTLED)
     if record.lost or at is None:
         return NextPoll(why=PollReason.LOST, at=at)
-    if record.looks > 0:
+    if record.polls > 0:
         return _delayed(record, at, policy, durations) or _doubled(record, at, policy)
     if record.run.precedence.ended:
         return NextPoll(why=PollReason.ENDED, at=at)
@@ -89,14 +89,14 @@ def next_poll(record: Record, *, policy: Policy, durations: Durations | None) ->
 
 
 def _doubled(record: Record, at: datetime, policy: Policy) -> NextPoll:
-    wait = wait_after(policy, record.run.run_id, record.looks)
+    wait = wait_after(policy, record.run.run_id, record.polls)
     return NextPoll(
         why=PollReason.WAIT,
         at=at,
         since=at - wait,
         wait=wait,
-        number=record.looks,
-        jitter=whole_wait(policy, record.looks) - wait,
+        number=record.polls,
+        jitter=whole_wait(policy, record.polls) - wait,
     )
 
 

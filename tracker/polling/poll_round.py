@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger, log_context
 from tracker.core.observation import Observation
-from tracker.core.record import Entry, Record, Seen, Unseen
+from tracker.core.record import Entry, FailedRead, Observed, Record
 from tracker.core.run import Run, RunStatus
 from tracker.flora.client import FloraClient, PollUrlRefused
 from tracker.polling import history
@@ -240,7 +240,7 @@ class PollRound:
         again = await counted_before(database, self.remaining, kept)
         results = await self._poller.writer.submit_all(
             [
-                Seen(
+                Observed(
                     observation=item,
                     claim=self._poller.holder if item.run_id in answered else None,
                     counted_before=item.run_id in again,
@@ -354,11 +354,11 @@ class PollRound:
             if found.others:
                 others = attributed_page(workspace, found.others)
                 others = await without_removed(poller.database, others)
-                entries += [Seen(observation=item) for item in others]
+                entries += [Observed(observation=item) for item in others]
             if found.observation is None:
                 found.missing = found.missing and await self._is_readable()
                 entries.append(
-                    Unseen(
+                    FailedRead(
                         run_id=run.run_id,
                         at=poller.clock(),
                         error=found.error,
@@ -371,7 +371,7 @@ class PollRound:
                 seen = attributed(workspace, found.observation)
                 again = await counted_before(poller.database, {seen.run_id: record}, [seen])
                 entries.append(
-                    Seen(
+                    Observed(
                         observation=seen,
                         reads=found.reads,
                         claim=poller.holder,

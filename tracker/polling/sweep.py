@@ -31,7 +31,7 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import RunType
 from tracker.core.waiting import cancel
 from tracker.polling.history import (
@@ -411,7 +411,9 @@ class _Sweep:
         open_runs = (item for item in kept if not item.precedence.ended)  # others wait for no end
         await sweeper.durations.learn(item.technique_id for item in open_runs)
         late = False
-        for result in await sweeper.writer.submit_all([Seen(observation=item) for item in kept]):
+        for result in await sweeper.writer.submit_all(
+            [Observed(observation=item) for item in kept]
+        ):
             report.count(result)
             late |= plan.is_late(result)
         report.items += len(items)

@@ -26,7 +26,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import LogRateLimit, get_logger
 from tracker.core.observation import Observation, Source
-from tracker.core.record import TEST_DELIVERY, Delivery, Seen
+from tracker.core.record import TEST_DELIVERY, Delivery, Observed
 from tracker.core.waiting import cancel, wait_for
 from tracker.flora import parse
 from tracker.polling.workspaces import Workspaces
@@ -151,14 +151,14 @@ def apply_waiting(
                 tracked = Observation(
                     run_id=seen.run_id, source=Source.TRACK, at=delivery.received_at
                 )
-                batch.add(Seen(observation=tracked))
+                batch.add(Observed(observation=tracked))
             if reason is None:
                 start = starts_by_token.get(delivery.callback_token or "")
                 if start is not None and _is_signed_for(one, seen, start):
                     # Its callback came to the start's own address.
                     own = Observation(run_id=seen.run_id, source=Source.START, at=seen.at)
                     batch.add(start.became(own, callback_expected=True))
-                batch.add(Seen(observation=seen))
+                batch.add(Observed(observation=seen))
         if reason is None:
             applied.append(delivery.delivery_id)
         else:

@@ -20,7 +20,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import FloraRefusal, FloraUnreadable, StartNotStored, StoreError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record, Seen
+from tracker.core.record import Observed, Record
 from tracker.polling import history
 from tracker.polling.workspaces import Workspace
 from tracker.store.engine import Database
@@ -103,10 +103,10 @@ class StartMatcher:
         own = Observation(run_id=run_id, source=Source.START, at=self.clock())
         record = await self.track(row, own)
         if observation is not None:
-            record = (await self.writer.submit(Seen(observation=observation))).record
+            record = (await self.writer.submit(Observed(observation=observation))).record
         return record
 
-    async def _store(self, entry: Seen) -> None:
+    async def _store(self, entry: Observed) -> None:
         wait, longest = STORE_AGAIN
         while True:
             await asyncio.sleep(wait)

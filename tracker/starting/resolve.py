@@ -15,7 +15,7 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record, Seen
+from tracker.core.record import Observed, Record
 from tracker.core.run import Run
 from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Service, Workspace
@@ -167,7 +167,7 @@ class RunTracker(Service):
         """
         workspace = await self.workspaces.pick(workspace_id)
         result = await self.writer.submit(
-            Seen(
+            Observed(
                 observation=Observation(
                     run_id=run_id,
                     source=Source.TRACK,

@@ -34,7 +34,7 @@ from tracker.store.signals import DUE
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """Runs that can be claimed, each by its index."""
-_ENDED: Final = runs.c.standing >= Precedence.CALLBACK_FAILED
+_ENDED: Final = runs.c.precedence >= Precedence.CALLBACK_FAILED
 
 _APART: Final = timedelta(seconds=5)
 """How much the clocks of processes on one database may differ."""

@@ -5,21 +5,35 @@ its events. Both functions name each column, because a call for each field would
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tracker.core.merge import shown_before_the_end
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Precedence, Run, RunError, RunStatus
+from tracker.core.run import Details, Output, Precedence, Precedences, Run, RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.schema import run_outputs, runs
 
 RUN_COLUMNS: Final = tuple(runs.columns)
 """The columns of `runs`, in the order of `run_row`."""
 _STATUSES: Final = frozenset(map(str, RunStatus))
+
+
+# Of all runs together there are few different values.
+@lru_cache(1024)
+def _packed(precedences: Precedences) -> int:
+    """The precedences in one number for one column: three bits for each field, in order."""
+    return sum(each << 3 * position for position, each in enumerate(precedences))
+
+
+@lru_cache(1024)
+def _unpacked(packed: int) -> Precedences:
+    return Precedences(
+        *(packed >> 3 * position & 7 for position in range(len(Precedences._fields)))
+    )
 
 
 def run_row(record: Record) -> tuple[Any, ...]:
@@ -53,7 +67,7 @@ def run_row(record: Record) -> tuple[Any, ...]:
         run.poll_url,
         int(run.precedence),
         int(run.details),
-        run.precedences,
+        _packed(run.precedences),
         run.conflict,
         record.source.value,
         record.first_seen_at,
@@ -69,7 +83,7 @@ def run_row(record: Record) -> tuple[Any, ...]:
         record.reserved_cost,
         record.next_check_at,
         record.recheck_at,
-        record.looks,
+        record.polls,
         record.checks,
         record.missing,
         record.missing_since,
@@ -122,7 +136,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         reserved_cost,
         next_check_at,
         recheck_at,
-        looks,
+        polls,
         checks,
         missing,
         missing_since,
@@ -130,7 +144,8 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         lease_until,
         lease_holder,
     ) = row
-    if charged_cost is not None and shown_before_the_end(precedences):
+    precedences = _unpacked(precedences)
+    if charged_cost is not None and precedences.charged_cost < Precedence.FAILED:
         # A version before 0010 wrote it: what was shown before the end is a quote.
         quoted_cost, charged_cost = charged_cost, None
     return Record(
@@ -174,7 +189,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         reserved_at=reserved_at,
         reserved_cost=reserved_cost,
         next_check_at=next_check_at,
-        looks=looks,
+        polls=polls,
         checks=checks,
         missing=missing,
         missing_since=missing_since,

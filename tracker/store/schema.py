@@ -221,10 +221,12 @@ runs: Final = Table(
     Column("output_count", Integer, nullable=False),
     Column("outputs_read_at", UtcDateTime),
     Column("poll_url", CleanText),
-    # What `merge` needs besides the values: see tracker.core.run.
-    Column("standing", SmallInteger, nullable=False),
+    # What `merge` needs besides the values: see tracker.core.run. `precedences` and `polls` have
+    # other names in the database, as `precedence` has: a process of an older version would fail at
+    # a renamed column while the new version is rolled out.
+    Column("standing", SmallInteger, nullable=False, key="precedence"),
     Column("details", SmallInteger, nullable=False),
-    Column("ranks", BigInteger, nullable=False),
+    Column("ranks", BigInteger, nullable=False, key="precedences"),
     Column("conflict", Boolean, nullable=False),
     # Facts about receipt, outside the merge.
     Column("source", CleanText, nullable=False),
@@ -244,7 +246,7 @@ runs: Final = Table(
     Column("next_check_at", UtcDateTime),
     # When to read cost and outputs of a settled run again.
     Column("recheck_at", UtcDateTime),
-    Column("looks", Integer, nullable=False),
+    Column("looks", Integer, nullable=False, key="polls"),
     Column("checks", Integer, nullable=False),
     Column("missing", Integer, nullable=False),
     Column("missing_since", UtcDateTime),

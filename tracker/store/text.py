@@ -13,7 +13,7 @@ import orjson
 
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation
-from tracker.core.record import Entry, Seen
+from tracker.core.record import Entry, Observed
 from tracker.core.run import Output
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def clean_json(value: T) -> T:
 
 def clean_entry(entry: Entry) -> Entry:
     """`entry` with all its text cleaned; `entry` itself if nothing changes."""
-    if isinstance(entry, Seen):
+    if isinstance(entry, Observed):
         seen = clean_observation(entry.observation)
         inputs = None if entry.inputs is None else clean_json(entry.inputs)
         if seen is entry.observation and inputs is entry.inputs:

@@ -8,7 +8,7 @@ from tests.support.deliveries import Delivered, keep
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, DeliveryOutcome, Seen, Unseen
+from tracker.core.record import Delivery, DeliveryOutcome, FailedRead, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.services import Services
 from tracker.store.queries import batches, starts, sweeps, techniques
@@ -68,15 +68,15 @@ async def attack(services: Services, evil: str = EVIL) -> None:
     }
     inputs = [{"id": evil, "type": evil, "value": link} for link in (evil, *LINKS)]
     await services.writer.submit(
-        Seen(
+        Observed(
             observation=Observation(**of, source=Source.START),  # type: ignore[arg-type]
             inputs=inputs,
             tags={evil: evil},
         )
     )
-    await services.writer.submit(Unseen(run_id=run_id, at=now, error=evil))
+    await services.writer.submit(FailedRead(run_id=run_id, at=now, error=evil))
     await services.writer.submit(
-        Seen(
+        Observed(
             observation=Observation(
                 **of,  # type: ignore[arg-type]
                 source=Source.POLL,
@@ -87,11 +87,11 @@ async def attack(services: Services, evil: str = EVIL) -> None:
             )
         )
     )
-    await services.writer.submit(Unseen(run_id=run_id, at=now, error=evil))
+    await services.writer.submit(FailedRead(run_id=run_id, at=now, error=evil))
     disagreeing = Observation(
         run_id=run_id, at=now, source=Source.CALLBACK, status=RunStatus.COMPLETED
     )
-    await services.writer.submit(Seen(observation=disagreeing))
+    await services.writer.submit(Observed(observation=disagreeing))
     for number, outcome in enumerate(DeliveryOutcome):
         await keep(
             services.database,

@@ -13,7 +13,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, DeliveryOutcome, Seen
+from tracker.core.record import Delivery, DeliveryOutcome, Observed
 from tracker.core.run import RunStatus
 from tracker.operations.retention import Ages
 from tracker.simulator import Options, Simulator, running
@@ -209,7 +209,7 @@ async def test_check_now_reads_the_run_from_flora(
 async def test_check_now_without_a_key(small_site: Site) -> None:
     """There is no button, and an older page's answer says why."""
     await small_site.services.writer.submit(
-        Seen(
+        Observed(
             observation=Observation(
                 run_id="run_1", source=Source.HISTORY, at=utc_now(), status=RunStatus.RUNNING
             )

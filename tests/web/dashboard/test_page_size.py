@@ -9,7 +9,7 @@ from tests.web.conftest import Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.web.dashboard.render import PAGE_BYTES, indented, indented_json
 
@@ -21,7 +21,7 @@ async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
     of = {"run_id": "run_long", "workspace_id": "ws_1", "technique_id": "tech_1"}
     inputs = [{"id": f"i{n}", "type": "text", "value": QUOTES} for n in range(20)]
     seen = Observation(**of, at=utc_now(), source=Source.START)  # type: ignore[arg-type]
-    await small_site.services.writer.submit(Seen(observation=seen, inputs=inputs))
+    await small_site.services.writer.submit(Observed(observation=seen, inputs=inputs))
     outputs = tuple(Output(f"o{n}", "text", QUOTES) for n in range(40))
     for end in (RunStatus.FAILED, RunStatus.COMPLETED):
         seen = Observation(
@@ -33,7 +33,7 @@ async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
             technique_name=QUOTES,
             outputs=outputs,
         )
-        await small_site.services.writer.submit(Seen(observation=seen))
+        await small_site.services.writer.submit(Observed(observation=seen))
     for number in range(10):
         body = event("run_long", id=f"whd_{number}", padding=45_000 * "'\\<")
         answer = await small_site.client.post(PATH, content=body, headers=signed(body))

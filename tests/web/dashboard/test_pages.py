@@ -14,7 +14,7 @@ from tests.web.dashboard.conftest import HTML, TOKEN
 from tracker.core.clock import utc_now
 from tracker.core.errors import KeyRefused
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, Seen, Unseen
+from tracker.core.record import Delivery, FailedRead, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.queries import batches, sweeps
 from tracker.store.queries import sweeps as coverage
@@ -31,9 +31,9 @@ async def _text(site: Site, path: str, status: int = 200) -> str:
     return answer.text
 
 
-def _seen(run_id: str, status: RunStatus = RunStatus.RUNNING, **facts: object) -> Seen:
+def _seen(run_id: str, status: RunStatus = RunStatus.RUNNING, **facts: object) -> Observed:
     values = {"source": Source.POLL, "at": utc_now(), "created_at": utc_now(), **facts}
-    return Seen(observation=Observation(run_id=run_id, status=status, **values))  # type: ignore[arg-type]
+    return Observed(observation=Observation(run_id=run_id, status=status, **values))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -107,20 +107,20 @@ async def test_the_overview_shows_the_day(site: Site) -> None:
         begin = Observation(
             run_id=run_id, source=Source.START, at=now - timedelta(minutes=1), technique_id="tech_a"
         )
-        await site.services.writer.submit(Seen(observation=begin, callback_expected=True))
+        await site.services.writer.submit(Observed(observation=begin, callback_expected=True))
         if via is Source.CALLBACK:
             reported = Observation(
                 run_id=run_id, source=Source.CALLBACK, at=now, status=RunStatus.COMPLETED
             )
             came = Delivery(delivery_id=f"whd_{number}", received_at=now, body=b"{}", run_id=run_id)
             await keep(site.services.database, Delivered(delivery=came))
-            await site.services.writer.submit(Seen(observation=reported))
+            await site.services.writer.submit(Observed(observation=reported))
         await site.services.writer.submit(
             _seen(run_id, RunStatus.COMPLETED, completed_at=ended, charged_cost=Decimal("0.25"))
         )
     await site.services.writer.submit(_seen("run_late", at=now - timedelta(hours=2)))
     await site.services.writer.submit(
-        Unseen(run_id="run_late", at=now - timedelta(hours=1), error="FLORA answered 503")
+        FailedRead(run_id="run_late", at=now - timedelta(hours=1), error="FLORA answered 503")
     )
     text = await _text(site, "/")
     tiles = dict(re.findall(r"state=(\w+)\"><span.*?class=\"count\">(\d+)<", text, re.DOTALL))
@@ -211,7 +211,7 @@ async def test_a_failed_sweep_is_an_alert(serve: Serve, sqlite_url: str) -> None
 async def test_a_run_shows_everything(site: Site) -> None:
     """State, error, outputs by type, timeline, callbacks, and the reason of the next poll."""
     await site.services.writer.submit(
-        Seen(
+        Observed(
             observation=Observation(
                 run_id="run_1", source=Source.START, at=utc_now(), technique_id="tech_a"
             ),

@@ -15,7 +15,7 @@ from tests.web.dashboard.conftest import HTML
 from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts
@@ -24,7 +24,7 @@ from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.web.http.limits import Limits
 
 
-def _run(number: int, status: RunStatus = RunStatus.COMPLETED, **facts: Any) -> Seen:
+def _run(number: int, status: RunStatus = RunStatus.COMPLETED, **facts: Any) -> Observed:
     """A run of a technique: the later its number, the newer, cheaper and longer it is."""
     created = utc_now() - timedelta(minutes=100 - number)
     observation = Observation(
@@ -38,7 +38,7 @@ def _run(number: int, status: RunStatus = RunStatus.COMPLETED, **facts: Any) -> 
         charged_cost=Decimal(100 - number) / 4,
         **facts,
     )
-    return Seen(
+    return Observed(
         observation=observation,
         inputs=[{"id": "prompt", "type": "text", "value": f"=garden tool {number}."}],
     )

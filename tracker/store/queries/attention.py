@@ -202,7 +202,7 @@ def _backlog(now: datetime, bound: int) -> Select[*tuple[Any, ...]]:
         runs.c.callback_expected,
         runs.c.callback_at.is_(None),
         runs.c.tracking == word(Tracking.ACTIVE),
-        runs.c.standing < Precedence.CALLBACK_FAILED,
+        runs.c.precedence < Precedence.CALLBACK_FAILED,
     )
     columns = runs.c.next_check_at, waits.label("waits"), _IS_RETRY.label("is_retry")
     first = _next_reads(*columns, bound=bound)

@@ -31,7 +31,9 @@ STATES: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": is_tracked_as(Tracking.ACTIVE),
     "pending": has_status(RunStatus.PENDING),
     "running": has_status(RunStatus.RUNNING),
-    "details": and_(is_tracked_as(Tracking.ACTIVE), runs.c.standing >= Precedence.CALLBACK_FAILED),
+    "details": and_(
+        is_tracked_as(Tracking.ACTIVE), runs.c.precedence >= Precedence.CALLBACK_FAILED
+    ),
     "completed": has_status(RunStatus.COMPLETED),
     "failed": has_status(RunStatus.FAILED),
     "other": runs.c.status.not_in([*RunStatus]),

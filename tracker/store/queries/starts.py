@@ -42,7 +42,7 @@ from sqlalchemy import (
 from tracker.core.budget import Budget
 from tracker.core.inputs import Tags
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
@@ -122,10 +122,10 @@ class StartRow:
         """Whether FLORA answered 409 or 422: it has a request with this key."""
         return bool((self.error or {}).get("conflict"))
 
-    def became(self, seen: Observation, *, callback_expected: bool) -> Seen:
+    def became(self, seen: Observation, *, callback_expected: bool) -> Observed:
         """The entry that the start became the run of this observation, which closes the start."""
         workspace_id = seen.workspace_id or self.workspace_slot
-        return Seen(
+        return Observed(
             observation=replace(seen, workspace_id=workspace_id, technique_id=self.technique_id),
             inputs=self.inputs,
             tags=self.tags,

@@ -59,7 +59,7 @@ def _incoming(name: str, columns: Sequence[Column[Any]]) -> TableValuedAlias:
     )
     return (
         func.json_to_recordset(cast(bindparam(name, type_=Text()), JSON))
-        .table_valued(*(column(each.name, kind) for each, kind in zip(columns, types, strict=True)))
+        .table_valued(*(column(each.key, kind) for each, kind in zip(columns, types, strict=True)))
         .render_derived(name=name, with_types=True)
     )
 
@@ -74,7 +74,7 @@ def _is_any_of(of: Any, parameter: str) -> Any:
 
 
 # Plain strings: SQLAlchemy's names are of a class of their own, which no JSON key may be.
-_RUNS: Final = tuple(f"{each.name}" for each in RUN_COLUMNS)
+_RUNS: Final = tuple(f"{each.key}" for each in RUN_COLUMNS)
 _NOTICES: Final = ("channel", "payload")
 
 

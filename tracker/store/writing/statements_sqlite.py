@@ -60,7 +60,7 @@ class RowInsert:
     """
 
     def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
-        names = [column.name for column in columns]
+        names = [column.key for column in columns]
         self._one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=names))
         self._row = f"({', '.join('?' * len(names))})"
         self._texts = {size: self._one.replace(self._row, self._rows(size)) for size in _SIZES}

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from tracker.core.events import events_between
 from tracker.core.fast_dataclass import fast_dataclass
-from tracker.core.record import DurationsOf, Entry, Record, Seen, apply
+from tracker.core.record import DurationsOf, Entry, Observed, Record, apply
 from tracker.core.rollup import Key, facts, same
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
@@ -173,7 +173,7 @@ class WriteBatch:
             return
         self._now[run_id] = after
         self._last[run_id] = entry
-        if isinstance(entry, Seen):
+        if isinstance(entry, Observed):
             if result.changed:
                 seen = entry.observation
                 status, source = str(seen.status), seen.source.value
