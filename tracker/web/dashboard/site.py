@@ -16,8 +16,7 @@ from tracker.web.dashboard.deliveries import DeliveryPages
 from tracker.web.dashboard.health import HealthPage, RunbookPage
 from tracker.web.dashboard.overview import OverviewPage
 from tracker.web.dashboard.render import PageGroup, Renderer
-from tracker.web.dashboard.run import RunPages
-from tracker.web.dashboard.runs import RunListPages
+from tracker.web.dashboard.runs import RunListPages, RunPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
 from tracker.web.dashboard.webhooks import WebhookPages
