@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.explaining.explainer import Explanation
     from tracker.starting.batch_rows import BatchPlan, RowState
     from tracker.store.queries.audit import AuditRow
-    from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup
-    from tracker.store.queries.changes import Line
+    from tracker.store.queries.batches import BatchCounts, BatchRow
     from tracker.store.queries.endpoints import AttemptRow, Backlog, EndpointRow, MessageRow
-    from tracker.store.queries.runs import DeliveryRow, Event
+    from tracker.store.queries.runs import DeliveryRow, EventLine, TimelineEvent
+    from tracker.store.queries.sheet_rows import ErrorGroup
     from tracker.store.queries.spending import Spending, Usage
     from tracker.store.queries.starts import StartRow
     from tracker.store.queries.techniques import TechniqueRow
@@ -98,7 +98,7 @@ def output_json(output: Output) -> dict[str, str]:
     return {"output_id": output.output_id, "type": output.type, "url": output.url}
 
 
-def event_json(event: "Event | Line") -> dict[str, Any]:
+def event_json(event: "TimelineEvent | EventLine") -> dict[str, Any]:
     """An event: the columns of the table `run_events`, as far as they were read."""
     return values_of(event, *event._fields)
 

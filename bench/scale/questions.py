@@ -29,8 +29,7 @@ from tracker.core.errors import StoreUnavailable
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import attention, overview, search, spending
-from tracker.store.queries import attention as gauges
-from tracker.store.queries import changes as feed
+from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
 from tracker.store.queries.search import Wanted
 from tracker.store.queries.sheet_rows import search_sheets
@@ -79,8 +78,8 @@ def of_workers() -> Questions:
     return {
         f"claiming {CLAIMED} due runs": claim,
         "the next moment that something is due": partial(claims.next_due_at, now=utc_now()),
-        "a scrape of the metrics": partial(gauges.read_gauges, now=utc_now()),
-        "what the readiness and the doctor count": partial(read.counts, now=utc_now()),
+        "a scrape of the metrics": partial(attention.read_gauges, now=utc_now()),
+        "what waits, which the pages count": partial(attention.counts, now=utc_now()),
         "durations of a technique": lambda db: read.durations(db, "tech_1"),
     }
 
@@ -119,7 +118,7 @@ def of_pages(run_id: str, cursor: str | None) -> Questions:
         "its callbacks": partial(read.list_deliveries, run_id=run_id),
         "callbacks": read.list_deliveries,
         "callbacks in quarantine": partial(read.list_deliveries, outcome="quarantined"),
-        "the stream's newest line": feed.newest,
+        "the stream's newest line": feed.newest_event,
         "overview: states": overview.states,
         "overview: ends, 48 h": partial(overview.ends_by_hour, now=utc_now(), hours=48),
         "overview: callbacks": partial(overview.callback_health, now=utc_now()),

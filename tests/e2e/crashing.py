@@ -47,8 +47,8 @@ COMMITS: Final = (
     ),
     *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.compact"),
     *("batches.keep", "batches.finish"),
-    *("batch_launches.claim_due", "batch_launches.renew", "batch_launches.end"),
-    *("batch_launches.release", "batch_launches.finish_ended"),
+    *("batches.claim_due", "batches.renew_launch", "batches.end_launch"),
+    *("batches.release_launch", "batches.finish_ended"),
     *("messages.fan_out", "endpoints.configure", "messages.take_turn"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
@@ -62,7 +62,7 @@ SELDOM: Final = (
     "replay.acknowledge",
     "statements.forget_run",
     "inbox: notify",
-    "batch_launches.stop",
+    "batches.stop",
 )
 """Commits that come only where something is broken, or someone asks."""
 REQUESTS: Final = (

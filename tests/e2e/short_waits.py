@@ -19,7 +19,7 @@ from tracker.polling import poll
 from tracker.polling.poll import Backoff
 from tracker.polling.workspaces import DatabaseWaits
 from tracker.starting import matching, recover, sending
-from tracker.store.queries import batch_launches
+from tracker.store.queries import batches
 from tracker.web.http import server
 from tracker.worker import scheduler
 from tracker.worker.scheduler import WorkerTimes
@@ -67,7 +67,7 @@ def shorten_waits(*, patient: bool = True) -> None:
     if patient:
         always_wait_longer_for_the_database()
     shorten(sending, HELD_FOR=timedelta(seconds=2))
-    shorten(batch_launches, LEASE=timedelta(seconds=2))
+    shorten(batches, LEASE=timedelta(seconds=2))
     services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
     services.DatabaseWaits = ShortWaits  # type: ignore[misc]
     poll.Backoff = ShortBackoff  # type: ignore[misc]
@@ -87,7 +87,7 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     shorten_waits(patient=patient)
     soon = timedelta(seconds=0.4)
     shorten(sending, HELD_FOR=soon)
-    shorten(batch_launches, LEASE=soon)
+    shorten(batches, LEASE=soon)
     shorten_searches()
     services.BatchWorker = partial(services.BatchWorker, renew_after=0.1)  # type: ignore
     shorten(sending, RENEW_AFTER=0.1)

@@ -32,7 +32,7 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     ("serve", Point(when="after", name="POST /hook")),
     # A batch that is on disk and whose client was told nothing; one whose launch is not noted.
     ("serve", Point(when="after", name="batches.keep")),
-    ("serve", Point(when="after", name="batch_launches.end")),
+    ("serve", Point(when="after", name="batches.end_launch")),
 )
 
 LIVES = 3

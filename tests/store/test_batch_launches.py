@@ -7,22 +7,21 @@ from datetime import timedelta
 from tests.store.making import NOW
 from tests.store.test_batches import BATCH, entries
 from tracker.store.engine import Database
-from tracker.store.queries import audit, batch_launches, batches
+from tracker.store.queries import audit, batches
 from tracker.store.queries.audit import Action
-from tracker.store.queries.batch_launches import LaunchEnd
-from tracker.store.queries.batches import BatchRow
+from tracker.store.queries.batches import BatchRow, LaunchEnd
 
 ORDERED = replace(BATCH, launch={"started_by": "shop"}, launch_at=NOW)
 SECOND = timedelta(seconds=1)
 
 
 async def claim(db: Database, holder: str = "h", *, later: timedelta = SECOND) -> list[BatchRow]:
-    return await batch_launches.claim_due(db, ["default"], holder=holder, now=NOW + later, limit=10)
+    return await batches.claim_due(db, ["default"], holder=holder, now=NOW + later, limit=10)
 
 
 async def end(db: Database, batch: BatchRow, holder: str = "h") -> bool:
     ended = LaunchEnd(launch_at=None, stopped="a budget", errors={1: "too long"})
-    return await batch_launches.end(db, batch, ended, holder=holder)
+    return await batches.end_launch(db, batch, ended, holder=holder)
 
 
 async def test_a_due_batch_has_one_holder(db: Database, other_db: Database) -> None:
@@ -41,7 +40,7 @@ async def test_a_due_batch_has_one_holder(db: Database, other_db: Database) -> N
         *(claim(each, f"{n}") for n, each in enumerate([db, other_db] * 3))
     )
     assert [len(found) for found in claims if found] == [1]
-    late = batch_launches.LEASE + 2 * SECOND
+    late = batches.LEASE + 2 * SECOND
     assert [one.batch_id for one in await claim(db, "next", later=late)] == ["bat_1"]
     assert await claim(db, "other", later=late) == []
 
@@ -60,7 +59,7 @@ async def test_how_a_launch_ended_is_stored_by_its_holder(db: Database) -> None:
     await batches.keep(db, ORDERED, entries("a", "b"))
     (batch,) = await claim(db)
     assert not await end(db, batch, "other")
-    assert await batch_launches.renew(db, batch, holder="h", now=NOW)
+    assert await batches.renew_launch(db, batch, holder="h", now=NOW)
     assert await end(db, batch)
     assert not await end(db, batch)
     stored = await batches.get(db, "bat_1")
@@ -75,17 +74,17 @@ async def test_a_new_order_or_a_stop_is_not_overwritten(db: Database) -> None:
     await batches.keep(db, ORDERED, entries("a"))
     (batch,) = await claim(db)
     await batches.keep(db, replace(ORDERED, launch_at=NOW + SECOND / 2), entries("a"))
-    assert not await batch_launches.renew(db, batch, holder="h", now=NOW)
+    assert not await batches.renew_launch(db, batch, holder="h", now=NOW)
     assert not await end(db, batch)
     assert await claim(db, "other") == []
-    await batch_launches.release(db, batch, holder="h")
+    await batches.release_launch(db, batch, holder="h")
     (again,) = await claim(db, "other")
     noted = audit.entry(Action.STOP, NOW, batch_id="bat_1")
-    assert await batch_launches.stop(db, "bat_1", "stopped by shop", noted=noted)
-    assert not await batch_launches.stop(db, "bat_1", "stopped by another", noted=noted)
-    assert not await batch_launches.renew(db, again, holder="other", now=NOW)
+    assert await batches.stop(db, "bat_1", "stopped by shop", noted=noted)
+    assert not await batches.stop(db, "bat_1", "stopped by another", noted=noted)
+    assert not await batches.renew_launch(db, again, holder="other", now=NOW)
     assert not await end(db, again, "other")
     stored = await batches.get(db, "bat_1")
     assert stored is not None
     assert (stored.launch_at, stored.stopped) == (None, "stopped by shop")
-    assert await batch_launches.finish_ended(db, NOW) == 0
+    assert await batches.finish_ended(db, NOW) == 0

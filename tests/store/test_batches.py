@@ -13,9 +13,9 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.inputs import Turn
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import batch_launches, batches, paging
-from tracker.store.queries.batch_launches import Latest, LaunchEnd
-from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, RowOutcome
+from tracker.store.queries import batches, paging, sheet_rows
+from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, LaunchEnd
+from tracker.store.queries.sheet_rows import Latest, RowOutcome
 from tracker.store.queries.starts import StartState
 
 BATCH = BatchRow(
@@ -61,9 +61,9 @@ async def test_a_batch_is_kept_with_all_that_launches_it(db: Database) -> None:
     await batches.keep(db, replace(BATCH, source="cli", columns=["SKU"]), [row])
     assert await batches.get(db, "bat_1") == launched
     assert await batches.entries(db, "bat_1") == [row]
-    (due,) = await batch_launches.claim_due(db, ["default"], holder="h", now=NOW, limit=1)
+    (due,) = await batches.claim_due(db, ["default"], holder="h", now=NOW, limit=1)
     ended = LaunchEnd(launch_at=None, stopped=None, errors={})
-    assert await batch_launches.end(db, due, ended, holder="h")
+    assert await batches.end_launch(db, due, ended, holder="h")
     await batches.keep(db, replace(BATCH, columns=["SKU"]), [row])
     assert await batches.get(db, "bat_1") == replace(launched, launch=None, launch_at=None)
 
@@ -101,7 +101,7 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
     await batches.finish(db, "bat_3", NOW)
     elsewhere = replace(BATCH, batch_id="bat_4", workspace_slot="other")
     await batches.keep(db, elsewhere, entries("d"))
-    assert await batch_launches.latest_turns(db, "default", ["a", "b", "c", "d"]) == {
+    assert await sheet_rows.latest_turns(db, "default", ["a", "b", "c", "d"]) == {
         "a": Latest(turn=Turn(), finished=True),
         "b": Latest(turn=again, finished=False),
         "c": Latest(turn=again.retried(), finished=True),
@@ -114,7 +114,7 @@ async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     rows = entries(*digests)
     await batches.keep(db, BATCH, rows)
     assert await batches.entries(db, "bat_1") == rows
-    assert len(await batch_launches.latest_turns(db, "default", digests)) == len(digests)
+    assert len(await sheet_rows.latest_turns(db, "default", digests)) == len(digests)
     assert await tally(db) == BatchCounts(rows=len(digests))
 
 
@@ -151,7 +151,7 @@ async def test_failed_rows_are_grouped_by_reason(db: Database, writer: TestWrite
         if code is not None:
             facts = {"error": RunError(code, f"{code} happened")}
             await writer.submit(seen(f"run_{row.digest}", RunStatus.FAILED, facts=facts))
-    found = await batches.error_groups(db, "bat_1")
+    found = await sheet_rows.error_groups(db, "bat_1")
     assert [(one.code, one.count, one.retryable, one.message) for one in found] == [
         ("provider_error", 3, 2, "provider_error happened"),
         ("input_validation_error", 1, 0, "prompt is too long"),

@@ -17,8 +17,7 @@ from tests.store.making import (
 from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import runs as read
-from tracker.store.queries.attention import read_gauges
+from tracker.store.queries.attention import counts, read_gauges
 from tracker.store.queries.starts import StartState
 from tracker.store.writing.statements import acknowledge
 
@@ -33,7 +32,7 @@ async def test_what_waits_to_be_applied_is_counted(db: Database) -> None:
             await inbox.enqueue(delivery(run, at=NOW + timedelta(seconds=seconds)))
     found = await read_gauges(db, now=NOW)
     assert (found.waiting, found.oldest_waiting_at) == (3, NOW)
-    counted = await read.counts(db, now=NOW)
+    counted = await counts(db, now=NOW)
     assert (counted.waiting, counted.oldest_waiting_at) == (3, NOW)
     await apply_all(db)
     found = await read_gauges(db, now=NOW)

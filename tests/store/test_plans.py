@@ -21,10 +21,10 @@ from tracker.store import claims
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
-from tracker.store.queries import batch_launches, batches, runs, starts
+from tracker.store.queries import batches, runs, sheet_rows, starts
 from tracker.store.queries import runs as read
-from tracker.store.queries.batches import RowOutcome
 from tracker.store.queries.endpoints import delays, list_attempts, list_messages
+from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing.messages import Attempt, enable, next_due_at, take_turn
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
@@ -244,11 +244,11 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         "ix_starts",
     ),
     "batches to launch": (
-        lambda db: batch_launches.claim_due(db, ["default"], holder="h", now=NOW, limit=10),
+        lambda db: batches.claim_due(db, ["default"], holder="h", now=NOW, limit=10),
         "ix_batches_open",
     ),
-    "batches to close": (lambda db: batch_launches.finish_ended(db, NOW), "ix_batches_open"),
-    "why rows of a batch failed": (lambda db: batches.error_groups(db, "bat_1"), "batch_rows"),
+    "batches to close": (lambda db: batches.finish_ended(db, NOW), "ix_batches_open"),
+    "why rows of a batch failed": (lambda db: sheet_rows.error_groups(db, "bat_1"), "batch_rows"),
     "failed rows of a batch": (
         lambda db: batches.entries(db, "bat_1", outcome=RowOutcome.FAILED, limit=100),
         "batch_rows",
@@ -315,7 +315,7 @@ async def test_retention_finds_what_is_old(full: Database) -> None:
 
 async def test_counting_reads_short_indexes(full: Database) -> None:
     """What a metric asks for does not grow with the history."""
-    told = await plans(full, lambda db: read.counts(db, now=NOW))
+    told = await plans(full, lambda db: gauges.counts(db, now=NOW))
     assert "ix_runs_due" in told
     assert "ix_deliveries_quarantined" in told
     assert not _reads_a_table(told), told

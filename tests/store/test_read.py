@@ -15,9 +15,8 @@ from tracker.core.run import Output, RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries import starts
+from tracker.store.queries.attention import Counts, counts
 from tracker.store.queries.runs import (
-    Counts,
-    counts,
     durations,
     events,
     get_delivery,

@@ -14,9 +14,10 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batches, paging, starts
-from tracker.store.queries.batches import BatchEntry, BatchRow, RowOutcome
+from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.queries.search import STATES, Sort, Wanted, count_runs, search_runs
 from tracker.store.queries.sheet_rows import (
+    RowOutcome,
     first_outputs,
     page_starts,
     rows_of_start,

@@ -23,7 +23,7 @@ from tracker.core.record import FailedRead
 from tracker.core.run import RunStatus
 from tracker.services import open_services
 from tracker.settings import Settings
-from tracker.store.queries import changes as feed
+from tracker.store.queries import runs as feed
 from tracker.store.schema import runs
 from tracker.web.app import build_app
 from tracker.web.http.limits import Limits
@@ -332,9 +332,9 @@ async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve
         serve(database_url, limits=Limits(stream_poll_seconds=0.05)) as site,
         following(site.client) as events,
     ):
-        real, failures = feed.after, 2
+        real, failures = feed.events_after, 2
 
-        async def failing(*arguments: Any, **named: Any) -> feed.LinePage:
+        async def failing(*arguments: Any, **named: Any) -> feed.EventPage:
             nonlocal failures
             if failures:
                 failures -= 1
@@ -342,6 +342,6 @@ async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve
             return await real(*arguments, **named)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(feed, "after", failing)
+            patch.setattr(feed, "events_after", failing)
             await site.services.writer.submit(seen("run_1"))
             assert [run["run_id"] for run in await events.runs(1)] == ["run_1"]

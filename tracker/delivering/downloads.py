@@ -34,7 +34,7 @@ from tracker.polling.follow import CHECK_ANYWAY, CHECK_EVERY, Follower, Notify, 
 from tracker.polling.poll_round import run_all
 from tracker.starting.batch_rows import kept_rows
 from tracker.store.engine import Database
-from tracker.store.queries import batches, changes, runs, techniques
+from tracker.store.queries import batches, runs, techniques
 from tracker.store.signals import Signals
 
 T = TypeVar("T")
@@ -182,7 +182,7 @@ class Downloader:
         """
         changed = asyncio.Event()
         with self.signals.subscribed(lambda _: changed.set()):
-            reached = await changes.newest(self.database)
+            reached = await runs.newest_event(self.database)
             cursor: str | None = None
             while True:
                 page, cursor = await runs.list_runs(
@@ -199,7 +199,7 @@ class Downloader:
             while watch:
                 changed.clear()
                 settled_since = partial(
-                    changes.settled_since, self.database, reached, technique_id=technique_id
+                    runs.settled_since, self.database, reached, technique_id=technique_id
                 )
                 records, reached = await until_available(settled_since, notify)
                 for record in records:

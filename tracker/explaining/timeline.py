@@ -15,7 +15,7 @@ from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.run import Run, RunStatus
-from tracker.store.queries.runs import DeliveryRow, Event
+from tracker.store.queries.runs import DeliveryRow, TimelineEvent
 from tracker.store.queries.starts import StartRow
 
 LATE: Final = timedelta(seconds=10)
@@ -73,13 +73,13 @@ class Sentence:
     text: str
     at: datetime | None = None
     source: Source | None = None
-    event: Event | None = None
+    event: TimelineEvent | None = None
     delivery_id: str | None = None
 
 
 def timeline(
     record: Record,
-    events: Sequence[Event],
+    events: Sequence[TimelineEvent],
     deliveries: Sequence[DeliveryRow],
     start: StartRow | None,
 ) -> list[Sentence]:
@@ -120,7 +120,9 @@ def _start(row: StartRow) -> Iterator[Sentence]:
         yield sentence(row.sent_at, "Start sent again with the same key.")
 
 
-def _observations(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) -> Iterator[Sentence]:
+def _observations(
+    events: Sequence[TimelineEvent], deliveries: Sequence[DeliveryRow]
+) -> Iterator[Sentence]:
     """A sentence for each observation, and one more for a contradiction."""
     run: Run | None = None
     earlier: list[Observation] = []
@@ -249,7 +251,9 @@ def _delivery_of(seen: Observation, deliveries: Sequence[DeliveryRow]) -> Delive
     return max(received, key=lambda one: one.received_at, default=None)
 
 
-def _deliveries(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) -> Iterator[Sentence]:
+def _deliveries(
+    events: Sequence[TimelineEvent], deliveries: Sequence[DeliveryRow]
+) -> Iterator[Sentence]:
     """Callbacks that brought no observation: quarantined, waiting, repeated, or without news."""
     observed = [Observation.from_json(one.detail) for one in events]
     brought = {row.delivery_id for one in observed if (row := _delivery_of(one, deliveries))}

@@ -80,7 +80,7 @@ class Event:
     detail: Mapping[str, Any]
 
     @classmethod
-    def of(cls, event: "read.Event") -> Self:
+    def of(cls, event: "read.TimelineEvent") -> Self:
         """The value of a stored event."""
         return cls(**plain_values(event._asdict()))
 

@@ -22,7 +22,7 @@ from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Service
 from tracker.store.errors import StoreClosed
-from tracker.store.queries import changes, runs
+from tracker.store.queries import runs
 from tracker.store.signals import Signals
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Follower(Service):
 
     def __post_init__(self) -> None:
         self._records = _SharedCalls(lambda ids: runs.get_runs(self.database, ids))
-        self._sources = _SharedCalls(lambda ids: changes.last_sources(self.database, ids))
+        self._sources = _SharedCalls(lambda ids: runs.last_sources(self.database, ids))
         self._rounds = _SharedCalls(lambda _: self.poller.poll_due())
 
     async def read(self, run_ids: Sequence[str]) -> dict[str, Record]:

@@ -33,10 +33,9 @@ from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import BatchLaunch, Order
 from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.store.engine import Database
-from tracker.store.queries import audit, batch_launches, batches, spending
+from tracker.store.queries import audit, batches, spending
 from tracker.store.queries.audit import Action, Principal, acting
-from tracker.store.queries.batch_launches import LaunchEnd
-from tracker.store.queries.batches import BatchRow
+from tracker.store.queries.batches import BatchRow, LaunchEnd
 from tracker.store.queries.starts import UNKNOWN, StartState
 
 log = get_logger(__name__)
@@ -134,9 +133,7 @@ class BatchOrders:
         Starts that were sent are not undone. Raises `StoreUnavailable`.
         """
         entry = audit.entry(Action.STOP, self.clock(), batch_id=batch.batch_id)
-        stopped = await batch_launches.stop(
-            self.database, batch.batch_id, f"stopped by {by}", noted=entry
-        )
+        stopped = await batches.stop(self.database, batch.batch_id, f"stopped by {by}", noted=entry)
         if stopped:
             log.info("batch.stop_requested", batch_id=batch.batch_id, token=by)
         return stopped
@@ -220,7 +217,7 @@ class BatchWorker(Service):
         free = MOST_LAUNCHES - len(self._tasks)
         known = [one.workspace_id for one in self.workspaces.keyed if one.workspace_id is not None]
         if free > 0 and known:
-            due = await batch_launches.claim_due(
+            due = await batches.claim_due(
                 self.database, known, holder=self.process, now=self.clock(), limit=free
             )
             for batch in due:
@@ -228,7 +225,7 @@ class BatchWorker(Service):
                     task = asyncio.create_task(self._work(batch), name="batch-launch")
                     self._tasks[batch.batch_id] = task
         if time.monotonic() - self._closed_at >= self.finish_every:
-            await batch_launches.finish_ended(self.database, self.clock())
+            await batches.finish_ended(self.database, self.clock())
             self._closed_at = time.monotonic()
 
     async def stop(self) -> None:
@@ -249,13 +246,13 @@ class BatchWorker(Service):
             with acting(Principal(name=order.started_by)):
                 ended = await self._launch(batch, order)
             if ended is not None:
-                await batch_launches.end(self.database, batch, ended, holder=self.process)
+                await batches.end_launch(self.database, batch, ended, holder=self.process)
         except StoreError as error:
             log.warning("batch.not_launched", batch_id=batch.batch_id, error=str(error))
         finally:
             # A batch that is still due, or was ordered anew, is launched at once.
             with suppress(StoreError):
-                await batch_launches.release(self.database, batch, holder=self.process)
+                await batches.release_launch(self.database, batch, holder=self.process)
             del self._tasks[batch.batch_id]
             self.wake()
 
@@ -308,13 +305,13 @@ class BatchWorker(Service):
 
     async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
         """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""
-        valid_until = boot_seconds() + batch_launches.LEASE.total_seconds()
+        valid_until = boot_seconds() + batches.LEASE.total_seconds()
         while boot_seconds() < valid_until:
             await asyncio.sleep(self.renew_after)
-            until = boot_seconds() + batch_launches.LEASE.total_seconds()
+            until = boot_seconds() + batches.LEASE.total_seconds()
             waits = None if launch.over_budget is None else str(launch.over_budget)
             with suppress(StoreError):
-                if not await batch_launches.renew(
+                if not await batches.renew_launch(
                     self.database, batch, holder=self.process, now=self.clock(), waits=waits
                 ):
                     break

@@ -19,7 +19,7 @@ from tracker.starting.columns import (
     rows_by,
 )
 from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
-from tracker.store.queries import batch_launches
+from tracker.store.queries import sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
 
@@ -66,7 +66,7 @@ class BatchPlanner(Service):
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
         inputs = [row.inputs for _, row in rows]
         digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
-        latest = await batch_launches.latest_turns(self.database, workspace_id, digests)
+        latest = await sheet_rows.latest_turns(self.database, workspace_id, digests)
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         columns = [name for name in reading.unmapped if name]
@@ -179,11 +179,9 @@ class BatchPlanner(Service):
         digests = row_digests(technique_id, [row.inputs for row in reading.rows])
         if all(digest in latest for digest in digests):
             return
-        mappings = await batch_launches.mappings(self.database, workspace_id, technique_id)
+        mappings = await sheet_rows.mappings(self.database, workspace_id, technique_id)
         # Batches of versions without mappings: the inputs of their rows show it.
-        asked = await batch_launches.asked_without_mapping(
-            self.database, workspace_id, technique_id
-        )
+        asked = await sheet_rows.asked_without_mapping(self.database, workspace_id, technique_id)
         for inputs in asked:
             derived = mapping_of(sheet, reading.mapping, inputs)
             mappings.append(tuple((one.input_id, one.column, one.type or "") for one in derived))
@@ -192,7 +190,7 @@ class BatchPlanner(Service):
                 continue
             rows = rows_by(sheet, [ColumnMapping(*one) for one in before])
             old = row_digests(technique_id, rows)
-            known = await batch_launches.latest_turns(self.database, workspace_id, old)
+            known = await sheet_rows.latest_turns(self.database, workspace_id, old)
             anew = [
                 row.line
                 for row, was, is_now in zip(reading.rows, old, digests, strict=True)

@@ -18,8 +18,8 @@ from tracker.flora.technique import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
-from tracker.store.queries.batch_launches import Latest
 from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.queries.sheet_rows import Latest
 from tracker.store.queries.starts import StartRow, StartState
 
 RETRY_LATER_AFTER: Final = timedelta(minutes=1)

@@ -24,7 +24,7 @@ from tracker.delivering import archive
 from tracker.settings import TokenSettings
 from tracker.simulator import Simulator
 from tracker.starting.sheet import read_csv
-from tracker.store.queries import batches
+from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.schema import run_outputs
 from tracker.web.http.limits import Limits
@@ -79,7 +79,7 @@ async def test_rows_are_shown_by_outcome_and_by_error(serve: Serve, database_url
     carried column and show their pictures; the list shows the same split."""
     async with finished(serve, database_url) as found:
         page = await found.page()
-        failed = await batches.error_groups(found.site.services.database, found.batch_id)
+        failed = await sheet_rows.error_groups(found.site.services.database, found.batch_id)
         count = sum(group.count for group in failed)
         assert 2 <= count <= 8
         assert f"finished, {count} failed" in page
@@ -155,7 +155,7 @@ async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite
         assert (await client.post(address, data=form)).status_code == 403
         await client.post("/logout", data={"csrf_token": csrf_of(page)})
         assert (await sign_in(client, TOKEN)).status_code == 303
-        groups = await batches.error_groups(found.site.services.database, found.batch_id)
+        groups = await sheet_rows.error_groups(found.site.services.database, found.batch_id)
         count = {group.code: group.count for group in groups}["model_timeout"]
         question = f"Start {count} run{'s' * (count > 1)} again, up to ${0.25 * count:.2f}"
         page = await found.page()

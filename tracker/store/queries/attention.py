@@ -1,6 +1,6 @@
-"""Database gauges for metrics and health checks, and what needs attention: overdue reads, sweeps.
+"""What needs attention: overdue reads, sweeps, what waits; and the database gauges for metrics.
 
-Each number comes from the rollups or from at most `BOUND` rows of a short index, so that a scrape
+Each gauge comes from the rollups or from at most `BOUND` rows of a short index, so that a scrape
 costs the same with ten runs as with a million. Times are UTC.
 """
 
@@ -29,7 +29,7 @@ from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNP
 from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import rollups
-from tracker.store.queries.runs import IS_UNSEEN
+from tracker.store.queries.runs import IS_UNSEEN, is_tracked_as
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word
@@ -76,6 +76,21 @@ class SweepHealth(NamedTuple):
     generations_error: str | None = None
 
 
+class Counts(NamedTuple):
+    """What waits or needs a person. `oldest_due_at` shows the lag of polling, `oldest_waiting_at`
+    that of applying callbacks (`waiting` are not applied). `quarantined` are not acknowledged."""
+
+    active: int
+    due: int
+    lost: int
+    quarantined: int
+    open_starts: int
+    unresolved_starts: int
+    waiting: int
+    oldest_due_at: datetime | None
+    oldest_waiting_at: datetime | None
+
+
 async def overdue(db: Database, *, now: datetime, limit: int = 20) -> list[Record]:
     """Runs that are not read in time, longest due first, without outputs: their next read has been
     due for longer than `LATE_AFTER`, or the last one brought no answer and is to be repeated.
@@ -98,6 +113,24 @@ async def conflicts(db: Database) -> list[str]:
         .subquery()
     )
     return await db.fetchcol(select(newest.c.run_id).where(newest.c.conflict).limit(100))
+
+
+async def counts(db: Database, *, now: datetime) -> Counts:
+    """Count what waits, by short indexes."""
+    is_waiting = deliveries.c.outcome == word("waiting")
+    statement = select(
+        _count_all(runs, is_tracked_as(Tracking.ACTIVE)),
+        _count_all(runs, runs.c.next_check_at <= now),
+        _count_all(runs, is_tracked_as(Tracking.LOST)),
+        _count_all(deliveries, IS_UNSEEN),
+        _count_all(starts, is_in(StartState.SENT)) + _count_all(starts, is_in(StartState.IN_DOUBT)),
+        _count_all(starts, starts.c.state == word("unresolved")),
+        _count_all(deliveries, is_waiting),
+        select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
+        select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
+    )
+    (found,) = await db.fetch(statement)
+    return Counts(*found)
 
 
 async def sweep_health(db: Database) -> list[SweepHealth]:
@@ -228,6 +261,10 @@ def _next_reads(*columns: Any, bound: int = BOUND) -> Subquery:
 
 def _is_overdue(reads: Subquery, now: datetime) -> ColumnElement[bool]:
     return or_(reads.c.next_check_at <= now - LATE_AFTER, reads.c.is_retry)
+
+
+def _count_all(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(table).where(condition).scalar_subquery()
 
 
 def _count(table: Table, *condition: Any) -> ScalarSelect[int]:

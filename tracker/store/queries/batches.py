@@ -1,20 +1,22 @@
 """Batches: the rows of a sheet, and the idempotency key of each.
 
 The outcome of a row is not stored here: its key leads to its start, and that to its run.
+
+A worker launches a batch from `launch_at` on, which is null otherwise. Whoever holds the lease
+launches it, and ends that with `end_launch` if the batch was not ordered anew or stopped meanwhile:
+either changes `launch_at`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
-from enum import StrEnum
 from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    FromClause,
-    Select,
+    Update,
     and_,
     bindparam,
     case,
@@ -25,12 +27,16 @@ from sqlalchemy import (
 )
 
 from tracker.core.inputs import Input, Tags, Turn, row_key
-from tracker.core.run import RetryAdvice, RunStatus, Tracking
+from tracker.core.run import RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first
+from tracker.store.queries.sheet_rows import RowOutcome, of_outcome, with_outcomes
 from tracker.store.queries.starts import StartState
-from tracker.store.schema import batch_rows, batches, runs, starts, word
+from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, runs, starts
+
+LEASE: Final = timedelta(seconds=30)
+"""How long the lease of a process that died lasts; a living one renews it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,32 +133,6 @@ class BatchCounts:
         return self.rows - self.started
 
 
-class RowOutcome(StrEnum):
-    """What rows of a batch are filtered by."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    """The run failed or is lost, or the row could not be started."""
-    RUNNING = "running"
-    """Including starts that were sent and not answered yet."""
-    NOT_STARTED = "not_started"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ErrorGroup:
-    """Rows of a batch that failed for the same reason.
-
-    `code` is FLORA's, or else `lost`, `unresolved` or `not_started`; `message` is an example.
-    `retryable` of the `count` rows are started again by `Retry.FAILED`.
-    """
-
-    code: str
-    message: str | None
-    advice: RetryAdvice | None
-    count: int
-    retryable: int
-
-
 async def keep(
     db: Database,
     batch: BatchRow,
@@ -227,15 +207,14 @@ async def finish(
         .values(finished_at=at, stopped=stopped)
     )
 
-    def work(connection: Connection) -> None:
-        connection.execute(header)
-        keep_errors(connection, batch_id, errors or {})
-
-    await db.write(work)
+    await db.write(lambda connection: _end(connection, header, batch_id, errors or {}))
 
 
-def keep_errors(connection: Connection, batch_id: str, errors: Mapping[int, str]) -> None:
-    """Store why rows could not be tried, by position, within a transaction."""
+def _end(connection: Connection, header: Update, batch_id: str, errors: Mapping[int, str]) -> bool:
+    """Store how a launch ended, within a transaction; false, and nothing is stored, if the update
+    of the batch changes nothing."""
+    if connection.execute(header).rowcount == 0:
+        return False
     statement = (
         update(batch_rows)
         .where(batch_rows.c.batch_id == batch_id, batch_rows.c.position == bindparam("row"))
@@ -244,6 +223,7 @@ def keep_errors(connection: Connection, batch_id: str, errors: Mapping[int, str]
     if errors:
         values = [{"row": position, "why": why} for position, why in errors.items()]
         connection.execute(statement, values)
+    return True
 
 
 async def get(db: Database, batch_id: str) -> BatchRow | None:
@@ -332,80 +312,6 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
     return found
 
 
-async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
-    """The failed rows of a batch by reason, the most frequent first."""
-    by = (_CODE.label("code"), runs.c.retry_advice.label("advice"))
-    once = and_(runs.c.retry_advice == RetryAdvice.RETRY_NOW.value, batch_rows.c.attempt == 0)
-    retryable = or_(once, runs.c.retry_advice == RetryAdvice.RETRY_LATER.value)
-    statement = (
-        with_outcomes(select(*by, func.min(_MESSAGE).label("message"), func.count().label("rows")))
-        .add_columns(func.count().filter(retryable).label("retryable"))
-        .where(batch_rows.c.batch_id == batch_id, _OUTCOME == RowOutcome.FAILED)
-        .group_by(*by)
-        .order_by(func.count().desc(), by[0])
-    )
-    return [
-        ErrorGroup(
-            code=row.code,
-            message=row.message,
-            advice=None if row.advice is None else RetryAdvice(row.advice),
-            count=row.rows,
-            retryable=row.retryable,
-        )
-        for row in await db.fetch(statement)
-    ]
-
-
-_OUTCOME: Final = case(
-    (runs.c.tracking == word(Tracking.LOST), RowOutcome.FAILED.value),
-    (runs.c.tracking == word(Tracking.ACTIVE), RowOutcome.RUNNING.value),
-    (runs.c.status == word(RunStatus.COMPLETED), RowOutcome.COMPLETED.value),
-    (runs.c.run_id.is_not(None), RowOutcome.FAILED.value),
-    (starts.c.state.in_([StartState.REFUSED, StartState.UNRESOLVED]), RowOutcome.FAILED.value),
-    (starts.c.state.in_([StartState.SENT, StartState.IN_DOUBT]), RowOutcome.RUNNING.value),
-    (starts.c.state == word(StartState.STARTED), "forgotten"),
-    (batch_rows.c.error.is_not(None), RowOutcome.FAILED.value),
-    else_=RowOutcome.NOT_STARTED.value,
-)
-_CODE: Final = case(
-    (runs.c.tracking == word(Tracking.LOST), "lost"),
-    (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_code, runs.c.status)),
-    (starts.c.state == word(StartState.UNRESOLVED), "unresolved"),
-    else_=func.coalesce(starts.c.error["code"].as_string(), "not_started"),
-)
-_MESSAGE: Final = case(
-    (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_message, runs.c.last_error)),
-    else_=func.coalesce(starts.c.error["message"].as_string(), batch_rows.c.error),
-)
-
-
-def of_outcome(statement: Select[Any], outcome: RowOutcome | None, code: str | None) -> Select[Any]:
-    """A statement about `batch_rows`, limited to an outcome, and to an error group by its code."""
-    if outcome is not None or code is not None:
-        statement = with_outcomes(statement)
-    if outcome is not None:
-        statement = statement.where(_OUTCOME.in_([outcome]))
-    if code is not None:
-        statement = statement.where(_OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
-    return statement
-
-
-def with_outcomes(statement: Select[Any]) -> Select[Any]:
-    """A statement about rows of batches, joined with their starts and runs."""
-    return (
-        statement.select_from(batch_rows)
-        .join(batches)
-        .outerjoin(starts, is_start_of(batch_rows))
-        .outerjoin(runs, runs.c.run_id == starts.c.run_id)
-    )
-
-
-def is_start_of(rows: FromClause) -> ColumnElement[bool]:
-    """The start has the key of the row of the batch."""
-    is_of_workspace = starts.c.workspace_slot == batches.c.workspace_slot
-    return and_(is_of_workspace, starts.c.idempotency_key == rows.c.idempotency_key)
-
-
 def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
     return {
         "batch_id": batch_id,
@@ -449,3 +355,120 @@ def _count(progress: BatchCounts, row: Any) -> None:
     progress.cost += round(row.cost or Decimal(0), 6)
     progress.quoted += round(row.quoted or Decimal(0), 6)
     progress.not_final += row.not_final
+
+
+# Batches that a worker launches.
+
+_OPEN: Final = and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None))
+
+
+async def claim_due(
+    db: Database, workspaces: Collection[str], *, holder: str, now: datetime, limit: int
+) -> list[BatchRow]:
+    """Lease at most `limit` due batches of these workspaces, those that wait longest first."""
+    due = (
+        select(batches.c.batch_id)
+        .where(
+            _OPEN,
+            or_(batches.c.launch_at <= now, batches.c.launch_at > now + LONGEST_LEASE),
+            batches.c.workspace_slot.in_(workspaces),
+            is_free(batches, now),
+        )
+        .order_by(batches.c.launch_at)
+        .limit(limit)
+    )
+    if not workspaces or await db.fetchrow(due.limit(1)) is None:  # which takes no lock
+        return []
+    statement = (
+        update(batches)
+        .where(batches.c.batch_id.in_(due.with_for_update(skip_locked=True)))
+        .values(lease_until=now + LEASE, lease_holder=holder, stopped=None)
+        .returning(*BATCH_COLUMNS)
+    )
+
+    def work(connection: Connection) -> list[BatchRow]:
+        return [BatchRow(**row._asdict()) for row in connection.execute(statement)]
+
+    return await db.write(work)
+
+
+async def renew_launch(
+    db: Database, batch: BatchRow, *, holder: str, now: datetime, waits: str | None = None
+) -> bool:
+    """Renew the lease; false if it is lost, or the batch was ordered anew or stopped.
+
+    `waits` is what the launch waits for.
+    """
+    renewed = update(batches).where(_held(batch, holder))
+    statement = renewed.values(lease_until=now + LEASE, stopped=waits)
+    return await db.write(lambda connection: connection.execute(statement).rowcount) == 1
+
+
+async def release_launch(db: Database, batch: BatchRow, *, holder: str) -> None:
+    """Release the lease; the batch stays due."""
+    statement = (
+        update(batches)
+        .where(batches.c.batch_id == batch.batch_id, batches.c.lease_holder == holder)
+        .values(lease_until=None, lease_holder=None)
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchEnd:
+    """How a launch ended: `launch_at` is when to go on, `stopped` why it ended early; `errors` are
+    why rows could not be tried, by position."""
+
+    launch_at: datetime | None
+    stopped: str | None
+    errors: Mapping[int, str]
+
+
+async def end_launch(db: Database, batch: BatchRow, ended: LaunchEnd, *, holder: str) -> bool:
+    """Store how a launch ended and release the lease; false, and nothing is stored, if the lease is
+    lost or the batch was ordered anew or stopped."""
+    header = (
+        update(batches)
+        .where(_held(batch, holder))
+        .values(
+            launch_at=ended.launch_at, stopped=ended.stopped, lease_until=None, lease_holder=None
+        )
+    )
+    return await db.write(lambda connection: _end(connection, header, batch.batch_id, ended.errors))
+
+
+async def stop(db: Database, batch_id: str, why: str, *, noted: Mapping[str, Any]) -> bool:
+    """Start no further row of a batch that a worker launches; false if there is none to start.
+
+    `noted` is an entry of the audit log.
+    """
+    statement = (
+        update(batches)
+        .where(batches.c.batch_id == batch_id, _OPEN, batches.c.launch_at.is_not(None))
+        .values(launch_at=None, stopped=why)
+    )
+    return await db.write(lambda connection: audit.execute_noted(connection, statement, noted))
+
+
+async def finish_ended(db: Database, now: datetime) -> int:
+    """Close launched batches whose runs have all ended; returns how many."""
+    launched = (_OPEN, batches.c.launch_at.is_(None), batches.c.stopped.is_(None))
+    ids = await db.fetchcol(select(batches.c.batch_id).where(*launched))
+    if not ids:
+        return 0
+    counts = await batch_counts(db, ids)
+    ended = [one for one, count in counts.items() if count.active == count.doubt == 0]
+    if not ended:
+        return 0
+    statement = (
+        update(batches).where(batches.c.batch_id.in_(ended), *launched).values(finished_at=now)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+def _held(batch: BatchRow, holder: str) -> ColumnElement[bool]:
+    return and_(
+        batches.c.batch_id == batch.batch_id,
+        batches.c.lease_holder == holder,
+        batches.c.launch_at == batch.launch_at,
+    )

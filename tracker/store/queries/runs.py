@@ -1,11 +1,21 @@
-"""Queries of runs, their timeline, deliveries and why they are quarantined, and counts."""
+"""Queries of runs and their timelines; of callbacks, and why they are quarantined."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, ScalarSelect, Table, and_, cast, func, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Row,
+    Select,
+    Text,
+    and_,
+    cast,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 
 from tracker.core.errors import FieldFault, InvalidRequest
@@ -16,9 +26,8 @@ from tracker.core.schedule import Durations
 from tracker.store.claims import WorkspaceScope, within
 from tracker.store.engine import Database
 from tracker.store.queries.paging import between, chunks, matching, newest_first
-from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
-from tracker.store.schema import deliveries, is_rare, run_events, runs, starts, word
+from tracker.store.schema import deliveries, is_rare, run_events, runs, word
 
 # Most runs are completed and settled; the indexes by status and by tracking leave these out.
 
@@ -43,7 +52,7 @@ DURATIONS_OVER: Final = 200
 """Last completed runs of a technique that its durations are taken from."""
 
 
-class Event(NamedTuple):
+class TimelineEvent(NamedTuple):
     """An event of a run's timeline. `detail` is the whole observation."""
 
     id: int
@@ -53,43 +62,6 @@ class Event(NamedTuple):
     status: Status
     progress: float | None
     detail: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeliveryRow:
-    """A stored callback. `body` is read only for a single delivery; retention may have removed
-    it."""
-
-    delivery_id: str
-    run_id: str | None
-    event_type: str | None
-    api_version: str | None
-    workspace_id: str | None
-    created_at: datetime | None
-    received_at: datetime
-    last_received_at: datetime
-    receipts: int
-    outcome: DeliveryOutcome
-    reason: str | None
-    applied_at: datetime | None = None
-    body_removed_at: datetime | None = None
-    acknowledged_at: datetime | None = None
-    body: bytes | None = None
-
-
-class Counts(NamedTuple):
-    """What waits or needs a person. `oldest_due_at` shows the lag of polling, `oldest_waiting_at`
-    that of applying callbacks (`waiting` are not applied). `quarantined` are not acknowledged."""
-
-    active: int
-    due: int
-    lost: int
-    quarantined: int
-    open_starts: int
-    unresolved_starts: int
-    waiting: int
-    oldest_due_at: datetime | None
-    oldest_waiting_at: datetime | None
 
 
 async def get_run(db: Database, run_id: str) -> Record | None:
@@ -187,13 +159,15 @@ def is_tagged(db: Database, tag: str) -> ColumnElement[bool]:
     return and_(runs.c.tags.is_not(None), runs.c.tags[key].as_string() == value)
 
 
-async def events(db: Database, run_id: str) -> list[Event]:
+async def events(db: Database, run_id: str) -> list[TimelineEvent]:
     """The run's timeline, oldest first."""
-    statement = select(*(run_events.c[name] for name in Event._fields))
+    statement = select(*(run_events.c[name] for name in TimelineEvent._fields))
     statement = statement.where(run_events.c.run_id == run_id).order_by(run_events.c.id)
     rows = await db.fetch(statement)
     return [
-        Event(**row._asdict())._replace(source=Source(row.source), status=status_of(row.status))
+        TimelineEvent(**row._asdict())._replace(
+            source=Source(row.source), status=status_of(row.status)
+        )
         for row in rows
     ]
 
@@ -212,6 +186,142 @@ async def durations(db: Database, technique_id: str) -> Durations:
         .limit(DURATIONS_OVER)
     )
     return Durations.between((row[0], row[1]) for row in await db.fetch(last))
+
+
+# The timeline of all runs as numbered events, to follow changes.
+#
+# On PostgreSQL numbers are assigned before the commit, so a smaller one may appear after a greater
+# one. Each page therefore carries the transaction snapshot that it was read in, from which
+# `GapTracker` (tracker.web.stream) derives which missing numbers may still appear; other readers
+# re-read `OVERLAP` numbers.
+
+
+class EventLine(NamedTuple):
+    """One event: what one source showed of one run at one time, without the details."""
+
+    id: int
+    run_id: str
+    at: datetime
+    source: Source
+    status: Status
+    progress: float | None
+
+
+class Snapshot(NamedTuple):
+    """A PostgreSQL snapshot: transactions before `ended` have ended, those from `begun` on have not
+    begun."""
+
+    ended: int
+    begun: int
+
+
+class EventPage(NamedTuple):
+    """Events by number. `snapshot` is `None` if numbers are committed in order (SQLite)."""
+
+    lines: list[EventLine]
+    snapshot: Snapshot | None
+
+
+_COLUMNS: Final = tuple(run_events.c[name] for name in EventLine._fields)
+
+
+async def events_after(
+    db: Database, number: int, *, limit: int, upto: int | None = None
+) -> EventPage:
+    """The next events after `number`, at most `limit`, up to `upto` if given."""
+    statement = (
+        select(*_COLUMNS).where(run_events.c.id > number).order_by(run_events.c.id).limit(limit)
+    )
+    if upto is not None:
+        statement = statement.where(run_events.c.id <= upto)
+    ordered = db.dialect == "sqlite"
+    if not ordered:
+        statement = _with_snapshot(statement)
+    rows = await db.fetch(statement)
+    lines = [
+        EventLine(*row[: len(_COLUMNS)])._replace(
+            source=Source(row.source), status=status_of(row.status)
+        )
+        for row in rows
+    ]
+    if ordered:
+        return EventPage(lines, None)
+    return EventPage(lines, Snapshot(*rows[0][-2:]) if rows else Snapshot(0, 0))
+
+
+async def newest_event(db: Database) -> int:
+    """The greatest number so far, else 0."""
+    return await db.fetchval(select(func.max(run_events.c.id))) or 0
+
+
+def _with_snapshot(statement: Select[Any]) -> Select[Any]:
+    """The rows, with the snapshot that they are read in."""
+    snapshot = func.pg_current_snapshot()
+    for bound in (func.pg_snapshot_xmin(snapshot), func.pg_snapshot_xmax(snapshot)):
+        # A scalar subquery is evaluated once; the cast is for drivers, which lack the type.
+        number = select(cast(cast(bound, Text), BigInteger)).scalar_subquery()
+        statement = statement.add_columns(number)
+    return statement
+
+
+OVERLAP: Final = 1000
+"""Numbers before the last one that are read again."""
+
+
+async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source]:
+    """The source of the latest event of each run."""
+    found: dict[str, Source] = {}
+    for some in chunks(run_ids):
+        last = select(func.max(run_events.c.id)).where(run_events.c.run_id.in_(some))
+        statement = select(run_events.c.run_id, run_events.c.source).where(
+            run_events.c.id.in_(last.group_by(run_events.c.run_id))
+        )
+        found |= {run_id: Source(source) for run_id, source in await db.fetch(statement)}
+    return found
+
+
+async def settled_since(
+    db: Database, number: int, *, technique_id: str | None = None
+) -> tuple[list[Record], int]:
+    """Settled runs with events after `number`, and the number to continue from.
+
+    Runs may repeat, because of `OVERLAP`.
+    """
+    reached = await newest_event(db)
+    changed = select(run_events.c.run_id).where(
+        run_events.c.id > number - OVERLAP, run_events.c.id <= reached
+    )
+    statement = select(*RUN_COLUMNS).where(
+        runs.c.run_id.in_(changed), runs.c.tracking == word("settled")
+    )
+    if technique_id is not None:
+        statement = statement.where(runs.c.technique_id == technique_id)
+    return await fetch_records(db, statement), max(reached, number)
+
+
+# Callbacks as they were received.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryRow:
+    """A stored callback. `body` is read only for a single delivery; retention may have removed
+    it."""
+
+    delivery_id: str
+    run_id: str | None
+    event_type: str | None
+    api_version: str | None
+    workspace_id: str | None
+    created_at: datetime | None
+    received_at: datetime
+    last_received_at: datetime
+    receipts: int
+    outcome: DeliveryOutcome
+    reason: str | None
+    applied_at: datetime | None = None
+    body_removed_at: datetime | None = None
+    acknowledged_at: datetime | None = None
+    body: bytes | None = None
 
 
 async def list_deliveries(
@@ -252,28 +362,6 @@ async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
     statement = select(*deliveries.c).where(deliveries.c.delivery_id == delivery_id)
     found = await db.fetchrow(statement)
     return None if found is None else _delivery(found)
-
-
-async def counts(db: Database, *, now: datetime) -> Counts:
-    """Count what waits, by short indexes."""
-    is_waiting = deliveries.c.outcome == word("waiting")
-    statement = select(
-        _count(runs, is_tracked_as(Tracking.ACTIVE)),
-        _count(runs, runs.c.next_check_at <= now),
-        _count(runs, is_tracked_as(Tracking.LOST)),
-        _count(deliveries, IS_UNSEEN),
-        _count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT)),
-        _count(starts, starts.c.state == word("unresolved")),
-        _count(deliveries, is_waiting),
-        select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
-        select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
-    )
-    (found,) = await db.fetch(statement)
-    return Counts(*found)
-
-
-def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
-    return select(func.count()).select_from(table).where(condition).scalar_subquery()
 
 
 def _delivery(row: Row[Any]) -> DeliveryRow:

@@ -249,7 +249,7 @@ def _conditions(
 
     state = wanted.state or ""
     if wanted.batch_id is not None:
-        add(runs.c.run_id.in_(run_ids_of(wanted.batch_id)))
+        add(runs.c.run_id.in_(run_ids_of([wanted.batch_id])))
     if state in _FEW:
         add(_FEW[state])
     if wanted.advice is not None:

@@ -1,17 +1,32 @@
-"""The rows of batches as people look for them: by outcome, by error, by text, and by run."""
+"""The rows of batches: their outcomes and errors, what people search in them, and what earlier
+batches did with the same rows and columns."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    func,
+    literal,
+    or_,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONPATH
 
-from tracker.core.inputs import key_parts
-from tracker.core.run import Output
+from tracker.core.inputs import Input, Turn, key_parts
+from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries.batches import RowOutcome, is_start_of, of_outcome, with_outcomes
-from tracker.store.queries.starts import StartRow
-from tracker.store.schema import batch_rows, batches, run_outputs, starts
+from tracker.store.queries.paging import chunks
+from tracker.store.queries.starts import StartRow, StartState
+from tracker.store.schema import batch_rows, batches, run_outputs, runs, starts, word
 from tracker.store.text import dump_json
 
 RECENT_BATCHES: Final = 300
@@ -19,6 +34,32 @@ RECENT_ROWS: Final = 50_000
 """The newest batches, and rows of them, that a text is searched in."""
 MATCHES: Final = 1_000
 """Runs that a search by text finds through their rows."""
+
+
+class RowOutcome(StrEnum):
+    """What rows of a batch are filtered by."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """The run failed or is lost, or the row could not be started."""
+    RUNNING = "running"
+    """Including starts that were sent and not answered yet."""
+    NOT_STARTED = "not_started"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorGroup:
+    """Rows of a batch that failed for the same reason.
+
+    `code` is FLORA's, or else `lost`, `unresolved` or `not_started`; `message` is an example.
+    `retryable` of the `count` rows are started again by `Retry.FAILED`.
+    """
+
+    code: str
+    message: str | None
+    advice: RetryAdvice | None
+    count: int
+    retryable: int
 
 
 class RowOfBatch(NamedTuple):
@@ -40,6 +81,80 @@ class SheetMatches(NamedTuple):
     batches: list[tuple[str, str]]
     rows: list[RowOfBatch]
     run_ids: tuple[str, ...]
+
+
+async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
+    """The failed rows of a batch by reason, the most frequent first."""
+    by = (_CODE.label("code"), runs.c.retry_advice.label("advice"))
+    once = and_(runs.c.retry_advice == RetryAdvice.RETRY_NOW.value, batch_rows.c.attempt == 0)
+    retryable = or_(once, runs.c.retry_advice == RetryAdvice.RETRY_LATER.value)
+    statement = (
+        with_outcomes(select(*by, func.min(_MESSAGE).label("message"), func.count().label("rows")))
+        .add_columns(func.count().filter(retryable).label("retryable"))
+        .where(batch_rows.c.batch_id == batch_id, _OUTCOME == RowOutcome.FAILED)
+        .group_by(*by)
+        .order_by(func.count().desc(), by[0])
+    )
+    return [
+        ErrorGroup(
+            code=row.code,
+            message=row.message,
+            advice=None if row.advice is None else RetryAdvice(row.advice),
+            count=row.rows,
+            retryable=row.retryable,
+        )
+        for row in await db.fetch(statement)
+    ]
+
+
+_OUTCOME: Final = case(
+    (runs.c.tracking == word(Tracking.LOST), RowOutcome.FAILED.value),
+    (runs.c.tracking == word(Tracking.ACTIVE), RowOutcome.RUNNING.value),
+    (runs.c.status == word(RunStatus.COMPLETED), RowOutcome.COMPLETED.value),
+    (runs.c.run_id.is_not(None), RowOutcome.FAILED.value),
+    (starts.c.state.in_([StartState.REFUSED, StartState.UNRESOLVED]), RowOutcome.FAILED.value),
+    (starts.c.state.in_([StartState.SENT, StartState.IN_DOUBT]), RowOutcome.RUNNING.value),
+    (starts.c.state == word(StartState.STARTED), "forgotten"),
+    (batch_rows.c.error.is_not(None), RowOutcome.FAILED.value),
+    else_=RowOutcome.NOT_STARTED.value,
+)
+_CODE: Final = case(
+    (runs.c.tracking == word(Tracking.LOST), "lost"),
+    (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_code, runs.c.status)),
+    (starts.c.state == word(StartState.UNRESOLVED), "unresolved"),
+    else_=func.coalesce(starts.c.error["code"].as_string(), "not_started"),
+)
+_MESSAGE: Final = case(
+    (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_message, runs.c.last_error)),
+    else_=func.coalesce(starts.c.error["message"].as_string(), batch_rows.c.error),
+)
+
+
+def of_outcome(statement: Select[Any], outcome: RowOutcome | None, code: str | None) -> Select[Any]:
+    """A statement about `batch_rows`, limited to an outcome, and to an error group by its code."""
+    if outcome is not None or code is not None:
+        statement = with_outcomes(statement)
+    if outcome is not None:
+        statement = statement.where(_OUTCOME.in_([outcome]))
+    if code is not None:
+        statement = statement.where(_OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
+    return statement
+
+
+def with_outcomes(statement: Select[Any]) -> Select[Any]:
+    """A statement about rows of batches, joined with their starts and runs."""
+    return (
+        statement.select_from(batch_rows)
+        .join(batches)
+        .outerjoin(starts, is_start_of(batch_rows))
+        .outerjoin(runs, runs.c.run_id == starts.c.run_id)
+    )
+
+
+def is_start_of(rows: FromClause) -> ColumnElement[bool]:
+    """The start has the key of the row of the batch."""
+    is_of_workspace = starts.c.workspace_slot == batches.c.workspace_slot
+    return and_(is_of_workspace, starts.c.idempotency_key == rows.c.idempotency_key)
 
 
 async def page_starts(
@@ -79,10 +194,10 @@ async def first_outputs(
     return found
 
 
-def run_ids_of(batch_id: str) -> Select[Any]:
-    """The ids of the runs of a batch."""
+def run_ids_of(batch_ids: Sequence[str]) -> Select[Any]:
+    """The ids of the runs of batches."""
     return with_outcomes(select(starts.c.run_id)).where(
-        batch_rows.c.batch_id == batch_id, starts.c.run_id.is_not(None)
+        batch_rows.c.batch_id.in_(batch_ids), starts.c.run_id.is_not(None)
     )
 
 
@@ -125,10 +240,7 @@ async def search_sheets(
         ][:limit]
         cells = _with_cell(db, [row.batch_id for row in searched], text)
         in_rows = [RowOfBatch(*row) for row in await connection.execute(cells)]
-        ids = with_outcomes(select(starts.c.run_id)).where(
-            batch_rows.c.batch_id.in_([batch_id for batch_id, _ in named]),
-            starts.c.run_id.is_not(None),
-        )
+        ids = run_ids_of([batch_id for batch_id, _ in named])
         of_batches = (await connection.execute(ids.limit(MATCHES))).scalars() if named else ()
         run_ids = [row.run_id for row in in_rows if row.run_id is not None] + list(of_batches)
     return SheetMatches(named, in_rows[:limit], tuple(dict.fromkeys(run_ids)))
@@ -166,3 +278,89 @@ def has_value(
     found = found.where(cast(value, Text).icontains(text, autoescape=True))
     # Most do not have it at all: only those that do are parsed.
     return and_(cast(column, Text).icontains(as_json, autoescape=True), found.exists())
+
+
+# What earlier batches did with the same rows and columns, for the plan of the next one.
+
+MAPPINGS: Final = 200
+"""Batches of a technique whose column mapping is compared with a new sheet's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latest:
+    """The last turn of a row, and whether a batch with it was finished."""
+
+    turn: Turn
+    finished: bool
+
+
+async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[str, Latest]:
+    """The last turn of each of these rows that any batch of the workspace had; its generation is
+    finished if any batch with it is."""
+    found: dict[str, Latest] = {}
+    async with db.read() as connection:
+        for some in chunks(digests):
+            statement = (
+                select(
+                    batch_rows.c.row_digest,
+                    batch_rows.c.generation,
+                    batch_rows.c.attempt,
+                    batches.c.finished_at,
+                )
+                .join(batches)
+                .where(batches.c.workspace_slot == slot, batch_rows.c.row_digest.in_(some))
+            )
+            for digest, *numbers, finished_at in await connection.execute(statement):
+                turn, known = Turn(*numbers), found.get(digest)
+                finished = finished_at is not None
+                if known is not None and known.turn.generation == turn.generation:
+                    turn, finished = max(known.turn, turn), known.finished or finished
+                elif known is not None and known.turn > turn:
+                    continue
+                found[digest] = Latest(turn=turn, finished=finished)
+    return found
+
+
+async def mappings(
+    db: Database, workspace_id: str, technique_id: str
+) -> list[tuple[tuple[str, str, str], ...]]:
+    """The distinct column mappings of a technique's batches, newest first."""
+    statement = (
+        select(batches.c.mapping)
+        .where(
+            batches.c.workspace_slot == workspace_id,
+            batches.c.technique_id == technique_id,
+            batches.c.mapping.is_not(None),
+        )
+        .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
+        .limit(MAPPINGS)
+    )
+    rows = await db.fetchcol(statement)
+    found = [tuple((one[0], one[1], one[2]) for one in mapping) for mapping in rows]
+    return list(dict.fromkeys(found))
+
+
+async def asked_without_mapping(
+    db: Database, workspace_id: str, technique_id: str
+) -> list[list[list[Input]]]:
+    """Inputs of rows that older versions started without storing the batch's mapping: one list for
+    all batches with the same inputs."""
+    statement = (
+        select(batches.c.batch_id, starts.c.inputs)
+        .join(batch_rows)
+        .join(starts, is_start_of(batch_rows))
+        .where(
+            batches.c.workspace_slot == workspace_id,
+            batches.c.technique_id == technique_id,
+            batches.c.mapping.is_(None),
+            starts.c.state.not_in((StartState.STORED, StartState.REFUSED)),
+        )
+    )
+    of_batches: dict[str, list[list[Input]]] = {}
+    for batch_id, inputs in await db.fetch(statement):
+        of_batches.setdefault(batch_id, []).append(inputs)
+    found: dict[frozenset[tuple[str, str]], list[list[Input]]] = {}
+    for rows in of_batches.values():
+        named = frozenset((one["id"], one["type"]) for inputs in rows for one in inputs)
+        found.setdefault(named, []).extend(rows)
+    return list(found.values())

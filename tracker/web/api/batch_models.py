@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, RootModel, WithJsonSchem
 
 from tracker.core.inputs import check_tag_key
 from tracker.core.run import RetryAdvice
-from tracker.store.queries.batches import RowOutcome
+from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.web.api.requests import (
     BY_TAG,
     NONE_IF_EMPTY,

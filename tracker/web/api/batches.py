@@ -16,7 +16,7 @@ from tracker.starting.batch_rows import BatchPlan, Retry, csv_lines, kept_rows
 from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database
-from tracker.store.queries import batches
+from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchRow
 from tracker.views import batch_json, error_group_json, plan_json, row_json
 from tracker.web.api.batch_models import (
@@ -100,7 +100,7 @@ class BatchOperations:
     async def show_batch(self, request: Request, batch_id: str) -> Response:
         """Show a batch with the reasons of its failed rows."""
         batch = await self._batch(batch_id)
-        groups = await batches.error_groups(self._database, batch_id)
+        groups = await sheet_rows.error_groups(self._database, batch_id)
         shown = await self._shown(batch)
         return Json(shown | {"errors": [error_group_json(one) for one in groups]})
 

@@ -11,10 +11,9 @@ from tracker.flora.client import FloraClient
 from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store.queries import attention
-from tracker.store.queries.attention import SweepHealth
+from tracker.store.queries.attention import Counts, SweepHealth
 from tracker.store.queries.endpoints import EndpointRow
 from tracker.store.queries.overview import CallbackHealth
-from tracker.store.queries.runs import Counts
 from tracker.store.queries.spending import Usage
 
 SWEPT_WITHIN: Final = timedelta(minutes=30)

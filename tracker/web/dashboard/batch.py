@@ -23,8 +23,9 @@ from tracker.services import Services
 from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
-from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup, RowOutcome
+from tracker.store.queries.batches import BatchCounts, BatchRow
 from tracker.store.queries.overview import technique_names
+from tracker.store.queries.sheet_rows import ErrorGroup, RowOutcome
 from tracker.store.queries.starts import LISTED
 from tracker.web.auth import actor_of, may
 from tracker.web.dashboard.forms import (
@@ -144,7 +145,7 @@ class BatchPages(BatchGroup):
         after = query_position(request, "after") or 0
         rows = await kept_rows(database, batch, after=after, limit=ROWS, **chosen)
         counts = (await batches.batch_counts(database, [batch.batch_id]))[batch.batch_id]
-        errors = await batches.error_groups(database, batch.batch_id)
+        errors = await sheet_rows.error_groups(database, batch.batch_id)
         technique = await techniques.get(database, batch.technique_id)
         ports = technique.outputs if technique else ()
         links = [

@@ -15,6 +15,7 @@ from tracker.core.errors import FieldFault
 from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
 from tracker.receiving.replay import Replay, UnknownDelivery
+from tracker.store.queries import attention
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import DeliveryRow
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
@@ -59,7 +60,7 @@ class DeliveryPages(PageGroup):
             cursor=cursor,
             limit=PAGE_SIZE,
         )
-        counts = await read.counts(self._database, now=now)
+        counts = await attention.counts(self._database, now=now)
         oldest = counts.oldest_waiting_at
         return self._render(
             request,

@@ -74,7 +74,7 @@ class HealthPage(PageGroup):
         rows = await sweeps.list_sweeps(db, limit=PAGE_SIZE + 1, before=before)
         page = rows[:PAGE_SIZE]
         began = monotonic()
-        counts = await read.counts(db, now=now)
+        counts = await attention.counts(db, now=now)
         seconds = monotonic() - began
         workspaces = await workspace_health(services, now=now)
         deliveries, _ = await read.list_deliveries(db, limit=1)

@@ -58,7 +58,7 @@ class OverviewPage(PageGroup):
         period = period if period in PERIODS else "24h"
         period_name, hours = PERIODS[period]
         workspaces = await workspace_health(services, now=now)
-        counts = await read.counts(db, now=now)
+        counts = await attention.counts(db, now=now)
         callbacks = await overview.callback_health(db, now=now, hours=hours)
         costs = await overview.costs(db, now=now)
         billed = await overview.costs(db, now=now, days=BILL_DAYS)

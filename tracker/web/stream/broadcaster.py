@@ -16,9 +16,9 @@ from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.store.engine import Database
-from tracker.store.queries import changes as feed
+from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
-from tracker.store.queries.changes import Line, Moment
+from tracker.store.queries.runs import EventLine, Snapshot
 from tracker.store.signals import Signals
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import unavailable
@@ -72,16 +72,16 @@ class GapTracker:
         """Whether there is a gap that may still be filled."""
         return bool(self._gaps)
 
-    def advance(self, numbers: Sequence[int], moment: Moment | None, *, now: float) -> int:
+    def advance(self, numbers: Sequence[int], snapshot: Snapshot | None, *, now: float) -> int:
         """How many of these events may be sent.
 
-        They are the next ones after `position` in one snapshot; `moment` is `None` where numbers
+        They are the next ones after `position` in one snapshot; `snapshot` is `None` where numbers
         appear in order. `now` is in seconds, by a monotonic clock.
         """
-        if moment is None:
+        if snapshot is None:
             self.position = numbers[-1] if numbers else self.position
             return len(numbers)
-        while self._gaps and (self._gaps[0].begun <= moment.ended or self._gaps[0].until <= now):
+        while self._gaps and (self._gaps[0].begun <= snapshot.ended or self._gaps[0].until <= now):
             self._dead = self._gaps.popleft().upto
         ready = 0
         for number in numbers:
@@ -92,7 +92,7 @@ class GapTracker:
         if ready == len(numbers):
             self._gaps.clear()
         elif not self._gaps or self._gaps[-1].upto < numbers[-1]:
-            self._gaps.append(_Gap(numbers[-1], moment.begun, now + GAP_SECONDS))
+            self._gaps.append(_Gap(numbers[-1], snapshot.begun, now + GAP_SECONDS))
         return ready
 
 
@@ -136,7 +136,7 @@ class Broadcaster:
     async def has_reached(self, number: int) -> bool:
         """Whether there was an event of that number; else it is of another database, or from before
         numbering began anew."""
-        return number <= max(self.sent_upto, await feed.newest(self._db))
+        return number <= max(self.sent_upto, await feed.newest_event(self._db))
 
     async def missed(self, number: int) -> AsyncIterator[list[Change]]:
         """What was sent after `number`, in pages, up to `sent_upto`.
@@ -146,7 +146,7 @@ class Broadcaster:
         """
         while number < self.sent_upto:
             upto = self.sent_upto
-            page = await feed.after(self._db, number, limit=PAGE_SIZE, upto=upto)
+            page = await feed.events_after(self._db, number, limit=PAGE_SIZE, upto=upto)
             records = await self._records({event.run_id for event in page.lines})
             yield _changes(page.lines, records)
             number = page.lines[-1].id if len(page.lines) == PAGE_SIZE else upto
@@ -206,11 +206,11 @@ class Broadcaster:
 
         While someone's transaction stays open, a few events are sent although they are old.
         """
-        newest = await feed.newest(self._db)
+        newest = await feed.newest_event(self._db)
         self._gaps = GapTracker(max(newest - START_LOOKBACK, 0))
         until = asyncio.get_running_loop().time() + START_SETTLE_SECONDS
         while self._gaps.position < newest and asyncio.get_running_loop().time() < until:
-            page = await feed.after(self._db, self._gaps.position, limit=PAGE_SIZE)
+            page = await feed.events_after(self._db, self._gaps.position, limit=PAGE_SIZE)
             if not page.lines:  # deleted meanwhile
                 break
             self._ready(page)
@@ -223,8 +223,8 @@ class Broadcaster:
         while more:
             self._woken.clear()
             signalled = set(self._signalled)
-            page = await feed.after(self._db, self._gaps.position, limit=PAGE_SIZE)
-            if not page.lines and await feed.newest(self._db) < self._gaps.position:
+            page = await feed.events_after(self._db, self._gaps.position, limit=PAGE_SIZE)
+            if not page.lines and await feed.newest_event(self._db) < self._gaps.position:
                 # Every event was deleted, and SQLite numbers them from 1 again.
                 await self._find_position()
                 for reader in tuple(self._readers):
@@ -245,11 +245,11 @@ class Broadcaster:
             self.sent_upto = self._gaps.position
             more = len(ready) == PAGE_SIZE
 
-    def _ready(self, page: feed.LinePage) -> list[Line]:
+    def _ready(self, page: feed.EventPage) -> list[EventLine]:
         """The events that may be sent; the others wait for smaller numbers."""
         now = asyncio.get_running_loop().time()
         numbers = [event.id for event in page.lines]
-        return page.lines[: self._gaps.advance(numbers, page.moment, now=now)]
+        return page.lines[: self._gaps.advance(numbers, page.snapshot, now=now)]
 
     async def _records(self, run_ids: set[str]) -> dict[str, Record]:
         return await read.get_runs(self._db, sorted(run_ids)) if run_ids else {}
@@ -265,6 +265,6 @@ class Broadcaster:
             self._sent_tracking.popitem(last=False)
 
 
-def _changes(events: Sequence[Line], records: dict[str, Record]) -> list[Change]:
+def _changes(events: Sequence[EventLine], records: dict[str, Record]) -> list[Change]:
     """The events with their runs, except runs that have been deleted meanwhile."""
     return [Change(records[event.run_id], event) for event in events if event.run_id in records]

@@ -11,7 +11,7 @@ from typing import Final
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.store.queries.changes import Line
+from tracker.store.queries.runs import EventLine
 from tracker.views import event_json, run_json
 from tracker.web.http.responses import to_json
 
@@ -27,7 +27,7 @@ class Change:
     or came back)."""
 
     record: Record
-    event: Line | None
+    event: EventLine | None
 
     @cached_property
     def frame(self) -> bytes:
