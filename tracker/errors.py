@@ -161,9 +161,9 @@ class RunFailed(_RunError):
     """
 
     def __init__(self, run: "RunFields", runs: "Sequence[RunFields]" = ()) -> None:
-        said = ": ".join(part for part in (run.error_code, run.error_message) if part)
+        reason = ": ".join(part for part in (run.error_code, run.error_message) if part)
         super().__init__(
-            f"run {run.run_id} {run.status}" + (f" ({said})" if said else ""), run, runs
+            f"run {run.run_id} {run.status}" + (f" ({reason})" if reason else ""), run, runs
         )
         self.code: str | None = run.error_code
         self.message: str | None = run.error_message

@@ -387,16 +387,16 @@ class _Steps(Generic[T]):
 
     def __init__(self, items: AsyncGenerator[T, None]) -> None:
         self._items = items
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def next(self) -> T | object:
         """The next item, or `_END`."""
-        async with self._turn:
+        async with self._lock:
             return await anext(self._items, _END)
 
     async def end(self) -> None:
         """Close the generator."""
-        async with self._turn:
+        async with self._lock:
             await self._items.aclose()
 
 

@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.core.inputs import Input, Turn, batch_id, canonical, row_digests, row_key
+from tracker.core.inputs import Input, RunNumber, batch_id, canonical, row_digests, row_key
 
 
 def asked(value: str) -> list[Input]:
@@ -62,12 +62,12 @@ def test_the_order_of_inputs_does_not_count_but_that_of_values_does() -> None:
 
 def test_each_turn_has_its_own_key() -> None:
     """A rerun and each attempt within one are started by keys of their own, in order."""
-    first = Turn()
-    turns = [first, first.retried(), first.retried().retried(), first.again()]
-    turns += [first.again().retried()]
-    assert turns == sorted(turns)
+    first = RunNumber()
+    numbers = [first, first.retried(), first.retried().retried(), first.again()]
+    numbers += [first.again().retried()]
+    assert numbers == sorted(numbers)
     assert first.retried().again() == first.again()
-    keys = [row_key("d1ge57", turn) for turn in turns]
+    keys = [row_key("d1ge57", run_number) for run_number in numbers]
     assert keys == [
         "row-d1ge57",
         "row-d1ge57-retry1",
@@ -79,14 +79,14 @@ def test_each_turn_has_its_own_key() -> None:
 
 def test_a_batch_is_its_sheet() -> None:
     """The same rows are the same batch, whatever was tried again; a rerun is another one."""
-    rows = [(1, "a", Turn()), (2, "b", Turn())]
+    rows = [(1, "a", RunNumber()), (2, "b", RunNumber())]
     one = batch_id("default", "tech_1", rows)
-    assert one == batch_id("default", "tech_1", [(1, "a", Turn().retried()), rows[1]])
+    assert one == batch_id("default", "tech_1", [(1, "a", RunNumber().retried()), rows[1]])
     others = [
         batch_id("other", "tech_1", rows),
         batch_id("default", "tech_2", rows),
-        batch_id("default", "tech_1", [(1, "a", Turn().again()), rows[1]]),
-        batch_id("default", "tech_1", [(1, "b", Turn()), (2, "a", Turn())]),
+        batch_id("default", "tech_1", [(1, "a", RunNumber().again()), rows[1]]),
+        batch_id("default", "tech_1", [(1, "b", RunNumber()), (2, "a", RunNumber())]),
         batch_id("default", "tech_1", rows[:1]),
     ]
     assert len({one, *others}) == 6

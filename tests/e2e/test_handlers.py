@@ -37,7 +37,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     shorten_leases(timedelta(seconds=2), renew_after=0.5)
     shorten(sending, HELD_FOR=timedelta(seconds=2), RENEW_AFTER=0.5)
     shorten(handlers, COMMIT_SECONDS=0.5)
-    take_turn: Callable[..., Any] = webhooks.take_turn
+    record_and_claim: Callable[..., Any] = webhooks.record_and_claim
     calls = commits = 0
 
     def turn(connection: Any, *, outcomes: list[Any], **more: Any) -> Any:
@@ -45,9 +45,9 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
         commits += bool(outcomes)
         if outcomes and commits == die_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        return take_turn(connection, outcomes=outcomes, **more)
+        return record_and_claim(connection, outcomes=outcomes, **more)
 
-    webhooks.take_turn = turn
+    webhooks.record_and_claim = turn
     tracker = Tracker.from_env()
 
     @tracker.on("run.settled", name="store", timeout=1.5, concurrency=4)

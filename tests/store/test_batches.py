@@ -10,7 +10,7 @@ import pytest
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
-from tracker.core.inputs import Turn
+from tracker.core.inputs import RunNumber
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batches, paging, sheet_rows
@@ -27,9 +27,11 @@ BATCH = BatchRow(
 )
 
 
-def entries(*digests: str, turn: Turn | None = None) -> list[BatchEntry]:
+def entries(*digests: str, run_number: RunNumber | None = None) -> list[BatchEntry]:
     return [
-        BatchEntry(position=number, line=number + 1, digest=digest, turn=turn or Turn())
+        BatchEntry(
+            position=number, line=number + 1, digest=digest, run_number=run_number or RunNumber()
+        )
         for number, digest in enumerate(digests, 1)
     ]
 
@@ -75,7 +77,7 @@ async def test_a_batch_that_is_given_again_is_brought_up_to_date(db: Database) -
     assert await batches.get(db, "bat_1") == replace(BATCH, finished_at=NOW)
     later = replace(BATCH, name="new.csv", created_at=NOW + timedelta(hours=1))
     (first, second) = entries("a", "b")
-    moved = [replace(first, line=7), replace(second, turn=Turn().retried())]
+    moved = [replace(first, line=7), replace(second, run_number=RunNumber().retried())]
     await batches.keep(db, later, moved)
     assert await batches.get(db, "bat_1") == replace(BATCH, name="new.csv")
     assert await batches.entries(db, "bat_1") == moved
@@ -84,7 +86,7 @@ async def test_a_batch_that_is_given_again_is_brought_up_to_date(db: Database) -
 async def test_a_row_never_goes_back(db: Database) -> None:
     """A command that planned before another one retried a row does not undo it."""
     (row,) = entries("a")
-    retried = replace(row, turn=Turn().retried())
+    retried = replace(row, run_number=RunNumber().retried())
     await batches.keep(db, BATCH, [retried])
     await batches.keep(db, BATCH, [row])
     assert await batches.entries(db, "bat_1") == [retried]
@@ -92,19 +94,19 @@ async def test_a_row_never_goes_back(db: Database) -> None:
 
 async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> None:
     """By workspace; a generation counts as finished where one batch with it was."""
-    again = Turn().again()
+    again = RunNumber().again()
     await batches.keep(db, BATCH, entries("a", "b", "c"))
     await batches.finish(db, "bat_1", NOW)
-    await batches.keep(db, replace(BATCH, batch_id="bat_2"), entries("b", "c", turn=again))
-    retried = entries("c", turn=again.retried())
+    await batches.keep(db, replace(BATCH, batch_id="bat_2"), entries("b", "c", run_number=again))
+    retried = entries("c", run_number=again.retried())
     await batches.keep(db, replace(BATCH, batch_id="bat_3"), retried)
     await batches.finish(db, "bat_3", NOW)
     elsewhere = replace(BATCH, batch_id="bat_4", workspace_slot="other")
     await batches.keep(db, elsewhere, entries("d"))
-    assert await sheet_rows.latest_turns(db, "default", ["a", "b", "c", "d"]) == {
-        "a": Latest(turn=Turn(), finished=True),
-        "b": Latest(turn=again, finished=False),
-        "c": Latest(turn=again.retried(), finished=True),
+    assert await sheet_rows.latest_run_numbers(db, "default", ["a", "b", "c", "d"]) == {
+        "a": Latest(run_number=RunNumber(), finished=True),
+        "b": Latest(run_number=again, finished=False),
+        "c": Latest(run_number=again.retried(), finished=True),
     }
 
 
@@ -114,7 +116,7 @@ async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     rows = entries(*digests)
     await batches.keep(db, BATCH, rows)
     assert await batches.entries(db, "bat_1") == rows
-    assert len(await sheet_rows.latest_turns(db, "default", digests)) == len(digests)
+    assert len(await sheet_rows.latest_run_numbers(db, "default", digests)) == len(digests)
     assert await tally(db) == BatchCounts(rows=len(digests))
 
 
@@ -137,7 +139,7 @@ async def test_failed_rows_are_grouped_by_reason(db: Database, writer: TestWrite
     """By FLORA's code and the advice that follows; a row is retryable where a retry of failed rows
     starts it. Rows are filtered by outcome and by code."""
     rows = entries(*"abcdefghi")
-    rows[3] = replace(rows[3], turn=Turn().retried())
+    rows[3] = replace(rows[3], run_number=RunNumber().retried())
     await batches.keep(db, BATCH, rows)
     await batches.finish(db, "bat_1", None, errors={9: "FLORA shows no price"})
     for row in rows[:8]:

@@ -24,8 +24,8 @@ from tracker.store.writing.messages import (
     enable,
     fan_out,
     next_due_at,
+    record_and_claim,
     recover,
-    take_turn,
 )
 from tracker.views import message_body
 
@@ -143,7 +143,7 @@ async def turn(
 ) -> Claimed:
     """One turn of a worker for the endpoint "a"."""
     return await db.write(
-        lambda connection: take_turn(
+        lambda connection: record_and_claim(
             connection,
             endpoint_id="a",
             outcomes=outcomes,

@@ -26,7 +26,7 @@ from tracker.store.queries import runs as read
 from tracker.store.queries.endpoints import delays, list_attempts, list_messages
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.url import DatabaseUrl
-from tracker.store.writing.messages import Attempt, enable, next_due_at, take_turn
+from tracker.store.writing.messages import Attempt, enable, next_due_at, record_and_claim
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
 
 RUNS = 6_000
@@ -363,9 +363,9 @@ async def test_sending_finds_what_is_due(full: Database) -> None:
         for outcomes in ([], [("msg_101", Attempt(at=NOW, seconds=1, status=200))]):
             one = {"endpoint_id": "point_1", "holder": "h", "now": NOW, "most": 5}
             one |= {"outcomes": outcomes, "lease": timedelta(seconds=25)}
-            await db.write(partial(take_turn, **one))
+            await db.write(partial(record_and_claim, **one))
         assert await enable(db, "point_1", now=NOW)
-        assert (await db.write(partial(take_turn, **one))).claims
+        assert (await db.write(partial(record_and_claim, **one))).claims
 
     told = await plans(full, take)
     assert "ix_messages_due" in told

@@ -23,7 +23,7 @@ from tracker.core.errors import (
     MaxCostReached,
     TrackerError,
 )
-from tracker.core.inputs import Input, Turn, batch_id, row_digests
+from tracker.core.inputs import Input, RunNumber, batch_id, row_digests
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.batch import BatchOutcome, BatchProgress
@@ -138,7 +138,7 @@ async def test_a_rerun_that_was_interrupted_is_gone_on_with(
     await batches.keep(services.database, planned.batch, [row.entry for row in planned.rows])
     outcome = await batch(services, "new", "b", "a", again=True)
     assert sorted(begun(flora)) == ["a", "a", "b", "b", "new"]
-    assert {row.entry.turn.generation for row in outcome.rows} == {0, 1}
+    assert {row.entry.run_number.generation for row in outcome.rows} == {0, 1}
     await batch(services, "a", "b", again=True)
     assert len(flora.world.runs) == 7
 
@@ -445,7 +445,7 @@ async def write_as_before_mappings(services: Services, rows: list[list[Input]]) 
     """A batch with these rows' inputs, started, as versions before migration 0009 kept it."""
     technique_id, at = "tech_icon-pack", services.clock()
     digests = row_digests(technique_id, rows)
-    named = [(position, digest, Turn()) for position, digest in enumerate(digests, 1)]
+    named = [(position, digest, RunNumber()) for position, digest in enumerate(digests, 1)]
     batch_name = batch_id("default", technique_id, named)
     of_batch = {
         "batch_id": batch_name,

@@ -293,16 +293,16 @@ async def test_lists_without_costs_are_found_out(
 async def test_one_process_at_a_time_reads_bills_again(
     open_on: OpenServices, flora: Simulator, clock: HandClock
 ) -> None:
-    """While one process has the turn, the others leave a workspace's bills alone."""
+    """While one process has read them again, the others leave a workspace's bills alone."""
     one, other = await open_on(flora), await open_on(flora)
-    turn = timedelta(seconds=54)
+    once_per = timedelta(seconds=54)
     await start(one, 3)
     await settle_all(one, clock)
     clock.move(60)
-    assert (await one.poller.recheck_due(turn=turn)).claimed == 3
+    assert (await one.poller.recheck_due(once_per=once_per)).claimed == 3
     await start(one, 3)
     await settle_all(one, clock)
     clock.move(30)
-    assert (await other.poller.recheck_due(turn=turn)).claimed == 0
+    assert (await other.poller.recheck_due(once_per=once_per)).claimed == 0
     clock.move(30)
-    assert (await other.poller.recheck_due(turn=turn)).claimed == 3
+    assert (await other.poller.recheck_due(once_per=once_per)).claimed == 3

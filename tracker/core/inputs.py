@@ -188,21 +188,21 @@ _ROW: Final = re.compile(r"row-([0-9a-f]{24})(?:-again(\d{1,9}))?(?:-retry(\d{1,
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Turn:
+class RunNumber:
     """Which run of a row: `generation` counts deliberate reruns, `attempt` the retries after
     failures within one generation."""
 
     generation: int = 0
     attempt: int = 0
 
-    def again(self) -> "Turn":
+    def again(self) -> "RunNumber":
         """The first of the next generation."""
-        return Turn(self.generation + 1)
+        return RunNumber(self.generation + 1)
 
-    def retried(self) -> "Turn":
+    def retried(self) -> "RunNumber":
         return replace(self, attempt=self.attempt + 1)
 
-    def before(self) -> "Turn":
+    def before(self) -> "RunNumber":
         return replace(self, attempt=self.attempt - 1)
 
 
@@ -222,28 +222,30 @@ def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]
     return digests
 
 
-def row_key(digest: str, turn: Turn) -> str:
-    """The idempotency key of a row in that turn."""
+def row_key(digest: str, run_number: RunNumber) -> str:
+    """The idempotency key of that run of a row."""
     key = f"row-{digest}"
-    if turn.generation:
-        key += f"-again{turn.generation}"
-    if turn.attempt:
-        key += f"-retry{turn.attempt}"
+    if run_number.generation:
+        key += f"-again{run_number.generation}"
+    if run_number.attempt:
+        key += f"-retry{run_number.attempt}"
     return key
 
 
-def key_parts(key: str) -> tuple[str, Turn] | None:
-    """The digest and turn that `row_key` made the key of; `None` for any other key."""
+def key_parts(key: str) -> tuple[str, RunNumber] | None:
+    """The digest and run number that `row_key` made the key of; `None` for any other key."""
     found = _ROW.fullmatch(key)
-    return found and (found[1], Turn(int(found[2] or 0), int(found[3] or 0)))
+    return found and (found[1], RunNumber(int(found[2] or 0), int(found[3] or 0)))
 
 
-def batch_id(workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, Turn]]) -> str:
+def batch_id(
+    workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, RunNumber]]
+) -> str:
     """The id of a batch: the same for the same positions and digests of rows.
 
     A rerun is a batch of its own, a retry of some rows is not.
     """
-    named = [(position, digest, turn.generation) for position, digest, turn in rows]
+    named = [(position, digest, run_number.generation) for position, digest, run_number in rows]
     return f"bat_{digest_of([workspace_slot, technique_id, named])[:16]}"
 
 

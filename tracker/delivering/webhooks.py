@@ -38,7 +38,7 @@ from tracker.store.writing.messages import (
     fan_out,
     next_due_at,
     outbox_waits,
-    take_turn,
+    record_and_claim,
 )
 
 GROUP: Final = 100
@@ -358,7 +358,7 @@ class _Sender:
         while not self._stopping:
             self._woken.clear()
             try:
-                wait = await self._turn(self.target.most_open - len(self._open))
+                wait = await self._record_and_claim(self.target.most_open - len(self._open))
                 await wait_for(self._woken, wait)
             except StoreError as error:
                 if count := self._log_limit.count("unavailable", now=time.monotonic()):
@@ -387,7 +387,7 @@ class _Sender:
         try:
             async with asyncio.timeout(self.times.last_commits):
                 if self._outcomes:
-                    await self._turn(0)
+                    await self._record_and_claim(0)
                 if interrupted:
                     await self.database.write(
                         partial(messages.release, holder=self.process, message_ids=interrupted)
@@ -396,24 +396,24 @@ class _Sender:
             log.warning("endpoint.claims_kept", endpoint_id=self.endpoint_id, advice="they run out")
         await self.target.aclose()
 
-    async def _turn(self, room: int) -> float:
-        """Store outcomes and claim up to `room` messages; returns how long to wait then."""
+    async def _record_and_claim(self, free: int) -> float:
+        """Store outcomes and claim up to `free` messages; returns how long to wait then."""
         now = self.clock()
         if not self._outcomes:
             due = None
-            if room > 0:
+            if free > 0:
                 due = await next_due_at(self.database, self.endpoint_id, now=now, lease=self.lease)
             if due is None or due > now:
                 tick = self.times.tick
                 return tick if due is None else min(tick, (due - now).total_seconds())
         outcomes, self._outcomes = self._outcomes, []
         try:
-            turn = await self.database.write(
+            claimed = await self.database.write(
                 partial(
-                    take_turn,
+                    record_and_claim,
                     endpoint_id=self.endpoint_id,
                     outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
-                    most=room,
+                    most=free,
                     holder=self.process,
                     now=now,
                     lease=self.lease,
@@ -424,22 +424,22 @@ class _Sender:
         except BaseException:
             self._outcomes = outcomes + self._outcomes
             raise
-        for claim in turn.claims:
+        for claim in claimed.claims:
             task = asyncio.create_task(self._attempt(claim), name=f"message {claim.message_id}")
             self._open[task] = claim.message_id
             task.add_done_callback(self._ended)
         for claim, attempt in outcomes:
             for hook in self.on_attempt:
                 call_hook(hook, self.endpoint_id, claim, attempt)
-        if turn.disabled:
+        if claimed.disabled:
             log.error(
                 "endpoint.disabled",
                 endpoint_id=self.endpoint_id,
-                reason=turn.disabled,
+                reason=claimed.disabled,
                 advice=f"correct it, then run `tracker endpoints enable {self.endpoint_id}`",
             )
         # Without a claim, other processes have all requests open, or lock the rows.
-        return 0.0 if turn.claims or outcomes else RETRY_SECONDS
+        return 0.0 if claimed.claims or outcomes else RETRY_SECONDS
 
     async def _attempt(self, claim: Claim) -> None:
         try:

@@ -214,7 +214,7 @@ class _SharedCalls(Generic[T]):
 
     def __init__(self, work: Callable[[Sequence[str]], Awaitable[T]]) -> None:
         self._work = work
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._next: _SharedCall[T] | None = None
 
     async def call(self, run_ids: Iterable[str]) -> T:
@@ -236,7 +236,7 @@ class _SharedCalls(Generic[T]):
                 await asyncio.wait([shared.task])
 
     async def _run(self, shared: "_SharedCall[T]") -> T:
-        async with self._turn:
+        async with self._lock:
             self._next = None
             return await self._work(list(shared.run_ids))
 

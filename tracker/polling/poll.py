@@ -88,14 +88,14 @@ class Poller(Service):
         await self._bring_near()
         return await self._in_each(partial(self._poll, coalesce=coalesce))
 
-    async def recheck_due(self, *, turn: timedelta | None = None) -> PollReport:
+    async def recheck_due(self, *, once_per: timedelta | None = None) -> PollReport:
         """One round: read the settled runs again whose cost or outputs are due for it.
 
-        With `turn`, for callers that do so repeatedly, one process at a time does it for each
+        With `once_per`, for callers that do so repeatedly, one process at a time does it for each
         workspace, and the others leave it out for so long. Raises `StoreUnavailable`.
         """
         await self._bring_near()
-        return await self._in_each(partial(self._recheck, turn=turn))
+        return await self._in_each(partial(self._recheck, once_per=once_per))
 
     def keys_changed(self) -> None:
         """A workspace may have another key: no pause lasts any longer."""
@@ -205,12 +205,12 @@ class Poller(Service):
         report.at_once = report.more and (bool(poll_round.remaining) or not report.pages)
         return report
 
-    async def _recheck(self, workspace: Workspace, *, turn: timedelta | None) -> PollReport:
+    async def _recheck(self, workspace: Workspace, *, once_per: timedelta | None) -> PollReport:
         now, among = self.clock(), self.workspaces.claimable(workspace)
         if not await claims.recheck_is_due(self.database, among, now=now):
             return PollReport()
-        name = f"recheck:{workspace.slot}"
-        if turn and not await claims.take_lease(self.database, name, self.holder, now, turn):
+        name, holder = f"recheck:{workspace.slot}", self.holder
+        if once_per and not await claims.take_lease(self.database, name, holder, now, once_per):
             return PollReport()
         due = await claims.claim_due(
             self.database,

@@ -210,14 +210,14 @@ class _Sweep:
         workspace, sweeper = self._workspace, self._sweeper
         among = sweeper.workspaces.claimable(workspace)
         known = await runs.has_generations(self._database, among)
-        take_turn = partial(
+        take_lease = partial(
             claims.take_lease,
             self._database,
             f"generations:{workspace.slot}",
             f"{sweeper.holder}:{uuid4()}",  # this process's next sweep does not have it either
             longest=GENERATIONS_EVERY,
         )
-        if not known and not await take_turn(self._clock(), sweeper.lease):
+        if not known and not await take_lease(self._clock(), sweeper.lease):
             return
         limit = asyncio.timeout(GENERATIONS_SECONDS if self._since is None else None)
         answered = True
@@ -237,7 +237,7 @@ class _Sweep:
                 self.report.generations_error = str(error)
             log.info("sweep.generations_failed", workspace_id=workspace.name, error=str(error))
         if answered and not known:
-            await take_turn(self._clock(), GENERATIONS_EVERY)
+            await take_lease(self._clock(), GENERATIONS_EVERY)
 
     async def _sweep_kind(self, kind: RunType) -> None:
         """Read the newest page and the gaps below it; with `since`, everything."""

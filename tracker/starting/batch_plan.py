@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
 from tracker.polling.workspaces import Service, Workspace
-from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows, states_of, turn_of
+from tracker.starting.batch_rows import (
+    BatchPlan,
+    Retry,
+    RowState,
+    kept_rows,
+    run_number_of,
+    states_of,
+)
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.columns import (
     ColumnMapping,
@@ -66,7 +73,7 @@ class BatchPlanner(Service):
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
         inputs = [row.inputs for _, row in rows]
         digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
-        latest = await sheet_rows.latest_turns(self.database, workspace_id, digests)
+        latest = await sheet_rows.latest_run_numbers(self.database, workspace_id, digests)
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         columns = [name for name in reading.unmapped if name]
@@ -76,7 +83,7 @@ class BatchPlanner(Service):
                 position=position,
                 line=row.line,
                 digest=digest,
-                turn=turn_of(latest.get(digest), again=again),
+                run_number=run_number_of(latest.get(digest), again=again),
                 inputs=row.inputs,
                 tags=tagged[row.line],
                 carried=_carried(sheet.rows[position - 1], carried),
@@ -84,11 +91,12 @@ class BatchPlanner(Service):
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
         planned = await self._retried(workspace_id, entries, retry)
+        chosen = [row.entry for row in planned]
         batch = BatchRow(
             batch_id=batch_id(
                 workspace_id,
                 definition.technique_id,
-                [(one.position, one.digest, one.turn) for one in (row.entry for row in planned)],
+                [(one.position, one.digest, one.run_number) for one in chosen],
             ),
             workspace_slot=workspace_id,
             technique_id=definition.technique_id,
@@ -149,9 +157,9 @@ class BatchPlanner(Service):
         rows = await states_of(self.database, workspace_id, entries)
         if wait and retry is not Retry.ALL:
             failed = {
-                row.entry.key: replace(row.entry, turn=row.entry.turn.before())
+                row.entry.key: replace(row.entry, run_number=row.entry.run_number.before())
                 for row in rows
-                if row.entry.turn.attempt and not row.started
+                if row.entry.run_number.attempt and not row.started
             }
             runs = await states_of(self.database, workspace_id, list(failed.values()))
             waits = dict(zip(failed, (run.retry_not_before for run in runs), strict=True))
@@ -190,7 +198,7 @@ class BatchPlanner(Service):
                 continue
             rows = rows_by(sheet, [ColumnMapping(*one) for one in before])
             old = row_digests(technique_id, rows)
-            known = await sheet_rows.latest_turns(self.database, workspace_id, old)
+            known = await sheet_rows.latest_run_numbers(self.database, workspace_id, old)
             anew = [
                 row.line
                 for row, was, is_now in zip(reading.rows, old, digests, strict=True)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
 from tracker.core.formatting import counted, money, safe_cell
-from tracker.core.inputs import Turn
+from tracker.core.inputs import RunNumber
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
 from tracker.flora.technique import Technique
@@ -96,7 +96,7 @@ class RowState:
     def retryable(self) -> bool:
         """Whether FLORA's codes advise another attempt of a failed row: a temporary fault once, an
         overload always."""
-        once = self.advice is RetryAdvice.RETRY_NOW and self.entry.turn.attempt == 0
+        once = self.advice is RetryAdvice.RETRY_NOW and self.entry.run_number.attempt == 0
         return once or self.advice is RetryAdvice.RETRY_LATER
 
     def retried(self, retry: Retry) -> "RowState":
@@ -104,7 +104,7 @@ class RowState:
         if self.advice is None or (retry is Retry.FAILED and not self.retryable):
             return self
         not_before = self.retry_not_before if retry is Retry.FAILED else None
-        entry = replace(self.entry, turn=self.entry.turn.retried())
+        entry = replace(self.entry, run_number=self.entry.run_number.retried())
         return RowState(entry=entry, not_before=not_before)
 
     @property
@@ -112,7 +112,7 @@ class RowState:
         """When a row can be started again that failed because of an overloaded provider."""
         if self.advice is not RetryAdvice.RETRY_LATER or self.record is None:
             return None
-        wait = RETRY_LATER_AFTER * 2 ** min(self.entry.turn.attempt, 10)
+        wait = RETRY_LATER_AFTER * 2 ** min(self.entry.run_number.attempt, 10)
         ended = self.record.end_seen_at
         return ended and ended + min(wait, LONGEST_RETRY_LATER)
 
@@ -211,15 +211,15 @@ class BatchPlan:
         return self.technique.cost_of(row.entry.inputs or [])
 
 
-def turn_of(latest: Latest | None, *, again: bool) -> Turn:
-    """The turn of a row now.
+def run_number_of(latest: Latest | None, *, again: bool) -> RunNumber:
+    """The number of a row's run now.
 
     An unfinished rerun is resumed: repeating the command after an interruption, with `again` or
     without, never begins another.
     """
     if latest is None:
-        return Turn()
-    return latest.turn.again() if again and latest.finished else latest.turn
+        return RunNumber()
+    return latest.run_number.again() if again and latest.finished else latest.run_number
 
 
 async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> list[RowState]:

@@ -218,11 +218,11 @@ class Worker:
             self._round_over.set()
 
     async def _recheck(self) -> None:
-        # A little less than the interval, so that this process can take the next turn as well.
-        turn = self._services.recheck_every * 0.9
+        # A little less than the interval, so that this process can do the next one as well.
+        once_per = self._services.recheck_every * 0.9
         more = True
         while more:
-            report = await self._services.poller.recheck_due(turn=turn)
+            report = await self._services.poller.recheck_due(once_per=once_per)
             self._services.metrics.rechecked(report)
             more = report.more
             if report.claimed:

@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.inputs import Input, Tags, Turn, row_key
+from tracker.core.inputs import Input, RunNumber, Tags, row_key
 from tracker.core.run import RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import audit
@@ -78,7 +78,7 @@ class BatchEntry:
     position: int
     line: int
     digest: str
-    turn: Turn = field(default_factory=Turn)
+    run_number: RunNumber = field(default_factory=RunNumber)
     inputs: list[Input] | None = None
     tags: Tags = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class BatchEntry:
 
     @property
     def key(self) -> str:
-        return row_key(self.digest, self.turn)
+        return row_key(self.digest, self.run_number)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -281,7 +281,7 @@ async def entries(
             position=row.position,
             line=row.line,
             digest=row.row_digest,
-            turn=Turn(row.generation, row.attempt),
+            run_number=RunNumber(row.generation, row.attempt),
             inputs=row.inputs,
             tags=row.tags or {},
             carried=row.carried or {},
@@ -318,8 +318,8 @@ def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
         "position": entry.position,
         "line": entry.line,
         "row_digest": entry.digest,
-        "generation": entry.turn.generation,
-        "attempt": entry.turn.attempt,
+        "generation": entry.run_number.generation,
+        "attempt": entry.run_number.attempt,
         "idempotency_key": entry.key,
         "inputs": entry.inputs,
         "tags": entry.tags or None,

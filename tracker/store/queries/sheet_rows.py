@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONPATH
 
-from tracker.core.inputs import Input, Turn, key_parts
+from tracker.core.inputs import Input, RunNumber, key_parts
 from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.paging import chunks
@@ -207,13 +207,13 @@ async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> lis
     parts = key_parts(start.idempotency_key)
     if parts is None:
         return []
-    digest, turn = parts
+    digest, run_number = parts
     columns = (batch_rows.c.batch_id, batches.c.name, batch_rows.c.position, starts.c.run_id)
     rows = with_outcomes(select(*columns, batch_rows.c.attempt, batch_rows.c.carried))
     statement = rows.where(
         batch_rows.c.row_digest == digest,
-        batch_rows.c.generation == turn.generation,
-        batch_rows.c.attempt >= turn.attempt,
+        batch_rows.c.generation == run_number.generation,
+        batch_rows.c.attempt >= run_number.attempt,
         batches.c.workspace_slot == start.workspace_slot,
     )
     newest = statement.order_by(batches.c.created_at.desc(), batch_rows.c.position).limit(limit)
@@ -288,15 +288,15 @@ MAPPINGS: Final = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latest:
-    """The last turn of a row, and whether a batch with it was finished."""
+    """The number of a row's last run, and whether a batch with it was finished."""
 
-    turn: Turn
+    run_number: RunNumber
     finished: bool
 
 
-async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[str, Latest]:
-    """The last turn of each of these rows that any batch of the workspace had; its generation is
-    finished if any batch with it is."""
+async def latest_run_numbers(db: Database, slot: str, digests: Sequence[str]) -> dict[str, Latest]:
+    """The number of the last run of each of these rows in any batch of the workspace; its
+    generation is finished if any batch with it is."""
     found: dict[str, Latest] = {}
     async with db.read() as connection:
         for some in chunks(digests):
@@ -311,13 +311,13 @@ async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[
                 .where(batches.c.workspace_slot == slot, batch_rows.c.row_digest.in_(some))
             )
             for digest, *numbers, finished_at in await connection.execute(statement):
-                turn, known = Turn(*numbers), found.get(digest)
+                last, known = RunNumber(*numbers), found.get(digest)
                 finished = finished_at is not None
-                if known is not None and known.turn.generation == turn.generation:
-                    turn, finished = max(known.turn, turn), known.finished or finished
-                elif known is not None and known.turn > turn:
+                if known is not None and known.run_number.generation == last.generation:
+                    last, finished = max(known.run_number, last), known.finished or finished
+                elif known is not None and known.run_number > last:
                     continue
-                found[digest] = Latest(turn=turn, finished=finished)
+                found[digest] = Latest(run_number=last, finished=finished)
     return found
 
 

@@ -187,7 +187,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What `take_turn` did: the claims, and why it disabled the endpoint, if it did."""
+    """What `record_and_claim` did: the claims, and why it disabled the endpoint, if it did."""
 
     claims: list[Claim]
     disabled: str | None = None
@@ -224,7 +224,7 @@ async def next_due_at(
     return None if row is None else row[0] or row[1]
 
 
-def take_turn(
+def record_and_claim(
     connection: Connection,
     *,
     endpoint_id: str,
