@@ -14,7 +14,7 @@ from tracker.core.events import EventType
 from tracker.core.formatting import duration
 
 if TYPE_CHECKING:
-    from tracker.delivering.listen import Answer, StreamedEvent
+    from tracker.delivering.listen import ForwardResult, StreamedEvent
 
 _URL: Final = "http://127.0.0.1:8080"
 """Where `tracker serve` listens by default."""
@@ -99,7 +99,7 @@ def listen(
     asyncio.run(work())
 
 
-def _line(event: "StreamedEvent", answer: "Answer | None") -> str:
+def _line(event: "StreamedEvent", answer: "ForwardResult | None") -> str:
     """Time, event, run and status, then the answer."""
     run = event.run
     text = f"{event.at[:19]}Z {event.type} {run['run_id']} {run['status']}"
@@ -110,7 +110,7 @@ def _line(event: "StreamedEvent", answer: "Answer | None") -> str:
     return plain(f"{text} → {result}")
 
 
-def _json(event: "StreamedEvent", answer: "Answer | None") -> str:
+def _json(event: "StreamedEvent", answer: "ForwardResult | None") -> str:
     shown: dict[str, Any] = {"message_id": event.message_id, **json.loads(event.body)}
     if answer is not None:
         shown |= {"status": answer.status, "error": answer.error}

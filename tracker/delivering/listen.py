@@ -223,7 +223,7 @@ def cost_changed(events: Iterable[Mapping[str, Any]], number: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ForwardResult:
     """What the local address answered: a status, or what went wrong."""
 
     status: int | None
@@ -233,7 +233,7 @@ class Answer:
 
 async def forward(
     client: httpx.AsyncClient, url: str, event: StreamedEvent, secret: str, clock: Clock
-) -> Answer:
+) -> ForwardResult:
     """Send an event as an endpoint receives it. Only a refused connection is tried again."""
     began, waits = monotonic(), iter(RETRY_SECONDS)
     while True:
@@ -241,15 +241,17 @@ async def forward(
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 response = await client.post(url, content=event.body, headers=headers)
-            return Answer(response.status_code, None, monotonic() - began)
+            return ForwardResult(response.status_code, None, monotonic() - began)
         except httpx.ConnectError as error:
             if (wait := next(waits, None)) is None:
-                return Answer(None, str(error), monotonic() - began)
+                return ForwardResult(None, str(error), monotonic() - began)
             await asyncio.sleep(wait)
         except TimeoutError:
-            return Answer(None, f"no answer within {ANSWER_SECONDS:g} s", monotonic() - began)
+            return ForwardResult(
+                None, f"no answer within {ANSWER_SECONDS:g} s", monotonic() - began
+            )
         except httpx.HTTPError as error:
-            return Answer(None, str(error) or type(error).__name__, monotonic() - began)
+            return ForwardResult(None, str(error) or type(error).__name__, monotonic() - began)
 
 
 async def _get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:

@@ -28,7 +28,7 @@ def line_formatter(format: Literal["console", "json"], *, colors: bool) -> loggi
             _escape_controls,
             structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_traceback),
         ]
-    return _Formatter(
+    return _LineFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
@@ -44,7 +44,7 @@ def line_formatter(format: Literal["console", "json"], *, colors: bool) -> loggi
     )
 
 
-class _Formatter(structlog.stdlib.ProcessorFormatter):
+class _LineFormatter(structlog.stdlib.ProcessorFormatter):
     """Formats our own events with their fields, and other libraries' records with what they say."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -43,7 +43,7 @@ def configure_logs(
     colors = terminal and not os.environ.get("NO_COLOR")
     redact_also(secrets)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Formatter(format, colors=colors))
+    handler.setFormatter(_LazyFormatter(format, colors=colors))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -56,7 +56,7 @@ def configure_logs(
         logger.setLevel(logging.NOTSET)
 
 
-class _Formatter(logging.Formatter):
+class _LazyFormatter(logging.Formatter):
     """Loads what makes the lines with the first one: most short commands log nothing."""
 
     def __init__(self, format: Literal["console", "json"], *, colors: bool) -> None:

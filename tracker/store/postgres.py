@@ -108,7 +108,7 @@ async def _connect(url: DatabaseUrl, application_name: str, is_limited: bool, **
 def _connection_class() -> Any:
     import asyncpg  # noqa: PLC0415
 
-    class Connection(asyncpg.Connection):  # type: ignore[misc]
+    class PostgresConnection(asyncpg.Connection):  # type: ignore[misc]
         def __init__(self, protocol: Any, transport: Any, loop: Any, *more: Any) -> None:
             super().__init__(protocol, transport, getattr(loop, "real", loop), *more)
 
@@ -128,7 +128,7 @@ def _connection_class() -> Any:
             ) as exc:
                 raise ConnectionError(str(exc)) from exc
 
-    return Connection
+    return PostgresConnection
 
 
 class _GuardedLoop:
