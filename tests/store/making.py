@@ -44,7 +44,7 @@ class TestWriter(Writer):
             return await super().submit(entry)
         await keep(self._db, entry)
         if entry.observation is None:
-            return WriteResult(None, None)
+            return WriteResult(before=None, after=None)
         return await super().submit(Observed(observation=entry.observation))
 
     async def submit_all(self, entries: Sequence[Entry | Delivered]) -> list[WriteResult]:

@@ -7,9 +7,8 @@ from enum import StrEnum
 from math import ceil
 from typing import Final
 
-from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.record import Record
-from tracker.core.run import Tracking
+from tracker.core.run import Tracking, fast_dataclass
 from tracker.core.schedule import jitter_share
 
 WAITS: Final = tuple(
@@ -76,7 +75,7 @@ def _bill(record: Record) -> float | None:
     return None if charged is None else float(charged)
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class RunFilter:
     """Which runs an endpoint gets, or a reader of changes follows: those that match all fields that
     are set."""

@@ -12,8 +12,16 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, Final
 
-from tracker.core.fast_dataclass import fast_dataclass
-from tracker.core.run import Details, Output, Precedence, RunError, RunStatus, Status, status_of
+from tracker.core.run import (
+    Details,
+    Output,
+    Precedence,
+    RunError,
+    RunStatus,
+    Status,
+    fast_dataclass,
+    status_of,
+)
 
 
 class Source(StrEnum):
@@ -31,7 +39,7 @@ class Source(StrEnum):
     """An item of a history page."""
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class Observation:
     """One observation. `None` means "not shown", never "empty".
 

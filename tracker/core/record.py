@@ -12,11 +12,10 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.inputs import Tags
 from tracker.core.merge import merge, shows_the_same
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Run, RunStatus, Tracking
+from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 
 TEST_DELIVERY: Final = "tracker.doctor"
@@ -38,7 +37,7 @@ class DeliveryOutcome(StrEnum):
     QUARANTINED = "quarantined"
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class Delivery:
     """A verified callback as received. `body` is the raw bytes; `created_at` is FLORA's time.
 
@@ -57,7 +56,7 @@ class Delivery:
     callback_token: str | None = None
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class Observed:
     """An observation to write.
 
@@ -89,7 +88,7 @@ class Observed:
         return self.observation.at
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class FailedRead:
     """A read made for this run alone that brought no observation.
 
@@ -122,7 +121,7 @@ DurationsOf = Callable[[str | None], Durations | None]
 """The known durations of a technique, by its id."""
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class Record:
     """A tracked run.
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
-from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.log import add_log_context
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
+from tracker.core.run import fast_dataclass
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
 from tracker.polling.workspaces import Workspaces
@@ -107,7 +107,7 @@ class NoSecrets(SettingsError):
     """No signing secret is configured, so no callback can be verified."""
 
 
-@fast_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass
 class Received:
     """A callback that is on disk.
 

@@ -13,9 +13,9 @@ from uuid import uuid4
 from sqlalchemy import Connection
 
 from tracker.core.events import events_between
-from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.record import DurationsOf, Entry, Observed, Record, apply
 from tracker.core.rollup import Key, facts, same
+from tracker.core.run import fast_dataclass
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
 from tracker.store.text import clean_entry
@@ -25,7 +25,7 @@ from tracker.store.writing.statements import BatchChanges, Statements, requeue_r
 NAME: Final = "writer"
 
 
-@fast_dataclass(frozen=True, slots=True)
+@fast_dataclass
 class WriteResult:
     """What an entry did: the run's record before and after it.
 
@@ -167,7 +167,7 @@ class WriteBatch:
         run_id, rules, changes = entry.run_id, self._rules, self._changes
         before = self._now.get(run_id)
         after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
-        result = WriteResult(before, after)
+        result = WriteResult(before=before, after=after)
         self._results.append(result)
         if after is None:
             return
