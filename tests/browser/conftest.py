@@ -30,9 +30,9 @@ from tests.support.databases import sqlite_url_of
 from tests.support.waiting import NO_SWEEPS
 from tests.web.dashboard.hostile import attack
 from tests.web.serving import serving
-from tracker.core.tokens import Scope
 from tracker.services import Services, open_services
 from tracker.settings import Settings, TokenSettings
+from tracker.settings.tokens import Scope
 from tracker.simulator import Options, Simulator, running
 from tracker.web.app import build_app
 from tracker.worker.scheduler import Worker

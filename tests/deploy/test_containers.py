@@ -17,8 +17,8 @@ import yaml
 
 from tests.deploy.commands import assert_taken
 from tests.deploy.conftest import ROOT, Promtool
-from tracker.core.tokens import Scope
 from tracker.settings import Settings, load_settings
+from tracker.settings.tokens import Scope
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

@@ -9,8 +9,8 @@ import yaml
 
 from tests.deploy.commands import assert_taken
 from tests.deploy.conftest import ROOT
-from tracker.core.tokens import Scope
 from tracker.settings import load_settings
+from tracker.settings.tokens import Scope
 
 DIRECTORY = ROOT / "deploy/kubernetes"
 KUSTOMIZATION = yaml.safe_load((DIRECTORY / "kustomization.yaml").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from tests.web.streaming import following
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed
-from tracker.core.tokens import Scope, Token, Tokens
+from tracker.settings.tokens import Scope, Token, Tokens
 from tracker.store.queries import runs as read
 from tracker.web.app import build_app
 from tracker.web.auth import EACH_BURST

@@ -7,8 +7,8 @@ import pytest
 from pydantic import SecretStr
 
 from tracker.core.errors import SettingsError
-from tracker.core.tokens import Scope
 from tracker.settings import Settings, load_settings
+from tracker.settings.tokens import Scope
 
 
 def clear(secrets: tuple[SecretStr, ...]) -> list[str]:

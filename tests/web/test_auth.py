@@ -15,9 +15,9 @@ from tests.web.conftest import Serve
 from tests.web.flora import START, with_flora
 from tests.web.streaming import following
 from tracker.core.clock import utc_now
-from tracker.core.tokens import Scope as TokenScope
-from tracker.core.tokens import Token, Tokens
 from tracker.settings import TokenSettings
+from tracker.settings.tokens import Scope as TokenScope
+from tracker.settings.tokens import Token, Tokens
 from tracker.store.queries.audit import list_audit
 from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware
 from tracker.web.http.limits import Limits

@@ -23,8 +23,8 @@ from tracker.core.events import EventType, RunFilter
 from tracker.core.inputs import parse_tag
 from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
-from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.delivering.signing import check_secret
+from tracker.settings.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.settings.values import (
     check_cron,
     check_database_url,

@@ -34,9 +34,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tracker.core.clock import Clock
 from tracker.core.log import LOG_INTERVAL, LogRateLimit, get_logger
 from tracker.core.net import hide_callback_token, is_loopback
-from tracker.core.tokens import Scope as TokenScope
-from tracker.core.tokens import Token, Tokens
 from tracker.operations.metrics import Metrics
+from tracker.settings.tokens import Scope as TokenScope
+from tracker.settings.tokens import Token, Tokens
 from tracker.store.queries.audit import Principal, Refusals, acting
 from tracker.web.http.limits import Limits
 from tracker.web.http.request import (

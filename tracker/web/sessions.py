@@ -26,7 +26,7 @@ from starlette.types import Scope
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.core.tokens import Token, Tokens
+from tracker.settings.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.store.queries import audit as store
 from tracker.store.queries.audit import SessionRow

@@ -19,9 +19,9 @@ from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, csrf_of, sign_in
 from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
-from tracker.core.tokens import Scope
 from tracker.delivering import archive
 from tracker.settings import TokenSettings
+from tracker.settings.tokens import Scope
 from tracker.simulator import Simulator
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import batches, sheet_rows

@@ -14,11 +14,11 @@ from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
 from tests.web.flora import START
 from tests.web.streaming import following
 from tracker.core.clock import utc_now
-from tracker.core.tokens import Scope as TokenScope
-from tracker.core.tokens import Token, Tokens
 from tracker.operations.logs import configure_logs
 from tracker.services import open_services
 from tracker.settings import Settings, TokenSettings
+from tracker.settings.tokens import Scope as TokenScope
+from tracker.settings.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.web.auth import EACH_BURST, MOST_KEYS, Throttle
 from tracker.web.dashboard.access import local_path

@@ -13,8 +13,8 @@ from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
 from tracker.core.clock import utc_now
 from tracker.core.events import MessageState
-from tracker.core.tokens import Scope
 from tracker.settings import EndpointSettings, TokenSettings
+from tracker.settings.tokens import Scope
 from tracker.store.queries.audit import list_audit
 from tracker.store.queries.endpoints import get_endpoint, get_message
 from tracker.store.schema import endpoints

@@ -6,8 +6,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from tracker.core.log import get_logger
-from tracker.core.tokens import Scope
 from tracker.services import Services
+from tracker.settings.tokens import Scope
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action, acting
 from tracker.views import audit_facts

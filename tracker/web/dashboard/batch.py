@@ -16,10 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tracker.core.errors import BudgetExceeded, FieldFault, MaxCostReached
 from tracker.core.formatting import counted, money, parse_usd
-from tracker.core.tokens import Scope as TokenScope
 from tracker.delivering.archive import batch_archive
 from tracker.delivering.names import naming_column
 from tracker.services import Services
+from tracker.settings.tokens import Scope as TokenScope
 from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques

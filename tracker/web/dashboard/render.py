@@ -25,8 +25,8 @@ from starlette.routing import Route
 
 from tracker import __version__
 from tracker.core.formatting import UNKNOWN, clean, counted, duration, money, number, percent, size
-from tracker.core.tokens import Scope
 from tracker.services import Services
+from tracker.settings.tokens import Scope
 from tracker.store.engine import Database
 from tracker.web.auth import may, session_of
 from tracker.web.dashboard.forms import check_csrf, query_field
