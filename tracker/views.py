@@ -198,8 +198,15 @@ def start_json(row: "StartRow") -> dict[str, Any]:
         **values_of(row, "sent_at", "started_by"),
         "tags": row.tags or {},
         **values_of(row, "reserved_at", "reserved_cost", "inputs"),
-        "error": None if row.error is None else {**row.error},
+        "error": _last_answer(row),
+        "possible_runs": sorted(row.possible_runs or ()),
     }
+
+
+def _last_answer(row: "StartRow") -> dict[str, Any] | None:
+    if row.error is None:
+        return None
+    return {name: value for name, value in row.error.items() if name != "possible"}
 
 
 def batch_columns(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:

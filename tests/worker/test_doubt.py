@@ -277,7 +277,7 @@ async def test_a_run_is_not_taken_while_the_starts_own_may_not_be_listed_yet(
             clock.move(10)
             assert await services.recovery.recover() == 0
         flora.world.runs[ours] = unlisted
-        for _ in range(10):
+        for _ in range(40):  # until no callback can tell any more
             clock.move(30)
             assert await services.recovery.recover() == 0
         assert await state_of(services.database) == "unresolved"
@@ -523,12 +523,151 @@ async def test_two_starts_in_doubt_do_not_guess_between_runs(
         await services.database.write(
             lambda connection: connection.execute(starts.update().values(error=error)).rowcount
         )
-        for _ in range(5):
+        for _ in range(12):  # until no callback can tell any more
             clock.move(100)
             assert await services.recovery.recover() == 0
         assert {await state_of(services.database, key) for key in ("key-1", "key-2")} == {
             "unresolved"
         }
+
+
+# Which runs a start may have become
+
+
+async def _in_doubt_beside_a_run(
+    services: Services, flora: Simulator, clock: HandClock
+) -> tuple[str, list[str]]:
+    """`key-1` made nothing and is in doubt beside `key-2`, which made a run; the run, and the runs
+    that `key-1` may have become as soon as all of these are listed."""
+    change(flora, **GATEWAY)
+    assert await attempt(services, "key-1") is None
+    change(flora, gateway_starts=0.0, **LOST)
+    assert await attempt(services, "key-2") is None
+    change(flora, lost_starts=0.0)
+    [run_id] = flora.world.runs
+    clock.move(200)
+    await services.recovery.recover()
+    assert await _possible(services) is None  # a run may be listed late
+    clock.move(60)
+    await services.recovery.recover()
+    return run_id, sorted(await _possible(services) or ())
+
+
+async def _possible(services: Services, key: str = "key-1") -> frozenset[str] | None:
+    [row] = await start_log.of_key(services.database, key)
+    return row.possible_runs
+
+
+async def _became(services: Services, key: str, run_id: str) -> None:
+    [row] = await start_log.of_key(services.database, key)
+    await services.resolver.is_run(row, run_id)
+
+
+async def test_a_run_that_is_listed_after_the_window_holds_up_nothing(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """While a technique is in use there is always a run that is not accounted for yet: a start
+    waits for those alone that were listed when FLORA was done with it."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        run_id, possible = await _in_doubt_beside_a_run(services, flora, clock)
+        assert possible == [run_id]
+        flora.start("icon-pack")  # someone else's
+        again = await open_on(flora)
+        clock.move(60)
+        await again.recovery.recover()
+        assert await state_of(services.database) == "in_doubt"
+        await _became(again, "key-2", run_id)
+        clock.move(120)
+        assert await again.recovery.recover() == 1
+        assert await attempt(services, "key-1") == list(flora.world.runs)[-1]
+        assert (len(flora.world.runs), posts(flora)) == (3, 3)
+
+
+async def test_a_run_that_is_listed_within_a_minute_of_the_window_may_be_the_starts(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """FLORA made it at the last moment: it is not paid again, whatever becomes of the others."""
+    async with make_flora(**LOST) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        other = flora.start("icon-pack").run_id
+        [ours] = flora.world.runs.keys() - {other}
+        unlisted = flora.world.runs.pop(ours)
+        clock.move(181)
+        await services.recovery.recover()  # would send it again, were it not for the other
+        clock.move(58)
+        flora.world.runs[ours] = unlisted
+        for moved in (2, 60, 120):
+            clock.move(moved)
+            await services.recovery.recover()
+        assert await _possible(services) == {other, ours}
+        await services.tracker.track(other)
+        for _ in range(8):
+            clock.move(100)
+            await services.recovery.recover()
+        assert posts(flora) == 1
+
+
+async def test_a_start_that_is_sent_again_may_have_become_other_runs(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """What it may have become of the first request is no word about the second."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        run_id, _ = await _in_doubt_beside_a_run(services, flora, clock)
+        await _became(services, "key-2", run_id)
+        change(flora, **LOST)
+        clock.move(120)
+        await services.recovery.recover()
+        change(flora, lost_starts=0.0)
+        assert await _possible(services) is None
+        await _recover_for_long(services, clock)
+        assert await _possible(services) == {list(flora.world.runs)[-1]}
+        assert (len(flora.world.runs), posts(flora)) == (2, 3)
+
+
+async def test_a_possible_run_that_is_listed_no_more_may_be_the_starts_all_the_same(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """It is not paid again, and a person is told of it."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        run_id, _ = await _in_doubt_beside_a_run(services, flora, clock)
+        flora.world.delete([run_id])
+        await _recover_for_long(services, clock)
+        clock.move(2 * HOUR)
+        await services.recovery.recover()
+        assert (posts(flora), await state_of(services.database)) == (2, "unresolved")
+        [row] = await start_log.of_key(services.database, "key-1")
+        assert row.error is not None
+        assert run_id in row.error["message"]
+
+
+async def test_the_run_of_a_used_key_is_the_one_that_is_left(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A run that another start is found to have become is not this one's, and one that is listed
+    later was started later."""
+    async with make_flora(idempotency="conflict", lost_starts=1.0) as flora:
+        services = await open_on(flora)
+        for key in ("key-1", "key-2"):
+            assert await attempt(services, key) is None
+        change(flora, lost_starts=0.0)
+        ours, others = flora.world.runs
+        await _send_again(services)
+        clock.move(241)
+        await services.recovery.recover()
+        flora.start("icon-pack")  # someone else's
+        for _ in range(3):
+            clock.move(100)
+            assert await services.recovery.recover() == 0
+        await _became(services, "key-2", others)
+        clock.move(120)
+        assert await services.recovery.recover() == 1
+        assert await attempt(services) == ours
+        assert len(flora.world.runs) == 3
 
 
 @pytest.mark.parametrize("status", ["queued", "on_hold"])

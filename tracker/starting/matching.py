@@ -187,15 +187,14 @@ class StartMatcher:
                     break
         return found
 
-    async def possible(self, row: StartRow, found: Iterable[Observation]) -> list[Observation]:
-        """Those of the runs that may be the start's: they became known since its first sending, and
-        nothing else accounts for them (they are of no other start, and were not given to
-        `track`)."""
-        runs = {run.run_id: run for run in found}
-        accounted = await starts.accounted(
-            self.database, list(runs), known_before=row.first_sent - SET_BACK
-        )
-        return [run for run_id, run in runs.items() if run_id not in accounted]
+    async def possible(self, row: StartRow, run_ids: Iterable[str]) -> set[str]:
+        """Those of the runs that may be the start's: they became known since its first sending,
+        FLORA listed them when it was done with the last request, and nothing else accounts for them
+        (they are of no other start, and were not given to `track`)."""
+        listed = row.possible_runs
+        runs = {run_id for run_id in run_ids if listed is None or run_id in listed}
+        known_before = row.first_sent - SET_BACK
+        return runs - await starts.accounted(self.database, list(runs), known_before=known_before)
 
     async def find(self, row: StartRow, read: HistoryRead) -> Observation | None:
         """The run of a start whose key FLORA says is in use, in a history that lists it; `None` if
@@ -205,12 +204,13 @@ class StartMatcher:
         rivals = await starts.rivals(
             self.database, row.workspace_slot, row.technique_id, row.idempotency_key
         )
-        left = await self.possible(row, read.runs.values())
-        if len(left) != 1 or left[0].technique_id != row.technique_id:
+        left = await self.possible(row, row.possible_runs or read.runs)
+        run = read.runs.get(next(iter(left))) if len(left) == 1 else None
+        if run is None or run.technique_id != row.technique_id:
             return None
         if any([await self.possible(rival, left) for rival in rivals]):
             return None
-        return left[0]
+        return run
 
 
 def _reaches(bottom: datetime | None, items: Sequence[Observation]) -> bool:

@@ -9,10 +9,10 @@ its run is searched for.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from tracker.core.clock import boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
@@ -131,8 +131,7 @@ class Recovery(Service):
     ) -> bool:
         """End the doubt about one start, if possible now; whether it became a run."""
         row = held.row
-        window_ends = self._window_ends(row)
-        read_after = read is not None and read.begun_at >= window_ends
+        read_after = read is not None and read.begun_at >= self._window_ends(row)
         if row.is_known_to_flora:
             listed = read is not None and read.begun_at >= self._looked_for_from(row)
             run = await self.matcher.find(row, read) if read is not None and listed else None
@@ -140,16 +139,20 @@ class Recovery(Service):
                 await self.matcher.adopt(row, run.run_id, run)
                 log.info("start.found", key=held.key, run_id=run.run_id)
                 return True
-        runs = [] if read is None else read.runs.values()
-        possible = await self.matcher.possible(row, runs)
-        nothing_tells = row.is_known_to_flora or self._no_callback_tells(row, possible)
-        if self._is_forgotten(row) or (read_after and nothing_tells):
-            await self._leave_to_a_person(held, possible)
+        runs = {} if read is None else read.runs
+        possible = await self.matcher.possible(row, row.possible_runs or runs)
+        shown = [runs.get(run_id) for run_id in possible]
+        is_over = read_after and boot_seconds() - self._jumped_at >= self.doubt.total_seconds()
+        error = row.error
+        if possible and is_over and read is not None and read.begun_at >= self._all_listed_at(row):
+            error = row.with_possible(possible)  # what is listed later was started by someone else
+        if self._is_forgotten(row) or (read_after and self._nothing_tells(row, shown)):
+            await self._leave_to_a_person(held, error, possible)
             return False
-        if row.is_known_to_flora or not read_after or possible:
-            return False
-        if boot_seconds() - self._jumped_at < self.doubt.total_seconds():
-            return False  # FLORA may be at work on it all the same
+        if error != row.error:
+            await held.record(StartState.IN_DOUBT, error)
+        if row.is_known_to_flora or possible or not is_over:
+            return False  # unless it is over, FLORA may be at work on it
         log.info("start.sent_again", key=held.key, technique_id=row.technique_id)
         try:
             await self.sender.send(workspace, held, deadline=SEARCH_SECONDS)
@@ -158,10 +161,12 @@ class Recovery(Service):
             return False
         return True
 
-    async def _leave_to_a_person(self, held: HeldStart, possible: Sequence[Observation]) -> None:
-        error = held.row.error or {"message": NO_ANSWER}
+    async def _leave_to_a_person(
+        self, held: HeldStart, error: dict[str, Any] | None, possible: Collection[str]
+    ) -> None:
+        error = error or {"message": NO_ANSWER}
         if possible:
-            shown = [run.run_id for run in possible[:MOST_SHOWN]]
+            shown = sorted(possible)[:MOST_SHOWN]
             shown += [f"{len(possible) - MOST_SHOWN} more"] * (len(possible) > MOST_SHOWN)
             message = f"{error.get('message')}; it may have become {', '.join(shown)}"
             error = error | {"message": message}
@@ -184,11 +189,17 @@ class Recovery(Service):
         window = max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
         return row.last_sent + window
 
-    def _no_callback_tells(self, row: StartRow, possible: Sequence[Observation]) -> bool:
-        """Whether it may have become one of these runs, and their callbacks come no more."""
+    def _all_listed_at(self, row: StartRow) -> datetime:
+        """From when on the history lists every run that the start can have become."""
+        return self._window_ends(row) + LISTED_WITHIN
+
+    def _nothing_tells(self, row: StartRow, possible: Sequence[Observation | None]) -> bool:
+        """Whether FLORA knows it and shows no run that it may have become, or it may have become
+        one of these and their callbacks come no more; `None` is one that is not listed any more."""
+        if not possible:
+            return row.is_known_to_flora
         age = self.clock() - row.last_sent
-        is_old = age >= CALLBACKS_WITHIN and len(possible) > 0
-        return is_old and all(map(_callback_is_over, possible))
+        return age >= CALLBACKS_WITHIN and all(map(_callback_is_over, possible))
 
     def _is_forgotten(self, row: StartRow) -> bool:
         """Whether FLORA may have forgotten the key; assumed if the clock was set back, since the
@@ -208,15 +219,17 @@ class Recovery(Service):
         if now < self._looked_for_from(row):
             return False  # until then only a callback helps
         searched = self._searched.get((row.workspace_slot, row.idempotency_key))
-        if searched is None or searched > now or searched < self._window_ends(row) <= now:
+        if searched is None or searched > now:
+            return True
+        if any(searched < at <= now for at in (self._window_ends(row), self._all_listed_at(row))):
             return True
         least, most = SEARCH_WAITS
         return now - searched >= min(max((now - row.last_sent) / 6, least), most)
 
 
-def _callback_is_over(run: Observation) -> bool:
+def _callback_is_over(run: Observation | None) -> bool:
     """Whether the run ended so long ago that its callback comes no more."""
-    if not run.precedence.ended or run.completed_at is None:
+    if run is None or not run.precedence.ended or run.completed_at is None:
         return False
     by_flora = run.read_at + timedelta(seconds=run.clock_skew or 0.0)
     return by_flora - run.completed_at >= CALLBACKS_WITHIN

@@ -19,7 +19,7 @@ process died. Evidence may set any state to `started`. Only the holder of the le
 and writes the state. Keys belong to a workspace id.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -66,6 +66,8 @@ FEW: Final = 5
 """Runs whose creation times are compared, so that one wrong time does no harm."""
 LISTED: Final = (StartState.STORED, *UNKNOWN)
 """States that can be listed: rare, each with its own index."""
+MOST_POSSIBLE: Final = 100
+"""How many runs that a start may have become are stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,8 @@ class StartRow:
 
     The key was first sent at `in_use_since` and last at `sent_at`. `request_body` is kept while it
     may have to be repeated. `error` is the last answer without a run: status, code, message,
-    fields; `conflict` in it tells that FLORA knows the key. Each of `reserved_runs` runs takes
+    fields; `conflict` in it tells that FLORA knows the key, `possible` which runs the start may
+    have become. Each of `reserved_runs` runs takes
     `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
     first run and those not observed yet.
     """
@@ -121,6 +124,22 @@ class StartRow:
     def is_known_to_flora(self) -> bool:
         """Whether FLORA answered 409 or 422: it has a request with this key."""
         return bool((self.error or {}).get("conflict"))
+
+    @property
+    def possible_runs(self) -> frozenset[str] | None:
+        """The only runs that it may have become; `None` while FLORA may be at work on the last
+        request, or if that is not known."""
+        found = (self.error or {}).get("possible") or {}
+        if found.get("sent_at") != self.last_sent.isoformat():
+            return None  # it was sent again since
+        return frozenset(found["run_ids"])
+
+    def with_possible(self, run_ids: Collection[str]) -> dict[str, Any] | None:
+        """The `error` to store when it can only have become one of these runs."""
+        if len(run_ids) > MOST_POSSIBLE:
+            return self.error
+        found = {"sent_at": self.last_sent.isoformat(), "run_ids": sorted(run_ids)}
+        return (self.error or {}) | {"possible": found}
 
     def became(self, seen: Observation, *, callback_expected: bool) -> Observed:
         """The entry that the start became the run of this observation, which closes the start."""

@@ -231,6 +231,9 @@ class Start(ResponseModel):
     reserved_cost: float | None = Field(description="The amount reserved in the budgets.")
     inputs: list[dict[str, Any]]
     error: dict[str, Any] | None = Field(description="The last error answer.")
+    possible_runs: list[str] = Field(
+        description="The only runs that it may have become; empty while that is not known."
+    )
 
 
 class Attempt(ResponseModel):
