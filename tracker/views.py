@@ -281,24 +281,17 @@ def audit_facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def explanation_json(explanation: "Explanation") -> dict[str, Any]:
-    """An explained run: its sentences, and the next poll for a program. Waits are seconds."""
-    poll = explanation.next
-    known = poll.durations
+    """An explained run: its sentences; when it is polled next and why then, and how many polls in a
+    row have not found its end."""
+    record = explanation.record
+    at, why = record.next_poll or (None, record.tracking)
     return {
-        "run_id": explanation.run_id,
+        "run_id": record.run.run_id,
         "story": [
             values_of(sentence, "at", "kind", "source", "text")
             for sentence in explanation.sentences
         ],
-        "next_poll": {
-            **values_of(poll, "at", "why", "since"),
-            "wait": None if poll.wait is None else poll.wait.total_seconds(),
-            "polls": poll.number,
-            "jitter": None if poll.jitter is None else poll.jitter.total_seconds(),
-            "learned": None
-            if known is None
-            else {"runs": known.count, "p50": known.p50, "p95": known.p95},
-        },
+        "next_poll": {"at": _value(at), "why": _value(why), "polls": record.polls},
     }
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from bench.economy.trial import EVENLY
 from tracker.core.run import Run
-from tracker.core.schedule import Durations, Policy, next_check
+from tracker.core.schedule import Durations, Policy, next_poll
 
 RUNS: Final = 400
 BEGIN: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -36,7 +36,7 @@ def alone(middle: float, *, interval: float, known: bool) -> Alone:
         run, end = Run(run_id=f"run_{number}"), low + spread * (number + 0.5) / RUNS
         now, polls = 0.0, 0
         while polls == 0 or now < end:
-            at = next_check(
+            following = next_poll(
                 run,
                 policy=policy,
                 now=BEGIN + timedelta(seconds=now),
@@ -45,7 +45,7 @@ def alone(middle: float, *, interval: float, known: bool) -> Alone:
                 callback_expected=False,
                 durations=durations,
             )
-            now = (at - BEGIN).total_seconds() if at else end
+            now = (following.at - BEGIN).total_seconds() if following else end
             polls += 1
         reads += polls
         stale.append(now - end)

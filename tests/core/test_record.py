@@ -14,7 +14,7 @@ from tests.core.strategies import START, observations
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, FailedRead, Observed, Record, apply
 from tracker.core.run import Output, Run, RunStatus, Tracking
-from tracker.core.schedule import Durations, Policy, first_wait, next_check, wait_after
+from tracker.core.schedule import Durations, Policy, first_wait, next_poll, wait_after
 
 POLICY = Policy()
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
@@ -386,7 +386,7 @@ def test_no_poll_lies_further_ahead_than_the_longest_wait(
     """Also where the clock was set back, so that the run was first seen in what is the future."""
     policy = Policy()
     for ahead in (timedelta(), timedelta(hours=6)):
-        due = next_check(
+        due = next_poll(
             Run(run_id="run_1"),
             policy=policy,
             now=START,
@@ -396,4 +396,4 @@ def test_no_poll_lies_further_ahead_than_the_longest_wait(
             durations=known,
         )
         assert due is not None
-        assert START <= due <= START + policy.longest_wait
+        assert START <= due.at <= START + policy.longest_wait

@@ -14,8 +14,8 @@ from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Observed
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.schedule import PollReason
 from tracker.explaining.explainer import Explanation
-from tracker.explaining.next_poll import PollReason
 from tracker.explaining.timeline import Kind
 from tracker.flora.signature import sign
 from tracker.services import Services
@@ -67,6 +67,11 @@ async def call_back(
     await services.applier.drain()
 
 
+def why(explanation: Explanation) -> PollReason | None:
+    assert explanation.record.next_poll is not None
+    return explanation.record.next_poll.why
+
+
 async def see(services: Services, status: RunStatus, source: Source, **shown: Any) -> None:
     """The API shows run_1."""
     await services.writer.submit(
@@ -90,7 +95,7 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
     """Key, start, callback, poll: each with its time and source, and what it brought."""
     run_id = await start(reached)
     waiting = await explained(reached, run_id)
-    assert waiting.next.why is PollReason.GRACE
+    assert why(waiting) is PollReason.GRACE
     assert "Waiting for the callback" in text_of(waiting, Kind.CALLBACK)
     assert "30 s after the run was first seen" in text_of(waiting, Kind.NEXT)
 
@@ -99,7 +104,7 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
 
     await call_back(reached, run_id)
     ended = await explained(reached, run_id)
-    assert ended.next.why is PollReason.ENDED
+    assert why(ended) is PollReason.ENDED
     assert "Callback whd_1 reported completed" in text_of(ended, Kind.OBSERVATION)
     assert "still to be fetched" in text_of(ended, Kind.OBSERVATION)
     assert "Outputs, cost and times are being fetched" in text_of(ended, Kind.STATE)
@@ -108,7 +113,7 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
     clock.move(1)
     await reached.poller.poll_due()
     explanation = await explained(reached, run_id)
-    assert explanation.next.why is PollReason.SETTLED
+    assert explanation.record.next_poll is None
     observations = [one for one in explanation.sentences if one.kind is Kind.OBSERVATION]
     assert [one.source for one in observations] == [Source.START, Source.CALLBACK, Source.POLL]
     assert [one.at for one in observations] == sorted(one.at for one in observations if one.at)
@@ -131,15 +136,15 @@ async def test_a_start_without_a_callback_is_polled(
     """Without a callback the first poll comes after an interval; then the waits double."""
     run_id = await start(services)
     first = await explained(services, run_id)
-    assert first.next.why is PollReason.INTERVAL
+    assert why(first) is PollReason.INTERVAL
     assert "No callback was requested" in text_of(first, Kind.CALLBACK)
     assert "no callback is expected" in text_of(first, Kind.NEXT)
     for _ in range(2):
         clock.move(((await the_run(services, run_id)).next_check_at - clock()).total_seconds())  # type: ignore[operator]
         await services.poller.poll_due()
     explanation = await explained(services, run_id)
-    assert (explanation.next.why, explanation.next.number) == (PollReason.WAIT, 2)
-    assert "2 polls in a row have found the run unfinished" in text_of(explanation, Kind.NEXT)
+    assert (why(explanation), explanation.record.polls) == (PollReason.WAIT, 2)
+    assert "2 polls in a row have not found its end" in text_of(explanation, Kind.NEXT)
     assert "2 API requests" in text_of(explanation, Kind.CHECKS)
     assert "A poll showed running at" in text_of(explanation, Kind.OBSERVATION)
 
@@ -151,7 +156,7 @@ async def test_a_run_that_someone_asked_to_track(
     run = flora.start()
     await services.tracker.track(run.run_id)
     explanation = await explained(services, run.run_id)
-    assert explanation.next.why is PollReason.ASKED
+    assert why(explanation) is PollReason.ASKED
     assert "someone asked to track it" in text_of(explanation, Kind.STATE)
     assert "asks for a poll at once" in text_of(explanation, Kind.NEXT)
 
@@ -271,13 +276,13 @@ async def test_a_run_that_flora_does_not_find(
     explanation = await explained(services, "run_unknown")
     assert "FLORA has answered 1 time since" in text_of(explanation, Kind.STATE)
     assert "The last poll failed: FLORA answered 404" in text_of(explanation, Kind.TROUBLE)
-    while explanation.next.why is not PollReason.LOST:
+    while why(explanation) is not PollReason.LOST:
         due = await services.poller.next_due_at()
         assert due is not None
         clock.move(max((due - clock()).total_seconds(), 0))
         await services.poller.poll_due()
         explanation = await explained(services, "run_unknown")
-    assert explanation.next.at == clock() + timedelta(days=1)
+    assert explanation.record.next_check_at == clock() + timedelta(days=1)
     assert "counts as lost until something shows it" in text_of(explanation, Kind.STATE)
 
 
@@ -332,7 +337,7 @@ async def test_learned_durations_are_explained(reached: Services, clock: HandClo
     clock.move(600)
     run_id = await start(reached, "key-last")
     explanation = await explained(reached, run_id)
-    assert explanation.next.why is PollReason.LEARNED_GRACE
+    assert why(explanation) is PollReason.LEARNED_GRACE
     assert "(learned from 20 runs)" in text_of(explanation, Kind.NEXT)
 
 

@@ -16,7 +16,14 @@ from tracker.core.inputs import Tags
 from tracker.core.merge import merge, shows_the_same
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
-from tracker.core.schedule import Durations, Policy, next_check, next_recheck
+from tracker.core.schedule import (
+    Durations,
+    NextPoll,
+    Policy,
+    PollReason,
+    next_poll,
+    next_recheck,
+)
 
 TEST_DELIVERY: Final = "tracker.doctor"
 """The type of the test deliveries of `tracker doctor`. They are signed, stored and answered like
@@ -125,12 +132,12 @@ DurationsOf = Callable[[str | None], Durations | None]
 class Record:
     """A tracked run.
 
-    `polls` counts the polls since the last other news, and so sets the wait; `checks` counts all
-    API reads of this run. `missing` counts the reads that answered "no such run" since the
-    run was last shown, the first of them at `missing_since`. `cost_final` tells that a read long
-    enough after the end showed the bill; until then, and while a completed run lacks outputs, both
-    are read again at `recheck_at` (`None` after giving up). `tags` and the reservation in budgets
-    (time, price in USD) are known only for our own starts.
+    `next_poll` is `None` for a settled run. `polls` counts the polls since the last other news, and
+    so sets the wait; `checks` counts all API reads of this run. `missing` counts the reads that
+    answered "no such run" since the run was last shown, the first of them at `missing_since`.
+    `cost_final` tells that a read long enough after the end showed the bill; until then, and while
+    a completed run lacks outputs, both are read again at `recheck_at` (`None` after giving up).
+    `tags` and the reservation in budgets (time, price in USD) are known only for our own starts.
     """
 
     run: Run
@@ -147,7 +154,7 @@ class Record:
     tags: Tags | None = None
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
-    next_check_at: datetime | None = None
+    next_poll: NextPoll | None = None
     polls: int = 0
     checks: int = 0
     missing: int = 0
@@ -156,6 +163,11 @@ class Record:
     last_error: str | None = None
     lease_until: datetime | None = None
     lease_holder: str | None = None
+
+    @property
+    def next_check_at(self) -> datetime | None:
+        """When the run is polled next."""
+        return None if self.next_poll is None else self.next_poll.at
 
     @property
     def tracking(self) -> Tracking:
@@ -204,9 +216,9 @@ def apply(
     polls = 0 if wants_read or just_ended else old.polls + polled
     callback_expected = old.callback_expected or entry.callback_expected
     moves = polled or wants_read or just_ended or record is None or record.lost
-    next_check_at = old.next_check_at
+    following = old.next_poll
     if moves or run.settled:
-        next_check_at = next_check(
+        following = next_poll(
             run,
             policy=policy,
             now=seen.at,
@@ -254,7 +266,7 @@ def apply(
         tags=old.tags if entry.tags is None else entry.tags,
         reserved_at=entry.reserved_at or old.reserved_at,
         reserved_cost=old.reserved_cost if entry.reserved_at is None else entry.reserved_cost,
-        next_check_at=next_check_at,
+        next_poll=following,
         polls=polls,
         checks=old.checks + entry.reads,
         missing=0,
@@ -354,7 +366,7 @@ def _unseen(record: Record, entry: FailedRead, policy: Policy) -> Record:
         missing, since = missing + 1, since or entry.at
         lost = missing >= LOST_AFTER_READS and entry.at - since >= LOST_AFTER
     polls = record.polls + 1
-    due = next_check(
+    following = next_poll(
         record.run,
         policy=policy,
         now=entry.at,
@@ -370,6 +382,6 @@ def _unseen(record: Record, entry: FailedRead, policy: Policy) -> Record:
         missing=missing,
         missing_since=since,
         lost=lost,
-        next_check_at=entry.at + LOST_READ_EVERY if lost else due,
+        next_poll=NextPoll(entry.at + LOST_READ_EVERY, PollReason.LOST) if lost else following,
         **lease,
     )

@@ -11,9 +11,10 @@ docs/performance.md has the figures behind the defaults.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from hashlib import blake2b
 from math import ceil
-from typing import Final
+from typing import Final, NamedTuple
 
 from tracker.core.run import Run
 
@@ -90,17 +91,44 @@ def wait_after(policy: Policy, run_id: str, polls: int) -> timedelta:
     The jitter takes off up to a fifth, so that runs started together spread out. It is derived from
     the run id and the count, so that the function stays pure.
     """
-    return whole_wait(policy, polls) * (1 - 0.2 * jitter_share(run_id, polls))
-
-
-def whole_wait(policy: Policy, polls: int) -> timedelta:
-    """The wait after the `polls`-th poll (from 1), without jitter."""
     doublings = min(polls - 1, 30)
     wait: timedelta = min(policy.interval * 2**doublings, policy.interval_max)
-    return wait
+    return wait * (1 - 0.2 * jitter_share(run_id, polls))
 
 
-def next_check(
+class PollReason(StrEnum):
+    """The rule that set the time of a run's next poll."""
+
+    GRACE = "grace"
+    """Its callback is awaited, for the configured time."""
+    LEARNED_GRACE = "learned_grace"
+    """Its callback is awaited, until the 95th percentile of the technique's durations."""
+    INTERVAL = "interval"
+    """No callback is expected: one poll interval after the first observation."""
+    LEARNED_INTERVAL = "learned_interval"
+    """No callback is expected: at the median of the technique's durations."""
+    LEARNED_WAIT = "learned_wait"
+    """Polled before, and put off until the end is expected, by the longest wait at most."""
+    WAIT = "wait"
+    """Each poll without an end doubles the wait."""
+    ENDED = "ended"
+    """It has ended; its details are read at once."""
+    ASKED = "asked"
+    """A callback or a request to track it asks for a poll at once."""
+    LOST = "lost"
+    """Not found at FLORA: read once a day."""
+    CLOCK_SET = "clock_set"
+    """The clock was set back: read at once, because the earlier time is too far ahead."""
+
+
+class NextPoll(NamedTuple):
+    """When a run is polled next, UTC, and why then; `None` if another version decided it."""
+
+    at: datetime
+    why: PollReason | None
+
+
+def next_poll(
     run: Run,
     *,
     policy: Policy,
@@ -110,8 +138,8 @@ def next_check(
     callback_expected: bool,
     durations: Durations | None = None,
     at_once: bool = False,
-) -> datetime | None:
-    """When to read the run next, in UTC; `None` if nothing is left to read.
+) -> NextPoll | None:
+    """When to read the run next, and why then; `None` if nothing is left to read.
 
     `first_seen` is when the tracker first heard of the run, by its own clock. `polls` is the number
     of polls since the last other news. `at_once` tells that a callback or a request to track the
@@ -119,23 +147,30 @@ def next_check(
     """
     if run.settled:
         return None
+    learned = learned_wait(durations, callback_expected=callback_expected)
     if polls > 0:
-        later = now + wait_after(policy, run.run_id, polls)
+        later, why = now + wait_after(policy, run.run_id, polls), PollReason.WAIT
         if run.precedence.ended:
-            return later
-        learned = learned_wait(durations, callback_expected=callback_expected)
+            return NextPoll(later, why)
         if learned is not None and first_seen + learned > now:
             # Until the end is expected in steps from `first_seen`, so that runs started together
             # become due together and share history pages.
             passed = max((now - first_seen) // policy.interval_max, 0)
             put_off = first_seen + min(learned, (passed + 1) * policy.interval_max)
-            later = max(later, put_off)
-        return min(later, now + policy.longest_wait)
-    if at_once or run.precedence.ended:
-        return now
+            if put_off > later:
+                later, why = put_off, PollReason.LEARNED_WAIT
+        return NextPoll(min(later, now + policy.longest_wait), why)
+    if run.precedence.ended:
+        return NextPoll(now, PollReason.ENDED)
+    if at_once:
+        return NextPoll(now, PollReason.ASKED)
+    if callback_expected:
+        why = PollReason.GRACE if learned is None else PollReason.LEARNED_GRACE
+    else:
+        why = PollReason.INTERVAL if learned is None else PollReason.LEARNED_INTERVAL
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
     # `first_seen` may lie in the future after the clock was set back.
-    return min(max(first, now), now + policy.longest_wait)
+    return NextPoll(min(max(first, now), now + policy.longest_wait), why)
 
 
 def next_recheck(

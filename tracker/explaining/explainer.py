@@ -10,8 +10,7 @@ from tracker.core.formatting import counted, duration
 from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
-from tracker.core.schedule import Policy
-from tracker.explaining.next_poll import NextPoll, PollReason, next_poll
+from tracker.core.schedule import Durations, Policy, PollReason
 from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
@@ -28,11 +27,10 @@ OVERDUE: Final = timedelta(seconds=30)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """What happened to a run, oldest first, then its state now. The last sentence is about the next
-    poll, and `next` is the same for a program."""
+    poll."""
 
-    run_id: str
+    record: Record
     sentences: tuple[Sentence, ...]
-    next: NextPoll
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,7 +49,6 @@ class Explainer(Service):
             return None
         technique_id = record.run.technique_id
         await self.durations.learn([technique_id])
-        poll = next_poll(record, policy=policy, durations=self.durations.of(technique_id))
         events = await read.events(database, run_id)
         deliveries, _ = await read.list_deliveries(database, run_id=run_id, limit=DELIVERIES)
         sentences = [
@@ -63,8 +60,9 @@ class Explainer(Service):
         sentences.sort(key=lambda sentence: sentence.at or now)
         if not record.run.settled and (obstacle := await self._obstacle(record)):
             sentences.append(Sentence(Kind.TROUBLE, obstacle))
-        sentences += [*_worker(record, poll, now), Sentence(Kind.NEXT, _next_poll(poll, now))]
-        return Explanation(run_id=run_id, sentences=tuple(sentences), next=poll)
+        following = _next_poll(record, policy, self.durations.of(technique_id), now)
+        sentences += [*_worker(record, now), Sentence(Kind.NEXT, following)]
+        return Explanation(record=record, sentences=tuple(sentences))
 
     async def _obstacle(self, record: Record) -> str | None:
         """What keeps a run from being polled, as far as FLORA's answers and the sweeps show."""
@@ -172,50 +170,55 @@ def _bill(record: Record) -> str:
     return ""
 
 
-def _worker(record: Record, poll: NextPoll, now: datetime) -> Iterator[Sentence]:
+def _worker(record: Record, now: datetime) -> Iterator[Sentence]:
     """Which worker polls the run now, or that none does although it is due."""
     if record.lease_until is not None and record.lease_until > now:
         until = moment(record.lease_until)
         text = f"Worker {record.lease_holder} is polling it now; its lease ends at {until}."
         yield Sentence(Kind.CLAIM, text)
-    elif poll.at is not None and now - poll.at > OVERDUE:
+    elif record.next_check_at is not None and now - record.next_check_at > OVERDUE:
         text = (
-            f"Overdue for {duration(now - poll.at)}: no worker seems to be running. `tracker "
-            "serve` and `tracker worker` poll all the time, `tracker poll` polls once."
+            f"Overdue for {duration(now - record.next_check_at)}: no worker seems to be running. "
+            "`tracker serve` and `tracker worker` poll all the time, `tracker poll` polls once."
         )
         yield Sentence(Kind.TROUBLE, text)
 
 
-def _next_poll(poll: NextPoll, now: datetime) -> str:
+def _next_poll(record: Record, policy: Policy, durations: Durations | None, now: datetime) -> str:
     """When the run is polled next, and why then."""
-    if poll.at is None:
-        if poll.why is PollReason.SETTLED:
-            return "No further poll: the run is settled."
-        return "No further poll, unless something shows that the run exists."
-    when = f"at {moment(poll.at)}" if poll.at > now else f"due now (since {moment(poll.at)})"
-    return f"Next poll {when}: {_reason(poll)}."
+    if record.next_poll is None:
+        return f"No further poll: the run is {record.tracking.value}."
+    at, why = record.next_poll
+    when = f"at {moment(at)}" if at > now else f"due now (since {moment(at)})"
+    reason = "" if why is None else f": {_reason(record, why, policy, durations, at)}"
+    return f"Next poll {when}{reason}."
 
 
-def _reason(poll: NextPoll) -> str:
-    wait = duration(poll.wait or timedelta())
-    after_first = f"{wait} after the run was first seen"
-    match poll.why:
+def _reason(
+    record: Record, why: PollReason, policy: Policy, durations: Durations | None, at: datetime
+) -> str:
+    after_first = f"{duration(at - record.first_seen_at)} after the run was first seen"
+    match why:
         case PollReason.GRACE:
             return f"{after_first}, the time allowed for its callback"
         case PollReason.INTERVAL:
             return f"{after_first}, since no callback is expected"
         case PollReason.LEARNED_GRACE | PollReason.LEARNED_INTERVAL:
-            bound = "; experience moves a poll by a factor of ten at most" if poll.bounded else ""
-            return f"{after_first}, as {_learned(poll)}{bound}"
-        case PollReason.LEARNED_WAIT:
-            limit = " or the longest wait has passed" if poll.bounded else ""
-            return f"{after_first}, as {_learned(poll)}; polls wait until then{limit}"
-        case PollReason.WAIT:
-            polls = counted(poll.number or 1, "poll has", "polls in a row have")
-            jitter = duration(poll.jitter)
             return (
-                f"{wait} after the last one. {polls} found the run unfinished; each doubles the "
-                f"wait, up to the longest, less {jitter} (random jitter)"
+                f"{after_first}, as {_learned(record, durations)}; experience moves the first poll "
+                "by a factor of ten at most"
+            )
+        case PollReason.LEARNED_WAIT:
+            longest = duration(policy.interval_max)
+            return (
+                f"{after_first}, as {_learned(record, durations)}; until then it is polled every "
+                f"{longest}"
+            )
+        case PollReason.WAIT:
+            polls = counted(record.polls, "poll has", "polls in a row have")
+            return (
+                f"{polls} not found its end; each doubles the wait, up to "
+                f"{duration(policy.interval_max)}, less a random share (jitter)"
             )
         case PollReason.LOST:
             return "a lost run is polled once a day, in case FLORA was wrong"
@@ -223,18 +226,20 @@ def _reason(poll: NextPoll) -> str:
             return "the run has finished, and its details are fetched at once"
         case PollReason.ASKED:
             return "a callback, or a request to track the run, asks for a poll at once"
-    return f"{after_first}, as decided with earlier settings or earlier typical durations"
+        case PollReason.CLOCK_SET:
+            return "the clock was set back, so the run is polled at once"
 
 
-def _learned(poll: NextPoll) -> str:
-    """What experience with the technique says of its runs."""
-    known = poll.durations
-    if known is None:
-        raise AssertionError("only learned durations give this reason")
-    runs = counted(known.count, "run")
-    if poll.callback_expected:
+def _learned(record: Record, durations: Durations | None) -> str:
+    """What is known of how long runs of the technique take."""
+    if durations is None or durations.count == 0:
+        return "typical durations of its technique suggest"
+    runs = counted(durations.count, "run")
+    if record.callback_expected:
         return (
-            f"95 % of its technique's runs end within {duration(known.p95)} (learned from {runs}), "
-            "plus a margin for the callback"
+            f"95 % of its technique's runs end within {duration(durations.p95)} (learned from "
+            f"{runs}), plus a margin for the callback"
         )
-    return f"half of its technique's runs end within {duration(known.p50)} (learned from {runs})"
+    return (
+        f"half of its technique's runs end within {duration(durations.p50)} (learned from {runs})"
+    )

@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from tracker.core.record import LOST_READ_EVERY, Record
 from tracker.core.run import Precedence, Tracking
-from tracker.core.schedule import Policy
+from tracker.core.schedule import Policy, PollReason
 from tracker.store.engine import Database
 from tracker.store.rows import RUN_COLUMNS, records
 from tracker.store.schema import is_free, leases, runs, word
@@ -189,7 +189,9 @@ async def reset_far_schedules(
         is_ahead = or_(runs.c.recheck_at > now + policy.cost_give_up, *by_old_clock)
         bill_due = and_(bill_due, is_ahead)
     statements = (
-        update(runs).where(_in_order(db, far)).values(next_check_at=now),
+        update(runs)
+        .where(_in_order(db, far))
+        .values(next_check_at=now, next_check_reason=PollReason.CLOCK_SET),
         update(runs).where(_in_order(db, bill_due)).values(recheck_at=now),
     )
     return await db.write(lambda connection: _count_updated(connection, *statements))

@@ -14,12 +14,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Precedences, Run, RunError, RunStatus
+from tracker.core.schedule import NextPoll, PollReason
 from tracker.store.engine import Database
 from tracker.store.schema import run_outputs, runs
 
 RUN_COLUMNS: Final = tuple(runs.columns)
 """The columns of `runs`, in the order of `run_row`."""
 _STATUSES: Final = frozenset(map(str, RunStatus))
+_REASONS: Final = {str(reason): reason for reason in PollReason}
 
 
 # Of all runs together there are few different values.
@@ -81,7 +83,7 @@ def run_row(record: Record) -> tuple[Any, ...]:
         record.tags or None,
         record.reserved_at,
         record.reserved_cost,
-        record.next_check_at,
+        *(record.next_poll or (None, None)),
         record.recheck_at,
         record.polls,
         record.checks,
@@ -135,6 +137,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         reserved_at,
         reserved_cost,
         next_check_at,
+        next_check_reason,
         recheck_at,
         polls,
         checks,
@@ -188,7 +191,9 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         tags=tags,
         reserved_at=reserved_at,
         reserved_cost=reserved_cost,
-        next_check_at=next_check_at,
+        next_poll=None
+        if next_check_at is None
+        else NextPoll(next_check_at, _REASONS.get(next_check_reason)),
         polls=polls,
         checks=checks,
         missing=missing,

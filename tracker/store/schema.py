@@ -244,6 +244,8 @@ runs: Final = Table(
     Column("reserved_cost", Money),
     # When to poll it next, and the results of earlier polls.
     Column("next_check_at", UtcDateTime),
+    # Why then, in a word of tracker.core.schedule; NULL in rows of versions before 0021.
+    Column("next_check_reason", CleanText),
     # When to read cost and outputs of a settled run again.
     Column("recheck_at", UtcDateTime),
     Column("looks", Integer, nullable=False, key="polls"),
