@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, csrf_of, sign_in
 from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.delivering import archive
 from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope
@@ -26,7 +28,7 @@ from tracker.simulator import Simulator
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
-from tracker.store.schema import run_outputs
+from tracker.store.schema import run_outputs, starts
 from tracker.web.http.limits import Limits
 from tracker.worker.scheduler import Worker
 
@@ -138,6 +140,45 @@ async def test_many_rows_are_reached_by_page_and_by_row(small_site: Site) -> Non
         assert answer.headers["Location"].endswith(f"#row-{row}")
         there = (await small_site.client.get(answer.headers["Location"])).text
         assert shown_rows(there)[0] == begins, row
+
+
+async def test_every_page_counts_the_same_rows_as_failed(small_site: Site) -> None:
+    """The batch, the list and the overview: rows that could not be sent have failed, too. A row
+    whose run retention has removed is not one that waits to be started."""
+    database = small_site.services.database
+    one = BatchRow(
+        batch_id="bat_1",
+        workspace_slot="ws_1",
+        technique_id="tech_1",
+        name="sheet.csv",
+        created_at=utc_now(),
+    )
+    rows = [BatchEntry(position=n, line=n + 1, digest=f"{n:064}") for n in range(1, 8)]
+    await batches.keep(database, one, rows)
+    states = dict(zip((row.key for row in rows), ("refused", "started", "started"), strict=False))
+    columns = {"workspace_slot": "ws_1", "technique_id": "tech_1", "fingerprint": "", "inputs": []}
+    listed = [
+        columns
+        | {"idempotency_key": key, "state": state, "created_at": utc_now()}
+        | {"run_id": f"run_{number}" if state == "started" else None}
+        for number, (key, state) in enumerate(states.items())
+    ]
+
+    def write(connection: Any) -> None:
+        connection.execute(insert(starts), listed)
+        batches.keep_errors(connection, "bat_1", dict.fromkeys((4, 5, 6), "no money left"))
+
+    await database.write(write)
+    # The overview shows batches beside runs.
+    other = Observation(run_id="run_other", at=utc_now(), source=Source.TRACK)
+    await small_site.services.writer.submit(Seen(observation=other))
+    pages = ("/batches/bat_1", "/batches", "/")
+    shown = [(await small_site.client.get(path, headers=HTML)).text for path in pages]
+    for page in shown[:2]:
+        assert "6 of 7 rows finished, 4 failed, 2 removed by retention, 1 not started" in page
+    assert "Why 4 failed" in shown[0]
+    assert "1 row was not started" in shown[0]
+    assert '<span class="bad-word">4 failed</span>' in shown[2]
 
 
 async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite_url: str) -> None:

@@ -94,8 +94,9 @@ class BatchCounts:
     """The progress of a batch, in rows; `cost` is what its runs were charged so far, in USD.
 
     The bills of `not_final` runs may still change; `quoted` is the sum of their quotes where they
-    have no cost. A `started` row is also counted as `completed`, `failed`, `active` or `lost`; the
-    others are `refused`, `unresolved`, in `doubt` (sent without an answer) or not started.
+    have no cost. A `started` row is also counted as `completed`, `failed`, `active` or `lost`,
+    unless retention removed its run; the others are `refused`, `unresolved`, in `doubt` (sent
+    without an answer), `unsent` (the last launch could not try them) or not started.
     """
 
     rows: int = 0
@@ -107,6 +108,7 @@ class BatchCounts:
     refused: int = 0
     unresolved: int = 0
     doubt: int = 0
+    unsent: int = 0
     cost: Decimal = Decimal(0)
     quoted: Decimal = Decimal(0)
     not_final: int = 0
@@ -131,6 +133,11 @@ class BatchCounts:
     @property
     def unstarted(self) -> int:
         return self.rows - self.started
+
+    @property
+    def removed(self) -> int:
+        """Rows whose run retention removed."""
+        return self.ended - self.completed - self.failed - self.lost
 
 
 async def keep(
@@ -298,6 +305,7 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
     counted = select(
         *by,
         func.count().label("count"),
+        func.count().filter(_OUTCOME == RowOutcome.FAILED).label("bad"),
         func.sum(runs.c.charged_cost).label("cost"),
         func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
         func.sum(runs.c.quoted_cost)
@@ -339,6 +347,8 @@ def _count(progress: BatchCounts, row: Any) -> None:
             progress.unresolved += row.count
         case StartState.SENT | StartState.IN_DOUBT:
             progress.doubt += row.count
+        case _:
+            progress.unsent += row.bad
     ends = (progress.last_end_at, row.last_end_at)
     progress.last_end_at = max((one for one in ends if one is not None), default=None)
     if row.tracking == Tracking.ACTIVE:

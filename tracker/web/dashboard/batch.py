@@ -25,7 +25,7 @@ from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow
 from tracker.store.queries.overview import technique_names
-from tracker.store.queries.sheet_rows import ErrorGroup, RowOutcome
+from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.queries.starts import LISTED
 from tracker.web.auth import actor_of, may
 from tracker.web.dashboard.forms import (
@@ -57,12 +57,13 @@ NEAR: Final = 2
 
 
 class Split(NamedTuple):
-    """The rows of a batch by outcome."""
+    """The rows of a batch by outcome; of `removed` ones retention removed the run."""
 
     completed: int
     failed: int
     running: int
     not_started: int
+    removed: int
 
     @property
     def rows(self) -> int:
@@ -78,20 +79,21 @@ class Split(NamedTuple):
     @property
     def summary(self) -> str:
         failed = f", {self.failed:,} failed" if self.failed else ""
+        if self.removed:
+            failed += f", {self.removed:,} removed by retention"
         if self.state == "finished":
             return f"finished{failed}"
-        ended = f"{self.completed + self.failed:,} of {counted(self.rows, 'row')} finished{failed}"
+        done = self.rows - self.running - self.not_started
+        ended = f"{done:,} of {counted(self.rows, 'row')} finished{failed}"
         return f"{ended}, {self.not_started:,} not started" if self.not_started else ended
 
 
-def split_of(counts: BatchCounts, errors: list[ErrorGroup] | None = None) -> Split:
-    """The rows by outcome; `errors` also have rows that could not be sent to FLORA."""
-    failed = counts.failed + counts.lost + counts.refused + counts.unresolved
-    if errors is not None:
-        failed = sum(group.count for group in errors)
+def split_of(counts: BatchCounts) -> Split:
+    """The rows by outcome."""
+    failed = counts.failed + counts.lost + counts.refused + counts.unresolved + counts.unsent
     running = counts.active + counts.doubt
-    waiting = max(0, counts.rows - counts.completed - failed - running)
-    return Split(counts.completed, failed, running, waiting)
+    waiting = counts.rows - counts.completed - failed - running - counts.removed
+    return Split(counts.completed, failed, running, waiting, counts.removed)
 
 
 class RowView(NamedTuple):
@@ -159,7 +161,7 @@ class BatchPages(BatchGroup):
             address=address,
             archive=query(f"{address}/outputs.zip", name_by=next(iter(batch.columns or ()), None)),
             counts=counts,
-            split=split_of(counts, errors),
+            split=split_of(counts),
             finished_at=counts.finished_at(batch),
             errors=errors,
             retryable=sum(group.retryable for group in errors),

@@ -24,6 +24,7 @@ from tracker.web.dashboard.alerts import (
     connection,
     workspace_health,
 )
+from tracker.web.dashboard.batch import split_of
 from tracker.web.dashboard.forms import query_field
 from tracker.web.dashboard.media import OutputView, output_views
 from tracker.web.dashboard.render import PageGroup, page
@@ -67,6 +68,7 @@ class OverviewPage(PageGroup):
         outcomes = _outcomes(ends)
         states = _states(await overview.states(db))
         open_batches = await batches.unfinished(db, since=now - BATCHES_SINCE, limit=BATCHES)
+        counted_rows = await batches.batch_counts(db, [one.batch_id for one in open_batches])
         newest, _ = await read.list_runs(db, status=RunStatus.COMPLETED, limit=RESULTS)
         techniques = {one.technique_id for one in open_batches}
         techniques |= {one.run.technique_id for one in newest if one.run.technique_id}
@@ -96,7 +98,8 @@ class OverviewPage(PageGroup):
             empty=not any(states.values()),
             states=states,
             batches=open_batches,
-            batch_counts=await batches.batch_counts(db, [one.batch_id for one in open_batches]),
+            batch_counts=counted_rows,
+            splits={batch_id: split_of(found) for batch_id, found in counted_rows.items()},
             results=list(islice(self._results(newest), RESULTS)),
             names=await overview.technique_names(db, sorted(techniques)),
             ends=ends,
