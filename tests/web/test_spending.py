@@ -72,7 +72,8 @@ async def test_tags_budgets_and_spending(serve: Serve, database_url: str) -> Non
         assert "$0.10</strong> of $0.60 left" in page
         assert "/runs?tag=team%3Dred" in page
         overview = (await get("/", headers={"Accept": "text/html"})).text
-        assert "83.3 % of the budget total:tag=team=red is used." in overview
+        told = "83.3 % of a budget is used: $0.50 of $0.60 in total for tag team=red."
+        assert told in overview
         runs = (await get("/runs", params={"tag": "n=1"})).text
         assert (runs.count('id="row-'), run["run_id"] in runs) == (1, False)
         assert (await get("/runs", params={"tag": "n"})).status_code == 400

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
+from tracker.core.budget import Period
 from tracker.core.contact import ContactState, Trouble
-from tracker.core.formatting import counted, duration, number, percent
+from tracker.core.formatting import counted, duration, money, number, percent
 from tracker.flora.client import FloraClient
 from tracker.polling.workspaces import Workspace
 from tracker.services import Services
@@ -37,6 +38,8 @@ _TROUBLES: Final = {
     Trouble.KEY_REFUSED: ("FLORA has refused the API key", "trackerkeyrefused"),
 }
 """What each is called, and its section in the runbook."""
+_PERIODS: Final = {Period.DAY: "a day", Period.MONTH: "a month", Period.TOTAL: "in total"}
+_BEYOND: Final = {False: "Beyond it no run is started", True: "No run that it covers is started"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,8 +237,8 @@ def alerts(
     for usage in budgets:
         if usage.share >= BUDGET_SHARE:
             yield Alert(
-                title=f"{percent(usage.share)} of the budget {usage.budget.name} is used",
-                advice="Beyond it no run is started until it renews or is raised.",
+                title=_budget(usage),
+                advice=f"{_BEYOND[usage.share >= 1]} until it renews or is raised.",
                 href="/spending",
                 link="Show spending",
                 section="trackerbudgetnearlyused" if usage.share < 1 else "trackerbudgetused",
@@ -281,6 +284,17 @@ def _requests(client: FloraClient) -> str:
     if state.limited:
         parts.append(f"rate-limited {counted(state.limited, 'time')}")
     return ", ".join(parts)
+
+
+def _budget(usage: Usage) -> str:
+    """How much of a budget is used, and which one it is."""
+    budget = usage.budget
+    words = {"workspace_id": "workspace", "technique_id": "technique", "tag": "tag"}
+    covers = ", ".join(f"{words[name]} {value}" for name, value in budget.scope.items())
+    limit = f"{money(budget.usd)} {_PERIODS[budget.period]} for {covers or 'all runs'}"
+    if usage.share < 1:
+        return f"{percent(usage.share)} of a budget is used: {money(usage.used)} of {limit}"
+    return f"A budget is used up: {money(usage.used)} of {limit}"
 
 
 def _are(count: int, what: str) -> str:
