@@ -169,6 +169,7 @@ _IN_LINES: Final = re.compile(f"(?![\t\n])[{_STEERS}]")
 
 
 _UNFIT: Final = re.compile("[\0\ud800-\udfff]")
+_TURNS: Final = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
@@ -187,6 +188,12 @@ def plain(text: str) -> str:
 def plain_lines(text: str) -> str:
     """Like `plain`, but keeps tabs and line ends."""
     return text if text.isprintable() else _IN_LINES.sub(_escape, text)
+
+
+def unturned(text: str) -> str:
+    """`text` with escapes such as `\\u202e` in place of the characters that turn the direction of
+    what follows them, with which a name can look like another one. Right-to-left letters stay."""
+    return text if text.isascii() else _TURNS.sub(_escape, text)
 
 
 def _escape(found: re.Match[str]) -> str:

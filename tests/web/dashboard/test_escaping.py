@@ -1,5 +1,6 @@
 """Other people's text stays text on every page."""
 
+import re
 from html.parser import HTMLParser
 from urllib.parse import quote
 
@@ -135,3 +136,25 @@ def test_types_are_shown_as_what_they_are() -> None:
     outputs = [Output("o", kind, "https://cdn.example/x") for kind in kinds]
     shown = [presentation(one, media_origin=None)[0] for one in outputs]
     assert shown == ["image", "video", "audio", "document", "text", "link"]
+
+
+TURNING = "invoice\u202egnp.exe \u2067name\u2069"
+"""Browsers show it as `invoiceexe.png`, and would turn what comes after it, too."""
+
+
+async def test_no_text_turns_the_direction_of_another(small_site: Site) -> None:
+    """The characters that do so are shown as escapes on every page. Forms and scripts get them
+    back as they were, and an address that has some is no link."""
+    await attack(small_site.services, TURNING)
+    for path in PAGES:
+        path = path.replace(quote(EVIL, safe=""), quote(TURNING, safe=""))
+        page = (await small_site.client.get(path, headers=HTML)).text
+        values = re.findall(r' (?:value|data-copy|data-run)="([^"]*)"', page)
+        outside = re.sub(r' (?:value|data-copy|data-run)="[^"]*"', "", page)
+        assert re.search("[\u202a-\u202e\u2066-\u2069]", outside) is None, path
+        assert "\\u202e" not in "".join(values), path
+    page = (await small_site.client.get("/deliveries", headers=HTML)).text
+    assert f'name="cause" value="{TURNING}"' in page
+    assert f'name="delivery_id" value="whd_{TURNING}2"' in page
+    assert "invoice\\u202egnp.exe \\u2067name\\u2069" in page
+    assert web_link("https://cdn.example/\u202egnp.exe") is None

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+from tracker.core.formatting import unturned
 from tracker.core.run import Output
 
 MAX_LINK: Final = 8192
@@ -68,6 +69,8 @@ def plain_http_origin(flora_base_url: str) -> str | None:
 def web_link(text: str) -> str | None:
     """`text` if it is a plain `http(s)` address that may become a link; else `None`."""
     if len(text) > MAX_LINK or any(ord(each) <= 0x20 or ord(each) == 0x7F for each in text):
+        return None
+    if unturned(text) != text:  # it would look like another address
         return None
     if "\\" in text:  # browsers read it as a slash, so the host may be another than it seems
         return None

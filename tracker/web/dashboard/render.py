@@ -1,8 +1,9 @@
 """Renders templates to answers, with the security headers of a page, and serves static files.
 
-Every value is escaped. No page contains an inline script or style, so the content security policy
-needs no exception. No page is larger than `PAGE_BYTES`, however long other people's texts are: long
-values are cut.
+Every value is escaped. Characters that turn the direction of a text are shown as escapes, except in
+what a form or a script sends back (`exact`). No page contains an inline script or style, so the
+content security policy needs no exception. No page is larger than `PAGE_BYTES`, however long other
+people's texts are: long values are cut.
 """
 
 import hashlib
@@ -18,13 +19,23 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker import __version__
-from tracker.core.formatting import UNKNOWN, clean, counted, duration, money, number, percent, size
+from tracker.core.formatting import (
+    UNKNOWN,
+    clean,
+    counted,
+    duration,
+    money,
+    number,
+    percent,
+    size,
+    unturned,
+)
 from tracker.services import Services
 from tracker.settings.tokens import Scope
 from tracker.store.engine import Database
@@ -158,7 +169,7 @@ class Renderer:
             loader=PackageLoader("tracker.web.dashboard", "templates"),
             autoescape=True,
             undefined=StrictUndefined,
-            finalize=self._cut,
+            finalize=self._shown,
             trim_blocks=True,
             lstrip_blocks=True,
         )
@@ -171,7 +182,8 @@ class Renderer:
         )
         self._environment.filters.update(
             time=time,
-            sentence=lambda text: sentence(self._cut(text)),
+            sentence=lambda text: sentence(self._shown(text)),
+            exact=lambda text: escape(self._cut(text)),
             money=money,
             number=number,
             percent=percent,
@@ -222,8 +234,12 @@ class Renderer:
             headers={**self._headers, **(headers or {})},
         )
 
-    def _cut(self, value: Any) -> Any:
+    def _shown(self, value: Any) -> Any:
         """A value as it is inserted into a page."""
+        return unturned(self._cut(value)) if type(value) is str else value
+
+    def _cut(self, value: Any) -> Any:
+        """A value, or its beginning where it is too long for this page."""
         if type(value) is not str or len(value) <= SHORT_VALUE:
             return value
         allowed = min(MAX_VALUE, max(SHORT_VALUE, self._left))

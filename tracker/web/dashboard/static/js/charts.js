@@ -6,7 +6,7 @@ const drawn = new Map();
 // A custom property as a colour that a canvas understands.
 function colour(name) {
   const probe = document.body.appendChild(document.createElement("span"));
-  probe.style.color = `var(${name})`;
+  probe.style.color = `var(${name}, var(--line-strong))`; // a status of a newer FLORA has no colour
   const found = getComputedStyle(probe).color;
   probe.remove();
   return found;
