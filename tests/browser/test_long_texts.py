@@ -16,7 +16,7 @@ from tests.web.dashboard.hostile import attack
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.core.run import Output, RunStatus
 from tracker.services import Services, open_services
 from tracker.settings import Settings
@@ -104,7 +104,7 @@ async def _runs(services: Services) -> None:
             charged_cost=Decimal("1234.0125"),
             outputs=outputs if ended else None,
         )
-        await services.writer.submit(Seen(observation=observation))
+        await services.writer.submit(Observed(observation=observation))
 
 
 @pytest.mark.timeout(180)  # many pages, each at six widths

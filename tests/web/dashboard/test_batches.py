@@ -20,7 +20,7 @@ from tests.web.dashboard.conftest import HTML, csrf_of, sign_in
 from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Observed
 from tracker.delivering import archive
 from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope
@@ -163,15 +163,12 @@ async def test_every_page_counts_the_same_rows_as_failed(small_site: Site) -> No
         | {"run_id": f"run_{number}" if state == "started" else None}
         for number, (key, state) in enumerate(states.items())
     ]
-
-    def write(connection: Any) -> None:
-        connection.execute(insert(starts), listed)
-        batches.keep_errors(connection, "bat_1", dict.fromkeys((4, 5, 6), "no money left"))
-
-    await database.write(write)
+    await database.write(lambda connection: connection.execute(insert(starts), listed))
+    unsent = dict.fromkeys((4, 5, 6), "no money left")
+    await batches.finish(database, "bat_1", None, errors=unsent)
     # The overview shows batches beside runs.
     other = Observation(run_id="run_other", at=utc_now(), source=Source.TRACK)
-    await small_site.services.writer.submit(Seen(observation=other))
+    await small_site.services.writer.submit(Observed(observation=other))
     pages = ("/batches/bat_1", "/batches", "/")
     shown = [(await small_site.client.get(path, headers=HTML)).text for path in pages]
     for page in shown[:2]:

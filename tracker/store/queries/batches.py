@@ -31,7 +31,7 @@ from tracker.core.run import RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first
-from tracker.store.queries.sheet_rows import RowOutcome, of_outcome, with_outcomes
+from tracker.store.queries.sheet_rows import OUTCOME, RowOutcome, of_outcome, with_outcomes
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, runs, starts
 
@@ -305,7 +305,7 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
     counted = select(
         *by,
         func.count().label("count"),
-        func.count().filter(_OUTCOME == RowOutcome.FAILED).label("bad"),
+        func.count().filter(OUTCOME == RowOutcome.FAILED).label("bad"),
         func.sum(runs.c.charged_cost).label("cost"),
         func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
         func.sum(runs.c.quoted_cost)

@@ -91,7 +91,7 @@ async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
     statement = (
         with_outcomes(select(*by, func.min(_MESSAGE).label("message"), func.count().label("rows")))
         .add_columns(func.count().filter(retryable).label("retryable"))
-        .where(batch_rows.c.batch_id == batch_id, _OUTCOME == RowOutcome.FAILED)
+        .where(batch_rows.c.batch_id == batch_id, OUTCOME == RowOutcome.FAILED)
         .group_by(*by)
         .order_by(func.count().desc(), by[0])
     )
@@ -107,7 +107,7 @@ async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
     ]
 
 
-_OUTCOME: Final = case(
+OUTCOME: Final = case(
     (runs.c.tracking == word(Tracking.LOST), RowOutcome.FAILED.value),
     (runs.c.tracking == word(Tracking.ACTIVE), RowOutcome.RUNNING.value),
     (runs.c.status == word(RunStatus.COMPLETED), RowOutcome.COMPLETED.value),
@@ -118,6 +118,7 @@ _OUTCOME: Final = case(
     (batch_rows.c.error.is_not(None), RowOutcome.FAILED.value),
     else_=RowOutcome.NOT_STARTED.value,
 )
+"""A `RowOutcome`, or "forgotten" where retention removed the run."""
 _CODE: Final = case(
     (runs.c.tracking == word(Tracking.LOST), "lost"),
     (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_code, runs.c.status)),
@@ -135,9 +136,9 @@ def of_outcome(statement: Select[Any], outcome: RowOutcome | None, code: str | N
     if outcome is not None or code is not None:
         statement = with_outcomes(statement)
     if outcome is not None:
-        statement = statement.where(_OUTCOME.in_([outcome]))
+        statement = statement.where(OUTCOME.in_([outcome]))
     if code is not None:
-        statement = statement.where(_OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
+        statement = statement.where(OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
     return statement
 
 
