@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from tests.cli.conftest import Commands, set_faults, simulate
+from tests.e2e.short_waits import shorten_searches
 from tests.support.clocks import PassedTime
 from tracker import services as wiring
 
@@ -51,6 +52,34 @@ def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None
         assert again["run_id"] == start["run_id"]
         assert again["inputs"] == [{"id": "prompt", "type": "text", "value": key}]
     assert len({one["run_id"] for one in tracker.json("runs", "list")["runs"]}) == 2
+
+
+def test_what_a_person_compares(tracker: Commands, stack: ExitStack) -> None:
+    """The runs that a start may have become, until another start is said to have become them."""
+    simulate(tracker, stack, "--set", "lost_starts=1", "--set", "keys_released=true")
+    tracker.environ["TRACKER_START_DOUBT"] = "1"
+    for key in "abc":
+        if key == "c":
+            set_faults(tracker, lost_starts=0, gateway_starts=1, gateway_works=0)
+        assert tracker(*started(tracker, key), prepare=give_up_soon).returncode == 1
+    assert "one of these runs" not in tracker("starts", "show", "a").stdout
+    time.sleep(2.1)  # longer than `TRACKER_START_DOUBT`, and than a run takes to be listed
+    set_faults(tracker, gateway_starts=0)
+    tracker("reconcile", prepare=shorten_searches)
+    runs = [one["run_id"] for one in tracker.json("runs", "list")["runs"]]
+    assert len(runs) == 2
+    for key in "abc":
+        shown = tracker.json("starts", "show", key)
+        assert (shown["state"], shown["possible_runs"]) == ("in_doubt", sorted(runs))
+        assert "possible" not in shown["error"]
+    for key, left in (("a", runs), ("b", runs[1:])):
+        shown = tracker("starts", "show", key).stdout
+        table = shown.partition("became one of these runs, or none")[2]
+        assert {run_id for run_id in runs if run_id in table} == {*left}
+        assert table.count("prj_simulator") == len(left)
+        assert f"tracker starts resolve {key} --run RUN_ID" in table
+        tracker("starts", "resolve", key, "--run", left[0])
+    assert "FLORA started nothing for it" in tracker("starts", "show", "c").stdout
 
 
 def test_what_can_be_said_of_a_start(tracker: Commands, stack: ExitStack) -> None:

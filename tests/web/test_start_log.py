@@ -1,8 +1,13 @@
 """`GET /api/starts` and the page of the same name."""
 
+from datetime import timedelta
+from functools import partial
+
 from tests.web.conftest import Serve
 from tests.web.flora import START, with_flora
 from tests.web.test_starts import _start
+from tracker.core.clock import utc_now
+from tracker.store.queries.starts import StartState, mark, of_key, take
 
 
 async def test_starts_whose_outcome_is_not_known_are_listed(
@@ -42,3 +47,15 @@ async def test_starts_whose_outcome_is_not_known_are_listed(
         assert shown.status_code == 200
         assert "key-1" in shown.text
         assert "tracker starts resolve" in shown.text
+        database = site.services.database
+        (row,) = await of_key(database, "key-1")
+        error = row.with_possible(["run_1"])
+        at = (row.workspace_slot, "key-1", "test", utc_now(), timedelta(seconds=30))
+        assert await take(database, *at)
+        mark_it = partial(mark, database, row.workspace_slot, "key-1", holder="test")
+        assert await mark_it(state=StartState.UNRESOLVED, error=error)
+        (start,) = (await site.client.get("/api/starts")).json()["starts"]
+        assert start["possible_runs"] == ["run_1"]
+        assert "possible" not in start["error"]
+        shown = await site.client.get("/starts", headers={"accept": "text/html"})
+        assert 'href="/runs/run_1"' in shown.text

@@ -1,11 +1,18 @@
 """`tracker starts`: list starts whose outcome is not known, and resolve them by hand."""
 
+import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_with_inputs
+from tracker.cli.output import (
+    JsonFlag,
+    print_fields,
+    print_json,
+    print_table,
+    print_with_inputs,
+)
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
@@ -15,10 +22,14 @@ from tracker.cli.setup import (
     print_list,
     run_once,
 )
+from tracker.core.formatting import money
 
 if TYPE_CHECKING:
+    from tracker.core.record import Record
     from tracker.services import Services
     from tracker.store.queries.starts import StartRow
+
+    PossibleRuns = dict[str, Record | None] | None
 
 app = typer.Typer(
     name="starts", help="List and resolve starts whose outcome is not known.", no_args_is_help=True
@@ -79,9 +90,16 @@ def list_(
 
 @app.command()
 def show(key: Key, workspace: OfWorkspace = None, as_json: JsonFlag = False) -> None:
-    """Show a start."""
-    row = run_once(lambda services: services.resolver.find(key, workspace_id=workspace))
+    """Show a start, and the runs that one without a known outcome may have become."""
+
+    async def work(services: "Services") -> tuple["StartRow", "PossibleRuns"]:
+        row = await services.resolver.find(key, workspace_id=workspace)
+        return row, await services.resolver.possible(row)
+
+    row, possible = run_once(work)
     _print(row, as_json=as_json)
+    if possible is not None and not as_json:
+        _print_possible(row, possible)
 
 
 @app.command()
@@ -121,5 +139,44 @@ def _print(row: "StartRow", *, as_json: bool) -> None:
         print_json(start)
         return
     error = start.pop("error") or {}
+    possible = start.pop("possible_runs")
     print_with_inputs(start)
-    print_fields({"last answer": error.get("message")})
+    print_fields({"last answer": error.get("message"), "possible runs": ", ".join(possible)})
+
+
+def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
+    """Print what a person has to compare, and how to record what was found."""
+    from tracker.store.queries.starts import StartState
+
+    resolve = f"tracker starts resolve {shlex.quote(row.idempotency_key)}"
+    is_unresolved = row.state is StartState.UNRESOLVED
+    if not possible:
+        typer.echo(
+            "\nEvery run that it may have become is of another start or was tracked by request: "
+            "FLORA started nothing for it."
+        )
+        if is_unresolved:
+            typer.echo(f"Record that: {resolve} --none")
+        return
+    typer.echo("\nIt became one of these runs, or none:\n")
+    print_table(
+        ("run", "status", "created", "project", "cost", "outputs"),
+        [[run_id, *_stored(record)] for run_id, record in possible.items()],
+    )
+    typer.echo(
+        "\nCompare what they made with the inputs above: tracker runs show RUN_ID"
+        f"\nOne was made from these inputs: {resolve} --run RUN_ID"
+        f"\nNone was: {resolve} --none"
+    )
+    if not is_unresolved:
+        typer.echo("Nothing has to be done while it is in doubt: its callback may tell.")
+
+
+def _stored(record: "Record | None") -> list[object]:
+    """What is stored of a run, for the table of runs that a start may have become."""
+    if record is None:
+        return ["not read yet", None, None, None, None]
+    run = record.run
+    created = run.created_at and f"{run.created_at:%Y-%m-%dT%H:%M:%SZ}"
+    cost = None if run.charged_cost is None else money(run.charged_cost)
+    return [run.status, created, run.project_id, cost, len(run.outputs or ())]

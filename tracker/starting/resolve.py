@@ -60,6 +60,15 @@ class StartResolver(Service):
             raise InvalidRequest(message, [FieldFault("workspace_id", message)])
         return rows[0]
 
+    async def possible(self, row: StartRow) -> dict[str, Record | None] | None:
+        """The only runs that an open start may have become, by id, each with what is stored of it;
+        `None` if that is not known. Raises `StoreUnavailable`."""
+        if row.state not in UNKNOWN or row.possible_runs is None:
+            return None
+        left = await self.matcher.possible(row, row.possible_runs)
+        stored = await runs.get_runs(self.database, left)
+        return {run_id: stored.get(run_id) for run_id in sorted(left)}
+
     async def is_run(self, row: StartRow, run_id: str) -> Record:
         """The start became that run, which is tracked as its own.
 

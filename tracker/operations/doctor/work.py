@@ -227,8 +227,8 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
             else "The outcome of every start is known.",
             f"{_number(gauges.unresolved_starts)} starts are unresolved: FLORA may have started a "
             "run, or not.",
-            "`tracker starts list` shows them and which runs to look at; `tracker starts resolve` "
-            "says what each became.",
+            "`tracker starts list` lists them, and `tracker starts show KEY` shows which runs one "
+            "may have become and what to compare; `tracker starts resolve` says what it became.",
         ),
         _none_wait(
             "conflicts",
