@@ -71,14 +71,14 @@ soak: install  ## break it for half an hour, in every way we know (SOAKS="crash 
 screenshots: install  ## take pictures of the dashboard, into docs/screenshots (needs Chromium)
 	$(BIN)/python -m tools.screenshots
 
-check: install  ## lint, formatting, types and the house's import rules
+check: install  ## lint, formatting, types and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
 
-format: install  ## put the code into the house's format
+format: install  ## put the code into the project's format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 

@@ -4,8 +4,8 @@
 
 Each variant of the storage settings has a database of its own on a PostgreSQL that this starts,
 filled with the settled runs of a quarter. Then active runs are polled round after round through the
-real claims and writer, callbacks are repeated, starts go through the ledger, and the tallies are
-folded; and in each round retention removes the runs of the oldest day and the bodies of another,
+real claims and writer, callbacks are repeated, starts go through the start log, and the rollups are
+compacted; in each round retention removes the runs of the oldest day and the bodies of another,
 while as many new runs come and settle. An update that touches no index and finds room in its page
 is *HOT*: it costs no index entry, and what it leaves behind needs no vacuum. The server's
 autovacuum looks every second, so that the minutes of this stand for the days of a deployment.
@@ -122,7 +122,7 @@ async def _no_rest(_: float) -> None:
 
 
 async def _start(db: Database, writer: Writer, key: str, now: datetime) -> None:
-    """One start, as the starter takes it through the ledger, whose run then ends."""
+    """One start, as the starter takes it through the start log, whose run then ends."""
     await starts.reserve(
         db,
         workspace_id="default",

@@ -25,7 +25,7 @@ from sqlalchemy import func, select
 from bench.filling import fill
 from bench.throw_away import throw_away
 from tests.store.making import RULES, delivery, open_inbox
-from tests.store.test_rollups import counted, tallied
+from tests.store.test_rollups import counted, stored_rollups
 from tests.support.deliveries import applied
 from tracker.core.clock import utc_now
 from tracker.core.rollup import STATE
@@ -95,7 +95,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         await rollups.compact(db)
         states = [
             {key: n for key, n in found.items() if key.measure == STATE}
-            for found in (await tallied(db), await counted(db))
+            for found in (await stored_rollups(db), await counted(db))
         ]
         ages = Ages(runs=timedelta(days=DAYS, minutes=10), bodies=timedelta(days=DAYS))
         left = await Pruner(database=db, clock=utc_now).prune(ages, dry=True)

@@ -15,6 +15,6 @@ None of the three does another's work, so the figures tell what each one's work 
 the better one. All three verify an HMAC-SHA256 of the body and commit to disk before they answer;
 what else each of the others does for a callback stands at the top of its module. The tracker keeps
 the body once for each delivery id, merges it into the run's row, writes the run's timeline and
-tallies, and sets when the run is looked at next. It commits the callbacks that wait together in one
+rollups, and sets when the run is polled next. It commits the callbacks that wait together in one
 transaction, where each of the others commits each by itself.
 """

@@ -7,7 +7,7 @@ tracker's worker does not. For a callback it
 - keeps the body twice (as it came and as JSON), with its headers, and an id against doubles,
 - opens a batch, which its dispatcher would pass on, and notes when it last heard of the source,
 - writes a line to its log, which the tracker does not,
-- knows nothing of what the body says: no merge, no state, no timeline, no tallies, no schedule,
+- knows nothing of what the body says: no merge, no state, no timeline, no rollups, no schedule,
 - checks no signed time: its scheme has none.
 
 Both have `journal_mode=WAL` and `synchronous=FULL`: each commit waits for the disk. hookspool

@@ -28,7 +28,7 @@ SETTINGS: Final = {
     "max_wal_size": "4GB",
     "checkpoint_timeout": "15min",
 }
-"""As somebody would set them who expects millions of runs."""
+"""As someone would set them who expects millions of runs."""
 
 
 @dataclass(slots=True)

@@ -36,8 +36,8 @@ def start(number: int, state: StartState, **facts: object) -> StartRow:
     )
 
 
-def record(number: int, standing: Precedence, **facts: object) -> Record:
-    run = Run(run_id=f"run_{number}", precedence=standing, details=Details.READ, **facts)  # type: ignore[arg-type]
+def record(number: int, precedence: Precedence, **facts: object) -> Record:
+    run = Run(run_id=f"run_{number}", precedence=precedence, details=Details.READ, **facts)  # type: ignore[arg-type]
     return Record(run=run, source=Source.START, first_seen_at=NOW)
 
 
@@ -183,14 +183,14 @@ def test_the_form_follows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_fits_the_terminal() -> None:
     """Counts that are not zero, what is waited for and the cost, in at most 79 columns; what does
     not fit is left out."""
-    tally = BatchCounts(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
-    tally.cost = Decimal("0.500000")
-    progress = BatchProgress(counts=tally, left=3, errors=1, paused=4.6)
+    counts = BatchCounts(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
+    counts.cost = Decimal("0.500000")
+    progress = BatchProgress(counts=counts, left=3, errors=1, paused=4.6)
     assert progress_text(progress) == (
         "5 of 9 started, 2 running, 1 failed, 1 not startable, rate-limited for 5 s"
     )
-    assert "3 in doubt" in progress_text(BatchProgress(counts=tally, doubt=3))
-    assert "next start in 80 s" in progress_text(BatchProgress(counts=tally, held=80.0))
+    assert "3 in doubt" in progress_text(BatchProgress(counts=counts, doubt=3))
+    assert "next start in 80 s" in progress_text(BatchProgress(counts=counts, held=80.0))
     large = BatchCounts(rows=20_000, started=20_000, active=1500, completed=15_000, failed=3500)
     large.cost, large.not_final = Decimal("12345.25"), 1
     busy = BatchProgress(counts=large, doubt=12, held=80.0, errors=7)
@@ -206,7 +206,7 @@ def test_a_row_of_unknown_outcome_is_not_called_not_started(
     batch = BatchRow(
         batch_id="bat_1", workspace_slot="ws_1", technique_id="tech_1", name="a", created_at=NOW
     )
-    tally = BatchCounts(rows=9, started=5, completed=5, unresolved=1, doubt=2)
-    report_outcome(BatchOutcome(batch=batch, rows=[], counts=tally), waited=True, seconds=1.0)
+    counts = BatchCounts(rows=9, started=5, completed=5, unresolved=1, doubt=2)
+    report_outcome(BatchOutcome(batch=batch, rows=[], counts=counts), waited=True, seconds=1.0)
     said = capsys.readouterr().err
     assert "5 of 9 rows completed, 1 unresolved, 2 in doubt, 1 not started" in said

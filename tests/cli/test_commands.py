@@ -18,7 +18,7 @@ FACE = "face=https://example.com/a.png?x=1"
 
 
 def until_due(tracker: Commands, run_id: str) -> None:
-    """Wait until a run is to be looked at: a command may be quicker than that."""
+    """Wait until a run is to be polled: a command may be quicker than that."""
     due = datetime.fromisoformat(tracker.json("runs", "show", run_id)["next_check_at"])
     time.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
 

@@ -95,7 +95,7 @@ def test_a_run_that_ends_during_the_move_is_settled(
     tracker: Commands, stack: ExitStack, postgres_url: str, background: Background
 ) -> None:
     """Of what happens while nobody listens, nothing is lost: `tracker reconcile` on the target
-    settles the run that ended and finds the one that somebody else started, and a key that was used
+    settles the run that ended and finds the one that someone else started, and a key that was used
     before starts nothing again."""
     simulate(tracker, stack, "--run-seconds", "0.5", "--failures", "0%")
     start = ("runs", "start", "icon-pack", "--input", "prompt=a cat")
@@ -148,7 +148,7 @@ def test_a_backup_can_be_restored(
     assert {name: len(rows) for name, rows in saved.items() if "tall" not in name} == {
         name: 3
         for name in saved
-        if "tall" not in name  # which are folded when it starts
+        if "tall" not in name  # which are compacted when it starts
     }
     full.json("db", "copy", "--to", empty_postgres_url, TRACKER_DATABASE_URL=backup)
     assert background.run(everything(empty_postgres_url)) == saved

@@ -1,4 +1,4 @@
-"""Sights of one run, contradictory ones too, from small pools so that they collide often."""
+"""Observations of one run, contradictory ones too, from small pools so that they collide often."""
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal

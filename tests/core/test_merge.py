@@ -28,7 +28,7 @@ from tracker.core.run import (
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
 
 
-def fold(seen: Iterable[Observation]) -> Run:
+def merged(seen: Iterable[Observation]) -> Run:
     run = reduce(merge, seen, None)
     assert run is not None
     return run
@@ -43,7 +43,7 @@ def test_order_never_matters(seen: list[Observation], random: Random) -> None:
     """Any permutation of any observations, contradictory ones too, gives the same run."""
     shuffled = list(seen)
     random.shuffle(shuffled)
-    assert fold(shuffled) == fold(seen)
+    assert merged(shuffled) == merged(seen)
 
 
 @given(
@@ -52,7 +52,7 @@ def test_order_never_matters(seen: list[Observation], random: Random) -> None:
 )
 def test_repetition_never_matters(seen: list[Observation], again: Sequence[int]) -> None:
     """Seeing anything a second time, however late, changes nothing: not even the object."""
-    run = fold(seen)
+    run = merged(seen)
     for position in again:
         assert merge(run, seen[position % len(seen)]) is run
 
@@ -66,13 +66,13 @@ def test_only_news_is_needed(seen: list[Observation]) -> None:
         if after is not run:
             news.append(observation)
         run = after
-    assert fold(news or seen[:1]) == run
+    assert merged(news or seen[:1]) == run
 
 
 @given(st.lists(observations(), min_size=1, max_size=5), observations())
 def test_a_run_never_falls_back(seen: list[Observation], late: Observation) -> None:
     """Nothing that arrives later lowers status or progress, or empties what is known."""
-    before = fold(seen)
+    before = merged(seen)
     after = merge(before, late)
     assert after.precedence >= before.precedence
     assert after.progress >= before.progress
@@ -89,7 +89,7 @@ def test_an_observation_survives_its_json(seen: Observation) -> None:
 
 def test_a_callback_ends_a_run_without_details() -> None:
     """A callback's word ends a run, but only a read of the API settles it."""
-    run = fold([observe(Source.CALLBACK, RunStatus.COMPLETED)])
+    run = merged([observe(Source.CALLBACK, RunStatus.COMPLETED)])
     assert (run.status, run.precedence) == (RunStatus.COMPLETED, Precedence.CALLBACK_COMPLETED)
     assert not run.settled
 
@@ -98,8 +98,8 @@ def test_the_api_has_the_last_word() -> None:
     """Where callback and API disagree about the end, the API's stands, as a conflict."""
     callback = observe(Source.CALLBACK, RunStatus.COMPLETED)
     api = observe(Source.POLL, RunStatus.FAILED, error=RunError("model_timeout", "Too slow"))
-    run = fold([callback, api])
-    assert run == fold([api, callback])
+    run = merged([callback, api])
+    assert run == merged([api, callback])
     assert (run.status, run.error) == (RunStatus.FAILED, RunError("model_timeout", "Too slow"))
     assert run.conflict
 
@@ -107,7 +107,7 @@ def test_the_api_has_the_last_word() -> None:
 def test_a_completed_run_has_no_error() -> None:
     """A callback's error is dropped once the API says that the run completed."""
     callback = observe(Source.CALLBACK, RunStatus.FAILED, error=RunError("provider_error"))
-    run = fold([callback, observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))])
+    run = merged([callback, observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))])
     assert (run.status, run.error, run.conflict) == (RunStatus.COMPLETED, None, True)
 
 
@@ -116,7 +116,7 @@ def test_completed_beats_failed_between_equals() -> None:
     failed = observe(Source.POLL, RunStatus.FAILED)
     completed = observe(Source.HISTORY, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=SOON)
     for order in ([failed, completed], [completed, failed]):
-        run = fold(order)
+        run = merged(order)
         assert (run.status, run.charged_cost) == (RunStatus.COMPLETED, Decimal("0.5"))
         assert run.conflict
 
@@ -128,12 +128,12 @@ def test_a_status_that_is_not_known_is_kept_as_it_is() -> None:
     error = RunError("GENERATION_CANCELLED", "by a person")
     cancelled = observe(Source.POLL, "cancelled", completed_at=START, error=error)
     listed = observe(Source.HISTORY, "cancelled", completed_at=START)
-    assert (fold([queued]).status, fold([queued]).precedence) == ("queued", Precedence.RUNNING)
-    assert fold([running, queued]).status is fold([queued, running]).status is RunStatus.RUNNING
-    run = fold([queued, cancelled])
+    assert (merged([queued]).status, merged([queued]).precedence) == ("queued", Precedence.RUNNING)
+    assert merged([running, queued]).status is merged([queued, running]).status is RunStatus.RUNNING
+    run = merged([queued, cancelled])
     assert (run.status, run.error, run.settled, run.conflict) == ("cancelled", error, True, False)
-    assert not fold([listed]).settled
-    failed = fold([cancelled, observe(Source.POLL, RunStatus.FAILED)])
+    assert not merged([listed]).settled
+    failed = merged([cancelled, observe(Source.POLL, RunStatus.FAILED)])
     assert (failed.status, failed.conflict) == (RunStatus.FAILED, True)
     assert Observation.from_json(cancelled.to_json()) == cancelled
 
@@ -164,8 +164,8 @@ def test_the_latest_bill_counts_in_any_order(seen: list[Observation], random: Ra
     run showed, of two at once the single read, then the greater; the quote is the greatest."""
     shuffled = list(seen)
     random.shuffle(shuffled)
-    run = fold(shuffled)
-    assert run == fold(seen)
+    run = merged(shuffled)
+    assert run == merged(seen)
     reads = [one for one in seen if one.source is not Source.START and one.precedence.ended]
     bills = [one for one in reads if one.charged_cost is not None or one.status is RunStatus.FAILED]
     bill = max(bills, key=_lateness, default=None)
@@ -187,7 +187,7 @@ def test_a_quote_is_never_a_bill() -> None:
     end = observe(Source.POLL, RunStatus.COMPLETED)
     billed = observe(Source.HISTORY, RunStatus.COMPLETED, charged_cost=BILL, sent_at=LATE)
     for order in ([start, running, end], [end, running, start]):
-        run = fold(order)
+        run = merged(order)
         assert (run.quoted_cost, run.charged_cost) == (QUOTE, None)
         run = merge(run, billed)
         assert (run.quoted_cost, run.charged_cost, run.conflict) == (QUOTE, BILL, False)
@@ -196,7 +196,9 @@ def test_a_quote_is_never_a_bill() -> None:
 
 def test_a_replayed_start_shows_a_quote() -> None:
     """A start that FLORA answers again shows an old cost, even where it says that the run ended."""
-    run = fold([observe(Source.START, RunStatus.COMPLETED, charged_cost=QUOTE, outputs=(PICTURE,))])
+    run = merged(
+        [observe(Source.START, RunStatus.COMPLETED, charged_cost=QUOTE, outputs=(PICTURE,))]
+    )
     assert (run.quoted_cost, run.charged_cost, run.outputs) == (QUOTE, None, (PICTURE,))
 
 
@@ -205,8 +207,8 @@ def test_a_later_read_lowers_a_cost(source: Source) -> None:
     """A bill that FLORA corrects downwards is seen, single or listed, in whatever order."""
     first = observe(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
     later = observe(source, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=LATE)
-    assert fold([first, later]).charged_cost == fold([later, first]).charged_cost == LATER_BILL
-    assert not fold([first, later]).conflict
+    assert merged([first, later]).charged_cost == merged([later, first]).charged_cost == LATER_BILL
+    assert not merged([first, later]).conflict
 
 
 def test_a_refund_clears_the_cost_of_a_failed_run() -> None:
@@ -214,14 +216,14 @@ def test_a_refund_clears_the_cost_of_a_failed_run() -> None:
     failed = observe(Source.POLL, RunStatus.FAILED, charged_cost=QUOTE, sent_at=SOON)
     refunded = observe(Source.HISTORY, RunStatus.FAILED, sent_at=LATE)
     for order in ([failed, refunded], [refunded, failed]):
-        run = fold(order)
+        run = merged(order)
         assert (run.charged_cost, run.cost_read_at, run.quoted_cost) == (None, LATE, None)
 
 
 def test_a_completed_read_without_a_cost_takes_none_away() -> None:
     """Of a completed run a cost that is absent says nothing: it may not be billed yet."""
     billed = observe(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
-    run = fold([billed, observe(Source.POLL, RunStatus.COMPLETED, sent_at=LATE)])
+    run = merged([billed, observe(Source.POLL, RunStatus.COMPLETED, sent_at=LATE)])
     assert (run.charged_cost, run.cost_read_at) == (BILL, SOON)
 
 
@@ -232,7 +234,7 @@ def test_links_signed_anew_replace_older_ones() -> None:
     one = observe(Source.POLL, RunStatus.COMPLETED, outputs=(older,), sent_at=SOON)
     two = observe(Source.HISTORY, RunStatus.COMPLETED, outputs=(newer,), sent_at=LATE)
     for order in ([one, two], [two, one]):
-        run = fold(order)
+        run = merged(order)
         assert (run.outputs, run.outputs_read_at, run.conflict) == ((newer,), LATE, False)
 
 
@@ -245,7 +247,7 @@ def test_a_stale_page_empties_nothing() -> None:
         observe(Source.HISTORY, RunStatus.COMPLETED, outputs=()),
         observe(Source.HISTORY, RunStatus.RUNNING, progress=40.0),
     ):
-        run = fold([end, stale])
+        run = merged([end, stale])
         assert run.outputs == (PICTURE,)
         assert run.settled
         assert not run.conflict
@@ -265,17 +267,17 @@ def test_which_history_items_settle(
     status: RunStatus, shown: dict[str, object], settles: bool
 ) -> None:
     """A history item settles a failed run, and a completed one if it has both outputs and cost."""
-    assert fold([observe(Source.HISTORY, status, **shown)]).settled is settles
+    assert merged([observe(Source.HISTORY, status, **shown)]).settled is settles
 
 
 def test_a_single_read_settles_always() -> None:
     """A single read of an ended run settles it, even where it shows no outputs and no cost."""
-    assert fold([observe(Source.POLL, RunStatus.COMPLETED)]).details is Details.READ
+    assert merged([observe(Source.POLL, RunStatus.COMPLETED)]).details is Details.READ
 
 
 def test_a_contradiction_after_settling_is_read_again() -> None:
     """A failed item settles; a completed one without details unsettles until it is read."""
-    run = fold(
+    run = merged(
         [observe(Source.HISTORY, RunStatus.FAILED), observe(Source.HISTORY, RunStatus.COMPLETED)]
     )
     assert run.status is RunStatus.COMPLETED
@@ -289,7 +291,7 @@ def test_times_in_seconds_and_milliseconds_agree() -> None:
     fine = observe(
         Source.POLL, RunStatus.COMPLETED, completed_at=START + timedelta(milliseconds=250)
     )
-    run = fold([fine, coarse])
+    run = merged([fine, coarse])
     assert run.completed_at == START + timedelta(milliseconds=250)
     assert not run.conflict
 
@@ -308,7 +310,7 @@ def test_other_outputs_are_no_conflict(others: tuple[Output, ...]) -> None:
     first = observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,), sent_at=SOON)
     later = observe(Source.POLL, RunStatus.COMPLETED, outputs=others, sent_at=LATE)
     for order in ([first, later], [later, first]):
-        run = fold(order)
+        run = merged(order)
         assert (run.outputs, run.conflict) == (others, False)
 
 
@@ -321,7 +323,7 @@ def test_each_value_remembers_its_rank() -> None:
     """A value from a higher observation replaces one from a lower, however the two compare."""
     start = observe(Source.START, RunStatus.PENDING, technique_id="tech_z", created_at=START)
     end = observe(Source.HISTORY, RunStatus.COMPLETED, technique_id="tech_a")
-    run = fold([end, start])
+    run = merged([end, start])
     assert run.technique_id == "tech_a"
     assert precedence_of(run, "technique_id") is Precedence.COMPLETED
     assert precedence_of(run, "created_at") is Precedence.PENDING
@@ -333,9 +335,9 @@ def test_flora_shows_whose_a_run_is(source: Source) -> None:
     or a person claimed, before or after."""
     claim = observe(source, RunStatus.COMPLETED, workspace_id="ws_z")
     shown = observe(Source.HISTORY, RunStatus.RUNNING, workspace_id="ws_a")
-    assert fold([claim]).workspace_is_claimed
+    assert merged([claim]).workspace_is_claimed
     for seen in ([claim, shown], [shown, claim]):
-        run = fold(seen)
+        run = merged(seen)
         assert (run.workspace_id, run.workspace_is_claimed) == ("ws_a", False)
 
 

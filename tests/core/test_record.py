@@ -1,4 +1,4 @@
-"""The facts about receipt, and when a run is looked at next."""
+"""The facts about receipt, and when a run is polled next."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +61,7 @@ def seconds(moment: datetime | None) -> float:
 
 
 def test_a_started_run_waits_for_its_callback() -> None:
-    """A run with a callback on its way is first looked at after the grace, one without sooner."""
+    """A run with a callback on its way is first polled after the grace, one without sooner."""
     assert seconds(after([started()]).next_check_at) == 30
     assert seconds(after([started(callback_expected=False)]).next_check_at) == 5
 
@@ -268,7 +268,7 @@ def test_jitter_drifts_runs_apart_and_repeats() -> None:
 
 
 def test_flora_s_clock_does_not_move_the_first_poll() -> None:
-    """A run that FLORA says was created tomorrow is first looked at as any other."""
+    """A run that FLORA says was created tomorrow is first polled as any other."""
     tomorrow = replace(started().observation, created_at=START + timedelta(days=1))
     record = after([Observed(observation=tomorrow, callback_expected=True)])
     assert seconds(record.next_check_at) == 30

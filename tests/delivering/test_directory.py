@@ -43,7 +43,7 @@ def test_what_is_there_whole_is_found_again(tmp_path: Path) -> None:
 
 
 def test_no_file_takes_the_name_of_another(tmp_path: Path) -> None:
-    """A file of another output, or of somebody else, keeps its name, in any case; the new one gets
+    """A file of another output, or of someone else, keeps its name, in any case; the new one gets
     six characters more, and the same ones each time."""
     (tmp_path / "Hat_image_1.jpg").write_bytes(b"abc")
     (tmp_path / "cap_image_1.part").write_bytes(b"abc")

@@ -37,7 +37,7 @@ async def nginx(directory: Path, http: str, port: int) -> AsyncIterator[None]:
     """nginx in the foreground, with `http` as what its `http` block holds; it serves on `port`."""
     program = require_nginx()
     directory.mkdir(parents=True, exist_ok=True)
-    # Started as root, its workers are somebody else, whom pytest's directories are closed to.
+    # Started as root, its workers are someone else, whom pytest's directories are closed to.
     user = "user root;" if os.geteuid() == 0 else ""
     folders = "".join(f"{one}_temp_path {directory}/{one};\n" for one in _NGINX_TEMPORARY)
     (directory / "nginx.conf").write_text(

@@ -1,4 +1,4 @@
-"""The wheel, as somebody installs it who has never seen the repository."""
+"""The wheel, as someone installs it who has never seen the repository."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> N
     assert run(tracker, "--version", cwd=tmp_path).strip() == f"tracker {VERSION}"
     folder = tmp_path / "somebody's"
     folder.mkdir()
-    # Somebody's own settings must neither be used nor be harmed.
+    # Someone's own settings must neither be used nor be harmed.
     told = json.loads(
         run(tracker, "demo", "--json", cwd=folder, FLORA_API_KEY="sk_live_real",
             TRACKER_DATABASE_URL="sqlite:///real.db", TRACKER_PUBLIC_URL="https://real.example.org")

@@ -32,7 +32,7 @@ COMMITS: Final = (
     *("inbox: store", "inbox: apply"),
     # The writer of observations, by what a group brings.
     *("writer: start", "writer: poll", "writer: history", "writer: nothing seen"),
-    # The ledger of starts.
+    # The start log.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
     *("workspaces.keep_id", "workspaces.give_ids"),

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from tests.e2e.clients import OURS, Clients
 from tests.e2e.truth import assert_all_true
-from tests.store.making import fold
+from tests.store.making import merge_timeline
 from tests.support.deliveries import applied
 from tests.support.endpoint import Receiver
 from tracker.simulator import Simulator
@@ -34,7 +34,7 @@ class Verdict:
 async def judge(
     database: Database, flora: Simulator, clients: Clients, receiver: Receiver
 ) -> Verdict:
-    """Every run is settled, true, and the fold of its timeline; and what else was promised.
+    """Every run is settled, true, and its timeline merged again; and what else was promised.
 
     Raises `AssertionError` where a run is not.
     """
@@ -44,7 +44,7 @@ async def judge(
     for run_id in world.runs:
         record = await get_run(database, run_id)
         assert record is not None
-        assert record.run == await fold(database, run_id)
+        assert record.run == await merge_timeline(database, run_id)
     taken = Counter(sent.delivery_id for sent in world.deliveries if sent.accepted)
     # A generation was not started by anybody's key, and has no inputs.
     prompts = {name: run.inputs[0]["value"] for name, run in world.runs.items() if run.inputs}
@@ -66,7 +66,7 @@ async def judge(
 
 
 async def starts_in(database: Database, *states: str) -> int:
-    """How many starts the ledger has in these states."""
+    """How many starts the start log has in these states."""
     query = sa.select(sa.func.count()).where(starts.c.state.in_(states))
     async with database.read() as connection:
         return (await connection.execute(query)).scalar_one()
@@ -141,8 +141,8 @@ async def _lost_deliveries(
 async def _lost_starts(
     database: Database, told: dict[str, str], prompts: dict[str, str]
 ) -> list[str]:
-    """Starts that a client was told of and that the ledger does not have so, and starts whose run
-    in the ledger is another's."""
+    """Starts that a client was told of and that the start log does not have so, and starts that
+    have another run there."""
     query = sa.select(starts.c.idempotency_key, starts.c.run_id, starts.c.inputs)
     async with database.read() as connection:
         rows = (await connection.execute(query)).all()

@@ -220,7 +220,7 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
 def test_a_fault_in_the_file_is_named_with_its_key_and_the_file(
     config: Path, text: str, said: str
 ) -> None:
-    """Whoever reads the message knows which line of which file to mend."""
+    """Whoever reads the message knows which line of which file to fix."""
     config.write_text(text)
     message = refusal({"TRACKER_CONFIG": str(config)})
     assert said.format(path=config, folder=config.parent) in message

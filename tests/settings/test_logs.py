@@ -103,7 +103,7 @@ def test_known_secrets_are_taken_out_of_every_line(format: str) -> None:
     ],
 )
 def test_what_looks_like_a_secret_is_taken_out_unknown_as_it_is(text: str, shown: str) -> None:
-    """Somebody else's key in a message is no less a key."""
+    """Someone else's key in a message is no less a key."""
     stream = io.StringIO()
     configure_logs(stream=stream)
     get_logger("x").info(text)

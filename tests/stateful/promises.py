@@ -54,7 +54,7 @@ class Snapshot:
     events: dict[str, list[Observation]]
     deliveries: dict[str, Any]
     starts: dict[str, Any]
-    tallies: Counts
+    rollups: Counts
 
 
 async def snapshot(db: Database) -> Snapshot:
@@ -78,7 +78,7 @@ async def snapshot(db: Database) -> Snapshot:
         events=observations,
         deliveries={row.delivery_id: row for row in delivery_rows},
         starts={row.idempotency_key: row for row in start_rows},
-        tallies={Key(*row[:7]): (int(row[7]), int(row[8])) for row in counts if any(row[7:])},
+        rollups={Key(*row[:7]): (int(row[7]), int(row[8])) for row in counts if any(row[7:])},
     )
 
 
@@ -111,7 +111,7 @@ def check(now: Snapshot, flora: ModelFlora, memory: Memory, *, holder: str) -> N
         assert len(observations) >= memory.events[run_id]
         memory.events[run_id] = len(observations)
     assert memory.records.keys() <= now.records.keys(), "a run is gone"
-    assert now.tallies == summed(now.records.values())
+    assert now.rollups == summed(now.records.values())
     memory.records, memory.starts = now.records, now.starts
 
 

@@ -149,7 +149,7 @@ def started(run_id: str, *, at: datetime = NOW, facts: dict[str, Any] | None = N
     )
 
 
-async def fold(db: Database, run_id: str) -> Run | None:
+async def merge_timeline(db: Database, run_id: str) -> Run | None:
     """What the run's stored timeline amounts to."""
     run = None
     for event in await events(db, run_id):

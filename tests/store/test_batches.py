@@ -36,7 +36,7 @@ def entries(*digests: str, run_number: RunNumber | None = None) -> list[BatchEnt
     ]
 
 
-async def tally(db: Database, batch_id: str = "bat_1") -> BatchCounts:
+async def counts_of(db: Database, batch_id: str = "bat_1") -> BatchCounts:
     return (await batches.batch_counts(db, [batch_id]))[batch_id]
 
 
@@ -117,7 +117,7 @@ async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     await batches.keep(db, BATCH, rows)
     assert await batches.entries(db, "bat_1") == rows
     assert len(await sheet_rows.latest_run_numbers(db, "default", digests)) == len(digests)
-    assert await tally(db) == BatchCounts(rows=len(digests))
+    assert await counts_of(db) == BatchCounts(rows=len(digests))
 
 
 async def test_batches_are_listed_newest_first(db: Database) -> None:
@@ -183,7 +183,7 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
     cost: dict[str, Any] = {"charged_cost": Decimal("0.1"), "outputs": (Output("o", "text", "x"),)}
     await writer.submit(seen("run_g", RunStatus.COMPLETED, facts=cost))
     await writer.submit(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
-    found = await tally(db)
+    found = await counts_of(db)
     assert found.next_check_at is not None
     assert replace(found, next_check_at=None, last_end_at=None) == BatchCounts(
         rows=8,
@@ -212,11 +212,11 @@ async def test_a_batch_is_finished_when_its_last_run_has_ended(
         await writer.submit(replace(start, slot="default", idempotency_key=row.key))
     await batches.finish(db, "bat_1", NOW)
     batch = replace(BATCH, finished_at=NOW)
-    assert (await tally(db)).finished_at(batch) is None
+    assert (await counts_of(db)).finished_at(batch) is None
     last = NOW + timedelta(minutes=2)
     for run_id, end in (("run_a", last), ("run_b", NOW + timedelta(minutes=1))):
         facts: dict[str, Any] = {"completed_at": end, "charged_cost": Decimal("0.1")}
         await writer.submit(seen(run_id, RunStatus.FAILED, facts=facts))
-    counts = await tally(db)
+    counts = await counts_of(db)
     assert counts.finished_at(batch) == last
     assert counts.finished_at(BATCH) is None

@@ -140,7 +140,7 @@ async def test_recent_costs_are_read_again(upgraded: Database) -> None:
 
 
 async def test_what_is_counted_follows(upgraded: Database) -> None:
-    """The tallies are exact, the costs that became quotes taken off."""
+    """The rollups are exact, the costs that became quotes taken off."""
     found = await assert_exact(upgraded)
     costs = {key.word: [0, 0] for key in found if key.measure == "cost"}
     for key, (count, amount) in found.items():

@@ -49,7 +49,7 @@ async def test_an_empty_database_has_zeros(db: Database) -> None:
 
 
 async def test_runs_are_counted_by_where_they_stand(db: Database, writer: TestWriter) -> None:
-    """By workspace, status and tracking, whether or not the tallies have been folded."""
+    """By workspace, status and tracking, whether or not the rollups have been compacted."""
     done = RunStatus.COMPLETED
     await writer.submit_all(
         [

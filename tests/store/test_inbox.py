@@ -20,8 +20,8 @@ from tests.store.making import (
     body_of,
     callback,
     delivery,
-    fold,
     ids,
+    merge_timeline,
     open_inbox,
     open_writer,
     parsed,
@@ -222,7 +222,7 @@ async def test_applying_ends_the_run_and_makes_it_due(inbox: Inbox, db: Database
     assert row is not None
     assert (row.outcome, row.applied_at, row.reason) == (DeliveryOutcome.APPLIED, LATER, None)
     assert [one.at for one in await read.events(db, "run_1")] == [NOW]
-    assert await fold(db, "run_1") == record.run
+    assert await merge_timeline(db, "run_1") == record.run
 
 
 async def test_the_first_receipt_stays_the_first(
@@ -288,7 +288,7 @@ async def test_text_that_no_database_holds_is_made_fit(inbox: Inbox, db: Databas
     assert record is not None
     assert record.run.error is not None
     assert (record.run.error.code, record.run.error.message) == ("a\ufffd", "\ufffd")
-    assert await fold(db, record.run.run_id) == record.run
+    assert await merge_timeline(db, record.run.run_id) == record.run
 
 
 async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Database) -> None:

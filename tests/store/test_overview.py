@@ -25,7 +25,7 @@ TECH = {"technique_id": "tech_1", "workspace_id": "ws_1"}
 @pytest.fixture
 async def told(writer: TestWriter, db: Database) -> Database:
     """Five runs: a callback that came, one that was missed, a late one, an adopted run, and one
-    that goes on; the last tally changes are not folded."""
+    that goes on; the last changes of rollups are not compacted."""
     cats = {"technique_id": "tech_1", "name": "Cats", "inputs": [], "outputs": []}
     await db.write(lambda c: c.execute(insert(techniques).values(synced_at=NOW, **cats)).rowcount)
     ended = {"completed_at": NOW - 2 * SECOND, "charged_cost": Decimal("0.125")} | TECH

@@ -25,7 +25,7 @@ from tests.store.making import (
     seen,
     started,
 )
-from tests.store.test_rollups import counted, tallied
+from tests.store.test_rollups import counted, stored_rollups
 from tests.support.deliveries import Delivered
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
@@ -153,16 +153,18 @@ async def test_what_is_not_settled_stays(writer: TestWriter, db: Database) -> No
 async def test_rollups_stay_true(writer: TestWriter, db: Database) -> None:
     """States no longer count what is gone, as a recount finds too; the hours and days keep it."""
     await put(writer, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
-    history = {key: n for key, n in (await tallied(db)).items() if key.measure != STATE}
+    history = {key: n for key, n in (await stored_rollups(db)).items() if key.measure != STATE}
     await pruner(db).prune(AGES)
 
     def states(found: dict[Any, Any]) -> dict[Any, Any]:
         return {key: n for key, n in found.items() if key.measure == STATE}
 
-    assert states(await tallied(db)) == states(await counted(db))
-    assert [n for n, _ in states(await tallied(db)).values()] == [1]
+    assert states(await stored_rollups(db)) == states(await counted(db))
+    assert [n for n, _ in states(await stored_rollups(db)).values()] == [1]
     for _ in range(2):
-        assert {k: n for k, n in (await tallied(db)).items() if k.measure != STATE} == history
+        assert {
+            k: n for k, n in (await stored_rollups(db)).items() if k.measure != STATE
+        } == history
         await rollups.recount(db)
 
 
@@ -255,8 +257,8 @@ async def test_broken_off_anywhere_it_is_gone_on_with(writer: TestWriter, db: Da
             break
     assert times >= 3
     assert await kept(db) == set(ids("younger", 3))
-    assert await tallied(db) != {}
-    assert [n for k, (n, _) in (await tallied(db)).items() if k.measure == STATE] == [3]
+    assert await stored_rollups(db) != {}
+    assert [n for k, (n, _) in (await stored_rollups(db)).items() if k.measure == STATE] == [3]
 
 
 async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: Database) -> None:
@@ -310,7 +312,7 @@ async def test_what_someone_holds_is_left_for_the_next_time(postgres_url: str) -
 
 
 async def test_a_recount_meanwhile_does_not_end_it(postgres_url: str) -> None:
-    """While all runs are counted anew nobody folds what changed, and all that is old goes."""
+    """While all runs are counted anew nobody compacts what changed, and all that is old goes."""
     async with await Database.open(postgres_url) as db, open_writer(db) as writer:
         await put(writer, settled("run_1", 100), settled("run_2", 40))
         counting: Any = await asyncpg.connect(postgres_url)
@@ -319,7 +321,7 @@ async def test_a_recount_meanwhile_does_not_end_it(postgres_url: str) -> None:
             counts = await pruner(db).prune(AGES)
         await counting.close()
         assert (counts["runs"], counts["bodies"]) == (1, 2)
-        assert [n for k, (n, _) in (await tallied(db)).items() if k.measure == STATE] == [1]
+        assert [n for k, (n, _) in (await stored_rollups(db)).items() if k.measure == STATE] == [1]
 
 
 async def test_a_body_that_someone_holds_goes_the_next_time(postgres_url: str) -> None:

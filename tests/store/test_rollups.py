@@ -1,4 +1,4 @@
-"""The tallies are exactly what counting all runs gives, whatever happened to the runs."""
+"""The rollups are exactly what counting all runs gives, whatever happened to the runs."""
 
 import asyncio
 import os
@@ -65,7 +65,7 @@ RESERVED: dict[str, Any] = {
 }
 
 
-async def tallied(db: Database) -> Counts:
+async def stored_rollups(db: Database) -> Counts:
     """What a reader sees."""
     key = [ROLLUPS.c[name] for name in Key._fields]
     statement = (
@@ -109,7 +109,7 @@ async def assert_exact(db: Database) -> Counts:
     records = await all_records(db)
     expected = summed(records)
     assert await counted(db) == expected
-    assert await tallied(db) == expected
+    assert await stored_rollups(db) == expected
     return expected
 
 
@@ -130,7 +130,7 @@ _entries: st.SearchStrategy[list[Any]] = st.lists(
         st.sampled_from(RUNS).flatmap(observations),
         st.sampled_from(RUNS).flatmap(observations),
         _unseen,
-        st.just("fold"),
+        st.just("compact"),
     ),
     min_size=1,
     max_size=40,
@@ -145,12 +145,12 @@ _entries: st.SearchStrategy[list[Any]] = st.lists(
 @given(history=_entries)
 async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) -> None:
     """Ends that are contradicted, workspaces that are learnt late, runs that are lost and come
-    back: folded in between or not, the tallies are what the runs count for."""
+    back: compacted in between or not, the rollups are what the runs count for."""
     for table in (runs, deliveries, run_tallies, run_tally_changes):
         await db.write(lambda connection, table=table: connection.execute(delete(table)).rowcount)
     async with open_writer(db, max_group=3) as writer:
         for each in history:
-            if each == "fold":
+            if each == "compact":
                 await rollups.compact(db)
             elif isinstance(each, Observation):
                 ours = each.source is Source.START
@@ -162,7 +162,7 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
     assert await rows_in(db, run_tally_changes) == 0
     expected = await assert_exact(db)
     await rollups.recount(db)
-    assert await tallied(db) == expected
+    assert await stored_rollups(db) == expected
 
 
 async def test_a_lost_run_that_comes_back_counts_once(writer: TestWriter, db: Database) -> None:
@@ -171,11 +171,11 @@ async def test_a_lost_run_that_comes_back_counts_once(writer: TestWriter, db: Da
     for hour in range(5):
         at = NOW + timedelta(hours=hour)
         await writer.submit(FailedRead(run_id="run_1", at=at, error="no such run", missing=True))
-    assert [each.word for each in await tallied(db)] == [Tracking.LOST]
+    assert [each.word for each in await stored_rollups(db)] == [Tracking.LOST]
     await writer.submit(seen("run_1", at=NOW + timedelta(hours=9)))
-    assert [(key.status, key.word, runs) for key, (runs, _) in (await tallied(db)).items()] == [
-        ("running", "active", 1)
-    ]
+    assert [
+        (key.status, key.word, runs) for key, (runs, _) in (await stored_rollups(db)).items()
+    ] == [("running", "active", 1)]
     await assert_exact(db)
 
 
@@ -208,7 +208,7 @@ async def test_a_late_callback_is_no_missed_one(writer: TestWriter, db: Database
     outcomes = []
     for entry in (started("run_1"), seen("run_1", RunStatus.COMPLETED), callback("run_1")):
         await writer.submit(entry)
-        outcomes.append([key.word for key in await tallied(db) if key.measure == "callback"])
+        outcomes.append([key.word for key in await stored_rollups(db) if key.measure == "callback"])
     assert outcomes == [[], ["missed"], ["late"]]
     await assert_exact(db)
 
@@ -218,7 +218,7 @@ async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> Non
     await writer.submit(started("run_1"))
     await writer.submit(callback("run_1", status=RunStatus.COMPLETED))
     await writer.submit(seen("run_1", RunStatus.FAILED, facts={"charged_cost": Decimal("0.25")}))
-    found = await tallied(db)
+    found = await stored_rollups(db)
     assert {(key.measure, key.status) for key in found if key.status} == {
         ("state", "failed"),
         ("end", "failed"),
@@ -233,33 +233,33 @@ async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> Non
 async def test_writers_and_compactors_at_once_lose_nothing(
     db: Database, other_db: Database
 ) -> None:
-    """Two processes write and fold as they like: nothing is counted twice, nothing is left out."""
+    """Two processes write and compact as they like: nothing counts twice, nothing is left out."""
     names = ids("run", 60)
 
     async def write(writer: TestWriter, order: list[str], status: RunStatus) -> None:
         for run_id in order:
             await writer.submit(seen(run_id, status, facts={"technique_id": run_id[-1]}))
 
-    async def fold(where: Database, done: asyncio.Event) -> None:
+    async def compact_often(where: Database, done: asyncio.Event) -> None:
         while not done.is_set():
             await rollups.compact(where)
 
     done = asyncio.Event()
     async with open_writer(db) as one, open_writer(other_db) as two:
-        folding = [asyncio.create_task(fold(where, done)) for where in (db, other_db)]
+        compacting = [asyncio.create_task(compact_often(where, done)) for where in (db, other_db)]
         await asyncio.gather(
             *(write(one, names[at::3], RunStatus.RUNNING) for at in range(3)),
             *(write(two, names[::-1][at::3], RunStatus.COMPLETED) for at in range(3)),
         )
         done.set()
-        await asyncio.gather(*folding)
+        await asyncio.gather(*compacting)
     assert sum(runs for key, (runs, _) in (await assert_exact(db)).items() if not key.bucket)
     await rollups.compact(db)
     await assert_exact(db)
 
 
 async def test_a_recount_corrects_and_misses_nothing(db: Database, other_db: Database) -> None:
-    """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
+    """Whatever stood in the rollups, they are right afterwards, also for who wrote meanwhile."""
     async with open_writer(db) as writer:
         await writer.submit_all([seen(run, RunStatus.COMPLETED) for run in ids("run", 50)])
         await rollups.compact(db)
@@ -285,7 +285,7 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
 
     await db.write(prune)
     for _ in range(2):
-        found = await tallied(db)
+        found = await stored_rollups(db)
         assert Counter({k.measure: n for k, (n, _) in found.items() if k.since == ALWAYS}) == {
             "state": 3
         }
@@ -295,23 +295,23 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
 
 
 async def test_writers_compact(db: Database) -> None:
-    """A few moments after a commit its changes are in the tallies, and at the latest when the
+    """A few moments after a commit its changes are in the rollups, and at the latest when the
     process ends."""
 
-    async def folded() -> bool:
+    async def compacted() -> bool:
         return await rows_in(db, run_tally_changes) == 0
 
     entries: list[Entry] = [seen("run_1"), seen("run_2")]
     async with (
-        RollupCompactor(db, background=True, delay=0.05) as keeper,
-        open_writer(db, on_commit=[keeper.committed]) as writer,
+        RollupCompactor(db, background=True, delay=0.05) as compactor,
+        open_writer(db, on_commit=[compactor.committed]) as writer,
     ):
         for entry in entries:
             await writer.submit(entry)
-            await eventually(folded)
+            await eventually(compacted)
     async with (
-        RollupCompactor(db, background=False) as keeper,
-        open_writer(db, on_commit=[keeper.committed]) as writer,
+        RollupCompactor(db, background=False) as compactor,
+        open_writer(db, on_commit=[compactor.committed]) as writer,
     ):
         await writer.submit(seen("run_3"))
         assert await rows_in(db, run_tally_changes) > 0
@@ -327,8 +327,8 @@ async def test_the_last_compaction_makes_up_for_a_failed_one(
     async with await Database.open(sqlite_url) as db:
         with capture_logs() as lines:
             async with (
-                RollupCompactor(db, background=True, delay=0.01, retry=60.0) as keeper,
-                open_writer(db, on_commit=[keeper.committed]) as writer,
+                RollupCompactor(db, background=True, delay=0.01, retry=60.0) as compactor,
+                open_writer(db, on_commit=[compactor.committed]) as writer,
             ):
                 path.rename(away)
                 await eventually(lambda: lines)
@@ -345,7 +345,7 @@ async def test_sources_distinguish_adopted_runs(writer: TestWriter, db: Database
     long_ago = {"completed_at": NOW - timedelta(days=3), "charged_cost": Decimal(1)}
     await writer.submit(seen("old", RunStatus.COMPLETED, source=Source.HISTORY, facts=long_ago))
     await writer.submit(callback("new", completed_at=NOW - timedelta(seconds=4)))
-    found = await tallied(db)
+    found = await stored_rollups(db)
     assert {(key.word, key.bucket) for key in found if key.measure == "end"} == {
         ("history", 1),
         ("callback", 0),

@@ -1,4 +1,4 @@
-"""The ledger of starts: a key is kept once, sent by one, and closed together with its run."""
+"""The start log: a key is kept once, sent by one, and closed together with its run."""
 
 import asyncio
 from dataclasses import replace

@@ -125,7 +125,7 @@ def views() -> dict[str, str]:
 
 async def test_nothing_reads_all_runs(db: Database) -> None:
     """With many rows every view, and all that the overview asks, goes through indexes and
-    tallies."""
+    rollups."""
     await fill(db, RUNS)
     now = utc_now()
 
@@ -173,7 +173,7 @@ def reads_whole(plan: str) -> bool:
 
 
 def reads_a_part(plan: str, dialect: str) -> bool:
-    """Whether only the tallies of the hours that were asked for are read."""
+    """Whether only the rollups of the hours that were asked for are read."""
     if dialect == "sqlite":
         return "run_tallies USING PRIMARY KEY (measure=? AND since>?)" in plan
     return "since >= " in plan and "Seq Scan on run_tallies " not in plan + " "

@@ -66,7 +66,7 @@ async def test_no_tolerance_is_any_time(serve: Serve, sqlite_url: str) -> None:
 @pytest.mark.alone
 async def test_a_thousand_replays_have_one_effect(serve: Serve, database_url: str) -> None:
     """The same bytes with the same signature, over many connections at once: one delivery that
-    counts them all, one line of timeline, one read of the run, and true tallies."""
+    counts them all, one line of timeline, one read of the run, and true rollups."""
     async with with_flora(serve, database_url, run_seconds=0.01) as (site, flora):
         body = event(flora.start().run_id)
         await flora.quiet()

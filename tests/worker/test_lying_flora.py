@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.store.making import fold
+from tests.store.making import merge_timeline
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
@@ -163,7 +163,7 @@ async def test_what_cannot_be_believed_changes_nothing(
     liar.says = ENDED
     settled = await look(services, clock)
     assert (settled.tracking, settled.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
-    assert settled.run == await fold(services.database, "run_1")
+    assert settled.run == await merge_timeline(services.database, "run_1")
 
 
 WRONG_TYPES = {
@@ -225,7 +225,7 @@ async def test_an_end_is_not_taken_back(services: Services, liar: Liar, clock: H
     assert record.run.status is RunStatus.COMPLETED
     assert record.run.conflict
     assert record.run.outputs == ended.run.outputs
-    assert record.run == await fold(services.database, "run_1")
+    assert record.run == await merge_timeline(services.database, "run_1")
 
 
 async def test_contradictory_ends_settle_on_one(
@@ -244,7 +244,7 @@ async def test_contradictory_ends_settle_on_one(
     record = await the_run(services, "run_1")
     assert (record.run.status, record.run.error) == (RunStatus.COMPLETED, None)
     assert (record.run.conflict, record.tracking) == (True, Tracking.SETTLED)
-    assert record.run == await fold(services.database, "run_1")
+    assert record.run == await merge_timeline(services.database, "run_1")
 
 
 async def test_a_poll_url_of_another_run_does_not_hide_this_one(

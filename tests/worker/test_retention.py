@@ -48,7 +48,7 @@ async def known(services: Services) -> set[str]:
     return {record.run.run_id for record in records}
 
 
-async def tallied(services: Services) -> dict[str, int]:
+async def stored_rollups(services: Services) -> dict[str, int]:
     """How many runs each measure counts."""
     statement = sa.text(
         "SELECT measure, CAST(sum(runs) AS bigint) AS runs FROM run_tallies_now"
@@ -106,14 +106,14 @@ async def test_someone_may_ask_for_it_again(
     count once."""
     [run_id] = await start(services)
     await poll_to_the_end(services, clock, within=120)
-    counted = await tallied(services)
+    counted = await stored_rollups(services)
     await prune(services, clock)
     await services.tracker.track(run_id, technique="icon-pack")
     await poll_to_the_end(services, clock, within=120)
     again = await the_run(services, run_id)
     assert again.tracking is Tracking.SETTLED
     assert again.run.charged_cost is not None
-    assert await tallied(services) == counted
+    assert await stored_rollups(services) == counted
 
 
 async def test_a_callback_of_long_ago_leaves_nothing_that_never_ends(

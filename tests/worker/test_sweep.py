@@ -281,7 +281,7 @@ async def test_a_sweep_begins_when_it_holds_the_lease(
 
 
 async def test_a_workspace_learns_its_id(services: Services, flora: Simulator) -> None:
-    """The id of a workspace that was not given is learnt from the history, and the ledger has
+    """The id of a workspace that was not given is learnt from the history, and the start log has
     it."""
     flora.start()
     await sweep(services)

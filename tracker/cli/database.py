@@ -118,7 +118,7 @@ def recount(as_json: JsonFlag = False) -> None:
 
     counted = run_on_database(rollups.recount)
     if as_json:
-        print_json({"tallies": counted})
+        print_json({"rollups": counted})
     else:
         typer.echo(f"All runs were counted again, in {counted} rollups.")
 

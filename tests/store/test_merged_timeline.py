@@ -1,4 +1,4 @@
-"""A run's row is the fold of its timeline, whatever was seen, by whom and in which order."""
+"""A run's row is its timeline merged again, whatever was seen, by whom and in which order."""
 
 import asyncio
 import random
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.store.making import TestWriter, as_entry, fold, observations, open_writer
+from tests.store.making import TestWriter, as_entry, merge_timeline, observations, open_writer
 from tracker.core.merge import merge
 from tracker.core.observation import Observation
 from tracker.core.run import Run
@@ -45,7 +45,7 @@ async def test_the_row_is_the_merge_of_its_events(
         record = await get_run(db, run_id)
         assert record is not None
         assert record.run == by_hand(run_id, observed)
-        assert record.run == await fold(db, run_id)
+        assert record.run == await merge_timeline(db, run_id)
 
 
 @given(observed=st.lists(observations("run"), min_size=30, max_size=60), seed=st.integers(0, 999))
@@ -54,7 +54,7 @@ async def test_two_writers_lose_nothing(
     db: Database, other_db: Database, observed: list[Observation], seed: int
 ) -> None:
     """Two processes that see the same runs at the same time, in opposite orders, end up in one
-    state: no deadlock, no update lost, and the timeline still folds to the row."""
+    state: no deadlock, no update lost, and the timeline still merges to the row."""
     chance = random.Random(seed)
     names = [f"{uuid4()}_{number}" for number in range(8)]
     observed = [_renamed(each, chance.choice(names)) for each in observed]
@@ -66,7 +66,7 @@ async def test_two_writers_lose_nothing(
         record = await get_run(db, run_id)
         assert record is not None
         assert record.run == by_hand(run_id, observed)
-        assert record.run == await fold(db, run_id)
+        assert record.run == await merge_timeline(db, run_id)
 
 
 def _renamed(observation: Observation, run_id: str) -> Observation:
