@@ -260,9 +260,7 @@ class StartPending(StartError):
     Ask again with the same key. `retry_after` is in seconds.
     """
 
-    def __init__(self, message: str, *, retry_after: float = 5.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    retry_after = 5.0
 
 
 class StartNotStored(StartError):

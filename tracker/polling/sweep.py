@@ -189,15 +189,12 @@ class _Sweep:
             self._sweeper.coalescer.add(
                 self._workspace.slot, report.pages, began=self._started_at, complete=True
             )
-            report.error = None
             await self._sweep_generations()
+            report.error = None
         except (FloraError, SettingsError, StoreError) as failure:
             report.error = str(failure)
-        except BaseException as failure:
-            report.error = "it was interrupted"
-            if isinstance(failure, Exception):
-                name = type(failure).__name__
-                report.error = f"a fault of the tracker's own: {name}: {failure}"
+        except Exception as failure:
+            report.error = f"a fault of the tracker's own: {type(failure).__name__}: {failure}"
             raise
         finally:
             await self._finish()

@@ -58,8 +58,8 @@ async def keep_id(
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
-async def give_ids(db: Database, workspace_id: str) -> int:
-    """Set the workspace id of starts and batches from before migration 0009; returns their number.
+async def give_ids(db: Database, workspace_id: str) -> None:
+    """Set the workspace id of starts and batches from before migration 0009.
 
     A start belongs to the workspace of its run, or to the calling workspace, whose key is at the
     top of the settings. An idempotency key that exists under both names is left alone.
@@ -101,15 +101,14 @@ async def give_ids(db: Database, workspace_id: str) -> int:
         .where(batches.c.workspace_slot == BEFORE_IDS)
         .values(workspace_slot=workspace_id)
     )
-    total = 0
-    for statement in (moved, named, batched):
 
-        def give(connection: Connection, statement: Update = statement) -> int:
-            return connection.execute(statement).rowcount
+    async def execute(statement: Update) -> int:
+        return await db.write(lambda connection: connection.execute(statement).rowcount)
 
-        while (count := await db.write(give)) and statement is not batched:
-            total += count
-    return total
+    for statement in (moved, named):
+        while await execute(statement):
+            pass
+    await execute(batched)
 
 
 async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> None:
