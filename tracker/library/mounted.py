@@ -8,12 +8,13 @@ tokens. Nothing of the host is used, and no error reaches it.
 import asyncio
 import signal
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
+from tracker.core.waiting import wait_for
 from tracker.services import Services
 from tracker.web.app import Application, build_app
 from tracker.web.http.limits import Limits
@@ -73,8 +74,7 @@ class Mounted:
             app.stop()
             if self._requests:
                 self._idle = idle = asyncio.Event()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(idle.wait(), GRACE_SECONDS)
+                await wait_for(idle, GRACE_SECONDS)
                 self._idle = None
 
 

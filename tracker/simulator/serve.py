@@ -20,6 +20,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock, utc_now
+from tracker.core.waiting import wait_for
 from tracker.simulator.api import SimulatedApi
 from tracker.simulator.callbacks import INTERNAL_SUFFIXES, CallbackSender, literal_address
 from tracker.simulator.control import ControlRoutes
@@ -248,8 +249,7 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         # Not ten times a second, as a server that has to check for signals does.
         while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), 1)
+            await wait_for(self._stopping, 1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # As uvicorn does it, without its pause of 0.1 s, which adds up in tests.

@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tracker.core.errors import SettingsError, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.net import is_loopback
+from tracker.core.waiting import wait_for
 from tracker.services import Services
 from tracker.settings import Settings
 from tracker.web.http.connection import Connection, ConnectionPool
@@ -275,8 +276,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
             self._pool.check(self.server_state.connections, loop.time())
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), 1)
+            await wait_for(self._stopping, 1)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ because a signal can be lost and on SQLite other processes send none.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from typing import Final, NamedTuple
 
 from tracker.core.errors import StoreError, StoreUnavailable
@@ -15,6 +14,7 @@ from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
+from tracker.core.waiting import wait_for
 from tracker.store.engine import Database
 from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
@@ -197,9 +197,7 @@ class Broadcaster:
             return
         listening = self._db.dialect != "sqlite" and self._signals.listening
         seconds = LISTENING_POLL_SECONDS if listening else self._limits.stream_poll_seconds
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
+        await wait_for(self._woken, seconds)
 
     async def _find_position(self) -> None:
         """Find the number after which readers follow, so that "from now on" misses nothing.

@@ -11,6 +11,7 @@ from typing import Final
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
+from tracker.core.waiting import wait_for
 from tracker.store.queries.runs import EventLine
 from tracker.views import event_json, run_json
 from tracker.web.http.responses import to_json
@@ -118,10 +119,7 @@ class StreamReader:
         """All queued changes and the frames between them; else like `next`."""
         if not self._queue and not self.ended:
             self._filled.clear()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._filled.wait()
-            except TimeoutError:
+            if not await wait_for(self._filled, timeout):
                 return []
         if self.ended:
             return None
