@@ -1,5 +1,5 @@
-"""`/batches/BATCH_ID`: one batch with its rows, by outcome and by error, a page at a time; its
-actions; and `/batches`, all batches."""
+"""`/batches`: all batches; one batch with its rows, by outcome and by error, a page at a time, and
+its actions; and `/starts`, starts whose outcome is unknown."""
 
 import asyncio
 import re
@@ -49,11 +49,18 @@ from tracker.web.dashboard.render import (
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Fault, invalid, unavailable
 
+PAGE_SIZE: Final = 50
+PICTURES: Final = 4
+"""Outputs that are shown of each batch."""
 ROWS: Final = 100
 """Rows on a page."""
 STALL_SECONDS: Final = 60.0
 NEAR: Final = 2
 """Pages that are named on either side of the present one."""
+CHOICES: Final = {"failed": Retry.FAILED, "all": Retry.ALL, "unstarted": None}
+"""Which rows: those that FLORA's codes advise to retry, all failed ones, or only those never
+started. Rows that were never started are part of each."""
+PRICE_SECONDS: Final = 5.0
 
 
 class Split(NamedTuple):
@@ -113,19 +120,51 @@ class PageLink(NamedTuple):
     is_here: bool
 
 
-class BatchGroup(PageGroup):
-    """Base of the pages about one batch."""
-
-    async def _batch(self, request: Request) -> BatchRow:
-        return await self._stored(request, batches.get, "Batch {} is not stored here.")
-
-
-class BatchPages(BatchGroup):
-    """One batch, and its outputs as a ZIP."""
+class BatchPages(PageGroup):
+    """The list of batches; one batch, its outputs as a ZIP, its actions; and the open starts."""
 
     def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
         super().__init__(services, renderer, limits)
         self._archives = asyncio.Semaphore(limits.archives)
+
+    @page("/batches")
+    async def list_batches(self, request: Request) -> Response:
+        database, cursor = self._database, query_field(request, "cursor")
+        rows, next_cursor = await batches.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
+        ids = [one.batch_id for one in rows]
+        counts = await batches.batch_counts(database, ids)
+        outputs = await sheet_rows.first_outputs(database, ids, most=PICTURES)
+        return self._render(
+            request,
+            "batches.html",
+            batches=rows,
+            counts=counts,
+            splits={batch_id: split_of(found) for batch_id, found in counts.items()},
+            views={
+                batch_id: output_views(found, media_origin=self._media_origin)
+                for batch_id, found in outputs.items()
+            },
+            names=await technique_names(database, sorted({one.technique_id for one in rows})),
+            **page_links(request, next_cursor),
+        )
+
+    @page("/starts")
+    async def list_starts(self, request: Request) -> Response:
+        state, cursor = query_choice(request, "state", LISTED), query_field(request, "cursor")
+        rows, next_cursor = await starts.list_starts(
+            self._database,
+            states=None if state is None else [state],
+            cursor=cursor,
+            limit=PAGE_SIZE,
+        )
+        return self._render(
+            request,
+            "starts.html",
+            rows=rows,
+            state=state,
+            states={one.value: one.value.replace("_", " ").capitalize() for one in LISTED},
+            **page_links(request, next_cursor, state=state),
+        )
 
     @page("/batches/{batch_id:any}")
     async def show(self, request: Request) -> Response:
@@ -196,6 +235,44 @@ class BatchPages(BatchGroup):
         )
         return _Archive(body, headers=headers, on_close=self._archives.release)
 
+    @page("/batches/{batch_id:any}/retry", "GET", "POST")
+    async def retry(self, request: Request) -> Response:
+        """`GET` shows what would be started, and its price; `POST` starts it, unless the price has
+        risen since."""
+        if request.method != "POST":
+            batch = await self._batch(request)
+            if not may(request.scope, TokenScope.START):
+                raise Fault(403, "forbidden", "This token may not start runs.")
+            which = query_choice(request, "which", CHOICES) or "failed"
+            return self._confirmation(request, await self._plan(batch, which), which)
+        form = await read_form(request)
+        await check_csrf(request)
+        batch = await self._batch(request)
+        which = form.get("which", "")
+        if which not in CHOICES:
+            raise invalid(FieldFault("which", f"must be one of {', '.join(CHOICES)}"))
+        plan = await self._plan(batch, which)
+        order = Order(
+            started_by=actor_of(request.scope).name,
+            ordered_at=self._services.clock(),
+            max_cost=_usd(form.get("max_cost", "")),
+            at_once=which == "all",
+        )
+        try:
+            await self._services.batch_orders.place(plan, order)
+        except (MaxCostReached, BudgetExceeded) as error:
+            return self._confirmation(request, plan, which, refusal=str(error))
+        return _to_batch(batch)
+
+    @action("/batches/{batch_id:any}/stop", has_page=False)
+    async def stop(self, request: Request) -> Response:
+        batch = await self._batch(request)
+        await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
+        return _to_batch(batch)
+
+    async def _batch(self, request: Request) -> BatchRow:
+        return await self._stored(request, batches.get, "Batch {} is not stored here.")
+
     def _view(self, batch: BatchRow, row: RowState, ports: Any) -> RowView:
         cells = [row.entry.carried.get(name, "") for name in batch.columns or ()]
         name, *others = [cell for cell in cells if cell] or [""]
@@ -204,6 +281,32 @@ class BatchPages(BatchGroup):
         outputs = None if row.record is None else row.record.run.outputs
         views = output_views(outputs, ports, media_origin=self._media_origin)
         return RowView(row, name or asked or f"row {row.entry.position}", about, views)
+
+    async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:
+        """What would be started now. Raises `Fault` 503 while FLORA does not tell the price."""
+        try:
+            async with asyncio.timeout(PRICE_SECONDS):
+                return await self._services.batches.stored_plan(batch, retry=CHOICES[which])
+        except TimeoutError:
+            raise unavailable("FLORA does not answer, so the price is not known.") from None
+
+    def _confirmation(
+        self, request: Request, plan: BatchPlan, which: str, *, refusal: str | None = None
+    ) -> Response:
+        runs = counted(len(plan.missing), "run")
+        price = "" if plan.cost is None else f", up to {money(plan.cost)}"
+        return self._render(
+            request,
+            "retry.html",
+            status=200 if refusal is None else 402,
+            batch=plan.batch,
+            plan=plan,
+            which=which,
+            max_cost="" if plan.cost is None else str(plan.cost),
+            question=f"Start {runs}{'' if which == 'unstarted' else ' again'}{price}",
+            to_change=len(plan.to_change) if which == "failed" else 0,
+            flash=None if refusal is None else FlashMessage("bad", refusal),
+        )
 
 
 class _Archive(StreamingResponse):
@@ -251,129 +354,6 @@ def _page_links(links: list[str], here: int) -> list[PageLink | None]:
             found.append(None)
         found.append(PageLink(number + 1, links[number], number == here))
     return found
-
-
-# `/batches` and `/starts`: the batches, and starts whose outcome is unknown.
-
-PAGE_SIZE: Final = 50
-PICTURES: Final = 4
-"""Outputs that are shown of each batch."""
-
-
-class BatchListPages(PageGroup):
-    """The list of batches, and the open starts."""
-
-    @page("/batches")
-    async def list(self, request: Request) -> Response:
-        database, cursor = self._database, query_field(request, "cursor")
-        rows, next_cursor = await batches.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
-        ids = [one.batch_id for one in rows]
-        counts = await batches.batch_counts(database, ids)
-        outputs = await sheet_rows.first_outputs(database, ids, most=PICTURES)
-        return self._render(
-            request,
-            "batches.html",
-            batches=rows,
-            counts=counts,
-            splits={batch_id: split_of(found) for batch_id, found in counts.items()},
-            views={
-                batch_id: output_views(found, media_origin=self._media_origin)
-                for batch_id, found in outputs.items()
-            },
-            names=await technique_names(database, sorted({one.technique_id for one in rows})),
-            **page_links(request, next_cursor),
-        )
-
-    @page("/starts")
-    async def starts(self, request: Request) -> Response:
-        state, cursor = query_choice(request, "state", LISTED), query_field(request, "cursor")
-        rows, next_cursor = await starts.list_starts(
-            self._database,
-            states=None if state is None else [state],
-            cursor=cursor,
-            limit=PAGE_SIZE,
-        )
-        return self._render(
-            request,
-            "starts.html",
-            rows=rows,
-            state=state,
-            states={one.value: one.value.replace("_", " ").capitalize() for one in LISTED},
-            **page_links(request, next_cursor, state=state),
-        )
-
-
-# Start rows of a batch again, at a price that is confirmed first, or start no more of them.
-
-CHOICES: Final = {"failed": Retry.FAILED, "all": Retry.ALL, "unstarted": None}
-"""Which rows: those that FLORA's codes advise to retry, all failed ones, or only those never
-started. Rows that were never started are part of each."""
-PRICE_SECONDS: Final = 5.0
-
-
-class BatchActionPages(BatchGroup):
-    """Retry, with its confirmation, and stop."""
-
-    @page("/batches/{batch_id:any}/retry", "GET", "POST")
-    async def retry(self, request: Request) -> Response:
-        """`GET` shows what would be started, and its price; `POST` starts it, unless the price has
-        risen since."""
-        if request.method != "POST":
-            batch = await self._batch(request)
-            if not may(request.scope, TokenScope.START):
-                raise Fault(403, "forbidden", "This token may not start runs.")
-            which = query_choice(request, "which", CHOICES) or "failed"
-            return self._confirmation(request, await self._plan(batch, which), which)
-        form = await read_form(request)
-        await check_csrf(request)
-        batch = await self._batch(request)
-        which = form.get("which", "")
-        if which not in CHOICES:
-            raise invalid(FieldFault("which", f"must be one of {', '.join(CHOICES)}"))
-        plan = await self._plan(batch, which)
-        order = Order(
-            started_by=actor_of(request.scope).name,
-            ordered_at=self._services.clock(),
-            max_cost=_usd(form.get("max_cost", "")),
-            at_once=which == "all",
-        )
-        try:
-            await self._services.batch_orders.place(plan, order)
-        except (MaxCostReached, BudgetExceeded) as error:
-            return self._confirmation(request, plan, which, refusal=str(error))
-        return _to_batch(batch)
-
-    @action("/batches/{batch_id:any}/stop", has_page=False)
-    async def stop(self, request: Request) -> Response:
-        batch = await self._batch(request)
-        await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
-        return _to_batch(batch)
-
-    async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:
-        """What would be started now. Raises `Fault` 503 while FLORA does not tell the price."""
-        try:
-            async with asyncio.timeout(PRICE_SECONDS):
-                return await self._services.batches.stored_plan(batch, retry=CHOICES[which])
-        except TimeoutError:
-            raise unavailable("FLORA does not answer, so the price is not known.") from None
-
-    def _confirmation(
-        self, request: Request, plan: BatchPlan, which: str, *, refusal: str | None = None
-    ) -> Response:
-        runs = counted(len(plan.missing), "run")
-        price = "" if plan.cost is None else f", up to {money(plan.cost)}"
-        return self._render(
-            request,
-            "retry.html",
-            status=200 if refusal is None else 402,
-            batch=plan.batch,
-            plan=plan,
-            which=which,
-            max_cost="" if plan.cost is None else str(plan.cost),
-            question=f"Start {runs}{'' if which == 'unstarted' else ' again'}{price}",
-            to_change=len(plan.to_change) if which == "failed" else 0,
-            flash=None if refusal is None else FlashMessage("bad", refusal),
-        )
 
 
 def _to_batch(batch: BatchRow) -> Response:

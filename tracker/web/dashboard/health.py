@@ -58,8 +58,8 @@ class CoverageBar:
         return round(1000 * first, 1), round(1000 * max(last - first, 0.0), 1)
 
 
-class HealthPage(PageGroup):
-    """The page."""
+class HealthPages(PageGroup):
+    """The page, and the runbook."""
 
     @page("/sweeps")
     async def moved(self, request: Request) -> Response:
@@ -101,6 +101,13 @@ class HealthPage(PageGroup):
             newest="/health" if before else None,
         )
 
+    @page("/runbook.html")
+    async def runbook(self, request: Request) -> Response:
+        """All sections; an alert's is `#` and its name in lower case."""
+        return self._render(
+            request, "runbook.html", text=runbook_html(self._services.settings.tracker_docs_url)
+        )
+
 
 def _bars(coverage: sweeps.Coverage, now: datetime) -> list[CoverageBar]:
     unread = sweeps.unread(coverage)
@@ -121,17 +128,6 @@ def _bars(coverage: sweeps.Coverage, now: datetime) -> list[CoverageBar]:
 #
 # So a page can link to it where nothing else can be reached. With `TRACKER_DOCS_URL` pages link to
 # the documentation there instead.
-
-
-class RunbookPage(PageGroup):
-    """The page."""
-
-    @page("/runbook.html")
-    async def show(self, request: Request) -> Response:
-        """All sections; an alert's is `#` and its name in lower case."""
-        return self._render(
-            request, "runbook.html", text=runbook_html(self._services.settings.tracker_docs_url)
-        )
 
 
 @cache

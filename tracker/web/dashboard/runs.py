@@ -55,6 +55,9 @@ CSV_COLUMNS: Final = (
     *("quoted_cost", "error_code", "error_message", "retry_advice", "tags", "inputs", "outputs"),
 )
 """Columns of the API's runs; tags and inputs are JSON, outputs a link or text on each line."""
+MAX_SHOWN: Final = 300
+"""Outputs, inputs and sentences (the newest ones) on the page of a run."""
+_PASSING: Final = (RetryAdvice.RETRY_NOW, RetryAdvice.RETRY_LATER)
 
 STATE_NAMES: Final = {
     "open": "In progress",
@@ -82,11 +85,24 @@ _FILTERS: Final = (
 log = get_logger(__name__)
 
 
-class RunListPages(PageGroup):
-    """The list of runs, and the same as CSV."""
+class Again(NamedTuple):
+    """What a failed run offers: a start of the same inputs at `cost` USD, once; or the run that was
+    started again before."""
+
+    cost: Decimal | None
+    run_id: str | None
+
+    @property
+    def question(self) -> str:
+        """What the button does."""
+        return f"Start again{'' if self.cost is None else f', up to {money(self.cost)}'}"
+
+
+class RunPages(PageGroup):
+    """The list of runs, and the same as CSV; one run, and its actions."""
 
     @page("/runs")
-    async def list(self, request: Request) -> Response:
+    async def list_runs(self, request: Request) -> Response:
         database = self._database
         filters = {name: query_field(request, name) for name in _FILTERS}
         cursor = query_field(request, "cursor")
@@ -145,124 +161,6 @@ class RunListPages(PageGroup):
             return Response(media_type="text/csv", headers=headers)
         return StreamingResponse(self._csv_lines(wanted), media_type="text/csv", headers=headers)
 
-    async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
-        yield BOM + _csv([CSV_COLUMNS])
-        left, cursor = self._limits.csv_runs, None
-        while left > 0:
-            limit = min(self._limits.csv_page, left)
-            found = await search_runs(self._database, wanted, cursor=cursor, limit=limit)
-            yield _csv(map(_cells, found.records))
-            left, cursor = left - len(found.records), found.next_cursor
-            if cursor is None:
-                return
-
-    async def _wanted(
-        self, request: Request, filters: Mapping[str, str | None]
-    ) -> tuple[Wanted, SheetMatches | None]:
-        """What the filters ask for, and what the text finds in batches. Raises `Fault` 400."""
-        within = query_choice(request, "within", PERIODS)
-        since, until = _moment("from", filters["from"]), _moment("to", filters["to"])
-        if since is None and within is not None:
-            since = self._services.clock() - PERIODS[within][1]
-        wanted = Wanted(
-            state=query_choice(request, "state", STATES),
-            advice=query_choice(request, "advice", ADVICE_NAMES),
-            technique_id=filters["technique"],
-            workspace_id=filters["workspace"],
-            project_id=filters["project"],
-            batch_id=filters["batch"],
-            tag=_tag(filters["tag"]),
-            since=since,
-            until=until,
-            text=filters["text"],
-            sort=Sort(query_choice(request, "sort", Sort) or Sort.NEWEST),
-        )
-        if wanted.text is None:
-            return wanted, None
-        matches = await search_sheets(self._database, wanted.text)
-        return replace(wanted, among=matches.run_ids), matches
-
-    async def _total(self, wanted: Wanted, found: Found, *, first: bool) -> Total:
-        """How many runs match. Where the first page shows all of them, nothing is counted."""
-        if first and found.next_cursor is None:
-            return Total(len(found.records), more=False)
-        return await count_runs(self._database, wanted)
-
-
-def _csv(rows: Iterator[Sequence[Any]] | Sequence[Sequence[Any]]) -> str:
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows(
-        [safe_cell(cell) for cell in row] for row in rows
-    )
-    return lines.getvalue()
-
-
-def _cells(record: Record) -> list[Any]:
-    values = run_json(record)
-    values["charged_cost"], values["quoted_cost"] = record.run.charged_cost, record.run.quoted_cost
-    values["tags"] = dump_json(record.tags) if record.tags else None
-    values["inputs"] = dump_json(record.inputs) if record.inputs else None
-    values["outputs"] = "\n".join(output.url for output in record.run.outputs or ())
-    return [values[name] for name in CSV_COLUMNS]
-
-
-def _name(sort: Sort) -> str | None:
-    """The order as the address has it; the usual one is left out."""
-    return None if sort is Sort.NEWEST else sort.value
-
-
-def _with_chosen(choices: Mapping[str, str], chosen: str | None) -> dict[str, str]:
-    """Choices by value, the chosen one among them."""
-    return {**choices} if chosen is None else {**choices, chosen: choices.get(chosen, chosen)}
-
-
-def _tag(text: str | None) -> str | None:
-    """A tag of the form. Raises `Fault` 400."""
-    try:
-        return None if text is None else "=".join(parse_tag(text))
-    except ValueError as error:
-        raise invalid(FieldFault("tag", str(error))) from None
-
-
-def _moment(name: str, text: str | None) -> datetime | None:
-    """A time of the form; without a zone it is UTC. Raises `Fault` 400."""
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise invalid(FieldFault(name, "must be a time such as 2026-06-01T12:00")) from None
-
-
-def _local_field(moment: datetime | None) -> str:
-    """A UTC time as a `datetime-local` field holds it."""
-    return "" if moment is None else f"{moment:%Y-%m-%dT%H:%M:%S}"
-
-
-# `/runs/RUN_ID`: one run.
-
-MAX_SHOWN: Final = 300
-"""Outputs, inputs and sentences (the newest ones) on the page of a run."""
-_PASSING: Final = (RetryAdvice.RETRY_NOW, RetryAdvice.RETRY_LATER)
-
-
-class Again(NamedTuple):
-    """What a failed run offers: a start of the same inputs at `cost` USD, once; or the run that was
-    started again before."""
-
-    cost: Decimal | None
-    run_id: str | None
-
-    @property
-    def question(self) -> str:
-        """What the button does."""
-        return f"Start again{'' if self.cost is None else f', up to {money(self.cost)}'}"
-
-
-class RunPages(PageGroup):
-    """One run, and its actions."""
-
     @page("/runs/{run_id:any}")
     async def show(self, request: Request) -> Response:
         return await self._page(request, await self._record(request))
@@ -309,6 +207,49 @@ class RunPages(PageGroup):
         started = (await self._services.starter.start(start)).record.run
         log.info("run.started", run_id=started.run_id, technique_id=started.technique_id, **by)
         return _to_run(started.run_id)
+
+    async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
+        yield BOM + _csv([CSV_COLUMNS])
+        left, cursor = self._limits.csv_runs, None
+        while left > 0:
+            limit = min(self._limits.csv_page, left)
+            found = await search_runs(self._database, wanted, cursor=cursor, limit=limit)
+            yield _csv(map(_cells, found.records))
+            left, cursor = left - len(found.records), found.next_cursor
+            if cursor is None:
+                return
+
+    async def _wanted(
+        self, request: Request, filters: Mapping[str, str | None]
+    ) -> tuple[Wanted, SheetMatches | None]:
+        """What the filters ask for, and what the text finds in batches. Raises `Fault` 400."""
+        within = query_choice(request, "within", PERIODS)
+        since, until = _moment("from", filters["from"]), _moment("to", filters["to"])
+        if since is None and within is not None:
+            since = self._services.clock() - PERIODS[within][1]
+        wanted = Wanted(
+            state=query_choice(request, "state", STATES),
+            advice=query_choice(request, "advice", ADVICE_NAMES),
+            technique_id=filters["technique"],
+            workspace_id=filters["workspace"],
+            project_id=filters["project"],
+            batch_id=filters["batch"],
+            tag=_tag(filters["tag"]),
+            since=since,
+            until=until,
+            text=filters["text"],
+            sort=Sort(query_choice(request, "sort", Sort) or Sort.NEWEST),
+        )
+        if wanted.text is None:
+            return wanted, None
+        matches = await search_sheets(self._database, wanted.text)
+        return replace(wanted, among=matches.run_ids), matches
+
+    async def _total(self, wanted: Wanted, found: Found, *, first: bool) -> Total:
+        """How many runs match. Where the first page shows all of them, nothing is counted."""
+        if first and found.next_cursor is None:
+            return Total(len(found.records), more=False)
+        return await count_runs(self._database, wanted)
 
     async def _page(
         self, request: Request, record: Record, *, flash: FlashMessage | None = None
@@ -365,6 +306,57 @@ class RunPages(PageGroup):
     def _can_poll(self, record: Record) -> bool:
         workspace = self._services.workspaces.of(record.run.workspace_id)
         return workspace is not None and workspace.client is not None
+
+
+def _csv(rows: Iterator[Sequence[Any]] | Sequence[Sequence[Any]]) -> str:
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(
+        [safe_cell(cell) for cell in row] for row in rows
+    )
+    return lines.getvalue()
+
+
+def _cells(record: Record) -> list[Any]:
+    values = run_json(record)
+    values["charged_cost"], values["quoted_cost"] = record.run.charged_cost, record.run.quoted_cost
+    values["tags"] = dump_json(record.tags) if record.tags else None
+    values["inputs"] = dump_json(record.inputs) if record.inputs else None
+    values["outputs"] = "\n".join(output.url for output in record.run.outputs or ())
+    return [values[name] for name in CSV_COLUMNS]
+
+
+def _name(sort: Sort) -> str | None:
+    """The order as the address has it; the usual one is left out."""
+    return None if sort is Sort.NEWEST else sort.value
+
+
+def _with_chosen(choices: Mapping[str, str], chosen: str | None) -> dict[str, str]:
+    """Choices by value, the chosen one among them."""
+    return {**choices} if chosen is None else {**choices, chosen: choices.get(chosen, chosen)}
+
+
+def _tag(text: str | None) -> str | None:
+    """A tag of the form. Raises `Fault` 400."""
+    try:
+        return None if text is None else "=".join(parse_tag(text))
+    except ValueError as error:
+        raise invalid(FieldFault("tag", str(error))) from None
+
+
+def _moment(name: str, text: str | None) -> datetime | None:
+    """A time of the form; without a zone it is UTC. Raises `Fault` 400."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise invalid(FieldFault(name, "must be a time such as 2026-06-01T12:00")) from None
+
+
+def _local_field(moment: datetime | None) -> str:
+    """A UTC time as a `datetime-local` field holds it."""
+    return "" if moment is None else f"{moment:%Y-%m-%dT%H:%M:%S}"
 
 
 def _to_run(run_id: str) -> Response:

@@ -11,12 +11,12 @@ from starlette.types import Scope
 from tracker.services import Services
 from tracker.web.auth import AccessControl
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
-from tracker.web.dashboard.batch import BatchActionPages, BatchListPages, BatchPages
+from tracker.web.dashboard.batch import BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
-from tracker.web.dashboard.health import HealthPage, RunbookPage
+from tracker.web.dashboard.health import HealthPages
 from tracker.web.dashboard.overview import OverviewPage
 from tracker.web.dashboard.render import PageGroup, Renderer
-from tracker.web.dashboard.runs import RunListPages, RunPages
+from tracker.web.dashboard.runs import RunPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
 from tracker.web.dashboard.webhooks import WebhookPages
@@ -35,8 +35,8 @@ _JSON_PATHS: Final = (
 )
 """Paths whose errors are always JSON."""
 _GROUPS: Final[tuple[type[PageGroup], ...]] = (
-    *(OverviewPage, RunListPages, RunPages, DeliveryPages, TechniquePages, BatchListPages),
-    *(BatchActionPages, BatchPages, SpendingPage, HealthPage, RunbookPage, WebhookPages),
+    *(OverviewPage, RunPages, DeliveryPages, TechniquePages, BatchPages, SpendingPage),
+    *(HealthPages, WebhookPages),
 )
 _TITLES: Final = {
     400: "Invalid request",
