@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,19 +68,18 @@ class EndpointResolver:
     server that does not answer would block all other lookups, FLORA's too.
     """
 
-    def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._monotonic = monotonic
+    def __init__(self) -> None:
         self._found: list[Address] = []
         self._until = float("-inf")
         self._lookup: asyncio.Future[list[Address]] | None = None
 
     async def __call__(self, host: str, port: int) -> list[Address]:
         """The addresses of the host. Raises `OSError`."""
-        if self._monotonic() >= self._until:
+        if time.monotonic() >= self._until:
             if self._lookup is None or self._lookup.done():
                 self._lookup = in_thread(f"resolve {host}", partial(_resolve, host, port))
             self._found = await asyncio.shield(self._lookup)
-            self._until = self._monotonic() + RESOLVED_SECONDS
+            self._until = time.monotonic() + RESOLVED_SECONDS
         return self._found
 
 
