@@ -1,7 +1,10 @@
 """Help, wrong usage, and what is missing: exit statuses and the one line on stderr."""
 
+import io
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,26 +214,49 @@ def test_an_unknown_run_is_status_1(tracker: Commands) -> None:
     assert "tracker runs track run_unknown" in one_line(done)
 
 
+UNWRITABLE = "tracker: stdout cannot be written: No space left on device\n"
+
+
 @pytest.mark.parametrize(
-    "arguments", ["runs list", "runs list --json", "db current", "spending --csv", "--help"]
+    "arguments", ["runs list --json", "db current", "spending --csv", "--help"]
 )
-@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
+@pytest.mark.parametrize("unbuffered", [False, True])
 def test_an_output_that_cannot_be_written_is_status_1(
-    arguments: str, unbuffered: str, tmp_path: Path
+    tracker: Commands, arguments: str, unbuffered: bool
 ) -> None:
     """One line, where the disk is full; a command whose stdout is closed prints nothing."""
-    full = _in_shell(f"{arguments} >/dev/full", tmp_path, unbuffered)
-    assert (full.returncode, one_line(full)) == (
-        1,
-        "tracker: stdout cannot be written: No space left on device\n",
-    )
-    closed = _in_shell(f"{arguments} >&-", tmp_path, unbuffered)
+    command = arguments.split()
+    full = tracker(*command, prepare=partial(_fill_stdout, unbuffered))
+    assert (full.returncode, one_line(full)) == (1, UNWRITABLE)
+    closed = tracker(*command, prepare=_close_stdout)
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
-def _in_shell(
-    arguments: str, folder: Path, variables: str = ""
-) -> "subprocess.CompletedProcess[str]":
+def _fill_stdout(unbuffered: bool) -> None:
+    """Give the process the stdout that Python makes as it starts where the disk is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    raw = io.FileIO(1, "w", closefd=False)
+    written = raw if unbuffered else io.BufferedWriter(raw)
+    sys.stdout = io.TextIOWrapper(written, write_through=unbuffered)  # type: ignore[type-var]
+
+
+def _close_stdout() -> None:
+    os.close(1)
+    sys.stdout = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
+def test_python_says_no_more_about_an_output_that_cannot_be_written(
+    tmp_path: Path, unbuffered: str
+) -> None:
+    """The same holds for a process of its own, to its very end."""
+    full = _in_shell("runs list >/dev/full", tmp_path, unbuffered)
+    assert (full.returncode, one_line(full)) == (1, UNWRITABLE)
+    closed = _in_shell("runs list >&-", tmp_path, unbuffered)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def _in_shell(arguments: str, folder: Path, variables: str) -> "subprocess.CompletedProcess[str]":
     command = ["/bin/sh", "-c", f"{variables}exec {sys.executable} -m tracker {arguments}"]
     return subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=False)
 
