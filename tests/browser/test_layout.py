@@ -66,7 +66,7 @@ async def test_forced_colours_mark_the_current_page(live: LiveTracker, open_page
     """They remove the background that marks it otherwise."""
     page = (await open_page(forced_colors="active")).page
     await sign_in(page, f"{live.url}/runs")
-    links = page.get_by_role("navigation").get_by_role("link")
+    links = page.get_by_role("navigation", name="Pages", exact=True).get_by_role("link")
     widths = await links.evaluate_all(
         "(all) => all.map((one) => [one.textContent.trim(), getComputedStyle(one).borderTopWidth])"
     )

@@ -68,10 +68,13 @@ NEEDS_HOVER = """
 () => [...document.querySelectorAll("main [title]:not(time)")]
   .map((each) => each.outerHTML.slice(0, 120))
 """
-CUT_OFF = """
-() => [...document.querySelectorAll(".scroll")]
-  .filter((each) => each.scrollWidth > each.clientWidth + 1)
-  .map((each) => each.outerHTML.slice(0, 120))
+CUT_OFF_AND_WIDTH = """
+() => [
+  [...document.querySelectorAll(".scroll")]
+    .filter((each) => each.scrollWidth > each.clientWidth + 1)
+    .map((each) => each.outerHTML.slice(0, 120)),
+  document.documentElement.scrollWidth,
+]
 """
 TOO_WIDE = """
 () => [...document.querySelectorAll("body *")]
@@ -198,23 +201,28 @@ async def _batch(live: LiveTracker) -> str:
 
 async def _assert_accessible(page: Page, path: str) -> None:
     assert await page.evaluate(NEEDS_HOVER) == [], path
-    for width in (1280, 360):
-        await page.set_viewport_size({"width": width, "height": 800})
+    for width in (320, 360, 1000, 1280):
+        await _assert_fits(page, path, width)
+        if width in (320, 1000):
+            continue
         assert await page.evaluate(SMALL_TARGETS) == [], (path, width)
         for scheme, rules in (("light", ALL_RULES), ("dark", CONTRAST)):
             await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
             assert await page.evaluate(VIOLATIONS, rules) == [], (path, width, scheme)
-    await _assert_narrow(page, path, widths=(320, 360, 1000))
 
 
 async def _assert_narrow(
     page: Page, path: str, *, widths: tuple[int, ...] = (320, 360, 800, 1000)
 ) -> None:
     for width in (*widths, 1280):
-        await page.set_viewport_size({"width": width, "height": 740})
-        assert await page.evaluate(CUT_OFF) == [], (path, width)
-        taken = await page.evaluate("document.documentElement.scrollWidth")
-        assert taken <= width, (path, await page.evaluate(TOO_WIDE))
+        await _assert_fits(page, path, width)
+
+
+async def _assert_fits(page: Page, path: str, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 740})
+    cut_off, taken = await page.evaluate(CUT_OFF_AND_WIDTH)
+    assert cut_off == [], (path, width)
+    assert taken <= width, (path, await page.evaluate(TOO_WIDE))
 
 
 async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) -> None:
