@@ -49,6 +49,8 @@ CHROMIUM: Final = next(
 FLAGS: Final = [
     "--no-sandbox",
     "--disable-gpu",
+    # Pages that live for a second do not repay the compilation of their scripts.
+    "--js-flags=--no-maglev,--no-opt",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
