@@ -59,8 +59,8 @@ demo: install  ## watch the tracker work against a local FLORA, without a key
 	$(BIN)/tracker demo
 
 test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
-	@# Six on two cores: many tests wait for processes rather than compute.
-	$(BIN)/pytest -n 6 --dist worksteal $(PYTEST_ARGS)
+	@# Eight on two cores: many tests wait for processes rather than compute.
+	$(BIN)/pytest -n 8 --dist worksteal $(PYTEST_ARGS)
 
 bench: install  ## measure speed, API calls, memory and scale, for twenty minutes (BENCH=ingest takes some)
 	$(BIN)/python -m bench $(BENCH)
