@@ -1,10 +1,11 @@
-"""Amounts, line numbers and requirements for people, and cells of CSV."""
+"""Amounts, line numbers and requirements for people, cells of CSV, and times for programs."""
 
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 
 import pytest
 
-from tracker.core.formatting import line_numbers, money, requirement, safe_cell
+from tracker.core.formatting import iso_time, line_numbers, money, requirement, safe_cell
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,30 @@ def test_cells_of_csv_have_the_values_of_json() -> None:
             "List should have at most 9 items after validation, not 10",
             "must have at most 9 items",
         ),
+        (
+            "less_than_equal",
+            "Input should be less than or equal to datetime.timedelta(seconds=6600)",
+            "must be less than or equal to 110m",
+        ),
+        (
+            "greater_than",
+            "Input should be greater than datetime.timedelta(0)",
+            "must be greater than 0s",
+        ),
+        (
+            "less_than_equal",
+            "Input should be less than or equal to datetime.timedelta(days=1, seconds=1)",
+            "must be less than or equal to 86401s",
+        ),
     ],
 )
 def test_a_requirement_is_a_predicate(kind: str, message: str, said: str) -> None:
     """Whatever pydantic calls it."""
     assert requirement(kind, message) == said
+
+
+@pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=-5))])
+def test_a_time_for_programs_is_in_utc_with_z(zone: timezone) -> None:
+    """The form of the API, whatever the zone of the value."""
+    at = datetime(2026, 11, 28, 3, 0, 0, 120, tzinfo=UTC)
+    assert iso_time(at.astimezone(zone)) == "2026-11-28T03:00:00.000120Z"

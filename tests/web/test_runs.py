@@ -112,6 +112,7 @@ async def test_the_timeline_shows_what_was_seen(site: Site) -> None:
     ]
     assert all(one["at"].endswith("Z") and one["run_id"] == "run_1" for one in events)
     assert events[1]["detail"]["source"] == "callback"
+    assert [one["detail"]["at"] for one in events] == [one["at"] for one in events]
 
 
 async def test_an_unknown_run_is_not_found(site: Site) -> None:

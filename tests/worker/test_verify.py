@@ -78,6 +78,8 @@ async def test_each_difference_is_named(
     for _ in range(2):
         verdict = await verify(services)
         found = {one.run_id: one.problem for one in verdict.differences}
+        assert all(one.created_at.endswith("Z") for one in verdict.differences)
+        assert verdict.since.endswith("Z")
         assert found.pop(status) in ("status", "outputs", "cost")
         assert found == {gone: "missing", cost: "cost", output: "outputs", denied: "not_listed"}
         assert not verdict.good

@@ -5,7 +5,7 @@ An unknown value is never shown as 0.
 
 import re
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ _REQUIREMENTS: Final = {
     "dict_type": "must be an object",
 }
 _DETAIL: Final = re.compile(r" after validation, not \d+$|, unable to parse .*$")
+_TIMEDELTA: Final = re.compile(r"datetime\.timedelta\((?:days=(\d+))?(?:, )?(?:seconds=(\d+))?0?\)")
 
 
 def requirement(kind: str, message: str) -> str:
@@ -25,9 +26,24 @@ def requirement(kind: str, message: str) -> str:
     It is the predicate of a sentence whose subject is the field: `must be a valid integer`.
     """
     message = re.sub(r"^[A-Z][a-z]+ should ", "must ", message.removeprefix("Value error, "))
+    message = _TIMEDELTA.sub(_as_written, message)
     if kind == "too_short" and "at least 1 " in message:
         return "must not be empty"
     return _REQUIREMENTS.get(kind) or _DETAIL.sub("", message)
+
+
+def _as_written(found: re.Match[str]) -> str:
+    """A timedelta as settings have it: `110m`, `7d`."""
+    seconds = int(found[1] or 0) * 86400 + int(found[2] or 0)
+    for unit, length in (("d", 86400), ("m", 60)):
+        if seconds and seconds % length == 0:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def iso_time(value: datetime) -> str:
+    """A time for programs, as the API shows it: ISO 8601 in UTC, with `Z`."""
+    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def money(value: Decimal | float | None) -> str:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, Final
 
+from tracker.core.formatting import iso_time
 from tracker.core.run import (
     Details,
     Output,
@@ -140,7 +141,7 @@ _BY_CALLBACK: Final = _BY_API | {
 
 _TIMES: Final = ("at", "created_at", "started_at", "completed_at", "sent_at")
 _TO_JSON: Final[dict[str, Callable[[Any], Any]]] = {
-    **dict.fromkeys(_TIMES, datetime.isoformat),
+    **dict.fromkeys(_TIMES, iso_time),
     **dict.fromkeys(("source", "status", "charged_cost"), str),
     "error": lambda error: {"code": error.code, "message": error.message},
     "outputs": lambda outputs: [[o.output_id, o.type, o.url] for o in outputs],

@@ -29,6 +29,7 @@ from tracker.core.errors import (
     SettingsError,
     StoreError,
 )
+from tracker.core.formatting import iso_time
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.core.record import Observed
@@ -382,7 +383,7 @@ class _Sweep:
         )
         if end is None:
             return
-        times = {"from_at": end.isoformat(), "to_at": at.isoformat()}
+        times = {"from_at": iso_time(end), "to_at": iso_time(at)}
         plan.unread.append(UnreadGap(run_type=plan.kind, **times, error=hole.error))
         log.error(
             "sweep.page_unreadable",

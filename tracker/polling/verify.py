@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
 from tracker.core.errors import FloraError
+from tracker.core.formatting import iso_time
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunType
@@ -84,7 +85,7 @@ class Verifier(Service):
         """
         client = workspace.require_client()
         start = self.clock() - since
-        report = VerifyReport(workspace_id=workspace.name, since=start.isoformat())
+        report = VerifyReport(workspace_id=workspace.name, since=iso_time(start))
         shown = await runs.has_generations(self.database, self.workspaces.claimable(workspace))
         kinds: tuple[RunType, ...] = ("technique", "generation") if shown else ("technique",)
         for kind in kinds:
@@ -131,7 +132,7 @@ class Verifier(Service):
                                         run_id=run_id,
                                         run_type=kind,
                                         problem="not_listed",
-                                        created_at=created_at.isoformat(),
+                                        created_at=iso_time(created_at),
                                         here=status,
                                     )
                                 )
@@ -161,7 +162,7 @@ class Verifier(Service):
             if item.lacks_status and record is not None:
                 report.error = f"{kind} runs: FLORA lists run {item.run_id} without a status"
                 continue
-            created_at = item.created_at.isoformat() if item.created_at else ""
+            created_at = iso_time(item.created_at) if item.created_at else ""
             report.differences += [
                 Difference(
                     run_id=item.run_id,

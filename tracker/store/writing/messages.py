@@ -32,6 +32,7 @@ from sqlalchemy import (
 )
 
 from tracker.core.events import MOST_OPEN, WAITS, EventType, RunFilter, next_attempt, still_holds
+from tracker.core.formatting import iso_time
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.store.engine import Database, insert_on
@@ -436,7 +437,7 @@ async def recover(
 ) -> int | None:
     """Send the failed messages of an endpoint that were created since then again, and its pending
     ones at once; returns how many had failed, or `None` for an unknown endpoint."""
-    entry = audit.entry(Action.RESEND, now, endpoint_id=endpoint_id, since=since.isoformat())
+    entry = audit.entry(Action.RESEND, now, endpoint_id=endpoint_id, since=iso_time(since))
     if not await db.write(partial(_catch_up, endpoint_id, now, entry, {})):
         return None
     some = (
