@@ -56,6 +56,14 @@ async def test_programs_get_401_and_no_form(closed: Site) -> None:
     )
     assert script.status_code == 401
     assert script.headers["HX-Redirect"] == "/login?next=%2Fruns%3Fstate%3Dopen"
+    for page, then in (
+        (f"{closed.client.base_url}/runs/run_1", "/login?next=%2Fruns%2Frun_1"),
+        ("https://evil.example//evil.example/x", "/login"),
+        ("http://[", "/login"),
+        ("", "/login"),
+    ):
+        form = await closed.client.post("/runs/run_1/check", headers=HTML | {"Referer": page})
+        assert (form.status_code, form.headers["Location"]) == (303, then)
 
 
 async def test_the_cookie_opens_pages_and_the_api(browser: httpx.AsyncClient) -> None:

@@ -89,22 +89,24 @@ class Dashboard:
 
 
 def _to_sign_in(request: Request) -> Response:
-    """To the sign-in, and from there to the wanted page, or to the one whose script asked."""
+    """To the sign-in, and from there to the wanted page, or to the one whose script or form asked:
+    what was asked for is not done, and has to be seen before it is asked for again."""
     if request.headers.get("hx-request") == "true":
-        page = _path_of(request.headers.get("hx-current-url", ""))
-        wanted = page.removeprefix(prefix_of(request.scope)) or "/"
+        page = _page_of(request, "hx-current-url")
         # A redirect would put the sign-in into the middle of the present page.
-        return Response(status_code=401, headers={"HX-Redirect": login_url(wanted)})
-    wanted = "/"
+        return Response(status_code=401, headers={"HX-Redirect": login_url(page)})
     if request.method == "GET":
         wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    else:
+        wanted = _page_of(request, "referer")
     return RedirectResponse(login_url(wanted), status_code=303)
 
 
-def _path_of(url: str) -> str:
-    """Path and query of an address that a client sent."""
+def _page_of(request: Request, header: str) -> str:
+    """Path and query, without the prefix, of the address that a client sent in a header."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(request.headers.get(header, ""))
     except ValueError:
         return "/"
-    return local_path(parts._replace(scheme="", netloc="", fragment="").geturl())
+    path = local_path(parts._replace(scheme="", netloc="", fragment="").geturl())
+    return path.removeprefix(prefix_of(request.scope)) or "/"
