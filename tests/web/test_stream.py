@@ -19,14 +19,17 @@ from tests.web.conftest import Serve, Site
 from tests.web.serving import serving, wire
 from tests.web.streaming import following
 from tracker.core.errors import StoreUnavailable
-from tracker.core.record import FailedRead
+from tracker.core.events import RunFilter
+from tracker.core.record import FailedRead, apply
 from tracker.core.run import RunStatus
+from tracker.core.schedule import Policy
 from tracker.services import open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as feed
 from tracker.store.schema import runs
 from tracker.web.app import build_app
 from tracker.web.http.limits import Limits
+from tracker.web.stream.reader import Change, StreamReader
 
 
 async def is_full(site: Site) -> bool:
@@ -233,6 +236,22 @@ async def test_a_slow_reader_is_disconnected(sqlite_url: str, serve: Serve) -> N
             names = ids(f"run_{number}", 40)
             await site.services.writer.submit_all([seen(run, facts=facts) for run in names])
             assert sorted(run["run_id"] for run in await events.runs(40)) == names
+
+
+async def test_a_reader_that_catches_up_is_sent_a_part_at_a_time() -> None:
+    """Of what is queued, and shared with all readers, about `SEND_BYTES` are copied at a time."""
+    reader = StreamReader(RunFilter(), queue_size=10, on_close=lambda _: None)
+    reader.go_live(0)
+    entry = seen("run_1", facts={"poll_url": "x" * 100_000})
+    record = apply(None, entry, policy=Policy(), durations_of=lambda _: None)
+    assert record is not None
+    change = Change(record, None)
+    for _ in range(7):
+        reader.offer(change)
+    parts = [await reader.next(0.01) for _ in range(4)]
+    assert [len(part or b"") // len(change.frame) for part in parts] == [3, 3, 1, 0]
+    reader.end()
+    assert await reader.next(0.01) is None
 
 
 async def test_the_number_of_readers_is_limited(sqlite_url: str, serve: Serve) -> None:

@@ -19,6 +19,8 @@ from tracker.web.http.responses import to_json
 _LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
 """NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR in UTF-8: line ends to some clients."""
 
+SEND_BYTES: Final = 256 * 1024
+
 log = get_logger(__name__)
 
 
@@ -109,20 +111,28 @@ class StreamReader:
         self._on_close(self)
 
     async def next(self, timeout: float) -> bytes | None:
-        """All queued frames; empty after `timeout` seconds, `None` at the end."""
-        taken = await self.take(timeout)
-        if taken is None:
-            return None
-        return b"".join(one if isinstance(one, bytes) else one.frame for one in taken)
+        """The first queued frames, `SEND_BYTES` and the last frame at most; empty after `timeout`
+        seconds, `None` at the end.
+
+        Those left in the queue are shared with the other readers, what is being sent is not.
+        """
+        await self._wait(timeout)
+        frames, size = [], 0
+        while self._queue and size < SEND_BYTES:
+            one = self._queue.popleft()
+            frames.append(one if isinstance(one, bytes) else one.frame)
+            size += len(frames[-1])
+        return None if self.ended else b"".join(frames)
 
     async def take(self, timeout: float) -> list[Change | bytes] | None:
         """All queued changes and the frames between them; else like `next`."""
-        if not self._queue and not self.ended:
-            self._filled.clear()
-            if not await wait_for(self._filled, timeout):
-                return []
-        if self.ended:
-            return None
+        await self._wait(timeout)
         taken = list(self._queue)
         self._queue.clear()
-        return taken
+        return None if self.ended else taken
+
+    async def _wait(self, timeout: float) -> None:
+        """Until something is queued or the end has come, `timeout` seconds at most."""
+        if not self._queue and not self.ended:
+            self._filled.clear()
+            await wait_for(self._filled, timeout)
