@@ -78,8 +78,13 @@ def test_what_a_person_compares(tracker: Commands, stack: ExitStack) -> None:
         assert {run_id for run_id in runs if run_id in table} == {*left}
         assert table.count("prj_simulator") == len(left)
         assert f"tracker starts resolve {key} --run RUN_ID" in table
-        tracker("starts", "resolve", key, "--run", left[0])
+        tracker("starts", "resolve", "a", "--run", runs[0])
+    done = tracker.json("starts", "exclude", runs[1])["starts"]
+    assert sorted(one["idempotency_key"] for one in done) == ["b", "c"]
     assert "FLORA started nothing for it" in tracker("starts", "show", "c").stdout
+    wrong = tracker("starts", "exclude", runs[1])
+    assert wrong.returncode == 2
+    assert f"may have become run {runs[1]}" in wrong.stderr
 
 
 def test_what_can_be_said_of_a_start(tracker: Commands, stack: ExitStack) -> None:

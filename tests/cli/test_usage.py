@@ -24,6 +24,7 @@ COMMANDS = {
     "starts list": ["--state", "--workspace", "--limit", "--cursor", "--json"],
     "starts show": ["--workspace", "--json"],
     "starts resolve": ["--run", "--none", "--workspace", "--json"],
+    "starts exclude": ["--json"],
     "batch": [
         *("--map", "--workspace", "--dry-run", "--max-cost", "--concurrency", "--again"),
         "--accept-changes",

@@ -231,6 +231,10 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     ),
     "open starts": (starts.open_starts, "ix_starts_open"),
     "starts in doubt": (starts.open_starts, "ix_starts_in_doubt"),
+    "starts that may be a run": (
+        lambda db: starts.that_may_be(db, "run_1"),
+        "ix_starts_unresolved",
+    ),
     "known origins": (
         lambda db: starts.accounted(db, ["run_1", "run_2"], known_before=NOW),
         "ix_starts_run",

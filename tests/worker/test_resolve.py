@@ -52,6 +52,60 @@ async def test_nothing_was_started(
         assert await attempt(services) == next(iter(flora.world.runs))
 
 
+async def test_someone_elses_run_is_struck_off_all_starts(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """One in doubt is sent again, and the key of an unresolved one may be used again; one that may
+    have become another run waits on."""
+    async with make_flora(**GATEWAY, run_seconds=60.0) as flora:
+        services = await open_on(flora)
+        assert await attempt(services, "unresolved") is None
+        colleagues = flora.start("icon-pack").run_id
+        for _ in range(11):  # no callback tells any more whose it is
+            clock.move(100)
+            await services.recovery.recover()
+        assert await state_of(services.database, "unresolved") == "unresolved"
+        for key in ("doubt", "two"):
+            assert await attempt(services, key) is None
+        others = flora.start("icon-pack").run_id
+        clock.move(250)
+        await services.recovery.recover()
+        for key in ("doubt", "two"):
+            row = await services.resolver.find(key)
+            assert row.possible_runs == {colleagues, others}
+        await services.resolver.is_run(await services.resolver.find("two"), others)
+        change(flora, gateway_starts=0.0)
+        changed = await services.resolver.exclude(colleagues)
+        assert {row.idempotency_key: row.state.value for row in changed} == {
+            "unresolved": "refused",
+            "doubt": "in_doubt",
+        }
+        with pytest.raises(InvalidRequest, match="no start without a known outcome"):
+            await services.resolver.exclude(colleagues)
+        clock.move(120)
+        assert await services.recovery.recover() == 1
+        assert len(flora.world.runs) == 3
+        assert await attempt(services, "unresolved") == list(flora.world.runs)[-1]
+        assert len(flora.world.runs) == 4
+
+
+async def test_one_run_less_is_named(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A start that is left to a person may still have become the others."""
+    async with make_flora(**GATEWAY, run_seconds=60.0) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        colleagues, others = (flora.start("icon-pack").run_id for _ in range(2))
+        for _ in range(11):
+            clock.move(100)
+            await services.recovery.recover()
+        [row] = await services.resolver.exclude(colleagues)
+        assert (row.state.value, row.possible_runs) == ("unresolved", {others})
+        assert row.error is not None
+        assert row.error["message"].endswith(f"; it may have become {others}")
+
+
 async def test_one_run_is_one_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:

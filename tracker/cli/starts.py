@@ -8,6 +8,7 @@ import typer
 
 from tracker.cli.output import (
     JsonFlag,
+    note,
     print_fields,
     print_json,
     print_table,
@@ -131,6 +132,30 @@ def resolve(
     _print(run_once(work), as_json=as_json)
 
 
+@app.command()
+def exclude(
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN_ID", help="The run that someone else started.")
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Record for all starts at once that none of them became a run, as someone else started it."""
+    from tracker.views import start_json
+
+    rows = [start_json(row) for row in run_once(lambda services: services.resolver.exclude(run_id))]
+    if as_json:
+        print_json({"starts": rows})
+        return
+    print_table(
+        ("key", "state", "possible runs"),
+        [[row["idempotency_key"], row["state"], len(row["possible_runs"])] for row in rows],
+    )
+    note(
+        "Starts in doubt without a possible run are sent again. The key of a refused one may be "
+        "used again."
+    )
+
+
 def _print(row: "StartRow", *, as_json: bool) -> None:
     from tracker.views import start_json
 
@@ -152,8 +177,8 @@ def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
     is_unresolved = row.state is StartState.UNRESOLVED
     if not possible:
         typer.echo(
-            "\nEvery run that it may have become is of another start or was tracked by request: "
-            "FLORA started nothing for it."
+            "\nNone of the runs that it may have become is left: other starts became them, or "
+            "someone else started them. So FLORA started nothing for it."
         )
         if is_unresolved:
             typer.echo(f"Record that: {resolve} --none")
@@ -167,6 +192,7 @@ def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
         "\nCompare what they made with the inputs above: tracker runs show RUN_ID"
         f"\nOne was made from these inputs: {resolve} --run RUN_ID"
         f"\nNone was: {resolve} --none"
+        "\nOne is someone else's, whichever start it is about: tracker starts exclude RUN_ID"
     )
     if not is_unresolved:
         typer.echo("Nothing has to be done while it is in doubt: its callback may tell.")

@@ -40,6 +40,7 @@ CALLBACKS_WITHIN: Final = timedelta(minutes=15)
 What other starts became is stored by then, too."""
 MOST_SHOWN: Final = 5
 """How many runs that a start may have become its last message names."""
+_MAY_BE: Final = "; it may have become "
 
 log = get_logger(__name__)
 
@@ -164,13 +165,7 @@ class Recovery(Service):
     async def _leave_to_a_person(
         self, held: HeldStart, error: dict[str, Any] | None, possible: Collection[str]
     ) -> None:
-        error = error or {"message": NO_ANSWER}
-        if possible:
-            shown = sorted(possible)[:MOST_SHOWN]
-            shown += [f"{len(possible) - MOST_SHOWN} more"] * (len(possible) > MOST_SHOWN)
-            message = f"{error.get('message')}; it may have become {', '.join(shown)}"
-            error = error | {"message": message}
-        await held.record(StartState.UNRESOLVED, error)
+        await held.record(StartState.UNRESOLVED, naming(error, possible))
         log.error(
             "start.unresolved",
             key=held.key,
@@ -225,6 +220,18 @@ class Recovery(Service):
             return True
         least, most = SEARCH_WAITS
         return now - searched >= min(max((now - row.last_sent) / 6, least), most)
+
+
+def naming(error: dict[str, Any] | None, possible: Collection[str]) -> dict[str, Any]:
+    """The last answer of a start that is left to a person, with the runs that it may have become
+    in its message."""
+    error = error or {"message": NO_ANSWER}
+    message = str(error.get("message")).partition(_MAY_BE)[0]
+    if possible:
+        shown = sorted(possible)[:MOST_SHOWN]
+        shown += [f"{len(possible) - MOST_SHOWN} more"] * (len(possible) > MOST_SHOWN)
+        message += _MAY_BE + ", ".join(shown)
+    return error | {"message": message}
 
 
 def _callback_is_over(run: Observation | None) -> bool:

@@ -21,6 +21,7 @@ from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.matching import StartMatcher
+from tracker.starting.recover import naming
 from tracker.starting.sending import HeldStart, holding
 from tracker.store.queries import audit, runs, starts
 from tracker.store.queries.audit import Action
@@ -82,7 +83,7 @@ class StartResolver(Service):
         seen = await self._read(row, run_id)
         async with holding(self.database, row, self.process, self.clock) as held:
             _check(held, row)
-            await self._audit(row, run_id)
+            await self._audit(row, run_id, "it became a run")
             seen = None if seen is None else replace(seen, source=Source.POLL)
             record = await self.matcher.adopt(row, run_id, seen)
         _log_resolved(row, run_id)
@@ -93,18 +94,52 @@ class StartResolver(Service):
         _check_state(row)
         async with holding(self.database, row, self.process, self.clock) as held:
             mine = _check(held, row)
-            await self._audit(row, None)
+            await self._audit(row, None, "nothing was started")
             await mine.record(StartState.REFUSED, {"message": NOTHING_STARTED})
         _log_resolved(row, None)
 
-    async def _audit(self, row: StartRow, run_id: str | None) -> None:
+    async def exclude(self, run_id: str) -> list[StartRow]:
+        """Someone else started that run: no start without a known outcome became it. The starts
+        that may have, as they are now.
+
+        One in doubt goes on, and is sent again if no run is left; an unresolved one of which none
+        is left counts as not started. Raises `InvalidRequest` if there is none, `StartPending`
+        while one is being sent, and `StoreUnavailable`; what was done until then is kept, and
+        repeating it does the rest.
+        """
+        rows = await starts.that_may_be(self.database, run_id)
+        if not rows:
+            raise _fault(f"no start without a known outcome may have become run {run_id}")
+        return [await self._exclude(row, run_id) for row in rows]
+
+    async def _exclude(self, row: StartRow, run_id: str) -> StartRow:
+        async with holding(self.database, row, self.process, self.clock) as held:
+            mine = _check(held, row)
+            row = mine.row
+            left = await self.matcher.possible(row, row.possible_runs or ())
+            if run_id not in left:
+                return row
+            left.discard(run_id)
+            await self._audit(row, run_id, "someone else started the run")
+            error = row.with_possible(left)
+            if row.state is StartState.IN_DOUBT:
+                await mine.record(row.state, error)
+            elif left or row.is_known_to_flora:
+                await mine.record(row.state, naming(error, left))
+            else:
+                await mine.record(StartState.REFUSED, {"message": NOTHING_STARTED})
+            actor = audit.principal().name
+            log.info("start.run_excluded", key=row.idempotency_key, run_id=run_id, actor=actor)
+            return mine.row
+
+    async def _audit(self, row: StartRow, run_id: str | None, outcome: str) -> None:
         """Record the decision in the audit log before it is carried out."""
         entry = audit.entry(
             Action.RESOLVE,
             self.clock(),
             workspace_id=row.workspace_slot,
             idempotency_key=row.idempotency_key,
-            outcome="nothing was started" if run_id is None else "it became a run",
+            outcome=outcome,
             run_id=run_id,
         )
         await audit.write(self.database, entry)

@@ -400,6 +400,14 @@ async def open_starts(db: Database) -> list[StartRow]:
     return sorted(rows, key=lambda row: (row.created_at, row.idempotency_key))
 
 
+async def that_may_be(db: Database, run_id: str) -> list[StartRow]:
+    """The starts without a known outcome that are stored as possibly that run."""
+    states = (StartState.IN_DOUBT, StartState.UNRESOLVED)
+    parts = [select(starts).where(is_in(state)) for state in states]
+    rows = [_row(row) for row in await db.fetch(union_all(*parts))]
+    return [row for row in rows if run_id in (row.possible_runs or ())]
+
+
 async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -> list[StartRow]:
     """Other starts of the technique without a known outcome: a run may belong to them as well."""
     statement = select(starts).where(
