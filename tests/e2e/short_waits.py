@@ -132,6 +132,18 @@ def shorten_key_memory() -> None:
     shorten(recover, KEY_KEPT=timedelta(seconds=KEYS_KEPT / 2))
 
 
+def shorten_doubt(times: float) -> None:
+    """All that decides about a start in doubt takes so many times less, and keeps its proportions:
+    reads, sweeps, and how long a run may be listed late, a callback come and a key be known."""
+    names = ("LISTED_WITHIN", "SET_BACK", "KEY_KEPT", "CALLBACKS_WITHIN")
+    shorten(recover, **{name: getattr(recover, name) / times for name in names})
+    shorten(matching, SET_BACK=matching.SET_BACK / times)
+    every = WorkerTimes(recover_every=WorkerTimes.recover_every / times)
+    scheduler.Worker = partial(scheduler.Worker, times=every)  # type: ignore
+    sweeps = IntervalTrigger(seconds=300 / times)
+    scheduler.CronTrigger = lambda _: sweeps  # type: ignore[assignment,misc]
+
+
 def every_second(_: str) -> IntervalTrigger:
     """A trigger that fires every second, whatever the cron expression."""
     return IntervalTrigger(seconds=1)

@@ -12,6 +12,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ import sqlalchemy as sa
 from tests.e2e.lives import FloraKey, Life
 from tests.e2e.short_waits import (
     KEYS_KEPT,
+    shorten_doubt,
     shorten_key_memory,
     shorten_searches,
     shorten_waits,
@@ -66,13 +68,27 @@ FAULTS: Final[dict[str, Any]] = {
 }
 DOUBT: Final = 5
 """Seconds: longer than FLORA works on any start, although the machine may stand still for two."""
+FASTER: Final = 180 / DOUBT
+"""How much shorter that is than the default."""
+IN_PROPORTION: Final[dict[str, Any]] = {
+    "speed": FASTER,
+    "key_hours": None,
+    "colleague": 0.01,
+    **{
+        name: FAULTS[name] * FASTER
+        for name in ("run_seconds", "slow_seconds", "gateway_seconds", "colleague_seconds")
+    },
+}
+"""FLORA tries to call back, and knows keys, for as long in proportion to `DOUBT` as it does; with
+`prepare_in_proportion` of the processes."""
 AT_A_TIME: Final = 12
 """So many callers wait for an answer."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Figures:
-    """What came of it; `states` and what follows are as in `Keys`."""
+    """What came of it; `states` and what follows are as in `Keys`, and `unresolved_without_run` is
+    how many keys are left to a person for which FLORA made nothing."""
 
     keys: int = 0
     runs: int = 0
@@ -82,6 +98,7 @@ class Figures:
     paid_twice: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     told_wrong: list[str] = field(default_factory=list)
+    unresolved_without_run: int = 0
     slowest_answer: float = 0.0
 
 
@@ -93,15 +110,19 @@ async def endure(
     receivers: int,
     seed: int,
     calm: float = 60.0,
+    in_proportion: bool = False,
     **options: Any,
 ) -> Figures:
     """Start runs for so long, on a migrated database; then let what is in doubt be resolved for
-    `calm` seconds at most."""
+    `calm` seconds at most. Keys are forgotten soon, or `in_proportion`."""
+    if in_proportion:
+        options = IN_PROPORTION | options
     async with (
         running(Options(**FAULTS | {"seed": seed} | options)) as flora,
         await Database.open(database_url) as database,
     ):
         one = _Endurance(flora, database, database_url, folder, random.Random(seed))
+        one.prepare = prepare_in_proportion if in_proportion else prepare
         for number in range(receivers):
             await one.begin(number)
         try:
@@ -124,6 +145,7 @@ class _Endurance:
         chance: random.Random,
     ) -> None:
         self.figures = Figures()
+        self.prepare: Callable[[], None] = prepare
         self.lives: dict[int, Life] = {}
         self._flora = flora
         self._key = FloraKey(flora, folder)
@@ -157,7 +179,7 @@ class _Endurance:
             *("serve", "--port", str(port)),
             env=environment,
             log=self._folder / f"life-{self._count}.log",
-            prepare=prepare,
+            prepare=self.prepare,
         )
         self.lives[number] = life
         assert await life.ready(f"{root}/healthz"), life.log
@@ -247,6 +269,7 @@ class _Endurance:
         figures.states = keys.states
         figures.paid_twice, figures.wrong = keys.paid_twice, keys.wrong
         figures.told_wrong = keys.told_wrong
+        figures.unresolved_without_run = len({*keys.unresolved} - keys.started)
         return figures
 
 
@@ -255,3 +278,9 @@ def prepare() -> None:
     shorten_waits(patient=False)  # callers ask again, and each answer has to come in time
     shorten_key_memory()
     shorten_searches()
+
+
+def prepare_in_proportion() -> None:
+    """The same, but keys are known for as long as doubt lasts in proportion."""
+    shorten_waits(patient=False)
+    shorten_doubt(FASTER)

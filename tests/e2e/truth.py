@@ -23,13 +23,15 @@ async def settled_runs(database: Database) -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
     """What FLORA's own record of keys and runs says against the start log. `paid_twice` and `wrong`
-    are keys, `told_wrong` those whose callers were told of another run."""
+    are keys, `told_wrong` those whose callers were told of another run, `unresolved` those that are
+    left to a person."""
 
     started: frozenset[str]
     states: Counter[str]
     paid_twice: list[str]
     wrong: list[str]
     told_wrong: list[str]
+    unresolved: list[str]
 
 
 async def keys_of(database: Database, flora: Simulator, told: Mapping[str, str]) -> Keys:
@@ -47,6 +49,7 @@ async def keys_of(database: Database, flora: Simulator, told: Mapping[str, str])
             if row.run_id is not None and started_with.get(row.run_id) != row.idempotency_key
         ],
         told_wrong=[key for key, run_id in told.items() if started_with.get(run_id) != key],
+        unresolved=[row.idempotency_key for row in rows if row.state == "unresolved"],
     )
 
 

@@ -31,6 +31,7 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
+from tracker.starting import recover
 from tracker.starting.sheet import sheet_of_objects
 from tracker.starting.start import StartRequest
 from tracker.store import clock as store_clock
@@ -608,6 +609,28 @@ async def test_a_run_that_is_listed_within_a_minute_of_the_window_may_be_the_sta
             clock.move(100)
             await services.recovery.recover()
         assert posts(flora) == 1
+
+
+async def test_a_clock_that_is_set_lists_no_run(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The runs that a start may have become are known once the time has really passed."""
+    boot = recover.boot_seconds()
+    monkeypatch.setattr(recover, "boot_seconds", lambda: boot)
+    async with make_flora(**LOST) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        clock.move(300)
+        services.recovery.clock_jumped(timedelta(seconds=300))
+        jumped = boot
+        for passed, possible in ((100, None), (200, None), (241, {*flora.world.runs})):
+            boot = jumped + passed
+            clock.move(60)
+            await services.recovery.recover()
+            assert await _possible(services) == possible
 
 
 async def test_a_start_that_is_sent_again_may_have_become_other_runs(

@@ -143,9 +143,16 @@ class Recovery(Service):
         runs = {} if read is None else read.runs
         possible = await self.matcher.possible(row, row.possible_runs or runs)
         shown = [runs.get(run_id) for run_id in possible]
-        is_over = read_after and boot_seconds() - self._jumped_at >= self.doubt.total_seconds()
+        since_jump = boot_seconds() - self._jumped_at
+        is_over = read_after and since_jump >= self.doubt.total_seconds()
+        all_listed_at = self._all_listed_at(row)
         error = row.error
-        if possible and is_over and read is not None and read.begun_at >= self._all_listed_at(row):
+        if (
+            possible
+            and read is not None
+            and read.begun_at >= all_listed_at
+            and since_jump >= (all_listed_at - row.last_sent).total_seconds()
+        ):
             error = row.with_possible(possible)  # what is listed later was started by someone else
         if self._is_forgotten(row) or (read_after and self._nothing_tells(row, shown)):
             await self._leave_to_a_person(held, error, possible)
