@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, Entry, Seen
+from tracker.core.record import Delivery, Entry, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.services import Services
 from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
@@ -131,7 +131,7 @@ def _lives(dice: random.Random, now: datetime, workspace: str) -> Iterator[_Life
 
 def _entries(life: _Life) -> Iterator[Entry | Delivery]:
     technique = life.technique
-    common = {
+    common: dict[str, Any] = {
         "run_id": life.run_id,
         "run_type": "technique",
         "workspace_id": life.workspace_id,
@@ -139,7 +139,7 @@ def _entries(life: _Life) -> Iterator[Entry | Delivery]:
         "technique_name": technique.name,
         "created_at": life.began,
     }
-    yield Seen(
+    yield Observed(
         observation=Observation(
             **common, source=Source.START, at=life.began, status=RunStatus.PENDING
         ),
@@ -163,8 +163,8 @@ def _entries(life: _Life) -> Iterator[Entry | Delivery]:
         error=error,
         outputs=outputs,
     )
-    yield Seen(observation=end, reads=1)
-    yield Seen(observation=replace(end, at=life.read + BILL_CHECKED_AFTER), reads=1)
+    yield Observed(observation=end, reads=1)
+    yield Observed(observation=replace(end, at=life.read + BILL_CHECKED_AFTER), reads=1)
 
 
 def _outputs(technique: SimulatedTechnique) -> tuple[Output, ...]:

@@ -185,7 +185,7 @@ async def _served() -> AsyncIterator[tuple[str, Services]]:
                     flora_webhook_secret=(SecretStr(options.webhook_secret),),
                     tracker_database_url=f"sqlite:///{Path(folder) / 'tracker.db'}",
                     tracker_public_url=address,
-                    tracker_api_token=SecretStr(TOKEN),
+                    tracker_api_token=(SecretStr(TOKEN),),
                     tracker_callback_grace=8,
                     tracker_poll_interval=2,
                 )

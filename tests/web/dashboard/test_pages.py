@@ -170,6 +170,17 @@ async def test_the_overview_shows_batches_and_results_and_no_empty_part(site: Si
     assert re.findall(r'<img src="([^"]+)"', newest) == ["https://cdn.example/1.png"]
     assert 'loading="lazy"' in newest
     assert newest.count('href="/runs/run_2"') == 2
+    # By the time that stands below them: a run that took long ended after one that began later.
+    late = _seen(
+        "run_3",
+        RunStatus.COMPLETED,
+        outputs=outputs[:1],
+        created_at=now - timedelta(hours=1),
+        completed_at=utc_now() + timedelta(seconds=1),
+    )
+    await site.services.writer.submit(late)
+    newest = (await _text(site, "/")).split("Newest results")[1].split("</section>")[0]
+    assert re.findall(r'href="/runs/(run_\d)"', newest) == ["run_3", "run_2", "run_2"]
 
 
 async def test_the_runbook_is_served_and_linked(serve: Serve, sqlite_url: str) -> None:

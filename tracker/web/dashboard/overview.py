@@ -120,8 +120,9 @@ class OverviewPage(PageGroup):
         )
 
     def _results(self, records: list[Record]) -> Iterator[tuple[Record, OutputView]]:
-        """The first outputs of each run."""
-        for record in records:
+        """The first outputs of each run, by the time that is shown with them."""
+        records = sorted(records, key=lambda one: one.run.completed_at or one.created_at)
+        for record in reversed(records):
             views = output_views(record.run.outputs, media_origin=self._media_origin)
             for view in views[:RESULTS_OF_A_RUN]:
                 yield record, view
