@@ -275,7 +275,7 @@ def test_a_technique_keeps_unknown_fields() -> None:
 def test_any_technique(payload: object) -> None:
     """Whatever stands in a technique, it is read or `FloraUnreadable`."""
     with suppress(FloraUnreadable):
-        assert technique(payload).ports is not None
+        assert ports(technique(payload).inputs) is not None
 
 
 def test_what_a_start_has_to_know_of_an_input() -> None:

@@ -21,7 +21,7 @@ from tracker.flora import caller as waits
 from tracker.flora import parse
 from tracker.flora.parse import decode
 from tracker.flora.signature import SignatureError, sign, verify
-from tracker.flora.technique import technique
+from tracker.flora.technique import ports, technique
 from tracker.settings import load_settings
 from tracker.starting import sheet
 from tracker.store.text import clean, clean_observation, dump_json
@@ -122,7 +122,7 @@ def _definition(payload: object) -> list[Observation]:
     read_one = technique(payload)
     _fits(read_one.technique_id, read_one.name, read_one.description)
     dump_json([*read_one.inputs, *read_one.outputs])
-    assert all(port.id for port in read_one.ports)
+    assert all(port.id for port in ports(read_one.inputs))
     return []
 
 

@@ -17,6 +17,7 @@ from tracker.core.errors import (
     NotFound,
     SettingsError,
 )
+from tracker.flora.technique import ports
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
@@ -259,7 +260,7 @@ async def test_a_stored_definition_serves_while_flora_does_not(
     clock.move(2 * HOUR)
     flora.world.options = replace(flora.world.options, errors=1.0)
     definition = await services.catalogue.definition(workspace, "cctv-cam")
-    assert [port.id for port in definition.ports] == ["face"]
+    assert [port.id for port in ports(definition.inputs)] == ["face"]
     asked = reads_of(flora)["techniques.get"]
     assert await services.catalogue.definition(workspace, "cctv-cam") == definition
     assert reads_of(flora)["techniques.get"] == asked

@@ -68,17 +68,12 @@ def start(
 
     async def work(services: "Services") -> "Record":
         from tracker.core.errors import StartPending
-        from tracker.core.inputs import typed
         from tracker.starting.start import StartRequest
 
         async with flora_deadline(services):
-            definition = None
-            if any(type_ is None for _, type_, _ in values):
-                used = await services.workspaces.pick(workspace)
-                definition = await services.catalogue.definition(used, technique)
             request = StartRequest(
                 technique=technique,
-                inputs=typed(definition.ports if definition else (), values),
+                inputs=await services.catalogue.typed_inputs(technique, values, workspace),
                 workspace_id=workspace,
                 # Made once: a second attempt has to use the first one's.
                 idempotency_key=f"trk-{uuid4()}" if idempotency_key is None else idempotency_key,

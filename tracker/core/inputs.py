@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -58,6 +59,21 @@ class Port:
     def startable(self) -> bool:
         """Whether a start accepts this type."""
         return self.type not in NOT_STARTABLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """A technique of FLORA's catalogue. `run_cost` is USD for each run.
+
+    `inputs` and `outputs` are FLORA's own objects, including unknown fields.
+    """
+
+    technique_id: str
+    name: str
+    description: str | None = None
+    run_cost: Decimal | None = None
+    inputs: tuple[dict[str, Any], ...] = ()
+    outputs: tuple[dict[str, Any], ...] = ()
 
 
 def check(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[FieldFault]:

@@ -40,7 +40,7 @@ from tracker.core.errors import (
     NotFound,
     SettingsError,
 )
-from tracker.core.inputs import is_empty_text
+from tracker.core.inputs import Technique, is_empty_text
 from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
@@ -56,7 +56,7 @@ from tracker.flora.caller import (
 )
 from tracker.flora.parse import LONGEST_ID, Page, as_text
 from tracker.flora.request_limit import SharedWaits
-from tracker.flora.technique import Technique, technique
+from tracker.flora.technique import technique
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0

@@ -3,13 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
 from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
-from tracker.core.inputs import Port
+from tracker.core.inputs import Port, Technique
 from tracker.flora.parse import (
     as_dollars,
     as_id,
@@ -27,36 +26,6 @@ _SAYS_OPTIONAL: Final = re.compile(
     r"|\bnot (required|needed|mandatory)\b",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Technique:
-    """A technique. `run_cost` is USD for each run.
-
-    `inputs` and `outputs` are FLORA's own objects, including unknown fields.
-    """
-
-    technique_id: str
-    name: str
-    description: str | None
-    run_cost: Decimal | None
-    inputs: tuple[dict[str, Any], ...]
-    outputs: tuple[dict[str, Any], ...]
-
-    @property
-    def ports(self) -> tuple[Port, ...]:
-        """The inputs that a start is checked against."""
-        return ports(self.inputs)
-
-    def runs_of(self, inputs: Iterable[Mapping[str, Any]]) -> int:
-        """The number of runs of a start with these inputs: one for each value of an input that
-        accepts several."""
-        values = Counter(one["id"] for one in inputs)
-        return prod(max(values[port.id], 1) for port in self.ports if port.several)
-
-    def cost_of(self, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
-        """The price of such a start, in USD; `None` if FLORA names none."""
-        return None if self.run_cost is None else self.run_cost * self.runs_of(inputs)
 
 
 def technique(payload: object) -> Technique:
@@ -91,6 +60,18 @@ def ports(objects: Iterable[dict[str, Any]]) -> tuple[Port, ...]:
     read = [_port(fields) for fields in objects]
     known = tuple(port for port in read if port is not None)
     return known if len(known) == len(read) else ()
+
+
+def runs_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> int:
+    """The number of runs of a start with these inputs: one for each value of an input that accepts
+    several."""
+    values = Counter(one["id"] for one in inputs)
+    return prod(max(values[port.id], 1) for port in ports(technique.inputs) if port.several)
+
+
+def cost_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
+    """The price of such a start, in USD; `None` if FLORA names none."""
+    return None if technique.run_cost is None else technique.run_cost * runs_of(technique, inputs)
 
 
 def _port(fields: dict[str, Any]) -> Port | None:

@@ -9,7 +9,6 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
-from tracker.core.inputs import Port, typed
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -46,11 +45,7 @@ async def given_inputs(
         else:
             values.append((name, kind, text))
     _raise(faults)
-    ports: Sequence[Port] = ()
-    if any(kind is None for _, kind, _ in values):
-        workspace = await services.workspaces.pick(workspace_id)
-        ports = (await services.catalogue.definition(workspace, technique)).ports
-    return typed(ports, values)
+    return await services.catalogue.typed_inputs(technique, values, workspace_id)
 
 
 def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:

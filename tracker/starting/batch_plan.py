@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
+from tracker.flora.technique import ports
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.batch_rows import (
     BatchPlan,
@@ -64,10 +65,11 @@ class BatchPlanner(Service):
         workspace = await self.workspaces.pick(workspace_id)
         workspace_id = await self.workspaces.id_of(workspace)
         definition, price_error = await self.catalogue.priced(workspace, technique)
-        if (reason := obstacle(definition.ports)) is not None:
+        needed = ports(definition.inputs)
+        if (reason := obstacle(needed)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
         # In a thread: many rows would hold up what else the process does.
-        reading = await asyncio.to_thread(read_rows, sheet, definition.ports, explicit)
+        reading = await asyncio.to_thread(read_rows, sheet, needed, explicit)
         tagged, wrong = row_tags(sheet, tag_columns or {}, tags or {})
         problems = sorted([*reading.problems, *wrong])
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
 from tracker.core.formatting import counted, money, safe_cell
-from tracker.core.inputs import RunNumber
+from tracker.core.inputs import RunNumber, Technique
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
-from tracker.flora.technique import Technique
+from tracker.flora.technique import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
@@ -208,7 +208,7 @@ class BatchPlan:
 
     def cost_of(self, row: RowState) -> Decimal | None:
         """The price of starting that row, in USD; `None` if FLORA names none."""
-        return self.technique.cost_of(row.entry.inputs or [])
+        return cost_of(self.technique, row.entry.inputs or [])
 
 
 def run_number_of(latest: Latest | None, *, again: bool) -> RunNumber:

@@ -28,10 +28,10 @@ from tracker.core.errors import (
     RateLimited,
     StoreError,
 )
-from tracker.core.inputs import check
+from tracker.core.inputs import Port, Technique, check, typed
 from tracker.core.log import get_logger
 from tracker.flora.client import pages as pages_of
-from tracker.flora.technique import Technique
+from tracker.flora.technique import ports
 from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.queries import techniques
@@ -72,14 +72,34 @@ class Catalogue(Service):
 
     async def definition(
         self, workspace: Workspace, technique: str, *, deadline: float | None = None
-    ) -> Technique:
-        """The definition of a technique to start. `deadline` is in seconds.
+    ) -> TechniqueRow:
+        """The definition of a technique to start, read again if it is old; once for all concurrent
+        callers. `deadline` is in seconds.
 
         Raises `NotFound` if FLORA has none, `InvalidRequest` for an invalid id or slug,
         `SettingsError` without a key, `StoreUnavailable`, and other `FloraError`s if no definition
         is known.
         """
-        return definition_of(await self._renewed(workspace, technique, deadline))
+        key = (workspace.slot, technique)
+        lock = self._asking.setdefault(key, asyncio.Lock())
+        async with lock:
+            known = await self._known(workspace, technique)
+            if known is None or not (known.defined_at or known.inputs):
+                return await self._ask(workspace, technique, deadline)
+            if self._is_current(known, key):
+                return known
+            try:
+                return await self._ask(
+                    workspace, technique, min(deadline or RENEWAL_SECONDS, RENEWAL_SECONDS)
+                )
+            except FloraError as error:
+                if not _is_no_answer(error):
+                    raise
+                self._failed_at[key] = self.clock()
+                log.warning(
+                    "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
+                )
+                return known
 
     async def priced(
         self, workspace: Workspace, technique: str
@@ -91,14 +111,14 @@ class Catalogue(Service):
         key = (workspace.slot, technique)
         try:
             async with self._asking.setdefault(key, asyncio.Lock()):
-                return definition_of(await self._ask(workspace, technique, None)), None
+                return await self._ask(workspace, technique, None), None
         except FloraError as error:
             if not _is_no_answer(error):
                 raise
             known = await self._known(workspace, technique)
             if known is None or not (known.defined_at or known.inputs):
                 raise
-            return definition_of(known), error
+            return known, error
 
     async def checked(
         self,
@@ -113,10 +133,27 @@ class Catalogue(Service):
         Raises `InvalidRequest` with every wrong field, and else like `definition`.
         """
         definition = await self.definition(workspace, technique, deadline=deadline)
-        faults = check(definition.ports, inputs)
+        faults = check(ports(definition.inputs), inputs)
         if faults:
             raise InvalidRequest(f"the inputs do not fit the technique {technique}", faults)
         return definition
+
+    async def typed_inputs(
+        self,
+        technique: str,
+        values: Sequence[tuple[str, str | None, str]],
+        workspace_id: str | None,
+    ) -> list[dict[str, Any]]:
+        """Inputs as a start takes them, from (id, type or `None`, value) each; the definition is
+        read if it has to name a type.
+
+        Raises `InvalidRequest` if it does not, or for the workspace, and else like `definition`.
+        """
+        known: Sequence[Port] = ()
+        if any(type_ is None for _, type_, _ in values):
+            workspace = await self.workspaces.pick(workspace_id)
+            known = ports((await self.definition(workspace, technique)).inputs)
+        return typed(known, values)
 
     async def technique_id(self, workspace: Workspace, technique: str) -> str:
         """The `tech_…` form of an id or slug; FLORA is read only for a new slug.
@@ -126,7 +163,7 @@ class Catalogue(Service):
         if technique.startswith("tech_"):
             return technique
         known = await self._known(workspace, technique)
-        return (known or await self._renewed(workspace, technique, None)).technique_id
+        return (known or await self.definition(workspace, technique)).technique_id
 
     async def find(self, technique: str) -> TechniqueRow | None:
         """A technique to show, of any workspace; `None` if there is none.
@@ -167,7 +204,7 @@ class Catalogue(Service):
             await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
 
     async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
-        """As `_renewed`, after other callers of this, unless these are too many; for
+        """As `definition`, after other callers of this, unless these are too many; for
         `RENEWAL_SECONDS` in all."""
         loop = asyncio.get_running_loop()
         until = loop.time() + RENEWAL_SECONDS
@@ -186,36 +223,11 @@ class Catalogue(Service):
             raise crowded from None
         else:
             try:
-                return await self._renewed(workspace, technique, until - loop.time())
+                return await self.definition(workspace, technique, deadline=until - loop.time())
             finally:
                 self._finding.release()
         finally:
             self._finders -= 1
-
-    async def _renewed(
-        self, workspace: Workspace, technique: str, deadline: float | None
-    ) -> TechniqueRow:
-        """The technique, read again if it is old; once for all concurrent callers."""
-        key = (workspace.slot, technique)
-        lock = self._asking.setdefault(key, asyncio.Lock())
-        async with lock:
-            known = await self._known(workspace, technique)
-            if known is None or not (known.defined_at or known.inputs):
-                return await self._ask(workspace, technique, deadline)
-            if self._is_current(known, key):
-                return known
-            try:
-                return await self._ask(
-                    workspace, technique, min(deadline or RENEWAL_SECONDS, RENEWAL_SECONDS)
-                )
-            except FloraError as error:
-                if not _is_no_answer(error):
-                    raise
-                self._failed_at[key] = self.clock()
-                log.warning(
-                    "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
-                )
-                return known
 
     async def _ask(
         self, workspace: Workspace, technique: str, deadline: float | None
@@ -238,7 +250,7 @@ class Catalogue(Service):
         if technique != found.technique_id:
             self._slugs[workspace.slot, technique] = found.technique_id
         self._failed_at.pop((workspace.slot, technique), None)
-        row = row_of(found, slug=None if technique == found.technique_id else technique)
+        row = TechniqueRow.of(found, slug=None if technique == found.technique_id else technique)
         return await techniques.define(self.database, row, self.clock())
 
     async def _known(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
@@ -260,34 +272,9 @@ class Catalogue(Service):
         return failed_at is not None and abs(now - failed_at) < PAUSE
 
 
-def definition_of(row: TechniqueRow) -> Technique:
-    """The definition in a stored row."""
-    return Technique(
-        technique_id=row.technique_id,
-        name=row.name,
-        description=row.description,
-        run_cost=row.run_cost,
-        inputs=row.inputs,
-        outputs=row.outputs,
-    )
-
-
 def is_possible_name(technique: str) -> bool:
     """Whether this can be a technique's id or slug: one segment of a path."""
     return 0 < len(technique) <= 255 and technique.isprintable() and "/" not in technique
-
-
-def row_of(found: Technique, *, slug: str | None = None) -> TechniqueRow:
-    """A technique as the database stores it."""
-    return TechniqueRow(
-        technique_id=found.technique_id,
-        slug=slug,
-        name=found.name,
-        description=found.description,
-        run_cost=found.run_cost,
-        inputs=found.inputs,
-        outputs=found.outputs,
-    )
 
 
 def _is_no_answer(error: FloraError) -> bool:
@@ -382,7 +369,7 @@ class CatalogueSync(Service):
                 pages_of(lambda cursor: client.list_techniques(cursor=cursor, limit=PAGE_SIZE))
             ) as pages:
                 async for page in pages:
-                    rows = [row_of(found) for found in page.items]
+                    rows = [TechniqueRow.of(found) for found in page.items]
                     listed = await techniques.add_listed(self.database, rows, began)
                     report.new += listed.new
                     report.back += listed.back

@@ -23,12 +23,12 @@ from tracker.core.errors import (
     StartPending,
     StartUnresolved,
 )
-from tracker.core.inputs import Tags, digest_of
+from tracker.core.inputs import Tags, Technique, digest_of
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
-from tracker.flora.technique import Technique
+from tracker.flora.technique import runs_of
 from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
@@ -219,7 +219,7 @@ class Starter(Service):
                 holder=holder,
                 lease=lease,
                 cost=definition.run_cost,
-                runs=definition.runs_of(request.inputs),
+                runs=runs_of(definition, request.inputs),
                 budgets=self.budgets.covering(workspace_id, technique_id, tags),
             )
             return row if row.lease_holder == holder else None

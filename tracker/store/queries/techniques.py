@@ -6,39 +6,38 @@ it appears again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
-from decimal import Decimal
 from itertools import groupby
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection, Row, Select, and_, func, literal, or_, select, tuple_, update
 
+from tracker.core.inputs import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.schema import techniques
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TechniqueRow:
-    """A technique. `inputs` and `outputs` are FLORA's own objects; `run_cost` is USD.
+class TechniqueRow(Technique):
+    """A technique as it is stored.
 
     `slug` is its alternative id, if it was requested by one. `synced_at` is the last read of any
     kind, `defined_at` the last read of the definition (`None`: never, or outdated), `listed_at` the
     last list that had it, `gone_at` the first complete list without it.
     """
 
-    technique_id: str
-    name: str
-    description: str | None = None
-    run_cost: Decimal | None = None
-    inputs: tuple[dict[str, Any], ...] = ()
-    outputs: tuple[dict[str, Any], ...] = ()
     slug: str | None = None
     synced_at: datetime | None = None
     defined_at: datetime | None = None
     listed_at: datetime | None = None
     gone_at: datetime | None = None
+
+    @classmethod
+    def of(cls, found: Technique, *, slug: str | None = None) -> Self:
+        """A technique that was read, to be stored."""
+        return cls(**{one.name: getattr(found, one.name) for one in fields(Technique)}, slug=slug)
 
 
 class ListResult(NamedTuple):

@@ -20,8 +20,8 @@ from tracker.core.inputs import parse_tag
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
+from tracker.flora.technique import cost_of
 from tracker.starting.batch_rows import BOM
-from tracker.starting.catalogue import definition_of
 from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts, techniques
 from tracker.store.queries import runs as read
@@ -300,7 +300,7 @@ class RunPages(PageGroup):
         key = _retry_key(run.run_id)
         before = (await starts.of_keys(self._database, run.workspace_id, [key])).get(key)
         row = await techniques.get(self._database, run.technique_id)
-        cost = None if row is None else definition_of(row).cost_of(record.inputs)
+        cost = None if row is None else cost_of(row, record.inputs)
         return Again(cost, None if before is None else before.run_id)
 
     def _can_poll(self, record: Record) -> bool:
