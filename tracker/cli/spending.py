@@ -1,6 +1,5 @@
 """`tracker spending`: charges, open quotes and budgets."""
 
-import csv
 import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +8,7 @@ import typer
 
 from tracker.cli.output import JsonFlag, print_json, print_table
 from tracker.cli.setup import WorkspaceFilter, age_option, checked, run_once
-from tracker.core.formatting import money, safe_cell
+from tracker.core.formatting import csv_text, money
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -50,9 +49,8 @@ def spending(
         return
     columns = ("of", "name", "runs", "charged", "quoted", "unpriced")
     if as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([safe_cell(row[name]) for name in columns] for row in found["spending"])
+        rows = ([row[name] for name in columns] for row in found["spending"])
+        sys.stdout.write(csv_text([columns, *rows]))
         return
     shown = [*found["spending"], {**found["total"], "of": "total"}]
     print_table(

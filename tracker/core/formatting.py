@@ -3,8 +3,10 @@
 An unknown value is never shown as 0.
 """
 
+import csv
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
@@ -167,6 +169,14 @@ def safe_cell(value: Any) -> str:
         return f"{value.normalize():f}"
     text = str(value)
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def csv_text(rows: Iterable[Iterable[Any]], *, delimiter: str = ",") -> str:
+    """Rows of cells as lines of CSV, each cell as `safe_cell` writes it."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, delimiter=delimiter, lineterminator="\n")
+    writer.writerows(map(safe_cell, row) for row in rows)
+    return lines.getvalue()
 
 
 # Untrusted text on a terminal: control characters are escaped.

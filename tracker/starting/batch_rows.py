@@ -1,7 +1,5 @@
 """The rows of a batch: what each is planned to be, its state, and its line in the results."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -10,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
-from tracker.core.formatting import counted, money, safe_cell
+from tracker.core.formatting import counted, csv_text, money
 from tracker.core.inputs import RunNumber, Technique
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
@@ -270,30 +268,20 @@ def csv_lines(
     """
     inputs = dict.fromkeys(one["id"] for row in rows for one in row.inputs or ())
     most = max((len(_links(row)) for row in rows), default=0)
-    line = io.StringIO()
-    writer = csv.writer(line, delimiter=delimiter, lineterminator="\n")
-
-    def written(cells: Sequence[Any]) -> str:
-        line.seek(0)
-        line.truncate()
-        writer.writerow([safe_cell(cell) for cell in cells])
-        return line.getvalue()
-
     own = [*RESULT_COLUMNS, *(f"input.{name}" for name in inputs)]
     own += [f"output.{number}" for number in range(1, most + 1)]
-    header = written([*carried_names(columns, own), *own])
+    header = csv_text([[*carried_names(columns, own), *own]], delimiter=delimiter)
     yield BOM + header if bom else header
     for row in rows:
         values, links = row.inputs or (), _links(row)
-        yield written(
-            [
-                *(row.entry.carried.get(name, "") for name in columns),
-                *map(row.result.get, RESULT_COLUMNS),
-                *("\n".join(v["value"] for v in values if v["id"] == name) for name in inputs),
-                *links,
-                *[""] * (most - len(links)),
-            ]
-        )
+        cells = [
+            *(row.entry.carried.get(name, "") for name in columns),
+            *map(row.result.get, RESULT_COLUMNS),
+            *("\n".join(v["value"] for v in values if v["id"] == name) for name in inputs),
+            *links,
+            *[""] * (most - len(links)),
+        ]
+        yield csv_text([cells], delimiter=delimiter)
 
 
 def carried_names(columns: Sequence[str], results: Sequence[str] = RESULT_COLUMNS) -> list[str]:

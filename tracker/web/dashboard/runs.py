@@ -1,10 +1,8 @@
 """`/runs`: the runs that match the filters, as a page and as CSV; and one run with its outputs and
 timeline, "Check now", and starting it again."""
 
-import csv
 import hashlib
-import io
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from tracker.core.errors import FieldFault
-from tracker.core.formatting import money, safe_cell
+from tracker.core.formatting import csv_text, money
 from tracker.core.inputs import parse_tag
 from tracker.core.log import get_logger
 from tracker.core.record import Record
@@ -209,12 +207,12 @@ class RunPages(PageGroup):
         return _to_run(started.run_id)
 
     async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
-        yield BOM + _csv([CSV_COLUMNS])
+        yield BOM + csv_text([CSV_COLUMNS])
         left, cursor = self._limits.csv_runs, None
         while left > 0:
             limit = min(self._limits.csv_page, left)
             found = await search_runs(self._database, wanted, cursor=cursor, limit=limit)
-            yield _csv(map(_cells, found.records))
+            yield csv_text(map(_cells, found.records))
             left, cursor = left - len(found.records), found.next_cursor
             if cursor is None:
                 return
@@ -306,14 +304,6 @@ class RunPages(PageGroup):
     def _can_poll(self, record: Record) -> bool:
         workspace = self._services.workspaces.of(record.run.workspace_id)
         return workspace is not None and workspace.client is not None
-
-
-def _csv(rows: Iterator[Sequence[Any]] | Sequence[Sequence[Any]]) -> str:
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows(
-        [safe_cell(cell) for cell in row] for row in rows
-    )
-    return lines.getvalue()
 
 
 def _cells(record: Record) -> list[Any]:
