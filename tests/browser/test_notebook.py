@@ -133,6 +133,14 @@ async def test_plain_http_is_loaded_from_this_machine_alone() -> None:
     assert set(re.findall('href="([^"]*)"', html)) == {*links[:4]}
 
 
+async def test_no_text_turns_the_direction_of_another_in_a_notebook() -> None:
+    """The characters that do so are shown as escapes, as on the pages."""
+    turning = replace(RUN, technique_name="invoice\u202egnp.exe")
+    for html in (turning._repr_html_(), RunList([turning])._repr_html_()):
+        assert "invoice\\u202egnp.exe" in html
+        assert "\u202e" not in html
+
+
 async def test_hostile_texts_do_nothing_in_a_notebook(open_page: OpenPage) -> None:
     """Every text is shown as it is; only plain web addresses are links or loaded."""
     texts = ("run_id", "status", "technique_name", "error_code", "error_message")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tracker.core.formatting import counted, duration, money
+from tracker.core.formatting import counted, duration, money, unturned
 from tracker.core.net import is_loopback_url
 from tracker.core.run import Output, RetryAdvice
 from tracker.web.dashboard.media import output_names, plain_http_origin, presentation, web_link
@@ -61,10 +61,18 @@ def batch_html(batch: "BatchFields") -> str:
 @cache
 def _macros() -> Any:
     pages = Environment(
-        loader=PackageLoader("tracker.library", ""), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("tracker.library", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_turned_back,
     )
     pages.filters.update(money=money, duration=duration, shortened=_shortened)
     return pages.get_template("notebook.html").module
+
+
+def _turned_back(value: object) -> object:
+    """A value as it is inserted: no text turns the direction of another."""
+    return unturned(value) if type(value) is str else value
 
 
 def _shortened(text: str) -> str:

@@ -127,6 +127,25 @@ async def test_a_disabled_endpoint_is_enabled(hooked: Site) -> None:
     assert ("TRACKER_API_TOKEN", "enable_endpoint") in {(one.actor, one.action) for one in entries}
 
 
+async def test_the_overview_warns_of_messages_that_wait_for_long(hooked: Site) -> None:
+    """For more than an hour, with the last error of an endpoint that fails; not before."""
+    db = hooked.services.database
+    told = "Messages to the endpoint crm have waited"
+    failing = {"failing_since": utc_now(), "last_error": "status 502"}
+    change = update(endpoints).where(endpoints.c.endpoint_id == "crm").values(**failing)
+    await db.write(lambda connection: connection.execute(change).rowcount)
+    for minutes in (50, 70):
+        created_at = utc_now() - timedelta(minutes=minutes)
+        await add_message(db, f"msg_{minutes}", "crm", 502, created_at=created_at)
+        page = (await hooked.client.get("/")).text
+        assert (told in page) is (minutes == 70)
+    assert "Last error: status 502." in page
+    assert (
+        'href="/endpoints/crm">Show endpoint</a> <a href="/runbook.html#trackermessageslate"'
+        in page
+    )
+
+
 async def test_messages_are_sent_again(hooked: Site) -> None:
     """One that was delivered, and all that failed since a time; a wrong time is a 400."""
     db = hooked.services.database

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
+from urllib.parse import quote
 
 from tracker.core.budget import Period
 from tracker.core.contact import ContactState, Trouble
@@ -13,7 +14,7 @@ from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store.queries import attention
 from tracker.store.queries.attention import Counts, SweepHealth
-from tracker.store.queries.endpoints import EndpointRow
+from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.spending import Usage
 
@@ -25,6 +26,8 @@ MIN_CALLBACKS: Final = 10
 """Expected callbacks below which the share means nothing."""
 BUDGET_SHARE: Final = 0.8
 """The used share of a budget from which an alert is shown."""
+SENT_WITHIN: Final = timedelta(hours=1)
+"""An alert is shown where a message has waited for its endpoint for longer."""
 APPLIED_WITHIN: Final = timedelta(minutes=1)
 """An alert is shown where an acknowledged callback waits for longer to be applied."""
 _TROUBLES: Final = {
@@ -146,7 +149,7 @@ def alerts(
     overdue: bool,
     unpriced: int,
     budgets: Sequence[Usage],
-    disabled: Sequence[EndpointRow],
+    hooks: Sequence[tuple[EndpointRow, Backlog]],
     callback_url: str | None,
     now: datetime,
 ) -> Iterator[Alert]:
@@ -224,16 +227,9 @@ def alerts(
             advice=f"{check}No results lost: polling found them.",
             section="trackercallbacksmissed",
         )
-    for endpoint in disabled:
-        yield Alert(
-            kind="bad",
-            title=f"Nothing is sent to the endpoint {endpoint.endpoint_id}",
-            since=endpoint.disabled_at,
-            advice=f"It is disabled: {endpoint.disabled_reason}. Its messages wait.",
-            href="/endpoints",
-            link="Show webhooks",
-            section="trackerendpointdisabled",
-        )
+    for endpoint, backlog in hooks:
+        if alert := _endpoint(endpoint, backlog, now):
+            yield alert
     for usage in budgets:
         if usage.share >= BUDGET_SHARE:
             yield Alert(
@@ -270,6 +266,33 @@ def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None
             section="trackersweeplate",
         )
     return None
+
+
+def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Alert | None:
+    """What is wrong with an endpoint: it is disabled, or its messages wait for long."""
+    name, health = endpoint.endpoint_id, endpoint.health(now)
+    if health == "disabled":
+        return Alert(
+            kind="bad",
+            title=f"Nothing is sent to the endpoint {name}",
+            since=endpoint.disabled_at,
+            advice=f"It is disabled: {endpoint.disabled_reason}. Its messages wait.",
+            href="/endpoints",
+            link="Show webhooks",
+            section="trackerendpointdisabled",
+        )
+    oldest_at = backlog.oldest_at
+    if oldest_at is None or now - oldest_at <= SENT_WITHIN:
+        return None
+    error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
+    return Alert(
+        title=f"Messages to the endpoint {name} have waited",
+        since=oldest_at,
+        advice=f"Each is tried again for three days.{error}",
+        href=f"/endpoints/{quote(name, safe='')}",
+        link="Show endpoint",
+        section="trackermessageslate",
+    )
 
 
 def _requests(client: FloraClient) -> str:

@@ -16,6 +16,7 @@ from tracker.core.run import RunStatus, Tracking
 from tracker.store.queries import attention, batches, endpoints, overview, sweeps
 from tracker.store.queries import runs as read
 from tracker.store.queries.attention import BILL_DAYS
+from tracker.store.queries.endpoints import Backlog
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
 from tracker.web.dashboard.alerts import (
     Alert,
@@ -70,6 +71,7 @@ class OverviewPage(PageGroup):
         open_batches = await batches.unfinished(db, since=now - BATCHES_SINCE, limit=BATCHES)
         counted_rows = await batches.batch_counts(db, [one.batch_id for one in open_batches])
         newest, _ = await read.list_runs(db, status=RunStatus.COMPLETED, limit=RESULTS)
+        backlogs = await endpoints.backlogs(db)
         techniques = {one.technique_id for one in open_batches}
         techniques |= {one.run.technique_id for one in newest if one.run.technique_id}
         attention_needed = alerts(
@@ -80,8 +82,9 @@ class OverviewPage(PageGroup):
             overdue=bool(overdue),
             unpriced=sum(one.unpriced for one in billed),
             budgets=await services.budgets.usages(),
-            disabled=[
-                one for one in await endpoints.list_endpoints(db) if one.health(now) == "disabled"
+            hooks=[
+                (one, backlogs.get(one.endpoint_id, Backlog()))
+                for one in await endpoints.list_endpoints(db)
             ],
             callback_url=services.settings.callback_url,
             now=now,
