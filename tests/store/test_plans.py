@@ -236,7 +236,9 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         "ix_starts_unresolved",
     ),
     "known origins": (
-        lambda db: starts.accounted(db, ["run_1", "run_2"], known_before=NOW),
+        lambda db: starts.accounted(
+            db, ["run_1", "run_2"], technique_id="tech_1", known_before=NOW
+        ),
         "ix_starts_run",
     ),
     "runs known before a start": (

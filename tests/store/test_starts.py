@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from tests.store.making import NOW, TestWriter, callback, seen, started
@@ -224,7 +225,7 @@ async def test_rival_starts_are_found(writer: TestWriter, db: Database) -> None:
 
 async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Database) -> None:
     """A run that a start owns, or that was given to track, is nobody else's; nor is one that was
-    known before."""
+    known before, or is of another technique."""
     await reserve(db, "key")
     await writer.submit(
         replace(seen("run_start", source=Source.HISTORY), slot="default", idempotency_key="key")
@@ -235,15 +236,17 @@ async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Da
             seen("run_track", source=Source.TRACK),
             seen("run_swept", source=Source.HISTORY),
             seen("run_before", source=Source.HISTORY, at=NOW - timedelta(seconds=1)),
+            seen("run_other", source=Source.HISTORY, facts={"technique_id": "tech_2"}),
             callback("run_called"),
         ]
     )
     asked = ["run_start", "run_answer", "run_track", "run_swept", "run_called", "run_unknown"]
-    asked.append("run_before")
-    assert await starts.accounted(db, asked, known_before=NOW) == {
-        *("run_start", "run_answer", "run_track", "run_before")
+    asked += ["run_before", "run_other"]
+    accounted = partial(starts.accounted, db, technique_id="tech_1", known_before=NOW)
+    assert await accounted(asked) == {
+        *("run_start", "run_answer", "run_track", "run_before", "run_other")
     }
-    assert await starts.accounted(db, [], known_before=NOW) == set()
+    assert await accounted([]) == set()
 
 
 async def test_the_newest_run_that_was_known_before(writer: TestWriter, db: Database) -> None:

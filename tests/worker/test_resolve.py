@@ -4,11 +4,12 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
-from tests.worker.test_doubt import GATEWAY, PROMPT, attempt, change, state_of
-from tracker.core.errors import InvalidRequest
+from tests.worker.test_doubt import GATEWAY, PROMPT, attempt, change, posts, state_of
+from tracker.core.errors import InvalidRequest, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.services import Services
 from tracker.starting.resolve import UnknownStart
+from tracker.store.queries import starts as start_log
 
 
 async def leave_to_a_person(services: Services, clock: HandClock) -> None:
@@ -104,6 +105,53 @@ async def test_one_run_less_is_named(
         assert (row.state.value, row.possible_runs) == ("unresolved", {others})
         assert row.error is not None
         assert row.error["message"].endswith(f"; it may have become {others}")
+
+
+async def test_a_run_stays_struck_off_when_the_start_is_sent_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """What a person says holds for every request of the start."""
+    async with make_flora(**GATEWAY, run_seconds=60.0) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        colleagues = flora.start("icon-pack").run_id
+        clock.move(250)
+        await services.recovery.recover()
+        [row] = await services.resolver.exclude(colleagues)
+        assert row.state.value == "in_doubt"
+        clock.move(120)
+        await services.recovery.recover()  # sent again, and in doubt again
+        assert posts(flora) == 2
+        change(flora, gateway_starts=0.0)
+        for _ in range(5):
+            clock.move(100)
+            await services.recovery.recover()
+        assert await attempt(services) == list(flora.world.runs)[-1]
+        assert len(flora.world.runs) == 2
+
+
+async def test_a_decision_that_was_not_stored_is_an_error(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody is told that it was done; repeating it does it."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        await leave_to_a_person(services, clock)
+        row = await services.resolver.find("key-1")
+
+        async def fails(*_: object, **__: object) -> None:
+            raise StoreUnavailable("the disk is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(start_log, "mark", fails)
+            with pytest.raises(StoreUnavailable, match="repeat it"):
+                await services.resolver.is_nothing(row)
+        assert await state_of(services.database) == "unresolved"
+        await services.resolver.is_nothing(row)
+        assert await state_of(services.database) == "refused"
 
 
 async def test_one_run_is_one_starts(

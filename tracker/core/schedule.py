@@ -118,11 +118,13 @@ class PollReason(StrEnum):
     LOST = "lost"
     """Not found at FLORA: read once a day."""
     CLOCK_SET = "clock_set"
-    """The clock was set back: read at once, because the earlier time is too far ahead."""
+    """Read at once: the time was further ahead than any wait allows, because the clock was set back
+    or the waits were shortened."""
 
 
 class NextPoll(NamedTuple):
-    """When a run is polled next, UTC, and why then; `None` if another version decided it."""
+    """When a run is polled next, UTC, and why then; `None` if that is not known. While an older
+    version runs too, the reason may be that of an earlier poll."""
 
     at: datetime
     why: PollReason | None

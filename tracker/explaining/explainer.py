@@ -227,7 +227,10 @@ def _reason(
         case PollReason.ASKED:
             return "a callback, or a request to track the run, asks for a poll at once"
         case PollReason.CLOCK_SET:
-            return "the clock was set back, so the run is polled at once"
+            return (
+                "it was further ahead than any wait allows (the clock was set back, or the waits "
+                "were shortened), so the run is polled at once"
+            )
 
 
 def _learned(record: Record, durations: Durations | None) -> str:

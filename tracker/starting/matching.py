@@ -190,11 +190,17 @@ class StartMatcher:
     async def possible(self, row: StartRow, run_ids: Iterable[str]) -> set[str]:
         """Those of the runs that may be the start's: they became known since its first sending,
         FLORA listed them when it was done with the last request, and nothing else accounts for them
-        (they are of no other start, and were not given to `track`)."""
+        (they are of no other start or technique, were not given to `track`, and no person has
+        excluded them)."""
         listed = row.possible_runs
         runs = {run_id for run_id in run_ids if listed is None or run_id in listed}
-        known_before = row.first_sent - SET_BACK
-        return runs - await starts.accounted(self.database, list(runs), known_before=known_before)
+        runs -= row.excluded_runs
+        return runs - await starts.accounted(
+            self.database,
+            list(runs),
+            technique_id=row.technique_id,
+            known_before=row.first_sent - SET_BACK,
+        )
 
     async def find(self, row: StartRow, read: HistoryRead) -> Observation | None:
         """The run of a start whose key FLORA says is in use, in a history that lists it; `None` if

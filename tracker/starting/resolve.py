@@ -1,7 +1,7 @@
 """What a person says: the outcome of a start in doubt, or the id of a run started elsewhere."""
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from tracker.core.errors import (
     FieldFault,
@@ -11,6 +11,7 @@ from tracker.core.errors import (
     NotTracked,
     SettingsError,
     StartPending,
+    StoreUnavailable,
     TrackerError,
 )
 from tracker.core.log import get_logger
@@ -95,7 +96,7 @@ class StartResolver(Service):
         async with holding(self.database, row, self.process, self.clock) as held:
             mine = _check(held, row)
             await self._audit(row, None, "nothing was started")
-            await mine.record(StartState.REFUSED, {"message": NOTHING_STARTED})
+            await _store(mine, StartState.REFUSED, {"message": NOTHING_STARTED})
         _log_resolved(row, None)
 
     async def exclude(self, run_id: str) -> list[StartRow]:
@@ -121,13 +122,13 @@ class StartResolver(Service):
                 return row
             left.discard(run_id)
             await self._audit(row, run_id, "someone else started the run")
-            error = row.with_possible(left)
+            error = (row.error or {}) | {"excluded": sorted({*row.excluded_runs, run_id})}
             if row.state is StartState.IN_DOUBT:
-                await mine.record(row.state, error)
+                await _store(mine, row.state, error)
             elif left or row.is_known_to_flora:
-                await mine.record(row.state, naming(error, left))
+                await _store(mine, row.state, naming(error, left))
             else:
-                await mine.record(StartState.REFUSED, {"message": NOTHING_STARTED})
+                await _store(mine, StartState.REFUSED, {"message": NOTHING_STARTED})
             actor = audit.principal().name
             log.info("start.run_excluded", key=row.idempotency_key, run_id=run_id, actor=actor)
             return mine.row
@@ -158,6 +159,14 @@ class StartResolver(Service):
 def _log_resolved(row: StartRow, run_id: str | None) -> None:
     actor = audit.principal().name
     log.info("start.resolved", key=row.idempotency_key, run_id=run_id, actor=actor)
+
+
+async def _store(held: HeldStart, state: StartState, error: dict[str, Any]) -> None:
+    """Record the decision. Raises `StoreUnavailable` if the database did not take it."""
+    if not await held.record(state, error):
+        raise StoreUnavailable(
+            f"the decision about the start {held.key!r} could not be stored: repeat it"
+        )
 
 
 def _check(held: HeldStart | None, row: StartRow) -> HeldStart:

@@ -187,6 +187,8 @@ class StartSender:
                     return IdempotencyConflict(str(error))
         if verdict is StartVerdict.KEY_KNOWN or held.row.is_known_to_flora:
             kept |= {"conflict": True}
+        if held.row.excluded_runs:
+            kept |= {"excluded": sorted(held.row.excluded_runs)}
         if verdict is StartVerdict.REFUSED and kept.get("status") in _ABOUT_THE_REQUEST:
             # It would be refused each time; only a person can say what the first request did.
             await held.record(StartState.UNRESOLVED, kept)
@@ -265,16 +267,17 @@ class HeldStart:
             )
         self.row, self.was_sent = row, True
 
-    async def record(self, state: StartState, error: dict[str, Any] | None) -> None:
-        """Store the state; if that fails, the row stays as it is."""
+    async def record(self, state: StartState, error: dict[str, Any] | None) -> bool:
+        """Store the state; whether it is stored. If not, the row stays as it is."""
         try:
             row = await starts.mark(
                 self.database, *self._id, holder=self.holder, state=state, error=error
             )
         except StoreError as failure:
             log.error("start.not_noted", key=self.key, state=state, error=str(failure))
-        else:
-            self.row = row or self.row
+            return False
+        self.row = row or self.row
+        return row is not None
 
     async def renew(self) -> None:
         """Renew the lease until cancelled or until it is lost."""

@@ -387,7 +387,7 @@ _CAUSE: Final = func.trim(func.substr(func.coalesce(deliveries.c.reason, ""), 1,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """FailedRead deliveries with one reason: how many, and when the first and the last came."""
+    """Unseen deliveries with one reason: how many, and when the first and the last came."""
 
     text: str
     count: int

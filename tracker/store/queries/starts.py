@@ -77,7 +77,7 @@ class StartRow:
     The key was first sent at `in_use_since` and last at `sent_at`. `request_body` is kept while it
     may have to be repeated. `error` is the last answer without a run: status, code, message,
     fields; `conflict` in it tells that FLORA knows the key, `possible` which runs the start may
-    have become. Each of `reserved_runs` runs takes
+    have become, `excluded` which a person says it has not. Each of `reserved_runs` runs takes
     `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
     first run and those not observed yet.
     """
@@ -132,7 +132,12 @@ class StartRow:
         found = (self.error or {}).get("possible") or {}
         if found.get("sent_at") != self.last_sent.isoformat():
             return None  # it was sent again since
-        return frozenset(found["run_ids"])
+        return frozenset(found["run_ids"]) - self.excluded_runs
+
+    @property
+    def excluded_runs(self) -> frozenset[str]:
+        """The runs that someone else started, as a person says."""
+        return frozenset((self.error or {}).get("excluded") or ())
 
     def with_possible(self, run_ids: Collection[str]) -> dict[str, Any] | None:
         """The `error` to store when it can only have become one of these runs."""
@@ -419,9 +424,11 @@ async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -
     return [_row(row) for row in await db.fetch(statement)]
 
 
-async def accounted(db: Database, run_ids: Sequence[str], *, known_before: datetime) -> set[str]:
-    """The runs that are of no start which was first sent at `known_before`: they belong to a start,
-    were tracked by request, or became known before."""
+async def accounted(
+    db: Database, run_ids: Sequence[str], *, technique_id: str, known_before: datetime
+) -> set[str]:
+    """The runs that are of no start of the technique which was first sent at `known_before`: they
+    belong to a start, were tracked by request, are of another technique, or became known before."""
     if not run_ids:
         return set()
     by_start = select(starts.c.run_id).where(starts.c.run_id.in_(run_ids))
@@ -430,6 +437,10 @@ async def accounted(db: Database, run_ids: Sequence[str], *, known_before: datet
         or_(
             runs.c.source.in_([Source.START, Source.TRACK]),
             runs.c.first_seen_at < known_before,
+            and_(
+                runs.c.technique_id.startswith("tech_", autoescape=True),
+                runs.c.technique_id != technique_id,
+            ),
         ),
     )
     return set(await db.fetchcol(by_start.union(by_itself)))
