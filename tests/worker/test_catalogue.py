@@ -364,7 +364,7 @@ async def test_a_technique_is_found_to_be_shown(
 
 
 async def test_who_may_only_read_keeps_no_start_waiting(
-    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    services: Services, flora: Simulator, clock: HandClock
 ) -> None:
     """However many names are looked up at once, at most one lookup is in the queue in which starts
     and polls wait, and ten wait for that; the others, and who waits too long, are shown what is
@@ -375,7 +375,7 @@ async def test_who_may_only_read_keeps_no_start_waiting(
     assert await find("cctv-cam") is not None
     old = TechniqueRow(technique_id="tech_old", name="Old", inputs=({"id": "a"},))
     await techniques.define(services.database, old, clock())
-    monkeypatch.setattr("tracker.starting.catalogue.RENEWAL_SECONDS", 60.0)
+    services.catalogue.renewal_seconds = 60.0
     async with services.catalogue._finding:
         finding = [asyncio.create_task(find(f"nonesuch-{number}")) for number in range(40)]
         waiting = set(finding)
@@ -391,7 +391,7 @@ async def test_who_may_only_read_keeps_no_start_waiting(
     assert {str(one).partition(", ")[2] for one in refused} == {
         "because too many others are being looked up"
     }
-    monkeypatch.setattr("tracker.starting.catalogue.RENEWAL_SECONDS", 0.2)
+    services.catalogue.renewal_seconds = 0.2
     async with services.catalogue._finding:
         assert await find("cctv-cam") is not None
         clock.move(2 * HOUR)

@@ -41,8 +41,6 @@ FRESH: Final = timedelta(hours=1)
 """How long a definition is used without reading it again."""
 PAUSE: Final = timedelta(minutes=1)
 """How long after a read, or a failed one, the same definition is not read again."""
-RENEWAL_SECONDS: Final = 5.0
-"""How long FLORA may take to renew a known definition."""
 MOST_FINDERS: Final = 10
 """Techniques that are looked up to be shown at the same time, one after the other at FLORA."""
 EVERY: Final = timedelta(hours=6)
@@ -61,7 +59,12 @@ _Key = tuple[str, str]
 
 @dataclass(kw_only=True, eq=False)
 class Catalogue(Service):
-    """The definitions of techniques, by id or slug."""
+    """The definitions of techniques, by id or slug.
+
+    FLORA may take `renewal_seconds` to renew a known definition.
+    """
+
+    renewal_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         self._slugs: dict[_Key, str] = {}
@@ -89,9 +92,8 @@ class Catalogue(Service):
             if self._is_current(known, key):
                 return known
             try:
-                return await self._ask(
-                    workspace, technique, min(deadline or RENEWAL_SECONDS, RENEWAL_SECONDS)
-                )
+                longest = min(deadline or self.renewal_seconds, self.renewal_seconds)
+                return await self._ask(workspace, technique, longest)
             except FloraError as error:
                 if not _is_no_answer(error):
                     raise
@@ -171,7 +173,7 @@ class Catalogue(Service):
         FLORA is read if the definition is old or was never read; for one caller at a time, because
         starts and polls wait in the same queue for their requests, and whoever may read can ask for
         any name. Raises `FloraError` if nothing is known and FLORA cannot be read within
-        `RENEWAL_SECONDS`, and `StoreUnavailable`.
+        `renewal_seconds`, and `StoreUnavailable`.
         """
         if not is_possible_name(technique):
             return None
@@ -205,9 +207,9 @@ class Catalogue(Service):
 
     async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
         """As `definition`, after other callers of this, unless these are too many; for
-        `RENEWAL_SECONDS` in all."""
+        `renewal_seconds` in all."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + RENEWAL_SECONDS
+        until = loop.time() + self.renewal_seconds
         crowded = FloraUnreachable(
             "FLORA was not asked for the technique, because too many others are being looked up",
             may_have_acted=False,
