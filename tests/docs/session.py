@@ -33,8 +33,9 @@ SECRETS: Final = {
 SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")
 """What goes on until it is stopped: it is started, and the page goes on when it answers."""
 
-PLAIN: Final = re.compile(r"tracker [^|&;<>$`*?~(){}\[\]\\#!\n]+")
-"""A command of the tracker's that leaves the shell nothing to do but to take quotes off."""
+PLAIN: Final = re.compile(r"(?:[A-Z_]+=\S+ )*tracker [^|&;<>$`*?~(){}\[\]\\#!\n]+")
+"""A command of the tracker's, after variables of its own, that leaves the shell nothing else to do
+but to take quotes off."""
 
 SLOW: Final = re.compile(r"^tracker: Waiting for FLORA's answer for up to \d+ s\n", re.MULTILINE)
 """What a command says where the machine lets an answer of the local FLORA take seconds."""
@@ -137,10 +138,11 @@ class Session:
         if PLAIN.fullmatch(self.own(command)):
             output = self.directory / "output"
             output.write_text("")
-            words = shlex.split(self.own(command))[1:]
+            words = shlex.split(self.own(command))
+            program = words.index("tracker")
             process = Forked.begin(
-                *words,
-                env=environment,
+                *words[program + 1 :],
+                env={**environment, **dict(one.split("=", 1) for one in words[:program])},
                 output=output,
                 folder=self.directory,
                 prepare=report_no_waits,

@@ -10,20 +10,19 @@ import shlex
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-import typer.main
 from sqlalchemy import text
 
-from tests.deploy.commands import assert_taken
+from tests.deploy.commands import assert_taken, command_line
 from tests.deploy.conftest import Promtool, promtool  # noqa: F401 - the fixture
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, shown
 from tests.docs.session import SECRETS, Session
 from tests.support.databases import PostgresDatabases
 from tools.site import commands
-from tracker.cli.app import app
 from tracker.settings import load_settings
 from tracker.store.engine import Database
 
@@ -160,7 +159,8 @@ def trackers(page: Path) -> Iterator[list[str]]:
 def test_commands_that_are_not_executed_are_taken(page: Path) -> None:
     """The command line has every command that a page names, and takes what it is given there."""
     for words in trackers(page):
-        command, rest = typer.main.get_command(app), list(words)
+        command: Any = command_line()
+        rest = list(words)
         while hasattr(command, "commands") and rest:
             assert rest[0] in command.commands, f"there is no `tracker {' '.join(words)}`"
             command = command.commands[rest.pop(0)]
