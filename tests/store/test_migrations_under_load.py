@@ -41,6 +41,7 @@ async def completed(db: Database) -> set[str]:
 
 
 @pytest.mark.usefixtures("patient")
+@pytest.mark.timeout(180)  # writers at work at each of many steps
 async def test_the_version_before_notices_no_migration(empty_database_url: str) -> None:
     """At each step from the first revision to the newest, writers that know only the schema before
     it get no error, wait less than for a lock, and have what they wrote."""

@@ -9,7 +9,7 @@ import pytest
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Output, Precedence, Run, RunError
-from tracker.store.queries.runs import Event
+from tracker.store.queries.runs import TimelineEvent
 from tracker.store.schema import run_events, run_outputs, runs
 from tracker.views import event_json, number_json, run_json, time_json
 from tracker.web.http.responses import Json
@@ -67,7 +67,7 @@ def test_what_is_not_known_is_null() -> None:
 
 def test_an_event_has_its_public_columns() -> None:
     """The timeline shows what was seen, whole."""
-    event = Event(
+    event = TimelineEvent(
         id=7,
         run_id="run_1",
         at=AT,
