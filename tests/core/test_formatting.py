@@ -80,6 +80,7 @@ def test_a_requirement_is_a_predicate(kind: str, message: str, said: str) -> Non
 
 @pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=-5))])
 def test_a_time_for_programs_is_in_utc_with_z(zone: timezone) -> None:
-    """The form of the API, whatever the zone of the value."""
+    """The form of the API, whatever the zone of the value; such texts sort as the times do."""
     at = datetime(2026, 11, 28, 3, 0, 0, 120, tzinfo=UTC)
     assert iso_time(at.astimezone(zone)) == "2026-11-28T03:00:00.000120Z"
+    assert iso_time(at.replace(microsecond=0)) == "2026-11-28T03:00:00.000000Z"

@@ -16,6 +16,7 @@ from tests.worker.conftest import (
     the_run,
 )
 from tests.worker.test_sweep import A_LOOK, sweep
+from tracker.core.formatting import iso_time
 from tracker.core.observation import Source
 from tracker.core.run import RunType, Tracking
 from tracker.flora.client import cursor_at, offset_of
@@ -357,10 +358,44 @@ async def test_what_lies_behind_a_place_that_nothing_passes_stays_a_gap(
         assert await gaps(services) == []
 
 
-async def test_a_place_where_flora_always_fails_is_stepped_over(
-    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry
+async def test_an_unreadable_item_at_the_top_covers_nothing_more(
+    services: Services, flora: Simulator, clock: HandClock
 ) -> None:
-    """One page that is answered 500 again and again fails a few sweeps, and then no more."""
+    """Where the newest two minutes hold an item that cannot be read, coverage still ends below
+    them: a run that is listed late is found. The gap ends at FLORA's now."""
+    flora.start()
+    clock.move(600)
+    late = flora.start().run_id
+    clock.move(20)
+    flora.start()
+    clock.move(20)
+    bad = flora.start().run_id
+    clock.move(20)
+    flora.start()
+    flora.world.deleted.add(late)
+    flora.world.change({"bad_runs": [bad]})
+    [gap] = (await sweep(services)).gaps
+    assert iso_time(clock() - timedelta(seconds=41)) < gap.from_at < gap.to_at == iso_time(clock())
+    [interval] = await covered(services)
+    assert interval.to_at <= clock() - timedelta(minutes=2)
+    flora.world.deleted.clear()
+    flora.world.change({"bad_runs": []})
+    clock.move(300)
+    found = await sweep(services)
+    assert (found.discovered, found.gaps) == (2, [])
+    assert await known(services) == at_flora(flora)
+
+
+@pytest.mark.parametrize("since", [None, SPAN_AGAIN])
+async def test_a_place_where_flora_always_fails_is_stepped_over(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    hurry: Hurry,
+    since: timedelta | None,
+) -> None:
+    """One page that is answered 500 again and again fails a few sweeps, and then no more; runs that
+    start meanwhile, which move the list, make no difference."""
     async with make_flora(history=400, history_seconds=SPAN) as flora:
         services = await open_on(flora)
         hurry(services, flora)
@@ -368,9 +403,10 @@ async def test_a_place_where_flora_always_fails_is_stepped_over(
         bad = runs[250].run_id
         flora.world.change({"bad_runs": [bad], "bad_code": "internal_error"})
         failed = 0
-        while (await sweep(services)).error is not None and failed < 9:
+        while (await sweep(services, since=since)).error is not None and failed < 9:
             failed += 1
             clock.move(300)
+            flora.start()
         assert 1 <= failed <= 3
         assert await known(services) == at_flora(flora) - {bad}
         assert len(await gaps(services)) == 1

@@ -44,8 +44,8 @@ def _as_written(found: re.Match[str]) -> str:
 
 
 def iso_time(value: datetime) -> str:
-    """A time for programs, as the API shows it: ISO 8601 in UTC, with `Z`."""
-    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    """A time for programs, as the API shows it: ISO 8601 in UTC, to the microsecond, with `Z`."""
+    return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def money(value: Decimal | float | None) -> str:

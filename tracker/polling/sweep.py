@@ -274,8 +274,11 @@ class _Sweep:
                         top = plan.until
                     if page.hole is not None:
                         end = page.ceiling or plan.bottom  # all of it if no time is known
-                        await self._note(plan, lowest or top, page.hole, gap, end=end)
-                        top, lowest = end, None
+                        if lowest is None and end > top:  # above what is covered: read next time
+                            plan.report_unread(plan.now, end, page.hole.error)
+                        else:
+                            await self._note(plan, lowest or top, page.hole, gap, end=end)
+                            top, lowest = end, None
                     floor = plan.bottom if page.is_last else page.floor
                     if floor is not None and floor < top and not late:
                         lowest, cursor = floor, page.cursor
@@ -293,10 +296,13 @@ class _Sweep:
                 raise error.cause from error
             await self._note(plan, lowest or top, error.hole, gap, end=gap.bottom)
         except (ServerFault, FloraUnreachable) as error:
-            if plan is not None and lowest is not None:
-                failed = Hole(error=str(error), cursor=cursor)
-                await self._note(plan, lowest, failed, gap, end=None)
-            raise
+            if plan is None or lowest is None:
+                raise
+            failed = Hole(error=str(error), cursor=cursor)
+            place = await self._note(plan, lowest, failed, gap, end=None)
+            if stubborn or not plan.all_again or place.failures < STUBBORN_AFTER:
+                raise
+            await self._read_down(kind, Gap(gap.bottom, lowest, place))
         finally:
             self.report.pages += walk.pages_read
 
@@ -362,37 +368,26 @@ class _Sweep:
 
     async def _note(
         self, plan: "_Plan", at: datetime, hole: Hole, gap: Gap, *, end: datetime | None
-    ) -> None:
+    ) -> Interval:
         """Record that nothing could be read from `at` down to `end`, and when it is tried again;
         without an end, by the next sweep."""
         before = next((one for one in plan.covered if one.from_at == at), gap.above)
-        failures = 1 + (before.failures if before else 0)
+        failures = 1 + (before.failures if before else plan.failures_below(at))
         now = self._clock()
         wait = min(RETRY_AFTER * 2 ** min(failures - 1, 10), RETRY_WITHIN)
-        await self._add(
-            plan,
-            Interval(
-                from_at=at,
-                to_at=at,
-                read_at=now,
-                cursor=hole.cursor,
-                error=hole.error,
-                failures=failures,
-                retry_at=None if end is None else now + wait,
-            ),
-        )
-        if end is None:
-            return
-        times = {"from_at": iso_time(end), "to_at": iso_time(at)}
-        plan.unread.append(UnreadGap(run_type=plan.kind, **times, error=hole.error))
-        log.error(
-            "sweep.page_unreadable",
-            workspace_id=plan.workspace_id,
-            run_type=plan.kind,
-            **times,
+        place = Interval(
+            from_at=at,
+            to_at=at,
+            read_at=now,
+            cursor=hole.cursor,
             error=hole.error,
             failures=failures,
+            retry_at=None if end is None else now + wait,
         )
+        await self._add(plan, place)
+        if end is not None:
+            plan.report_unread(at, end, hole.error, failures)
+        return place
 
     async def _add(self, plan: "_Plan", interval: Interval) -> None:
         if plan.workspace_id is None:
@@ -473,6 +468,25 @@ class _Plan:
             one.from_at < created_at <= one.to_at
             and (before is None or before.first_seen_at > one.read_at)
             for one in self.covered_before
+        )
+
+    def failures_below(self, at: datetime) -> int:
+        """How often the next place below could not be read, if all is read again: what starts
+        between two sweeps moves the pages, and with them the place at which they fail."""
+        below = (one.failures for one in self.covered if one.failures and one.from_at <= at)
+        return next(below, 0) if self.all_again else 0
+
+    def report_unread(self, at: datetime, end: datetime, error: str, failures: int = 1) -> None:
+        """Report that nothing could be read from `at` down to `end`."""
+        times = {"from_at": iso_time(end), "to_at": iso_time(at)}
+        self.unread.append(UnreadGap(run_type=self.kind, **times, error=error))
+        log.error(
+            "sweep.page_unreadable",
+            workspace_id=self.workspace_id,
+            run_type=self.kind,
+            **times,
+            error=error,
+            failures=failures,
         )
 
     def newest_gap(self) -> Gap:
