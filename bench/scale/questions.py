@@ -31,7 +31,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import attention, overview, search, spending
 from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
-from tracker.store.queries.search import Wanted
+from tracker.store.queries.search import SearchFilters
 from tracker.store.queries.sheet_rows import search_sheets
 
 ROUNDS: Final = 15
@@ -100,18 +100,22 @@ def of_pages(run_id: str, cursor: str | None) -> Questions:
         "failed runs of a technique": {"status": "failed", "technique_id": "tech_1"},
     }
     searches = {
-        "search: completed": Wanted(state="completed"),
-        "search: details": Wanted(state="details"),
-        "search: a word": Wanted(text="overload"),
-        "search: a word in a workspace": Wanted(text="overload", workspace_id="ws_1"),
-        "search: by cost": Wanted(sort=search.Sort.COST),
-        "search: by duration": Wanted(sort=search.Sort.DURATION),
-        "search: by cost, of a technique": Wanted(sort=search.Sort.COST, technique_id="tech_1"),
+        "search: completed": SearchFilters(state="completed"),
+        "search: details": SearchFilters(state="details"),
+        "search: a word": SearchFilters(text="overload"),
+        "search: a word in a workspace": SearchFilters(text="overload", workspace_id="ws_1"),
+        "search: by cost": SearchFilters(sort=search.Sort.COST),
+        "search: by duration": SearchFilters(sort=search.Sort.DURATION),
+        "search: by cost, of a technique": SearchFilters(
+            sort=search.Sort.COST, technique_id="tech_1"
+        ),
     }
     return {
         **{name: partial(read.list_runs, **given) for name, given in runs.items()},
         **{name: partial(search.search_runs, wanted=given) for name, given in searches.items()},
-        "search: number of results": partial(search.count_runs, wanted=Wanted(text="overload")),
+        "search: number of results": partial(
+            search.count_runs, wanted=SearchFilters(text="overload")
+        ),
         "search: sheets and cells": partial(search_sheets, text="overload"),
         "a run": partial(read.get_run, run_id=run_id),
         "its timeline": partial(read.events, run_id=run_id),
@@ -214,7 +218,7 @@ async def _middle(db: Database) -> tuple[str, str | None]:
         half = "SELECT created_at FROM runs ORDER BY created_at DESC LIMIT 1 OFFSET {}"
         count = (await connection.execute(text("SELECT count(*) FROM runs"))).scalar_one()
         await connection.execute(text(half.format(count // 2)))
-    wanted = Wanted(until=datetime.now(UTC) - timedelta(days=45))
+    wanted = SearchFilters(until=datetime.now(UTC) - timedelta(days=45))
     found = await search.search_runs(db, wanted)
     return found.records[0].run.run_id, found.next_cursor
 

@@ -15,7 +15,7 @@ from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batches, paging, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow
-from tracker.store.queries.search import STATES, Sort, Wanted, count_runs, search_runs
+from tracker.store.queries.search import STATES, SearchFilters, Sort, count_runs, search_runs
 from tracker.store.queries.sheet_rows import (
     RowOutcome,
     first_outputs,
@@ -26,7 +26,7 @@ from tracker.store.queries.sheet_rows import (
 
 
 async def _ids(db: Database, **wanted: object) -> list[str]:
-    found = await search_runs(db, Wanted(**wanted))  # type: ignore[arg-type]
+    found = await search_runs(db, SearchFilters(**wanted))  # type: ignore[arg-type]
     return [record.run.run_id for record in found.records]
 
 
@@ -98,13 +98,13 @@ async def test_text_is_searched_literally(some: Database, text: str, found: list
 
 async def test_an_id_finds_its_run_however_old(some: Database) -> None:
     """Anyone who pastes an id wants that run, and not the window of the newest ones."""
-    found = await search_runs(some, Wanted(text="run_pending"), window=1)
+    found = await search_runs(some, SearchFilters(text="run_pending"), window=1)
     assert [record.run.run_id for record in found.records] == ["run_pending"]
 
 
 async def test_a_window_says_how_far_it_searched(some: Database) -> None:
     """What lies beyond it is found by going on, and nothing is skipped or shown twice."""
-    wanted, cursor, shown, looked = Wanted(text="größe"), None, [], []
+    wanted, cursor, shown, looked = SearchFilters(text="größe"), None, [], []
     for _ in range(5):
         found = await search_runs(some, wanted, cursor=cursor, window=2)
         shown += [record.run.run_id for record in found.records]
@@ -118,7 +118,11 @@ async def test_a_window_says_how_far_it_searched(some: Database) -> None:
 
 async def test_pages_follow_each_other(some: Database) -> None:
     """With and without a window, pages of one run each show all of them in order."""
-    for wanted in (Wanted(), Wanted(text="run_"), Wanted(workspace_id="ws_1", text="run_")):
+    for wanted in (
+        SearchFilters(),
+        SearchFilters(text="run_"),
+        SearchFilters(workspace_id="ws_1", text="run_"),
+    ):
         whole = (await search_runs(some, wanted)).records
         cursor, shown = None, []
         while True:
@@ -133,7 +137,7 @@ async def test_pages_follow_each_other(some: Database) -> None:
 async def test_a_foreign_cursor_is_refused(db: Database) -> None:
     """It names the field, as everywhere."""
     with pytest.raises(InvalidRequest) as caught:
-        await search_runs(db, Wanted(), cursor="nonsense")
+        await search_runs(db, SearchFilters(), cursor="nonsense")
     assert caught.value.fields[0].field == "cursor"
 
 
@@ -164,15 +168,15 @@ async def test_runs_are_sorted_by_cost_and_duration(db: Database, writer: TestWr
         Sort.DURATION: ["run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6", "run_7"],
     }
     for sort, found in expected.items():
-        pages = await _pages(db, Wanted(sort=sort), limit=3)
+        pages = await _pages(db, SearchFilters(sort=sort), limit=3)
         assert pages[:8] == found, sort
         assert "run_open" not in pages
-        few = await _pages(db, Wanted(sort=sort, technique_id="tech_0"), limit=2)
+        few = await _pages(db, SearchFilters(sort=sort, technique_id="tech_0"), limit=2)
         assert few == [one for one in pages if int(one[-1]) % 3 == 0], sort
-        newest = await _pages(db, Wanted(sort=sort, workspace_id="ws_1"), limit=2, window=5)
+        newest = await _pages(db, SearchFilters(sort=sort, workspace_id="ws_1"), limit=2, window=5)
         assert newest == [one for one in pages if one in ("run_8", "run_7", "run_6", "run_5")]
     with pytest.raises(InvalidRequest):
-        await search_runs(db, Wanted(sort=Sort.COST), cursor=paging.at(NOW, "run_1"))
+        await search_runs(db, SearchFilters(sort=Sort.COST), cursor=paging.at(NOW, "run_1"))
 
 
 async def _of_various_costs(writer: TestWriter, count: int) -> None:
@@ -188,7 +192,9 @@ async def _of_various_costs(writer: TestWriter, count: int) -> None:
         await writer.submit(seen(f"run_{number}", RunStatus.COMPLETED, facts=facts))
 
 
-async def _pages(db: Database, wanted: Wanted, *, limit: int, window: int = 10_000) -> list[str]:
+async def _pages(
+    db: Database, wanted: SearchFilters, *, limit: int, window: int = 10_000
+) -> list[str]:
     cursor, shown = None, []
     for _ in range(50):
         found = await search_runs(db, wanted, cursor=cursor, limit=limit, window=window)
@@ -202,13 +208,16 @@ async def _pages(db: Database, wanted: Wanted, *, limit: int, window: int = 10_0
 async def test_results_are_counted_up_to_a_bound(some: Database) -> None:
     """Exactly while few runs match, and beyond that as "more"; a filter without an index counts in
     the newest ones."""
-    assert await count_runs(some, Wanted()) == (5, False)
-    assert await count_runs(some, Wanted(text="tech_")) == (3, False)
-    assert await count_runs(some, Wanted(), window=4) == (4, True)
-    assert await count_runs(some, Wanted(text="tech_b"), window=4) == (1, True)
-    assert await count_runs(some, Wanted(state="failed", sort=Sort.COST)) == (0, False)
-    assert await count_runs(some, Wanted(sort=Sort.DURATION), window=4) == (0, False)
-    assert await count_runs(some, Wanted(tag="a=b"), window=4) == (0, some.dialect == "sqlite")
+    assert await count_runs(some, SearchFilters()) == (5, False)
+    assert await count_runs(some, SearchFilters(text="tech_")) == (3, False)
+    assert await count_runs(some, SearchFilters(), window=4) == (4, True)
+    assert await count_runs(some, SearchFilters(text="tech_b"), window=4) == (1, True)
+    assert await count_runs(some, SearchFilters(state="failed", sort=Sort.COST)) == (0, False)
+    assert await count_runs(some, SearchFilters(sort=Sort.DURATION), window=4) == (0, False)
+    assert await count_runs(some, SearchFilters(tag="a=b"), window=4) == (
+        0,
+        some.dialect == "sqlite",
+    )
 
 
 async def test_runs_are_found_by_their_batch(db: Database, writer: TestWriter) -> None:
@@ -219,7 +228,7 @@ async def test_runs_are_found_by_their_batch(db: Database, writer: TestWriter) -
     assert sorted(await _ids(db, batch_id="bat_1")) == ["run_SKU-1", "run_SKU-2"]
     assert await _ids(db, batch_id="bat_1", state="failed") == []
     assert await _ids(db, batch_id="bat_1", sort=Sort.COST) == []
-    assert await count_runs(db, Wanted(batch_id="bat_1")) == (2, False)
+    assert await count_runs(db, SearchFilters(batch_id="bat_1")) == (2, False)
     by_cell = await search_sheets(db, "sku-2")
     assert [(row.name, row.position, row.run_id) for row in by_cell.rows] == [
         ("spring.csv", 2, "run_SKU-2")
@@ -278,21 +287,27 @@ async def _keep_batch(
 
 
 ENTRANCES = [
-    (Wanted(), "ix_runs_newest"),
-    (Wanted(state="failed"), "ix_runs_newest_not_completed"),
-    (Wanted(state="completed"), "ix_runs_newest"),
-    (Wanted(state="completed", workspace_id="ws_1"), "ix_runs_newest_of_workspace"),
-    (Wanted(state="lost"), "ix_runs_newest_not_settled"),
-    (Wanted(state="details"), "ix_runs_newest_not_settled"),
-    (Wanted(state="conflict"), "ix_runs_newest"),
-    (Wanted(technique_id="tech_1", state="failed"), "ix_runs_newest_of_a_technique"),
-    (Wanted(workspace_id="ws_1", text="cat"), "ix_runs_newest_of_workspace"),
-    (Wanted(text="cat", since=NOW - timedelta(days=2)), "ix_runs_newest"),
-    (Wanted(technique_id="tech_1", workspace_id="ws_1", text="x"), "ix_runs_newest_of_a_technique"),
-    (Wanted(sort=Sort.COST), "ix_runs_by_cost"),
-    (Wanted(sort=Sort.COST, technique_id="tech_1", text="x"), "ix_runs_newest_of_a_technique"),
-    (Wanted(sort=Sort.DURATION), "ix_runs_by_duration"),
-    (Wanted(batch_id="bat_1", state="failed"), "starts"),
+    (SearchFilters(), "ix_runs_newest"),
+    (SearchFilters(state="failed"), "ix_runs_newest_not_completed"),
+    (SearchFilters(state="completed"), "ix_runs_newest"),
+    (SearchFilters(state="completed", workspace_id="ws_1"), "ix_runs_newest_of_workspace"),
+    (SearchFilters(state="lost"), "ix_runs_newest_not_settled"),
+    (SearchFilters(state="details"), "ix_runs_newest_not_settled"),
+    (SearchFilters(state="conflict"), "ix_runs_newest"),
+    (SearchFilters(technique_id="tech_1", state="failed"), "ix_runs_newest_of_a_technique"),
+    (SearchFilters(workspace_id="ws_1", text="cat"), "ix_runs_newest_of_workspace"),
+    (SearchFilters(text="cat", since=NOW - timedelta(days=2)), "ix_runs_newest"),
+    (
+        SearchFilters(technique_id="tech_1", workspace_id="ws_1", text="x"),
+        "ix_runs_newest_of_a_technique",
+    ),
+    (SearchFilters(sort=Sort.COST), "ix_runs_by_cost"),
+    (
+        SearchFilters(sort=Sort.COST, technique_id="tech_1", text="x"),
+        "ix_runs_newest_of_a_technique",
+    ),
+    (SearchFilters(sort=Sort.DURATION), "ix_runs_by_duration"),
+    (SearchFilters(batch_id="bat_1", state="failed"), "starts"),
 ]
 
 

@@ -27,8 +27,6 @@ from tracker.web.app import build_app
 from tracker.web.http.server import Server, listen
 from tracker.worker.scheduler import Worker
 
-__all__ = ["run"]
-
 _FLORA: Final = Options(
     seed=31, run_seconds=7, failures=0.2, drop=0.4, duplicate=0.2, reorder=0.2, bad_signature=0.2
 )

@@ -42,7 +42,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class PlacedOrder:
     """The stored batch, whether it was `known` before, and whether it was `ordered` now: the same
     order again is none."""
 
@@ -88,7 +88,7 @@ class BatchOrders:
             if price is None or not (order.wait_for_budget and usage.renews_at):
                 raise spending.exceeded(usage, price, what="this batch could cost")
 
-    async def place(self, plan: BatchPlan, order: Order) -> Placed:
+    async def place(self, plan: BatchPlan, order: Order) -> PlacedOrder:
         """Store a batch to be launched.
 
         The same order again changes nothing but the batch's name and carried cells. Raises like
@@ -125,7 +125,7 @@ class BatchOrders:
                 )
             self.on_order()
         kept = await batches.get(self.database, plan.batch.batch_id)
-        return Placed(batch=kept or plan.batch, known=stored is not None, ordered=ordered)
+        return PlacedOrder(batch=kept or plan.batch, known=stored is not None, ordered=ordered)
 
     async def stop(self, batch: BatchRow, *, by: str) -> bool:
         """Start no further row of a batch; false if a worker has none to start.

@@ -75,7 +75,7 @@ class Sort(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SearchFilters:
     """Filters; `None` matches all. `state` is one of `STATES`, `advice` a `RetryAdvice`.
 
     `since` and `until` bound the creation time. `text` matches ids, the technique's name, errors
@@ -97,7 +97,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundRuns:
     """A page of runs. `searched_to` is how far back the search went, if the window ended before the
     page was full. The next page, if any, starts after `next_cursor`."""
 
@@ -106,7 +106,7 @@ class Found:
     searched_to: datetime | None = None
 
 
-class Total(NamedTuple):
+class RunTotal(NamedTuple):
     """How many runs match; `more` if only the newest ones were counted, and sorted."""
 
     runs: int
@@ -115,12 +115,12 @@ class Total(NamedTuple):
 
 async def search_runs(
     db: Database,
-    wanted: Wanted,
+    wanted: SearchFilters,
     *,
     cursor: str | None = None,
     limit: int = 50,
     window: int = WINDOW,
-) -> Found:
+) -> FoundRuns:
     """A page of matching runs, from at most `window` candidates. A text that is a run's id finds
     that run alone.
 
@@ -129,7 +129,7 @@ async def search_runs(
     if wanted.text and cursor is None:
         exact = await read.get_run(db, wanted.text)
         if exact is not None:
-            return Found(records=[exact])
+            return FoundRuns(records=[exact])
     search = _Search(db, wanted)
     inside, outside = search.conditions(cursor)
     async with db.read() as connection:
@@ -144,20 +144,20 @@ async def search_runs(
             last = await connection.execute(window_end.offset(window - 1).limit(1))
         key = None if last is None else last.first()
     if key is None:
-        return Found(records=page)
-    return Found(
+        return FoundRuns(records=page)
+    return FoundRuns(
         records=page,
         next_cursor=paging.at(*key),
         searched_to=None if len(rows) > limit else key[0],
     )
 
 
-async def count_runs(db: Database, wanted: Wanted, *, window: int = WINDOW) -> Total:
+async def count_runs(db: Database, wanted: SearchFilters, *, window: int = WINDOW) -> RunTotal:
     """How many runs match, among at most `window` candidates."""
     (found,) = await db.fetch(_Search(db, wanted).count(window + 1))
     if wanted.batch_id is not None:
-        return Total(found.matching, more=False)
-    return Total(min(found.matching, window), found.candidates > window)
+        return RunTotal(found.matching, more=False)
+    return RunTotal(min(found.matching, window), found.candidates > window)
 
 
 class _Search:
@@ -167,7 +167,7 @@ class _Search:
     then sorted; without any filter, the index of that value yields the runs.
     """
 
-    def __init__(self, db: Database, wanted: Wanted) -> None:
+    def __init__(self, db: Database, wanted: SearchFilters) -> None:
         self._wanted = wanted
         tagged = None if wanted.tag is None else read.is_tagged(db, wanted.tag)
         self._leading, self._others = _conditions(db, wanted, tagged)
@@ -238,7 +238,7 @@ class _Search:
 
 
 def _conditions(
-    db: Database, wanted: Wanted, tagged: ColumnElement[bool] | None
+    db: Database, wanted: SearchFilters, tagged: ColumnElement[bool] | None
 ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
     """The leading condition, by index, if any; and the conditions for the window."""
     leading: list[ColumnElement[bool]] = []
@@ -282,7 +282,7 @@ def _has_text(db: Database, text: str, among: Collection[str]) -> ColumnElement[
     return or_(*found)
 
 
-def _within_time(wanted: Wanted) -> list[ColumnElement[bool]]:
+def _within_time(wanted: SearchFilters) -> list[ColumnElement[bool]]:
     times = []
     if wanted.since is not None:
         times.append(runs.c.created_at >= wanted.since)

@@ -27,10 +27,10 @@ from tracker.store.queries.overview import technique_names
 from tracker.store.queries.search import (
     STATES,
     WINDOW,
-    Found,
+    FoundRuns,
+    RunTotal,
+    SearchFilters,
     Sort,
-    Total,
-    Wanted,
     count_runs,
     search_runs,
 )
@@ -83,7 +83,7 @@ _FILTERS: Final = (
 log = get_logger(__name__)
 
 
-class Again(NamedTuple):
+class RetryOffer(NamedTuple):
     """What a failed run offers: a start of the same inputs at `cost` USD, once; or the run that was
     started again before."""
 
@@ -206,7 +206,7 @@ class RunPages(PageGroup):
         log.info("run.started", run_id=started.run_id, technique_id=started.technique_id, **by)
         return _to_run(started.run_id)
 
-    async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
+    async def _csv_lines(self, wanted: SearchFilters) -> AsyncIterator[str]:
         yield BOM + csv_text([CSV_COLUMNS])
         left, cursor = self._limits.csv_runs, None
         while left > 0:
@@ -219,13 +219,13 @@ class RunPages(PageGroup):
 
     async def _wanted(
         self, request: Request, filters: Mapping[str, str | None]
-    ) -> tuple[Wanted, SheetMatches | None]:
+    ) -> tuple[SearchFilters, SheetMatches | None]:
         """What the filters ask for, and what the text finds in batches. Raises `Fault` 400."""
         within = query_choice(request, "within", PERIODS)
         since, until = _moment("from", filters["from"]), _moment("to", filters["to"])
         if since is None and within is not None:
             since = self._services.clock() - PERIODS[within][1]
-        wanted = Wanted(
+        wanted = SearchFilters(
             state=query_choice(request, "state", STATES),
             advice=query_choice(request, "advice", ADVICE_NAMES),
             technique_id=filters["technique"],
@@ -243,10 +243,10 @@ class RunPages(PageGroup):
         matches = await search_sheets(self._database, wanted.text)
         return replace(wanted, among=matches.run_ids), matches
 
-    async def _total(self, wanted: Wanted, found: Found, *, first: bool) -> Total:
+    async def _total(self, wanted: SearchFilters, found: FoundRuns, *, first: bool) -> RunTotal:
         """How many runs match. Where the first page shows all of them, nothing is counted."""
         if first and found.next_cursor is None:
-            return Total(len(found.records), more=False)
+            return RunTotal(len(found.records), more=False)
         return await count_runs(self._database, wanted)
 
     async def _page(
@@ -288,7 +288,7 @@ class RunPages(PageGroup):
         start = await starts.of_run(self._database, record.run.run_id)
         return [] if start is None else await rows_of_start(self._database, start)
 
-    async def _again(self, record: Record, rows: list[RowOfBatch]) -> Again | None:
+    async def _again(self, record: Record, rows: list[RowOfBatch]) -> RetryOffer | None:
         """Whether the run can be started again here. A batch starts its rows again itself."""
         run = record.run
         if rows or not record.inputs or run.technique_id is None or run.workspace_id is None:
@@ -299,7 +299,7 @@ class RunPages(PageGroup):
         before = (await starts.of_keys(self._database, run.workspace_id, [key])).get(key)
         row = await techniques.get(self._database, run.technique_id)
         cost = None if row is None else cost_of(row, record.inputs)
-        return Again(cost, None if before is None else before.run_id)
+        return RetryOffer(cost, None if before is None else before.run_id)
 
     def _can_poll(self, record: Record) -> bool:
         workspace = self._services.workspaces.of(record.run.workspace_id)
