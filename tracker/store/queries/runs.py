@@ -174,18 +174,28 @@ async def events(db: Database, run_id: str) -> list[TimelineEvent]:
 
 async def durations(db: Database, technique_id: str) -> Durations:
     """Seconds from creation to end of the technique's last completed runs that have both."""
-    last = (
-        select(runs.c.created_at, runs.c.completed_at)
-        .where(
-            runs.c.technique_id == technique_id,
-            runs.c.status == word("completed"),
-            runs.c.created_at_known,
-            runs.c.completed_at.is_not(None),
-        )
-        .order_by(runs.c.completed_at.desc())
-        .limit(DURATIONS_OVER)
-    )
-    return Durations.between((row[0], row[1]) for row in await db.fetch(last))
+    return (await durations_of(db, [technique_id]))[technique_id]
+
+
+async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, Durations]:
+    """The same of each technique, over one connection."""
+    found = {}
+    async with db.read() as connection:
+        for technique_id in technique_ids:
+            last = (
+                select(runs.c.created_at, runs.c.completed_at)
+                .where(
+                    runs.c.technique_id == technique_id,
+                    runs.c.status == word("completed"),
+                    runs.c.created_at_known,
+                    runs.c.completed_at.is_not(None),
+                )
+                .order_by(runs.c.completed_at.desc())
+                .limit(DURATIONS_OVER)
+            )
+            rows = (await connection.execute(last)).all()
+            found[technique_id] = Durations.between((row[0], row[1]) for row in rows)
+    return found
 
 
 # The timeline of all runs as numbered events, to follow changes.

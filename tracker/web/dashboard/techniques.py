@@ -44,11 +44,12 @@ class TechniquePages(PageGroup):
             cursor=cursor,
             limit=PAGE_SIZE,
         )
+        durations = await read.durations_of(self._database, [one.technique_id for one in rows])
         return self._render(
             request,
             "techniques.html",
             filters=filters,
-            rows=[(row, await read.durations(self._database, row.technique_id)) for row in rows],
+            rows=[(row, durations[row.technique_id]) for row in rows],
             has_key=self._has_key,
             **page_links(request, next_cursor, **filters),
         )
