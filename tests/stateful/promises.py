@@ -13,7 +13,7 @@ from tests.store.test_rollups import Counts, summed
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
-from tracker.core.rollup import Key
+from tracker.core.rollup import RollupKey
 from tracker.core.run import Precedence, Run, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
@@ -59,7 +59,7 @@ class Snapshot:
 
 async def snapshot(db: Database) -> Snapshot:
     """Read everything in one transaction."""
-    key = [ROLLUPS.c[name] for name in Key._fields]
+    key = [ROLLUPS.c[name] for name in RollupKey._fields]
     sums = [func.sum(ROLLUPS.c.runs), func.sum(ROLLUPS.c.amount)]
     async with db.read() as connection:
         records = await read_records(
@@ -78,7 +78,7 @@ async def snapshot(db: Database) -> Snapshot:
         events=observations,
         deliveries={row.delivery_id: row for row in delivery_rows},
         starts={row.idempotency_key: row for row in start_rows},
-        rollups={Key(*row[:7]): (int(row[7]), int(row[8])) for row in counts if any(row[7:])},
+        rollups={RollupKey(*row[:7]): (int(row[7]), int(row[8])) for row in counts if any(row[7:])},
     )
 
 

@@ -15,7 +15,7 @@ from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batches, paging, sheet_rows
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, LaunchEnd
-from tracker.store.queries.sheet_rows import Latest, RowOutcome
+from tracker.store.queries.sheet_rows import LatestRunNumber, RowOutcome
 from tracker.store.queries.starts import StartState
 
 BATCH = BatchRow(
@@ -104,9 +104,9 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
     elsewhere = replace(BATCH, batch_id="bat_4", workspace_slot="other")
     await batches.keep(db, elsewhere, entries("d"))
     assert await sheet_rows.latest_run_numbers(db, "default", ["a", "b", "c", "d"]) == {
-        "a": Latest(run_number=RunNumber(), finished=True),
-        "b": Latest(run_number=again, finished=False),
-        "c": Latest(run_number=again.retried(), finished=True),
+        "a": LatestRunNumber(run_number=RunNumber(), finished=True),
+        "b": LatestRunNumber(run_number=again, finished=False),
+        "c": LatestRunNumber(run_number=again.retried(), finished=True),
     }
 
 

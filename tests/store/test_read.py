@@ -15,7 +15,7 @@ from tracker.core.run import Output, RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.queries.attention import Counts, counts
+from tracker.store.queries.attention import AttentionCounts, counts
 from tracker.store.queries.runs import (
     durations,
     events,
@@ -217,7 +217,7 @@ async def test_deliveries_are_listed_without_bodies(writer: TestWriter, db: Data
 
 async def test_counts_say_what_waits(writer: TestWriter, db: Database) -> None:
     """What is active, due, lost, quarantined, open and unresolved is counted."""
-    assert await counts(db, now=NOW) == Counts(*[0] * 7, None, None)
+    assert await counts(db, now=NOW) == AttentionCounts(*[0] * 7, None, None)
     at = NOW - timedelta(minutes=1)
     await writer.submit_all(
         [callback("run_due", at=at), started("run_waits"), quarantined("whd_odd")]
@@ -240,7 +240,7 @@ async def test_counts_say_what_waits(writer: TestWriter, db: Database) -> None:
     assert await starts.take(db, "default", "open", "h", NOW, lease)
     await starts.mark(db, "default", "open", holder="h", state=StartState.IN_DOUBT, error={})
     found = await counts(db, now=NOW)
-    assert found == Counts(
+    assert found == AttentionCounts(
         active=2,
         due=1,
         lost=0,

@@ -31,7 +31,7 @@ from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, FailedRead, Record
-from tracker.core.rollup import ALWAYS, Key, facts
+from tracker.core.rollup import ALWAYS, RollupKey, facts
 from tracker.core.run import RunStatus, Tracking
 from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
@@ -54,7 +54,7 @@ from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
 from tracker.store.writing.statements import ShownByFlora, forget_run
 
 ROOT = Path(__file__).parents[2]
-Counts = dict[Key, tuple[int, int]]
+Counts = dict[RollupKey, tuple[int, int]]
 RUNS = ids("run", 4)
 
 
@@ -67,7 +67,7 @@ RESERVED: dict[str, Any] = {
 
 async def stored_rollups(db: Database) -> Counts:
     """What a reader sees."""
-    key = [ROLLUPS.c[name] for name in Key._fields]
+    key = [ROLLUPS.c[name] for name in RollupKey._fields]
     statement = (
         select(*key, func.sum(ROLLUPS.c.runs), func.sum(ROLLUPS.c.amount))
         .where(ROLLUPS.c.measure != PRUNED)
@@ -75,16 +75,16 @@ async def stored_rollups(db: Database) -> Counts:
     )
     async with db.read() as connection:
         rows = (await connection.execute(statement)).all()
-    return {Key(*row[:7]): (int(row[7]), int(row[8])) for row in rows if any(row[7:])}
+    return {RollupKey(*row[:7]): (int(row[7]), int(row[8])) for row in rows if any(row[7:])}
 
 
 async def counted(db: Database) -> Counts:
     """What the view `run_facts` makes of the rows of `runs`."""
-    key = [FACTS.c[name] for name in Key._fields]
+    key = [FACTS.c[name] for name in RollupKey._fields]
     statement = select(*key, func.count(), func.sum(FACTS.c.amount)).group_by(*key)
     async with db.read() as connection:
         rows = (await connection.execute(statement)).all()
-    return {Key(*row[:7]): (int(row[7]), int(row[8])) for row in rows}
+    return {RollupKey(*row[:7]): (int(row[7]), int(row[8])) for row in rows}
 
 
 def summed(records: Iterable[Record]) -> Counts:

@@ -16,7 +16,7 @@ from tracker.core.record import Delivery, DeliveryOutcome, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.schedule import PollReason
 from tracker.explaining.explainer import Explanation
-from tracker.explaining.timeline import Kind
+from tracker.explaining.timeline import SentenceKind
 from tracker.flora.signature import sign
 from tracker.services import Services
 from tracker.simulator import Simulator
@@ -34,7 +34,7 @@ async def explained(services: Services, run_id: str) -> Explanation:
     return explanation
 
 
-def text_of(explanation: Explanation, kind: Kind | None = None) -> str:
+def text_of(explanation: Explanation, kind: SentenceKind | None = None) -> str:
     return "\n".join(
         sentence.text for sentence in explanation.sentences if kind in (None, sentence.kind)
     )
@@ -96,34 +96,36 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
     run_id = await start(reached)
     waiting = await explained(reached, run_id)
     assert why(waiting) is PollReason.GRACE
-    assert "Waiting for the callback" in text_of(waiting, Kind.CALLBACK)
-    assert "30 s after the run was first seen" in text_of(waiting, Kind.NEXT)
+    assert "Waiting for the callback" in text_of(waiting, SentenceKind.CALLBACK)
+    assert "30 s after the run was first seen" in text_of(waiting, SentenceKind.NEXT)
 
     clock.move(40)
-    assert "No callback after 40 s" in text_of(await explained(reached, run_id), Kind.CALLBACK)
+    assert "No callback after 40 s" in text_of(
+        await explained(reached, run_id), SentenceKind.CALLBACK
+    )
 
     await call_back(reached, run_id)
     ended = await explained(reached, run_id)
     assert why(ended) is PollReason.ENDED
-    assert "Callback whd_1 reported completed" in text_of(ended, Kind.OBSERVATION)
-    assert "still to be fetched" in text_of(ended, Kind.OBSERVATION)
-    assert "Outputs, cost and times are being fetched" in text_of(ended, Kind.STATE)
-    assert "has finished, and its details are fetched at once" in text_of(ended, Kind.NEXT)
+    assert "Callback whd_1 reported completed" in text_of(ended, SentenceKind.OBSERVATION)
+    assert "still to be fetched" in text_of(ended, SentenceKind.OBSERVATION)
+    assert "Outputs, cost and times are being fetched" in text_of(ended, SentenceKind.STATE)
+    assert "has finished, and its details are fetched at once" in text_of(ended, SentenceKind.NEXT)
 
     clock.move(1)
     await reached.poller.poll_due()
     explanation = await explained(reached, run_id)
     assert explanation.record.next_poll is None
-    observations = [one for one in explanation.sentences if one.kind is Kind.OBSERVATION]
+    observations = [one for one in explanation.sentences if one.kind is SentenceKind.OBSERVATION]
     assert [one.source for one in observations] == [Source.START, Source.CALLBACK, Source.POLL]
     assert [one.at for one in observations] == sorted(one.at for one in observations if one.at)
     assert "a cost of $0.25" in observations[-1].text
     assert "is settled" in observations[-1].text
-    stored = text_of(explanation, Kind.START)
+    stored = text_of(explanation, SentenceKind.START)
     assert "idempotency key key-1" in stored
     assert f"the callback address {PUBLIC_URL}/callbacks/flora/*." in stored
-    assert "first known from a callback" in text_of(explanation, Kind.STATE)
-    assert "1 API request for this run alone" in text_of(explanation, Kind.CHECKS)
+    assert "first known from a callback" in text_of(explanation, SentenceKind.STATE)
+    assert "1 API request for this run alone" in text_of(explanation, SentenceKind.CHECKS)
     shown = explanation_json(explanation)
     assert [line["text"] for line in shown["story"]] == [one.text for one in explanation.sentences]
     assert shown["next_poll"]["why"] == "settled"
@@ -137,16 +139,16 @@ async def test_a_start_without_a_callback_is_polled(
     run_id = await start(services)
     first = await explained(services, run_id)
     assert why(first) is PollReason.INTERVAL
-    assert "No callback was requested" in text_of(first, Kind.CALLBACK)
-    assert "no callback is expected" in text_of(first, Kind.NEXT)
+    assert "No callback was requested" in text_of(first, SentenceKind.CALLBACK)
+    assert "no callback is expected" in text_of(first, SentenceKind.NEXT)
     for _ in range(2):
         clock.move(((await the_run(services, run_id)).next_check_at - clock()).total_seconds())  # type: ignore[operator]
         await services.poller.poll_due()
     explanation = await explained(services, run_id)
     assert (why(explanation), explanation.record.polls) == (PollReason.WAIT, 2)
-    assert "2 polls in a row have not found its end" in text_of(explanation, Kind.NEXT)
-    assert "2 API requests" in text_of(explanation, Kind.CHECKS)
-    assert "A poll showed running at" in text_of(explanation, Kind.OBSERVATION)
+    assert "2 polls in a row have not found its end" in text_of(explanation, SentenceKind.NEXT)
+    assert "2 API requests" in text_of(explanation, SentenceKind.CHECKS)
+    assert "A poll showed running at" in text_of(explanation, SentenceKind.OBSERVATION)
 
 
 async def test_a_run_that_someone_asked_to_track(
@@ -157,8 +159,8 @@ async def test_a_run_that_someone_asked_to_track(
     await services.tracker.track(run.run_id)
     explanation = await explained(services, run.run_id)
     assert why(explanation) is PollReason.ASKED
-    assert "someone asked to track it" in text_of(explanation, Kind.STATE)
-    assert "asks for a poll at once" in text_of(explanation, Kind.NEXT)
+    assert "someone asked to track it" in text_of(explanation, SentenceKind.STATE)
+    assert "asks for a poll at once" in text_of(explanation, SentenceKind.NEXT)
 
 
 async def test_a_run_found_in_the_history(
@@ -170,22 +172,22 @@ async def test_a_run_found_in_the_history(
     [workspace] = services.workspaces
     await services.sweeper.sweep(workspace)
     explanation = await explained(services, run.run_id)
-    assert "First seen in FLORA's run history" in text_of(explanation, Kind.STATE)
-    assert "FLORA's run history showed completed" in text_of(explanation, Kind.OBSERVATION)
-    assert "first known from FLORA's run history" in text_of(explanation, Kind.STATE)
+    assert "First seen in FLORA's run history" in text_of(explanation, SentenceKind.STATE)
+    assert "FLORA's run history showed completed" in text_of(explanation, SentenceKind.OBSERVATION)
+    assert "first known from FLORA's run history" in text_of(explanation, SentenceKind.STATE)
 
 
 async def test_a_run_first_seen_in_a_callback(reached: Services, clock: HandClock) -> None:
     """The explanation says that the callback came before the run was known here."""
     await call_back(reached, "run_1", status="failed", error_code="model_timeout")
     explanation = await explained(reached, "run_1")
-    assert "First seen in a callback" in text_of(explanation, Kind.STATE)
-    assert "reported failed (model_timeout)" in text_of(explanation, Kind.OBSERVATION)
+    assert "First seen in a callback" in text_of(explanation, SentenceKind.STATE)
+    assert "reported failed (model_timeout)" in text_of(explanation, SentenceKind.OBSERVATION)
     clock.move(1)
     await see(reached, RunStatus.PENDING, Source.START, created_at=clock())
     explanation = await explained(reached, "run_1")
-    assert "had shown the run before" in text_of(explanation, Kind.OBSERVATION)
-    assert "This is older: the run stays failed" in text_of(explanation, Kind.OBSERVATION)
+    assert "had shown the run before" in text_of(explanation, SentenceKind.OBSERVATION)
+    assert "This is older: the run stays failed" in text_of(explanation, SentenceKind.OBSERVATION)
 
 
 async def test_repeated_late_and_quarantined_callbacks(reached: Services, clock: HandClock) -> None:
@@ -201,14 +203,14 @@ async def test_repeated_late_and_quarantined_callbacks(reached: Services, clock:
     await call_back(reached, run_id, "whd_other")
     await call_back(reached, run_id, "whd_odd", status="paused")
     explanation = await explained(reached, run_id)
-    deliveries = text_of(explanation, Kind.DELIVERY)
-    observations = text_of(explanation, Kind.OBSERVATION)
+    deliveries = text_of(explanation, SentenceKind.DELIVERY)
+    observations = text_of(explanation, SentenceKind.OBSERVATION)
     assert "Callback whd_1 reported completed. The end was already known" in observations
     assert "whd_1 received 3 times" in deliveries
     assert "whd_other (run.completed) brought nothing new" in deliveries
     assert "whd_odd quarantined: signed by FLORA, but the type is" in deliveries
-    assert "after the end (late)" in text_of(explanation, Kind.CALLBACK)
-    assert "The end had been known for 30 s" in text_of(explanation, Kind.CALLBACK)
+    assert "after the end (late)" in text_of(explanation, SentenceKind.CALLBACK)
+    assert "The end had been known for 30 s" in text_of(explanation, SentenceKind.CALLBACK)
 
 
 async def test_a_callback_that_never_came(reached: Services, clock: HandClock) -> None:
@@ -216,7 +218,7 @@ async def test_a_callback_that_never_came(reached: Services, clock: HandClock) -
     run_id = await start(reached)
     clock.move(120)
     await reached.poller.poll_due()
-    explanation = text_of(await explained(reached, run_id), Kind.CALLBACK)
+    explanation = text_of(await explained(reached, run_id), SentenceKind.CALLBACK)
     assert explanation == "The callback was missed. No results lost: another source showed the end."
 
 
@@ -232,7 +234,7 @@ async def test_both_sides_of_a_contradiction_are_shown(reached: Services, clock:
         outputs=(picture,),
         charged_cost=Decimal("0.2"),
     )
-    conflict = text_of(await explained(reached, "run_1"), Kind.CONFLICT)
+    conflict = text_of(await explained(reached, "run_1"), SentenceKind.CONFLICT)
     assert "a callback at 2026-07-01 12:00:00 UTC reported failed (safety_blocked)" in conflict
     assert "a poll reported completed" in conflict
     assert "The run counts as completed: the API overrides a callback" in conflict
@@ -248,7 +250,7 @@ async def test_differing_details_are_a_contradiction_too(
         error = RunError(code, "")
         await see(services, RunStatus.FAILED, Source.POLL, charged_cost=cost, error=error)
         clock.move(5)
-    conflict = text_of(await explained(services, "run_1"), Kind.CONFLICT)
+    conflict = text_of(await explained(services, "run_1"), SentenceKind.CONFLICT)
     assert "not about the error (internal_error and model_timeout)" in conflict
     assert "the cost" not in conflict
 
@@ -258,13 +260,15 @@ async def test_an_open_bill_is_explained(
 ) -> None:
     """The explanation says when cost and missing outputs of a settled run are checked again."""
     await see(services, RunStatus.COMPLETED, Source.POLL)
-    state = text_of(await explained(services, "run_1"), Kind.STATE)
+    state = text_of(await explained(services, "run_1"), SentenceKind.STATE)
     assert "Its cost and outputs is checked again at" not in state
     assert "Its cost and outputs are checked again at" in state
     outputs = (Output("o", "text", "words"),)
     clock.move(60)
     await see(services, RunStatus.COMPLETED, Source.POLL, outputs=outputs)
-    assert "Its cost is checked again at" in text_of(await explained(services, "run_1"), Kind.STATE)
+    assert "Its cost is checked again at" in text_of(
+        await explained(services, "run_1"), SentenceKind.STATE
+    )
 
 
 async def test_a_run_that_flora_does_not_find(
@@ -274,8 +278,8 @@ async def test_a_run_that_flora_does_not_find(
     await services.tracker.track("run_unknown")
     await services.poller.poll_due()
     explanation = await explained(services, "run_unknown")
-    assert "FLORA has answered 1 time since" in text_of(explanation, Kind.STATE)
-    assert "The last poll failed: FLORA answered 404" in text_of(explanation, Kind.TROUBLE)
+    assert "FLORA has answered 1 time since" in text_of(explanation, SentenceKind.STATE)
+    assert "The last poll failed: FLORA answered 404" in text_of(explanation, SentenceKind.TROUBLE)
     while why(explanation) is not PollReason.LOST:
         due = await services.poller.next_due_at()
         assert due is not None
@@ -283,7 +287,7 @@ async def test_a_run_that_flora_does_not_find(
         await services.poller.poll_due()
         explanation = await explained(services, "run_unknown")
     assert explanation.record.next_check_at == clock() + timedelta(days=1)
-    assert "counts as lost until something shows it" in text_of(explanation, Kind.STATE)
+    assert "counts as lost until something shows it" in text_of(explanation, SentenceKind.STATE)
 
 
 async def test_the_polling_worker_or_that_there_is_none(
@@ -293,7 +297,7 @@ async def test_the_polling_worker_or_that_there_is_none(
     run_id = await start(services)
     clock.move(60)
     assert "Overdue for 55 s: no worker seems to be running" in text_of(
-        await explained(services, run_id), Kind.TROUBLE
+        await explained(services, run_id), SentenceKind.TROUBLE
     )
     await claims.claim_due(
         services.database,
@@ -304,8 +308,8 @@ async def test_the_polling_worker_or_that_there_is_none(
         workspaces=None,
     )
     explanation = await explained(services, run_id)
-    assert "Worker worker-7 is polling it now" in text_of(explanation, Kind.CLAIM)
-    assert text_of(explanation, Kind.TROUBLE) == ""
+    assert "Worker worker-7 is polling it now" in text_of(explanation, SentenceKind.CLAIM)
+    assert text_of(explanation, SentenceKind.TROUBLE) == ""
 
 
 async def test_a_refused_key_is_explained(
@@ -316,16 +320,18 @@ async def test_a_refused_key_is_explained(
         services = await open_on(flora, flora_api_key="sk_test_wrong")
         await services.tracker.track("run_1")
         await services.poller.poll_due()
-        explanation = text_of(await explained(services, "run_1"), Kind.TROUBLE)
+        explanation = text_of(await explained(services, "run_1"), SentenceKind.TROUBLE)
         assert "FLORA has refused the workspace's API key since 20" in explanation
         [workspace] = services.workspaces
         await services.sweeper.sweep(workspace)
         other = await open_on(flora)
-        explanation = text_of(await explained(other, "run_1"), Kind.TROUBLE)
+        explanation = text_of(await explained(other, "run_1"), SentenceKind.TROUBLE)
         assert "The workspace's last history sweep" in explanation
         assert "401" in explanation
         keyless = await open_on(flora, flora_api_key=None)
-        assert "No API key is set here" in text_of(await explained(keyless, "run_1"), Kind.TROUBLE)
+        assert "No API key is set here" in text_of(
+            await explained(keyless, "run_1"), SentenceKind.TROUBLE
+        )
 
 
 async def test_learned_durations_are_explained(reached: Services, clock: HandClock) -> None:
@@ -338,7 +344,7 @@ async def test_learned_durations_are_explained(reached: Services, clock: HandClo
     run_id = await start(reached, "key-last")
     explanation = await explained(reached, run_id)
     assert why(explanation) is PollReason.LEARNED_GRACE
-    assert "(learned from 20 runs)" in text_of(explanation, Kind.NEXT)
+    assert "(learned from 20 runs)" in text_of(explanation, SentenceKind.NEXT)
 
 
 async def test_a_replayed_callback_is_shown_with_both_times(
@@ -362,7 +368,7 @@ async def test_a_replayed_callback_is_shown_with_both_times(
     clock.move(60)
     await reached.replayer.replay("whd_9")
     explanation = await explained(reached, "run_1")
-    (sentence,) = [one for one in explanation.sentences if one.kind is Kind.OBSERVATION]
+    (sentence,) = [one for one in explanation.sentences if one.kind is SentenceKind.OBSERVATION]
     assert sentence.at == clock() - timedelta(seconds=60)
     assert "applied only at 2026-07-01 12:01:00 UTC" in sentence.text
 

@@ -124,7 +124,7 @@ DEAREST: Final = Decimal(1_000_000)
 """A single run's cost counts up to this many USD, so that no sum overflows."""
 
 
-class Key(NamedTuple):
+class RollupKey(NamedTuple):
     """One row of the rollups; unused text fields are empty."""
 
     measure: str
@@ -136,7 +136,7 @@ class Key(NamedTuple):
     bucket: int
 
 
-Fact = tuple[Key, int]
+Fact = tuple[RollupKey, int]
 """One run, counted under the key with this amount."""
 
 
@@ -148,7 +148,7 @@ def facts(record: Record) -> list[Fact]:
     status = str(run.status)
     tracking = record.tracking
     found = [
-        (Key(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0),
+        (RollupKey(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0),
         *_spent(record, workspace, technique),
     ]
     known_at, via = record.end_seen_at, record.ended_via
@@ -158,25 +158,25 @@ def facts(record: Record) -> list[Fact]:
     word = via.value
     ended_at = run.completed_at
     adopted = is_adopted(record)
-    found.append((Key(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0))
+    found.append((RollupKey(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0))
     if (came := _callback(record)) is not None:
-        found.append((Key(CALLBACK, hour, workspace, "", "", came, 0), 0))
+        found.append((RollupKey(CALLBACK, hour, workspace, "", "", came, 0), 0))
     settled_at = record.settled_at
     if ended_at is not None and not adopted:
         lag = lag_ms(ended_at, known_at)
-        found.append((Key(SEEN, hour, workspace, "", "", word, bucket_of(lag)), lag))
+        found.append((RollupKey(SEEN, hour, workspace, "", "", word, bucket_of(lag)), lag))
         if settled_at is not None:
             lag = lag_ms(ended_at, settled_at)
-            found.append((Key(SETTLED, hour, workspace, "", "", word, bucket_of(lag)), lag))
+            found.append((RollupKey(SETTLED, hour, workspace, "", "", word, bucket_of(lag)), lag))
     day = (ended_at or known_at).replace(hour=0, minute=0, second=0, microsecond=0)
     if tracking is Tracking.SETTLED:
         cost, quote, billed = run.charged_cost, run.quoted_cost, _billed(record)
-        key = Key(COST, day, workspace, technique, status, billed, 0)
+        key = RollupKey(COST, day, workspace, technique, status, billed, 0)
         found.append((key, 0 if cost is None else billionths(cost)))
         if billed != FINAL and cost is None and quote is not None:
             found.append((key._replace(measure=QUOTE), billionths(quote)))
     if (advice := run.retry_advice) is not None:
-        found.append((Key(FAILURE, day, workspace, technique, status, advice.value, 0), 0))
+        found.append((RollupKey(FAILURE, day, workspace, technique, status, advice.value, 0), 0))
     return found
 
 
@@ -199,7 +199,7 @@ def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
     else:
         return []
     day = record.spent_at.replace(hour=0, minute=0, second=0, microsecond=0)
-    key, amount = Key(SPENT, day, workspace, technique, part, "", 0), billionths(cost)
+    key, amount = RollupKey(SPENT, day, workspace, technique, part, "", 0), billionths(cost)
     tags = (f"{name}={value}" for name, value in (record.tags or {}).items())
     return [(key, amount), *((key._replace(measure=TAGGED, word=tag), amount) for tag in tags)]
 

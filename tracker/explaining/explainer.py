@@ -11,7 +11,7 @@ from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Durations, Policy, PollReason
-from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
+from tracker.explaining.timeline import SOURCE_NAMES, Sentence, SentenceKind, moment, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service
@@ -59,9 +59,9 @@ class Explainer(Service):
         ]
         sentences.sort(key=lambda sentence: sentence.at or now)
         if not record.run.settled and (obstacle := await self._obstacle(record)):
-            sentences.append(Sentence(Kind.TROUBLE, obstacle))
+            sentences.append(Sentence(SentenceKind.TROUBLE, obstacle))
         following = _next_poll(record, policy, self.durations.of(technique_id), now)
-        sentences += [*_worker(record, now), Sentence(Kind.NEXT, following)]
+        sentences += [*_worker(record, now), Sentence(SentenceKind.NEXT, following)]
         return Explanation(record=record, sentences=tuple(sentences))
 
     async def _obstacle(self, record: Record) -> str | None:
@@ -111,7 +111,7 @@ def _callback(record: Record, policy: Policy, now: datetime) -> Iterator[Sentenc
         text = f"No callback after {duration(now - record.first_seen_at)}: the run is polled."
     else:
         text = "Waiting for the callback."
-    yield Sentence(Kind.CALLBACK, text, record.callback_at, Source.CALLBACK)
+    yield Sentence(SentenceKind.CALLBACK, text, record.callback_at, Source.CALLBACK)
 
 
 def _lag(record: Record, received: datetime, policy: Policy) -> str:
@@ -129,10 +129,10 @@ def _polls(record: Record) -> Iterator[Sentence]:
     if record.checks:
         requests = counted(record.checks, "API request")
         text = f"{requests} for this run alone. Polls that showed nothing new are not listed."
-        yield Sentence(Kind.CHECKS, text, source=Source.POLL)
+        yield Sentence(SentenceKind.CHECKS, text, source=Source.POLL)
     if record.last_error is not None and not record.run.settled:
         text = f"The last poll failed: {record.last_error.rstrip('.')}."
-        yield Sentence(Kind.TROUBLE, text, source=Source.POLL)
+        yield Sentence(SentenceKind.TROUBLE, text, source=Source.POLL)
 
 
 def _state(record: Record) -> Iterator[Sentence]:
@@ -142,7 +142,7 @@ def _state(record: Record) -> Iterator[Sentence]:
     if record.tracking is Tracking.SETTLED:
         text = f"Settled: {run.status}, with all details."
         text += f" The end was {first_known}." if first_known else ""
-        yield Sentence(Kind.STATE, text + _bill(record), record.settled_at)
+        yield Sentence(SentenceKind.STATE, text + _bill(record), record.settled_at)
         return
     if record.missing and record.missing_since is not None:
         times, since = counted(record.missing, "time"), moment(record.missing_since)
@@ -152,10 +152,10 @@ def _state(record: Record) -> Iterator[Sentence]:
         else:
             limit = f"{LOST_AFTER_READS} such answers over at least {duration(LOST_AFTER)}"
             text += f" After {limit} it counts as lost."
-        yield Sentence(Kind.STATE, text, source=Source.POLL)
+        yield Sentence(SentenceKind.STATE, text, source=Source.POLL)
     if run.precedence.ended and first_known:
         text = f"Finished: {run.status}, {first_known}. Outputs, cost and times are being fetched."
-        yield Sentence(Kind.STATE, text)
+        yield Sentence(SentenceKind.STATE, text)
 
 
 def _bill(record: Record) -> str:
@@ -175,13 +175,13 @@ def _worker(record: Record, now: datetime) -> Iterator[Sentence]:
     if record.lease_until is not None and record.lease_until > now:
         until = moment(record.lease_until)
         text = f"Worker {record.lease_holder} is polling it now; its lease ends at {until}."
-        yield Sentence(Kind.CLAIM, text)
+        yield Sentence(SentenceKind.CLAIM, text)
     elif record.next_check_at is not None and now - record.next_check_at > OVERDUE:
         text = (
             f"Overdue for {duration(now - record.next_check_at)}: no worker seems to be running. "
             "`tracker serve` and `tracker worker` poll all the time, `tracker poll` polls once."
         )
-        yield Sentence(Kind.TROUBLE, text)
+        yield Sentence(SentenceKind.TROUBLE, text)
 
 
 def _next_poll(record: Record, policy: Policy, durations: Durations | None, now: datetime) -> str:

@@ -49,7 +49,7 @@ _FACTS: Final = {
 }
 
 
-class Kind(StrEnum):
+class SentenceKind(StrEnum):
     """What a sentence is about."""
 
     START = "start"
@@ -69,7 +69,7 @@ class Sentence:
     """`at` is when it happened, UTC; `None` for the state now. `event` is what was observed then,
     `delivery_id` the callback that it is about."""
 
-    kind: Kind
+    kind: SentenceKind
     text: str
     at: datetime | None = None
     source: Source | None = None
@@ -85,7 +85,7 @@ def timeline(
 ) -> list[Sentence]:
     """What happened, oldest first. `events` are the run's events, oldest first."""
     first_seen = Sentence(
-        Kind.STATE, _FIRST_SEEN[record.source], record.first_seen_at, record.source
+        SentenceKind.STATE, _FIRST_SEEN[record.source], record.first_seen_at, record.source
     )
     sentences = [
         *(_start(start) if start else [first_seen]),
@@ -102,7 +102,7 @@ def moment(at: datetime) -> str:
 
 def _start(row: StartRow) -> Iterator[Sentence]:
     def sentence(at: datetime, text: str) -> Sentence:
-        return Sentence(Kind.START, text, at, Source.START)
+        return Sentence(SentenceKind.START, text, at, Source.START)
 
     key = row.idempotency_key
     yield sentence(
@@ -132,10 +132,10 @@ def _observations(
         delivery = _delivery_of(seen, deliveries)
         text = " ".join([_observed(seen, run, delivery), *_news(seen, run, after)])
         delivery_id = None if delivery is None else delivery.delivery_id
-        yield Sentence(Kind.OBSERVATION, text, event.at, seen.source, event, delivery_id)
+        yield Sentence(SentenceKind.OBSERVATION, text, event.at, seen.source, event, delivery_id)
         if after.conflict and not (run is not None and run.conflict):
             text = _contradiction(seen, earlier, after)
-            yield Sentence(Kind.CONFLICT, text, event.at, seen.source)
+            yield Sentence(SentenceKind.CONFLICT, text, event.at, seen.source)
         earlier.append(seen)
         run = after
 
@@ -277,7 +277,7 @@ def _deliveries(
 
 
 def _about_delivery(row: DeliveryRow, text: str, at: datetime) -> Sentence:
-    return Sentence(Kind.DELIVERY, text, at, Source.CALLBACK, delivery_id=row.delivery_id)
+    return Sentence(SentenceKind.DELIVERY, text, at, Source.CALLBACK, delivery_id=row.delivery_id)
 
 
 def _listed(parts: Sequence[str]) -> str:

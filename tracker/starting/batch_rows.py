@@ -17,7 +17,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.batches import BatchEntry, BatchRow
-from tracker.store.queries.sheet_rows import Latest
+from tracker.store.queries.sheet_rows import LatestRunNumber
 from tracker.store.queries.starts import StartRow, StartState
 
 RETRY_LATER_AFTER: Final = timedelta(minutes=1)
@@ -209,7 +209,7 @@ class BatchPlan:
         return cost_of(self.technique, row.entry.inputs or [])
 
 
-def run_number_of(latest: Latest | None, *, again: bool) -> RunNumber:
+def run_number_of(latest: LatestRunNumber | None, *, again: bool) -> RunNumber:
     """The number of a row's run now.
 
     An unfinished rerun is resumed: repeating the command after an interruption, with `again` or

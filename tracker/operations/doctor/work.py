@@ -19,7 +19,7 @@ from tracker.settings.values import longest_wait
 from tracker.store.engine import Database
 from tracker.store.queries import attention, sweeps
 from tracker.store.queries.attention import BOUND, LATE_AFTER, Gauges, SweepHealth
-from tracker.store.queries.sweeps import Unread
+from tracker.store.queries.sweeps import UnreadSpan
 from tracker.store.queries.workspaces import stored_contacts
 
 STUCK_AFTER: Final = timedelta(minutes=5)
@@ -56,7 +56,7 @@ class WorkState:
     sweeps: Sequence[SweepHealth]
     gauges: Gauges
     sweeping: bool
-    unread: Sequence[Unread] = ()
+    unread: Sequence[UnreadSpan] = ()
     conflicts: Sequence[str] = ()
     contacts: Mapping[str, ContactState] = field(default_factory=dict)
 

@@ -84,7 +84,7 @@ class _Snapshot:
     swept: Mapping[str, SweepHealth]
     never_swept: Sequence[str]
     usages: Sequence[Usage]
-    unread: Sequence[sweeps.Unread]
+    unread: Sequence[sweeps.UnreadSpan]
     endpoints: Sequence[EndpointRow]
     backlogs: Mapping[str, Backlog]
 

@@ -76,7 +76,7 @@ class SweepHealth(NamedTuple):
     generations_error: str | None = None
 
 
-class Counts(NamedTuple):
+class AttentionCounts(NamedTuple):
     """What waits or needs a person. `oldest_due_at` shows the lag of polling, `oldest_waiting_at`
     that of applying callbacks (`waiting` are not applied). `quarantined` are not acknowledged."""
 
@@ -115,7 +115,7 @@ async def conflicts(db: Database) -> list[str]:
     return await db.fetchcol(select(newest.c.run_id).where(newest.c.conflict).limit(100))
 
 
-async def counts(db: Database, *, now: datetime) -> Counts:
+async def counts(db: Database, *, now: datetime) -> AttentionCounts:
     """Count what waits, by short indexes."""
     is_waiting = deliveries.c.outcome == word("waiting")
     statement = select(
@@ -130,7 +130,7 @@ async def counts(db: Database, *, now: datetime) -> Counts:
         select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
     )
     (found,) = await db.fetch(statement)
-    return Counts(*found)
+    return AttentionCounts(*found)
 
 
 async def sweep_health(db: Database) -> list[SweepHealth]:

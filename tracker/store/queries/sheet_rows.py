@@ -288,17 +288,19 @@ MAPPINGS: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Latest:
+class LatestRunNumber:
     """The number of a row's last run, and whether a batch with it was finished."""
 
     run_number: RunNumber
     finished: bool
 
 
-async def latest_run_numbers(db: Database, slot: str, digests: Sequence[str]) -> dict[str, Latest]:
+async def latest_run_numbers(
+    db: Database, slot: str, digests: Sequence[str]
+) -> dict[str, LatestRunNumber]:
     """The number of the last run of each of these rows in any batch of the workspace; its
     generation is finished if any batch with it is."""
-    found: dict[str, Latest] = {}
+    found: dict[str, LatestRunNumber] = {}
     async with db.read() as connection:
         for some in chunks(digests):
             statement = (
@@ -318,7 +320,7 @@ async def latest_run_numbers(db: Database, slot: str, digests: Sequence[str]) ->
                     last, finished = max(known.run_number, last), known.finished or finished
                 elif known is not None and known.run_number > last:
                     continue
-                found[digest] = Latest(run_number=last, finished=finished)
+                found[digest] = LatestRunNumber(run_number=last, finished=finished)
     return found
 
 

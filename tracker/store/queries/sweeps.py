@@ -93,7 +93,7 @@ class Gap(NamedTuple):
     above: Interval | None = None
 
 
-class Unread(NamedTuple):
+class UnreadSpan(NamedTuple):
     """A gap that could not be read: after `from_at` (`None`: the beginning), through `to_at`.
 
     Sweeps retry it from `retry_at` on, if set.
@@ -147,10 +147,10 @@ def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> 
     return found
 
 
-def unread(coverage: Coverage) -> list[Unread]:
+def unread(coverage: Coverage) -> list[UnreadSpan]:
     """All gaps that could not be read, newest first within each history."""
     return [
-        Unread(
+        UnreadSpan(
             workspace_id=workspace_id,
             run_type=kind,
             from_at=below.to_at if below else None,

@@ -38,7 +38,7 @@ from sqlalchemy import (
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key, facts
+from tracker.core.rollup import ALWAYS, MEASURES, STATE, RollupKey, facts
 from tracker.core.waiting import cancel
 from tracker.store.engine import Database, insert_on, migration_engine
 from tracker.store.errors import FOREIGN, translate
@@ -64,7 +64,7 @@ BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
 MAX_CHANGES: Final = 100_000
 """The most changes that one transaction compacts."""
 
-_KEY: Final = Key._fields
+_KEY: Final = RollupKey._fields
 _COLUMNS: Final = (*_KEY, "runs", "amount")
 
 

@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from tracker.core.observation import Source
 from tracker.core.record import Delivery, Record
-from tracker.core.rollup import Key
+from tracker.core.rollup import RollupKey
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.runs import IS_UNSEEN
@@ -37,7 +37,7 @@ from tracker.store.writing import retention, rollups
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
 OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
 OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
-ROLLUP_COLUMNS: Final = (*Key._fields, "runs", "amount")
+ROLLUP_COLUMNS: Final = (*RollupKey._fields, "runs", "amount")
 STARTED_COLUMNS: Final = ("slot", "key", "run", "shown", "others")
 Rows = list[tuple[Any, ...]]
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from tracker.core.events import events_between
 from tracker.core.record import DurationsOf, Entry, Observed, Record, apply
-from tracker.core.rollup import Key, facts, same
+from tracker.core.rollup import RollupKey, facts, same
 from tracker.core.run import fast_dataclass
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
@@ -191,7 +191,7 @@ class WriteBatch:
     def write(self) -> WriteOutcome:
         """Write the differences between the stored and the merged records."""
         changes = self._changes
-        rollups: dict[Key, list[int]] = {}
+        rollups: dict[RollupKey, list[int]] = {}
         for run_id in sorted(self._now):
             old, new = self._before.get(run_id), self._now[run_id]
             if new is old or new == old:
@@ -233,7 +233,7 @@ class WriteBatch:
         )
 
 
-def _count(rollups: dict[Key, list[int]], record: Record, sign: int) -> None:
+def _count(rollups: dict[RollupKey, list[int]], record: Record, sign: int) -> None:
     for key, amount in facts(record):
         counts = rollups.setdefault(key, [0, 0])
         counts[0] += sign

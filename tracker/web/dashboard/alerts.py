@@ -13,7 +13,7 @@ from tracker.flora.client import FloraClient
 from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store.queries import attention
-from tracker.store.queries.attention import Counts, SweepHealth
+from tracker.store.queries.attention import AttentionCounts, SweepHealth
 from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.spending import Usage
@@ -142,7 +142,7 @@ def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
 
 def alerts(
     workspaces: list[WorkspaceHealth],
-    counts: Counts,
+    counts: AttentionCounts,
     callbacks: CallbackHealth,
     *,
     unread: int,

@@ -63,7 +63,7 @@ started. Rows that were never started are part of each."""
 PRICE_SECONDS: Final = 5.0
 
 
-class Split(NamedTuple):
+class RowSplit(NamedTuple):
     """The rows of a batch by outcome; of `removed` ones retention removed the run."""
 
     completed: int
@@ -95,12 +95,12 @@ class Split(NamedTuple):
         return f"{ended}, {self.not_started:,} not started" if self.not_started else ended
 
 
-def split_of(counts: BatchCounts) -> Split:
+def split_of(counts: BatchCounts) -> RowSplit:
     """The rows by outcome."""
     failed = counts.failed + counts.lost + counts.refused + counts.unresolved + counts.unsent
     running = counts.active + counts.doubt
     waiting = counts.rows - counts.completed - failed - running - counts.removed
-    return Split(counts.completed, failed, running, waiting, counts.removed)
+    return RowSplit(counts.completed, failed, running, waiting, counts.removed)
 
 
 class RowView(NamedTuple):

@@ -20,7 +20,7 @@ from starlette.responses import RedirectResponse, Response
 from tracker.store import migrate
 from tracker.store.queries import attention, overview, sweeps
 from tracker.store.queries import runs as read
-from tracker.store.queries.sweeps import Interval, Unread
+from tracker.store.queries.sweeps import Interval, UnreadSpan
 from tracker.web.dashboard.alerts import connection, workspace_health
 from tracker.web.dashboard.forms import query_position
 from tracker.web.dashboard.render import PageGroup, page, query
@@ -42,7 +42,7 @@ class CoverageBar:
     since: datetime
     until: datetime
     intervals: Sequence[Interval]
-    unread: Sequence[Unread]
+    unread: Sequence[UnreadSpan]
 
     def segments(self) -> Iterator[tuple[str, float, float]]:
         """What to draw: "read" or "unread", with place and width in thousandths."""
