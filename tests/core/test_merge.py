@@ -83,8 +83,11 @@ def test_a_run_never_falls_back(seen: list[Observation], late: Observation) -> N
 
 @given(observations())
 def test_an_observation_survives_its_json(seen: Observation) -> None:
-    """What stands in `run_events.detail` reads back as the observation that was seen."""
-    assert Observation.from_json(json.loads(json.dumps(seen.to_json()))) == seen
+    """What stands in `run_events.detail` reads back as the observation that was seen, also where a
+    newer version stored more of it."""
+    stored = json.loads(json.dumps(seen.to_json()))
+    assert Observation.from_json(stored) == seen
+    assert Observation.from_json(stored | {"mood": "fine"}) == seen
 
 
 def test_a_callback_ends_a_run_without_details() -> None:

@@ -122,11 +122,13 @@ class Observation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Observation":
-        """The inverse of `to_json`. Raises `KeyError` or `ValueError` for other input."""
+        """The inverse of `to_json`, without the fields that only a newer version knows. Raises
+        `KeyError`, `TypeError` or `ValueError` for other input."""
         return cls(
             **{
                 name: _FROM_JSON[name](value) if name in _FROM_JSON else value
                 for name, value in values.items()
+                if name in _NAMES
             }
         )
 
@@ -147,6 +149,7 @@ _TO_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "outputs": lambda outputs: [[o.output_id, o.type, o.url] for o in outputs],
 }
 _FORMS: Final = tuple((field.name, _TO_JSON.get(field.name)) for field in fields(Observation))
+_NAMES: Final = frozenset(name for name, _ in _FORMS)
 _VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
 _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(_TIMES, lambda text: datetime.fromisoformat(text).astimezone(UTC)),

@@ -215,7 +215,8 @@ def alerts(
     if counts.lost:
         yield Alert(
             title=f"{_are(counts.lost, 'run')} lost",
-            advice="FLORA has answered for over an hour that they do not exist.",
+            advice="FLORA answers that they do not exist, and is asked again once a day. Were they "
+            "removed there, or has the key or its workspace changed?",
             href="/runs?state=lost",
             link="Show lost runs",
         )
