@@ -206,7 +206,8 @@ def start_json(row: "StartRow") -> dict[str, Any]:
 def _last_answer(row: "StartRow") -> dict[str, Any] | None:
     if row.error is None:
         return None
-    return {name: value for name, value in row.error.items() if name != "possible"}
+    hidden = ("possible", "excluded")  # what `possible_runs` is made of
+    return {name: value for name, value in row.error.items() if name not in hidden}
 
 
 def batch_columns(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:

@@ -18,8 +18,8 @@ from tracker.delivering.webhooks import DeliveryTimes
 from tracker.polling import poll
 from tracker.polling.poll import Backoff
 from tracker.polling.workspaces import DatabaseWaits
-from tracker.starting import matching, recover, sending
-from tracker.store.queries import batches
+from tracker.starting import recover, sending
+from tracker.store.queries import batches, starts
 from tracker.web.http import server
 from tracker.worker import scheduler
 from tracker.worker.scheduler import WorkerTimes
@@ -104,8 +104,8 @@ def shorten_all_waits(*, patient: bool = True) -> None:
 def shorten_searches() -> None:
     """A run is listed within a second, and no clock is set back by as much."""
     second = timedelta(seconds=1)
-    shorten(recover, LISTED_WITHIN=second, SET_BACK=second)
-    shorten(matching, SET_BACK=second)
+    shorten(recover, LISTED_WITHIN=second)
+    shorten(starts, SET_BACK=second)
 
 
 def shorten_leases(lease: timedelta, *, renew_after: float) -> None:
@@ -135,9 +135,9 @@ def shorten_key_memory() -> None:
 def shorten_doubt(times: float) -> None:
     """All that decides about a start in doubt takes so many times less, and keeps its proportions:
     reads, sweeps, and how long a run may be listed late, a callback come and a key be known."""
-    names = ("LISTED_WITHIN", "SET_BACK", "KEY_KEPT", "CALLBACKS_WITHIN")
+    names = ("LISTED_WITHIN", "KEY_KEPT", "CALLBACKS_WITHIN")
     shorten(recover, **{name: getattr(recover, name) / times for name in names})
-    shorten(matching, SET_BACK=matching.SET_BACK / times)
+    shorten(starts, SET_BACK=starts.SET_BACK / times)
     every = WorkerTimes(recover_every=WorkerTimes.recover_every / times)
     scheduler.Worker = partial(scheduler.Worker, times=every)  # type: ignore
     sweeps = IntervalTrigger(seconds=300 / times)

@@ -1,6 +1,7 @@
 """`tracker starts`: list starts whose outcome is not known, and resolve them by hand."""
 
 import shlex
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,6 +99,8 @@ def show(key: Key, workspace: OfWorkspace = None, as_json: JsonFlag = False) -> 
         return row, await services.resolver.possible(row)
 
     row, possible = run_once(work)
+    if possible is not None:
+        row = replace(row, error=row.with_possible(possible))
     _print(row, as_json=as_json)
     if possible is not None and not as_json:
         _print_possible(row, possible)
@@ -151,8 +154,8 @@ def exclude(
         [[row["idempotency_key"], row["state"], len(row["possible_runs"])] for row in rows],
     )
     note(
-        "Starts in doubt without a possible run are sent again. The key of a refused one may be "
-        "used again."
+        "Starts in doubt without a possible run are sent again, unless FLORA knows their key. The "
+        "key of a refused one may be used again."
     )
 
 
@@ -164,9 +167,9 @@ def _print(row: "StartRow", *, as_json: bool) -> None:
         print_json(start)
         return
     error = start.pop("error") or {}
-    possible = start.pop("possible_runs")
+    del start["possible_runs"]  # a table follows
     print_with_inputs(start)
-    print_fields({"last answer": error.get("message"), "possible runs": ", ".join(possible)})
+    print_fields({"last answer": error.get("message")})
 
 
 def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
@@ -178,8 +181,12 @@ def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
     if not possible:
         typer.echo(
             "\nNone of the runs that it may have become is left: other starts became them, or "
-            "someone else started them. So FLORA started nothing for it."
+            "someone else started them."
         )
+        if row.is_known_to_flora:
+            typer.echo("But FLORA has a request with this key: look for its run on FLORA's website")
+            return
+        typer.echo("So FLORA started nothing for it.")
         if is_unresolved:
             typer.echo(f"Record that: {resolve} --none")
         return

@@ -10,7 +10,7 @@ with each other alone: its clock may differ from ours and from the header `Date`
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -30,8 +30,6 @@ from tracker.store.writing.writer import Writer
 
 STORE_AGAIN: Final = (0.2, 5.0)
 """The first and the longest wait before an answer is stored again, in seconds."""
-SET_BACK: Final = timedelta(minutes=1)
-"""By how much our clock may have been set back since a start was sent."""
 READ_BELOW: Final = timedelta(hours=2)
 """How far the history is read below the runs that were known before a start: FLORA's clock may have
 been set back by an hour, and the list is only roughly sorted by creation."""
@@ -129,7 +127,7 @@ class StartMatcher:
         """
         begun_at = self.clock()
         known_until = await starts.newest_known(
-            self.database, workspace.workspace_id, before=since - SET_BACK
+            self.database, workspace.workspace_id, before=since - starts.SET_BACK
         )
         while True:
             filtered = workspace.slot not in self._unfiltered
@@ -187,21 +185,6 @@ class StartMatcher:
                     break
         return found
 
-    async def possible(self, row: StartRow, run_ids: Iterable[str]) -> set[str]:
-        """Those of the runs that may be the start's: they became known since its first sending,
-        FLORA listed them when it was done with the last request, and nothing else accounts for them
-        (they are of no other start or technique, were not given to `track`, and no person has
-        excluded them)."""
-        listed = row.possible_runs
-        runs = {run_id for run_id in run_ids if listed is None or run_id in listed}
-        runs -= row.excluded_runs
-        return runs - await starts.accounted(
-            self.database,
-            list(runs),
-            technique_id=row.technique_id,
-            known_before=row.first_sent - SET_BACK,
-        )
-
     async def find(self, row: StartRow, read: HistoryRead) -> Observation | None:
         """The run of a start whose key FLORA says is in use, in a history that lists it; `None` if
         there is none, more than one, one of unknown technique, or another start that it may be of
@@ -210,11 +193,11 @@ class StartMatcher:
         rivals = await starts.rivals(
             self.database, row.workspace_slot, row.technique_id, row.idempotency_key
         )
-        left = await self.possible(row, row.possible_runs or read.runs)
+        left = await starts.possible(self.database, row, row.possible_runs or read.runs)
         run = read.runs.get(next(iter(left))) if len(left) == 1 else None
         if run is None or run.technique_id != row.technique_id:
             return None
-        if any([await self.possible(rival, left) for rival in rivals]):
+        if any([await starts.possible(self.database, rival, left) for rival in rivals]):
             return None
         return run
 

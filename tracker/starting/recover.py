@@ -19,7 +19,7 @@ from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.polling.workspaces import Service, Workspace
-from tracker.starting.matching import SET_BACK, HistoryRead, StartMatcher
+from tracker.starting.matching import HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow, StartState
@@ -141,7 +141,7 @@ class Recovery(Service):
                 log.info("start.found", key=held.key, run_id=run.run_id)
                 return True
         runs = {} if read is None else read.runs
-        possible = await self.matcher.possible(row, row.possible_runs or runs)
+        possible = await starts.possible(self.database, row, row.possible_runs or runs)
         shown = [runs.get(run_id) for run_id in possible]
         since_jump = boot_seconds() - self._jumped_at
         is_over = read_after and since_jump >= self.doubt.total_seconds()
@@ -211,7 +211,7 @@ class Recovery(Service):
 
     def _is_ahead(self, row: StartRow) -> bool:
         """Whether it was sent at what is the future since the clock was set back."""
-        return row.last_sent > self.clock() + SET_BACK
+        return row.last_sent > self.clock() + starts.SET_BACK
 
     def _is_due(self, row: StartRow) -> bool:
         """Whether the history may help now, and was not read for it a moment ago."""

@@ -65,9 +65,9 @@ class StartResolver(Service):
     async def possible(self, row: StartRow) -> dict[str, Record | None] | None:
         """The only runs that an open start may have become, by id, each with what is stored of it;
         `None` if that is not known. Raises `StoreUnavailable`."""
-        if row.state not in UNKNOWN or row.possible_runs is None:
+        left = (await starts.with_runs_left(self.database, row)).possible_runs
+        if row.state not in UNKNOWN or left is None:
             return None
-        left = await self.matcher.possible(row, row.possible_runs)
         stored = await runs.get_runs(self.database, left)
         return {run_id: stored.get(run_id) for run_id in sorted(left)}
 
@@ -111,13 +111,14 @@ class StartResolver(Service):
         rows = await starts.that_may_be(self.database, run_id)
         if not rows:
             raise _fault(f"no start without a known outcome may have become run {run_id}")
-        return [await self._exclude(row, run_id) for row in rows]
+        changed = [await self._exclude(row, run_id) for row in rows]
+        return [await starts.with_runs_left(self.database, row) for row in changed]
 
     async def _exclude(self, row: StartRow, run_id: str) -> StartRow:
         async with holding(self.database, row, self.process, self.clock) as held:
             mine = _check(held, row)
             row = mine.row
-            left = await self.matcher.possible(row, row.possible_runs or ())
+            left = await starts.possible(self.database, row, row.possible_runs or ())
             if run_id not in left:
                 return row
             left.discard(run_id)

@@ -144,6 +144,10 @@ async def test_the_overview_warns_of_messages_that_wait_for_long(hooked: Site) -
         'href="/endpoints/crm">Show endpoint</a> <a href="/runbook.html#trackermessageslate"'
         in page
     )
+    gone = update(endpoints).where(endpoints.c.endpoint_id == "crm")
+    gone = gone.values(configured_at=utc_now() - timedelta(days=1))  # no process has it configured
+    await db.write(lambda connection: connection.execute(gone).rowcount)
+    assert told not in (await hooked.client.get("/")).text
 
 
 async def test_messages_are_sent_again(hooked: Site) -> None:

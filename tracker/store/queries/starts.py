@@ -66,6 +66,8 @@ FEW: Final = 5
 """Runs whose creation times are compared, so that one wrong time does no harm."""
 LISTED: Final = (StartState.STORED, *UNKNOWN)
 """States that can be listed: rare, each with its own index."""
+SET_BACK: Final = timedelta(minutes=1)
+"""By how much our clock may have been set back since a start was sent."""
 MOST_POSSIBLE: Final = 100
 """How many runs that a start may have become are stored."""
 
@@ -275,7 +277,8 @@ async def list_starts(
 ) -> tuple[list[StartRow], str | None]:
     """A page of starts, newest first, and the cursor of the next page.
 
-    Without `states`, all whose outcome is not known. Raises `InvalidRequest` for an invalid cursor.
+    Without `states`, all whose outcome is not known. Their `possible_runs` are those that are left.
+    Raises `InvalidRequest` for an invalid cursor.
     """
     key = (starts.c.created_at, starts.c.idempotency_key)
     of = [*paging.after(key, cursor), *paging.matching(starts, workspace_slot=workspace_id)]
@@ -289,6 +292,7 @@ async def list_starts(
     found.sort(key=lambda row: (row.created_at, row.idempotency_key), reverse=True)
     page, more = found[:limit], len(found) > limit
     last = page[-1] if page else None
+    page = [await with_runs_left(db, row) for row in page]
     return page, paging.at(last.created_at, last.idempotency_key) if more and last else None
 
 
@@ -422,6 +426,29 @@ async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -
         starts.c.state.in_([word(state) for state in UNKNOWN]),
     )
     return [_row(row) for row in await db.fetch(statement)]
+
+
+async def possible(db: Database, row: StartRow, run_ids: Iterable[str]) -> set[str]:
+    """Those of the runs that may be the start's: they became known since its first sending, FLORA
+    listed them when it was done with the last request, and nothing else accounts for them (they are
+    of no other start or technique, were not given to `track`, and no person has excluded them)."""
+    listed = row.possible_runs
+    found = {run_id for run_id in run_ids if listed is None or run_id in listed}
+    found -= row.excluded_runs
+    return found - await accounted(
+        db,
+        list(found),
+        technique_id=row.technique_id,
+        known_before=row.first_sent - SET_BACK,
+    )
+
+
+async def with_runs_left(db: Database, row: StartRow) -> StartRow:
+    """The start, with those of its `possible_runs` that nothing accounts for by now."""
+    if row.state not in UNKNOWN or row.possible_runs is None:
+        return row
+    left = await possible(db, row, row.possible_runs)
+    return replace(row, error=row.with_possible(left))
 
 
 async def accounted(

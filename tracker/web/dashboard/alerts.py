@@ -283,7 +283,7 @@ def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Alert |
             section="trackerendpointdisabled",
         )
     oldest_at = backlog.oldest_at
-    if oldest_at is None or now - oldest_at <= SENT_WITHIN:
+    if health == "not configured" or oldest_at is None or now - oldest_at <= SENT_WITHIN:
         return None
     error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
     return Alert(
