@@ -62,7 +62,7 @@ async def covered(services: Services, kind: RunType = "technique") -> list[Inter
     return await coverage.of(services.database, workspace.name, kind)
 
 
-async def gaps(services: Services) -> list[coverage.Unread]:
+async def gaps(services: Services) -> list[coverage.UnreadSpan]:
     """What FLORA did not let us read, newest first."""
     return coverage.unread(await coverage.everything(services.database))
 
