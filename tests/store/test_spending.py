@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.store.making import NOW, TestWriter, seen, started
+from tests.support.patience import A_MINUTE
 from tracker.core.budget import Budget, Period
 from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
@@ -66,13 +67,17 @@ def became(run_id: str, row: StartRow, quote: str | None = None) -> Any:
 
 
 async def test_of_100_starts_at_once_exactly_as_many_as_fit_are_kept(
-    db: Database, other_db: Database
+    db: Database, database_url: str
 ) -> None:
     """Over two processes, and whatever order they come in: 20 reserve, 80 are refused, and of
     those nothing is kept."""
-    answers = await asyncio.gather(
-        *(reserve((db, other_db)[n % 2], f"key-{n}") for n in range(100)), return_exceptions=True
-    )
+    async with (
+        await Database.open(database_url, times=A_MINUTE) as one,
+        await Database.open(database_url, times=A_MINUTE) as other,
+    ):
+        answers = await asyncio.gather(
+            *(reserve((one, other)[n % 2], f"key-{n}") for n in range(100)), return_exceptions=True
+        )
     refused = [one for one in answers if isinstance(one, BudgetExceeded)]
     assert len(refused) == 80, answers
     assert {(one.budget, one.left, one.ever_fits) for one in refused} == {("day", 0, True)}

@@ -16,6 +16,11 @@ TIMES: Final = DatabaseTimes(
     queue=6.0, busy=6.0, connect=8.0, statement=10.0, lock=6.0, answer=12.0, ping=8.0
 )
 """The tracker's own limits, and four seconds or more in addition."""
+A_MINUTE: Final = DatabaseTimes(
+    queue=60.0, busy=60.0, connect=60.0, statement=60.0, lock=60.0, answer=60.0
+)
+"""For tests in which many wait for each other, and that are not about how long: a machine that
+stands still for a moment lets all of them wait as long."""
 
 
 def wait_longer_for_the_database(monkeypatch: "pytest.MonkeyPatch") -> None:
