@@ -386,13 +386,8 @@ async def test_an_unreadable_item_at_the_top_covers_nothing_more(
     assert await known(services) == at_flora(flora)
 
 
-@pytest.mark.parametrize("since", [None, SPAN_AGAIN])
 async def test_a_place_where_flora_always_fails_is_stepped_over(
-    make_flora: MakeFlora,
-    open_on: OpenServices,
-    clock: HandClock,
-    hurry: Hurry,
-    since: timedelta | None,
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry
 ) -> None:
     """One page that is answered 500 again and again fails a few sweeps, and then no more; runs that
     start meanwhile, which move the list, make no difference."""
@@ -403,13 +398,59 @@ async def test_a_place_where_flora_always_fails_is_stepped_over(
         bad = runs[250].run_id
         flora.world.change({"bad_runs": [bad], "bad_code": "internal_error"})
         failed = 0
-        while (await sweep(services, since=since)).error is not None and failed < 9:
+        while (await sweep(services)).error is not None and failed < 9:
             failed += 1
             clock.move(300)
             flora.start()
         assert 1 <= failed <= 3
         assert await known(services) == at_flora(flora) - {bad}
         assert len(await gaps(services)) == 1
+
+
+@pytest.mark.parametrize("covered_before", [False, True])
+async def test_a_sweep_of_everything_goes_around_a_page_at_once(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    hurry: Hurry,
+    covered_before: bool,
+) -> None:
+    """No later sweep goes on where it was broken off; it says what it could not read."""
+    async with make_flora(history=400, history_seconds=SPAN) as flora:
+        services = await open_on(flora)
+        hurry(services, flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        if covered_before:
+            await sweep(services)
+        bad = runs[250].run_id
+        flora.world.change({"bad_runs": [bad], "bad_code": "internal_error"})
+        found = await sweep(services, SPAN_AGAIN)
+        assert (found.error, len(found.gaps)) == (None, 1)
+        assert found.items >= 399
+        assert await known(services) | {bad} == at_flora(flora)
+
+
+@pytest.mark.parametrize("gap_before", [False, True])
+async def test_a_flora_that_goes_down_meanwhile_is_an_error(
+    make_flora: MakeFlora, open_on: OpenServices, hurry: Hurry, gap_before: bool
+) -> None:
+    """Nothing below a page can be read: that is no gap, also where there is one of before."""
+    async with make_flora(history=400, history_seconds=SPAN) as flora:
+        services = await open_on(flora)
+        hurry(services, flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        if gap_before:
+            flora.world.change({"bad_runs": [runs[390].run_id]})
+            assert len((await sweep(services)).gaps) == 1
+        pages = 0
+
+        async def goes_down(_: list[str]) -> None:
+            nonlocal pages
+            pages += 1
+            flora.world.change({"errors": 1.0 if pages >= 2 else 0.0})
+
+        on_history(services, goes_down)
+        assert "FLORA" in ((await sweep(services, SPAN_AGAIN)).error or "")
 
 
 @pytest.mark.parametrize("at_once", [1, 40])

@@ -184,7 +184,10 @@ def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
             "someone else started them."
         )
         if row.is_known_to_flora:
-            typer.echo("But FLORA has a request with this key: look for its run on FLORA's website")
+            typer.echo(
+                "But FLORA has a request with this key: look for its run on FLORA's website, and "
+                f"record it: {resolve} --run RUN_ID"
+            )
             return
         typer.echo("So FLORA started nothing for it.")
         if is_unresolved:
@@ -198,9 +201,14 @@ def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
     typer.echo(
         "\nCompare what they made with the inputs above: tracker runs show RUN_ID"
         f"\nOne was made from these inputs: {resolve} --run RUN_ID"
-        f"\nNone was: {resolve} --none"
         "\nOne is someone else's, whichever start it is about: tracker starts exclude RUN_ID"
     )
+    if row.is_known_to_flora:
+        typer.echo(
+            "FLORA has a request with this key: if it is none of these, look on its website."
+        )
+    else:
+        typer.echo(f"None was: {resolve} --none")
     if not is_unresolved:
         typer.echo("Nothing has to be done while it is in doubt: its callback may tell.")
 

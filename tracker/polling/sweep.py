@@ -274,7 +274,7 @@ class _Sweep:
                         top = plan.until
                     if page.hole is not None:
                         end = page.ceiling or plan.bottom  # all of it if no time is known
-                        if lowest is None and end > top:  # above what is covered: read next time
+                        if end > plan.until:  # above what is covered: read next time
                             plan.report_unread(plan.now, end, page.hole.error)
                         else:
                             await self._note(plan, lowest or top, page.hole, gap, end=end)
@@ -292,7 +292,8 @@ class _Sweep:
                     if floor is not None and floor <= gap.bottom and not late:
                         break
         except PageUnreadable as error:
-            if plan is None:
+            is_down = isinstance(error.cause, ServerFault | FloraUnreachable)
+            if plan is None or (is_down and plan.all_again):
                 raise error.cause from error
             await self._note(plan, lowest or top, error.hole, gap, end=gap.bottom)
         except (ServerFault, FloraUnreachable) as error:
@@ -300,9 +301,11 @@ class _Sweep:
                 raise
             failed = Hole(error=str(error), cursor=cursor)
             place = await self._note(plan, lowest, failed, gap, end=None)
-            if stubborn or not plan.all_again or place.failures < STUBBORN_AFTER:
+            if stubborn or not plan.all_again or not isinstance(error, ServerFault):
                 raise
-            await self._read_down(kind, Gap(gap.bottom, lowest, place))
+            # No later sweep goes on here: this one goes around the page at once.
+            around = replace(place, failures=STUBBORN_AFTER)
+            await self._read_down(kind, Gap(gap.bottom, lowest, around))
         finally:
             self.report.pages += walk.pages_read
 
@@ -372,7 +375,7 @@ class _Sweep:
         """Record that nothing could be read from `at` down to `end`, and when it is tried again;
         without an end, by the next sweep."""
         before = next((one for one in plan.covered if one.from_at == at), gap.above)
-        failures = 1 + (before.failures if before else plan.failures_below(at))
+        failures = 1 + (before.failures if before else 0)
         now = self._clock()
         wait = min(RETRY_AFTER * 2 ** min(failures - 1, 10), RETRY_WITHIN)
         place = Interval(
@@ -469,12 +472,6 @@ class _Plan:
             and (before is None or before.first_seen_at > one.read_at)
             for one in self.covered_before
         )
-
-    def failures_below(self, at: datetime) -> int:
-        """How often the next place below could not be read, if all is read again: what starts
-        between two sweeps moves the pages, and with them the place at which they fail."""
-        below = (one.failures for one in self.covered if one.failures and one.from_at <= at)
-        return next(below, 0) if self.all_again else 0
 
     def report_unread(self, at: datetime, end: datetime, error: str, failures: int = 1) -> None:
         """Report that nothing could be read from `at` down to `end`."""

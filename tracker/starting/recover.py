@@ -114,7 +114,7 @@ class Recovery(Service):
         for row in due:
             self._searched[row.workspace_slot, row.idempotency_key] = self.clock()
         since = min(row.first_sent for row in due)
-        read = None
+        read, since_jump = None, boot_seconds() - self._jumped_at
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
             read = await self.matcher.read(workspace, technique_id, since, give_up=give_up)
@@ -124,13 +124,16 @@ class Recovery(Service):
         for row in due:
             async with holding(self.database, row, self.process, self.clock) as held:
                 if held is not None and held.row.state is StartState.IN_DOUBT:
-                    found += await self._end_doubt(workspace, held, read)
+                    found += await self._end_doubt(workspace, held, read, since_jump)
         return found
 
     async def _end_doubt(
-        self, workspace: Workspace, held: HeldStart, read: HistoryRead | None
+        self, workspace: Workspace, held: HeldStart, read: HistoryRead | None, since_jump: float
     ) -> bool:
-        """End the doubt about one start, if possible now; whether it became a run."""
+        """End the doubt about one start, if possible now; whether it became a run.
+
+        `since_jump` is how many seconds before the read the clock was last set.
+        """
         row = held.row
         read_after = read is not None and read.begun_at >= self._window_ends(row)
         if row.is_known_to_flora:
@@ -143,7 +146,7 @@ class Recovery(Service):
         runs = {} if read is None else read.runs
         possible = await starts.possible(self.database, row, row.possible_runs or runs)
         shown = [runs.get(run_id) for run_id in possible]
-        since_jump = boot_seconds() - self._jumped_at
+        since_jump = min(since_jump, boot_seconds() - self._jumped_at)  # it was set meanwhile
         is_over = read_after and since_jump >= self.doubt.total_seconds()
         all_listed_at = self._all_listed_at(row)
         error = row.error

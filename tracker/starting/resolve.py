@@ -123,7 +123,8 @@ class StartResolver(Service):
                 return row
             left.discard(run_id)
             await self._audit(row, run_id, "someone else started the run")
-            error = (row.error or {}) | {"excluded": sorted({*row.excluded_runs, run_id})}
+            error = row.with_possible(left) or {}
+            error |= {"excluded": sorted({*row.excluded_runs, run_id})}
             if row.state is StartState.IN_DOUBT:
                 await _store(mine, row.state, error)
             elif left or row.is_known_to_flora:
