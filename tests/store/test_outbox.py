@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,6 +122,19 @@ async def test_configuring_keeps_since_and_the_state(db: Database) -> None:
     assert row is not None
     assert (row.since, row.configured_at) == (NOW - SECOND, NOW + SECOND)
     assert (row.state, row.filters) == ("disabled", {"status": "failed"})
+
+
+async def test_an_endpoint_of_this_process_gets_its_messages_whatever_the_clock_says(
+    db: Database, writer: TestWriter
+) -> None:
+    """Others that no process has noted for a day get none; after days of sleep, or where the clock
+    was set between the note and the event, this one's note is as old."""
+    await known(db, "mine", "removed", at=NOW - timedelta(hours=25))
+    await writer.submit(ended("run_1"))
+    make = partial(fan_out, limit=3, now=NOW, body=message_body, own=["mine"])
+    await db.write(make)
+    rows, _ = await list_messages(db, limit=500)
+    assert [(row.endpoint_id, row.run_id) for row in rows] == [("mine", "run_1")]
 
 
 def failure(at: datetime, status: int = 500) -> Attempt:

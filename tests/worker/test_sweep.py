@@ -384,3 +384,56 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
     assert (await sweep(services)).error is None
     assert await take(clock(), LEASE)
     assert timedelta(minutes=2) > LEASE
+
+
+async def held_leases(services: Services) -> list[str]:
+    async with services.database.read() as connection:
+        found = await connection.execute(sa.select(leases.c.name))
+        return [name for name in found.scalars() if name.startswith("sweep:")]
+
+
+async def test_a_sweep_that_is_cancelled_as_it_drops_its_lease_drops_it(
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is told to stop just then leaves no lease for which the next one waits."""
+    dropping = asyncio.Event()
+    write = services.database.write
+
+    async def waits(work: Any) -> Any:
+        dropping.set()
+        await asyncio.sleep(0.05)
+        return await write(work)
+
+    async def drops(*args: Any) -> None:
+        monkeypatch.setattr(services.database, "write", waits)
+        await drop(*args)
+
+    drop = claims.drop_lease
+    monkeypatch.setattr(claims, "drop_lease", drops)
+    sweeping = asyncio.create_task(sweep(services))
+    await dropping.wait()
+    sweeping.cancel()
+    await asyncio.wait([sweeping])
+    assert await held_leases(services) == []
+
+
+async def test_a_sweep_that_is_cancelled_as_it_takes_its_lease_drops_it(
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is committed, and the sweep is told to stop before it knows: another process can
+    sweep at once."""
+    taken = asyncio.Event()
+    take = claims.take_lease
+
+    async def takes_long(*args: Any, **more: Any) -> bool:
+        held = await take(*args, **more)
+        taken.set()
+        await asyncio.Event().wait()
+        return held
+
+    monkeypatch.setattr(claims, "take_lease", takes_long)
+    sweeping = asyncio.create_task(sweep(services))
+    await taken.wait()
+    sweeping.cancel()
+    await asyncio.wait([sweeping])
+    assert await held_leases(services) == []

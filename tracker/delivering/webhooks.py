@@ -201,10 +201,10 @@ class Webhooks:
 
         Raises `StoreUnavailable`.
         """
-        total, count = 0, GROUP
+        total, count, own = 0, GROUP, [*self._endpoints, *self._handlers]
         while count == GROUP:
             made = await self.database.write(
-                partial(fan_out, limit=GROUP, now=self.clock(), body=self.body)
+                partial(fan_out, limit=GROUP, now=self.clock(), body=self.body, own=own)
             )
             count = made.taken
             total += count

@@ -136,17 +136,24 @@ class Sweeper(Service):
         """
         workspace.require_client()
         sweep = _Sweep(self, workspace, since)
-        if not await sweep.hold():
-            sweep.report.skipped = True
+        try:
+            sweep.report.skipped = not await sweep.hold()
+        except asyncio.CancelledError:  # the lease may be taken all the same
+            await self._drop(sweep.lease)
+            raise
+        if sweep.report.skipped:
             return sweep.report
         renewing = asyncio.create_task(sweep.renew())
         try:
             await sweep.run()
         finally:
             await cancel(renewing)  # else it might take back what is dropped
-            with suppress(StoreError):  # the lease then expires
-                await claims.drop_lease(self.database, sweep.lease, self.holder)
+            await self._drop(sweep.lease)
         return sweep.report
+
+    async def _drop(self, lease: str) -> None:
+        with suppress(StoreError):  # it then expires
+            await claims.drop_lease(self.database, lease, self.holder)
 
 
 class _Sweep:

@@ -4,6 +4,7 @@ Both expire, so that the work of a crashed process is taken up again. Of a run, 
 claim and its times is written here.
 """
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -38,6 +39,8 @@ _ENDED: Final = runs.c.precedence >= Precedence.CALLBACK_FAILED
 
 _APART: Final = timedelta(seconds=5)
 """How much the clocks of processes on one database may differ."""
+DROP_SECONDS: Final = 2.0
+"""How long a caller that is cancelled waits until its lease is released."""
 
 WorkspaceScope = Sequence[str | None] | None
 """The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
@@ -223,9 +226,17 @@ async def take_lease(
 
 
 async def drop_lease(db: Database, name: str, holder: str) -> None:
-    """Release the lease `name`, if `holder` has it."""
+    """Release the lease `name`, if `holder` has it; also if the caller is cancelled meanwhile, who
+    is kept for `DROP_SECONDS` at most."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    work = db.write(lambda connection: connection.execute(statement).rowcount)
+    dropping = asyncio.create_task(work, name="drop-lease")
+    dropping.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        await asyncio.shield(dropping)
+    except asyncio.CancelledError:
+        await asyncio.wait([dropping], timeout=DROP_SECONDS)
+        raise
 
 
 def within(

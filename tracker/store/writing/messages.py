@@ -8,7 +8,7 @@ Whoever claims messages of an endpoint or stores outcomes locks the row of the e
 the number of open requests is limited over all processes, and no two of them deadlock.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from sqlalchemy import (
     func,
     insert,
     not_,
+    or_,
     select,
     update,
 )
@@ -76,19 +77,22 @@ async def outbox_waits(db: Database) -> bool:
     return await db.fetchrow(select(outbox.c.id).limit(1)) is not None
 
 
-def fan_out(connection: Connection, *, limit: int, now: datetime, body: Shown) -> FanOut:
+def fan_out(
+    connection: Connection, *, limit: int, now: datetime, body: Shown, own: Collection[str] = ()
+) -> FanOut:
     """Turn the oldest events of the outbox that no other process has locked into messages.
 
-    Endpoints that no process has had in its settings for a day get none. Nothing is sent of a run
-    that ended before its endpoint was first configured, so that a first sweep floods nobody. An
-    event whose run is not in the reported state any more is dropped, because a change back causes
-    an event of its own.
+    Endpoints that no process has had in its settings for a day get none; those of this process,
+    `own`, do, whatever the clock says. Nothing is sent of a run that ended before its endpoint was
+    first configured, so that a first sweep floods nobody. An event whose run is not in the reported
+    state any more is dropped, because a change back causes an event of its own.
     """
     oldest = select(outbox).order_by(outbox.c.id).limit(limit).with_for_update(skip_locked=True)
     events = connection.execute(oldest).all()
     if not events:
         return FanOut(0)
-    known = select(endpoints).where(endpoints.c.configured_at > now - CONFIGURED_WITHIN)
+    is_configured = endpoints.c.configured_at > now - CONFIGURED_WITHIN
+    known = select(endpoints).where(or_(is_configured, endpoints.c.endpoint_id.in_(own)))
     receivers = connection.execute(known).all()
     made = list(_messages_of(connection, events, receivers, now, body)) if receivers else []
     if made:
