@@ -5,9 +5,9 @@ claim and its times is written here.
 """
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -39,8 +39,9 @@ _ENDED: Final = runs.c.precedence >= Precedence.CALLBACK_FAILED
 
 _APART: Final = timedelta(seconds=5)
 """How much the clocks of processes on one database may differ."""
-DROP_SECONDS: Final = 2.0
-"""How long a caller that is cancelled waits until its lease is released."""
+LEASE_SECONDS: Final = 1.0
+"""How long a caller that is cancelled waits until what it writes about a lease is committed."""
+T = TypeVar("T")
 
 WorkspaceScope = Sequence[str | None] | None
 """The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
@@ -222,20 +223,24 @@ async def take_lease(
     def work(connection: Connection) -> bool:
         return connection.execute(statement).first() is not None
 
-    return await db.write(work)
+    return await _to_its_end(db.write(work))
 
 
 async def drop_lease(db: Database, name: str, holder: str) -> None:
-    """Release the lease `name`, if `holder` has it; also if the caller is cancelled meanwhile, who
-    is kept for `DROP_SECONDS` at most."""
+    """Release the lease `name`, if `holder` has it."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
-    work = db.write(lambda connection: connection.execute(statement).rowcount)
-    dropping = asyncio.create_task(work, name="drop-lease")
-    dropping.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await _to_its_end(db.write(lambda connection: connection.execute(statement).rowcount))
+
+
+async def _to_its_end(write: Coroutine[Any, Any, T]) -> T:
+    """The result of a write about a lease, which goes on though the caller is cancelled: one that
+    were committed later would take again what was released, or not release it."""
+    task = asyncio.create_task(write, name="lease")
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
-        await asyncio.shield(dropping)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([dropping], timeout=DROP_SECONDS)
+        await asyncio.wait([task], timeout=LEASE_SECONDS)
         raise
 
 
