@@ -6,9 +6,8 @@ import logging
 import re
 
 import pytest
-import structlog
 
-from tracker.core.log import get_logger, log_context, log_fields, redact_also
+from tracker.core.log import get_logger, log_context, redact_also
 from tracker.operations.logs import configure_logs
 
 SECRETS = ["hunter22", 'quo"te\\d ü', "p@ss/word"]
@@ -168,12 +167,3 @@ def test_secrets_stay_out_of_an_applications_log() -> None:
         log.exception("broken", key="sk_live_abc", at="postgresql://u:secret@h/d hunter33")
     assert "Traceback" in stream.getvalue()
     assert not re.search("hunter33|u:secret|_abc", stream.getvalue())
-
-
-def test_an_application_that_uses_structlog_keeps_its_context() -> None:
-    """Its own request id is still there after a request to the tracker."""
-    with structlog.contextvars.bound_contextvars(request_id="host"):
-        with log_context(request_id="ours"):
-            assert structlog.contextvars.get_contextvars() == {"request_id": "host"}
-            assert log_fields() == {"request_id": "ours"}
-        assert structlog.contextvars.get_contextvars() == {"request_id": "host"}

@@ -45,7 +45,6 @@ for _module in (
     "openpyxl.reader.excel",
     "openpyxl.writer.excel",
     "stringprep",
-    "tracker.operations.log_lines",
     "tracker.store.copy",
     "tracker.sync",
     "typer._click._textwrap",

@@ -76,7 +76,7 @@ class LogEvent:
         self.fields = fields
 
     def __str__(self) -> str:
-        fields = (f"{name}={_shown(value)}" for name, value in self.fields.items())
+        fields = (f"{name}={shown(value)}" for name, value in self.fields.items())
         return redact(" ".join((plain(self.name), *fields)))
 
 
@@ -144,7 +144,7 @@ def log_fields() -> Fields:
     return _context.get()
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a line: a text with blanks or quotes in it is quoted."""
     if isinstance(value, str) and value and not re.search(r"""[\s"'=]""", value):
         return plain(value)
