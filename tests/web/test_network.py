@@ -362,6 +362,18 @@ async def test_pipelined_answers_come_in_order_whatever_follows(small_site: Site
         assert await connection.hung_up()
 
 
+async def test_an_answer_without_a_body_is_sent_all_the_same(small_site: Site) -> None:
+    """HEAD is answered on a connection that stays, and on one that ends with it."""
+    ask = GET.replace(b"GET", b"HEAD")
+    for more in (b"", b"Connection: close\r\n"):
+        async with wire(small_site.base_url) as asking:
+            await asking.send(ask, more, b"\r\n", b"" if more else GET + b"\r\n")
+            head = await asking._reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            if not more:
+                assert (await asking.answer()).status == 200
+
+
 async def test_so_many_requests_may_be_sent_ahead() -> None:
     """Those that are taken are answered, and the last of them says that it is the last."""
     async with (

@@ -1,6 +1,9 @@
 """A callback that arrives whole is taken and answered past all layers, with the answer that they
 would give."""
 
+import asyncio
+from urllib.parse import urlsplit
+
 import pytest
 
 from tests.web.callbacks import PATH, event, signature
@@ -44,6 +47,22 @@ async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: 
         assert request_id == "of-the-proxy" if number else request_id
     assert at_once == in_parts == through_all
     assert at_once.body == b'{"outcome":"applied","repeated":true}'
+
+
+@pytest.mark.alone
+async def test_it_is_one_packet(serve: Serve, sqlite_url: str) -> None:
+    """Head and body come together, however often one sends on a connection."""
+    body = event("run_1")
+    async with serve(sqlite_url) as site:
+        address = urlsplit(site.base_url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        for _ in range(20):
+            writer.write(post(PATH, body, f"Flora-Signature: {signature(body)}"))
+            packet = await reader.read(65_536)  # what is there, and not more
+            head, _, answer = packet.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert answer
+        writer.close()
 
 
 @pytest.mark.alone

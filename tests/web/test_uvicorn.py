@@ -22,8 +22,8 @@ ADVICE = """uvicorn has changed {what}. Before this digest (and the bound in pyp
 - FlowControl: `_ReadFlow` refuses to resume; `write_paused` and both pauses mean the same.
 - Server: `Server` overrides startup, shutdown, main_loop and capture_signals, and sets should_exit
   and force_exit.
-Then run tests/web/test_network.py, test_write_coalescer.py and tests/hostile/test_memory.py, and
-measure bench.ingest before and after."""
+Then run tests/web/test_network.py, test_prebuilt_response.py and
+tests/hostile/test_memory.py, and measure bench.ingest before and after."""
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ needs no timer.
 This builds on internals of uvicorn: `tests/web/test_uvicorn.py` lists them.
 """
 
-import asyncio
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -59,43 +58,6 @@ class _ReadFlow(FlowControl):
     def resume_reading(self) -> None:
         if not self.write_paused and not self.is_ahead:
             super().resume_reading()
-
-
-class WriteCoalescer:
-    """Wraps `transport`, so that the head and the body of a response leave in one packet.
-
-    uvicorn writes them separately, and each write is a system call and a packet: a third of the
-    server's work for a small response. A write is held until the next one, but no longer than the
-    current iteration of the event loop.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._held: bytes | None = None
-
-    def write(self, data: bytes) -> None:
-        """Write `data` together with what is held, or hold it."""
-        if self._held is None:
-            self._held = data
-            self._loop.call_soon(self.flush)
-        else:
-            data, self._held = self._held + data, None
-            self._transport.write(data)
-
-    def flush(self) -> None:
-        """Write what is held, unless the client is gone: uvloop would warn."""
-        if self._held is not None:
-            data, self._held = self._held, None
-            if not self._transport.is_closing():
-                self._transport.write(data)
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
 
 
 class Connection(HttpToolsProtocol):
@@ -166,7 +128,6 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=UNSENT_BYTES)
         self.flow: _ReadFlow = _ReadFlow(transport)
-        self._writer = WriteCoalescer(transport, self.loop)
         if self._pool.is_stopping:
             self.shutdown()
         elif not self._pool.admit(self):
@@ -260,7 +221,6 @@ class Connection(HttpToolsProtocol):
         self._pool.hold(self, self.held + _REQUEST_BYTES + _HEADER_BYTES * len(self.headers))
         previous = self.cycle
         super().on_headers_complete()
-        self.cycle.transport = self._writer  # type: ignore[assignment]  # as far as it is used
         if self.pipeline:
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
             self._earlier.append(previous)
@@ -302,7 +262,6 @@ class Connection(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        self._writer.flush()  # a response to HEAD has no body
         self._recount()
         self.flow.is_ahead = len(self.pipeline) > 1 and self.held > HIGH_WATER_LIMIT
         if self.pipeline:
@@ -323,7 +282,6 @@ class Connection(HttpToolsProtocol):
         if cycle.disconnected:
             return
         cycle.response_started = cycle.response_complete = True
-        self._writer.flush()
         head = self._pool.status_line(cycle.default_headers)
         if cycle.keep_alive:
             self.transport.write(head + response)
