@@ -16,7 +16,7 @@ from tests.deploy.tls import certificate_for_localhost
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import eventually, let_pass
 from tracker.core.clock import utc_now
-from tracker.delivering import endpoint_client
+from tracker.delivering import addresses, endpoint_client
 from tracker.delivering.addresses import Address
 from tracker.delivering.endpoint_client import EndpointClient, EndpointResolver
 from tracker.store.writing.messages import Attempt, Claim
@@ -216,7 +216,7 @@ async def test_a_name_server_that_hangs_delays_one_endpoint(
                 time.sleep(0.01)
         return [(0, 0, 0, "", ("203.0.113.7", 443))]
 
-    monkeypatch.setattr(endpoint_client.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", getaddrinfo)
     hanging, quick = EndpointResolver(), EndpointResolver()
     waiting = [asyncio.create_task(hanging("hangs.example", 443)) for _ in range(40)]
     for _ in range(40):

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -14,7 +14,8 @@ from tracker.core.events import EventType
 from tracker.core.formatting import duration
 
 if TYPE_CHECKING:
-    from tracker.delivering.listen import ForwardResult, StreamedEvent
+    from tracker.delivering.listen import StreamedEvent
+    from tracker.store.writing.messages import Attempt
 
 _URL: Final = "http://127.0.0.1:8080"
 """Where `tracker serve` listens by default."""
@@ -77,29 +78,24 @@ def listen(
         note(f"Forwarding {', '.join(wanted)} to {target}, signed with {signed}")
 
     async def work() -> None:
-        import httpx
-
-        from tracker.delivering.listen import TrackerStream, forward
-        from tracker.flora.caller import NoCookies
+        from tracker.delivering.listen import TrackerStream, forward, local_client
         from tracker.views import time_json
 
         stream = TrackerStream(
             root, token, wanted=wanted, notice=note, now=lambda: time_json(utc_now())
         )
-        async with (
-            httpx.AsyncClient(timeout=None, cookies=NoCookies(), trust_env=False) as client,  # noqa: S113
-            aclosing(stream.events()) as events,
-        ):
+        async with aclosing(stream.events()) as events, AsyncExitStack() as stack:
+            client = None
+            if target is not None:
+                client = await stack.enter_async_context(aclosing(local_client(target, key)))
             async for one in events:
-                answer = (
-                    None if target is None else await forward(client, target, one, key, utc_now)
-                )
+                answer = None if client is None else await forward(client, one)
                 typer.echo(_json(one, answer) if json_lines else _line(one, answer))
 
     asyncio.run(work())
 
 
-def _line(event: "StreamedEvent", answer: "ForwardResult | None") -> str:
+def _line(event: "StreamedEvent", answer: "Attempt | None") -> str:
     """Time, event, run and status, then the answer."""
     run = event.run
     text = f"{event.at[:19]}Z {event.type} {run['run_id']} {run['status']}"
@@ -110,8 +106,9 @@ def _line(event: "StreamedEvent", answer: "ForwardResult | None") -> str:
     return plain(f"{text} → {result}")
 
 
-def _json(event: "StreamedEvent", answer: "ForwardResult | None") -> str:
+def _json(event: "StreamedEvent", answer: "Attempt | None") -> str:
     shown: dict[str, Any] = {"message_id": event.message_id, **json.loads(event.body)}
     if answer is not None:
-        shown |= {"status": answer.status, "error": answer.error}
+        error = answer.error if answer.status is None else None
+        shown |= {"status": answer.status, "error": error}
     return json.dumps(shown, separators=(",", ":"))

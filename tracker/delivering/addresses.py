@@ -9,18 +9,21 @@ name itself.
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 
 import httpx
 
 from tracker.core.errors import TrackerError
+from tracker.core.waiting import in_thread
 
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[Address]]]
 """Resolves a host name; raises `OSError` if it has no address."""
 
 RESOLVE_SECONDS: Final = 10.0
+UNREACHED: Final = "the server cannot be reached"
 KEEP_SECONDS: Final = 2.0
 """How long an idle connection is kept: shorter than any server does."""
 _PORTS: Final = {"http": 80, "https": 443}
@@ -89,8 +92,14 @@ def _embedded(address: Address) -> IPv4Address | None:
 
 
 async def resolve(host: str, port: int) -> list[Address]:
-    """Resolve a host name with the system's resolver. Raises `OSError`."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    """Resolve a host name with the system's resolver. Raises `OSError`.
+
+    Each lookup has a thread of its own. The threads of the event loop are few and shared: a name
+    server that does not answer would block all other lookups, FLORA's too.
+    """
+    found = await in_thread(
+        f"resolve {host}", partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    )
     # A zone ("%eth0") belongs to link-local addresses, which are refused anyway.
     return [ip_address(str(info[4][0]).partition("%")[0]) for info in found]
 
@@ -186,5 +195,5 @@ def connect_failure(error: httpx.TransportError) -> str | None:
         case httpx.ConnectError() if "CERTIFICATE" in str(error):
             return "the server's certificate is not valid, or not trusted here"
         case httpx.ConnectError():
-            return "the server cannot be reached"
+            return UNREACHED
     return None

@@ -1,12 +1,9 @@
 """One attempt: a signed request to an endpoint, and what came of it."""
 
 import asyncio
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -15,8 +12,13 @@ import httpx
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.events import LONGEST_RETRY_AFTER, MOST_OPEN
-from tracker.core.waiting import in_thread
-from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
+from tracker.delivering.addresses import (
+    Address,
+    GuardedTransport,
+    Resolver,
+    connect_failure,
+    resolve,
+)
 from tracker.delivering.signing import signed_headers
 from tracker.flora.caller import NoCookies, retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
@@ -62,30 +64,21 @@ def endpoint_of(configured: "EndpointSettings") -> Endpoint:
 
 
 class EndpointResolver:
-    """Resolves the name of one endpoint, one lookup at a time, and remembers the addresses.
-
-    Each lookup has a thread of its own. The threads of the event loop are few and shared: a name
-    server that does not answer would block all other lookups, FLORA's too.
-    """
+    """Resolves the name of one endpoint, one lookup at a time, and remembers the addresses."""
 
     def __init__(self) -> None:
         self._found: list[Address] = []
         self._until = float("-inf")
-        self._lookup: asyncio.Future[list[Address]] | None = None
+        self._lookup: asyncio.Task[list[Address]] | None = None
 
     async def __call__(self, host: str, port: int) -> list[Address]:
         """The addresses of the host. Raises `OSError`."""
         if time.monotonic() >= self._until:
             if self._lookup is None or self._lookup.done():
-                self._lookup = in_thread(f"resolve {host}", partial(_resolve, host, port))
+                self._lookup = asyncio.create_task(resolve(host, port), name=f"resolve {host}")
             self._found = await asyncio.shield(self._lookup)
             self._until = time.monotonic() + RESOLVED_SECONDS
         return self._found
-
-
-def _resolve(host: str, port: int) -> list[Address]:
-    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [ip_address(str(info[4][0]).partition("%")[0]) for info in infos]
 
 
 class EndpointClient:

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from tracker import __version__
+from tracker.core.clock import utc_now
 from tracker.delivering.addresses import (
     GuardedTransport,
     LinkRefused,
@@ -30,7 +31,7 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
-from tracker.flora.caller import NoCookies, is_bounded
+from tracker.flora.caller import NoCookies, is_bounded, retry_after_of
 
 MAX_BYTES: Final = 2 * 1024**3
 ATTEMPTS: Final = 5
@@ -226,9 +227,8 @@ class Fetcher:
         if status in _GONE:
             raise MediaError(f"the link has expired, or the file is gone (HTTP {status})")
         if status in _TEMPORARY or status >= 500:
-            raise MediaUnavailable(
-                f"the server answered HTTP {status}", retry_after=_retry_after(response)
-            )
+            wait = retry_after_of(response.headers, now=utc_now(), longest=_LONGEST_PAUSE)
+            raise MediaUnavailable(f"the server answered HTTP {status}", retry_after=wait)
         if status != 200:
             raise MediaError(f"the server answered HTTP {status}")
         packed = response.headers.get("content-encoding", "identity").lower() != "identity"
@@ -295,11 +295,6 @@ def _validator(response: httpx.Response) -> str | None:
     except (KeyError, ValueError, TypeError, OverflowError, IndexError):  # from any server
         return None
     return modified if age >= _VALIDATES_AFTER else None
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    asked = response.headers.get("retry-after", "").strip()
-    return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() and asked.isascii() else None
 
 
 def _pause(fruitless: int, retry_after: float | None) -> float:

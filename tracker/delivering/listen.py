@@ -17,23 +17,25 @@ import json
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from time import monotonic
+from datetime import datetime
 from typing import Any, Final
 from urllib.parse import quote
 
 import httpx
 
-from tracker.core.clock import Clock
+from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
-from tracker.core.events import EventType
+from tracker.core.events import EventType, RunFilter
 from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run
-from tracker.delivering.endpoint_client import ANSWER_SECONDS
-from tracker.delivering.signing import signed_headers
+from tracker.delivering.addresses import UNREACHED
+from tracker.delivering.endpoint_client import Endpoint, EndpointClient
 from tracker.flora.caller import NoCookies
+from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
+from tracker.store.writing.messages import Attempt, Claim
 
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 """Waits before a refused connection is tried again: a development server may be restarting."""
@@ -58,8 +60,8 @@ class StreamedEvent:
     run: Mapping[str, Any]
 
     @property
-    def body(self) -> bytes:
-        return dump_json({"type": self.type, "timestamp": self.at, "data": self.run}).encode()
+    def body(self) -> str:
+        return dump_json({"type": self.type, "timestamp": self.at, "data": self.run})
 
 
 class _Cut(Exception):
@@ -222,36 +224,24 @@ def cost_changed(events: Iterable[Mapping[str, Any]], number: int) -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardResult:
-    """What the local address answered: a status, or what went wrong."""
-
-    status: int | None
-    error: str | None
-    seconds: float
+def local_client(url: str, secret: str) -> EndpointClient:
+    """Sends events to a local address, signed with `secret`."""
+    config = EndpointConfig(endpoint_id="listen", url=url, events=(), filter=RunFilter())
+    endpoint = Endpoint(config=config, url=url, secrets=(secret,), allow_private=True)
+    return EndpointClient(endpoint, clock=utc_now)
 
 
-async def forward(
-    client: httpx.AsyncClient, url: str, event: StreamedEvent, secret: str, clock: Clock
-) -> ForwardResult:
+async def forward(client: EndpointClient, event: StreamedEvent) -> Attempt:
     """Send an event as an endpoint receives it. Only a refused connection is tried again."""
-    began, waits = monotonic(), iter(RETRY_SECONDS)
+    claim, waits = (
+        Claim(event.message_id, event.body, datetime.fromisoformat(event.at)),
+        iter(RETRY_SECONDS),
+    )
     while True:
-        headers = signed_headers(event.message_id, event.body, [secret], at=clock())
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                response = await client.post(url, content=event.body, headers=headers)
-            return ForwardResult(response.status_code, None, monotonic() - began)
-        except httpx.ConnectError as error:
-            if (wait := next(waits, None)) is None:
-                return ForwardResult(None, str(error), monotonic() - began)
-            await asyncio.sleep(wait)
-        except TimeoutError:
-            return ForwardResult(
-                None, f"no answer within {ANSWER_SECONDS:g} s", monotonic() - began
-            )
-        except httpx.HTTPError as error:
-            return ForwardResult(None, str(error) or type(error).__name__, monotonic() - began)
+        attempt = await client.send(claim)
+        if attempt.error != UNREACHED or (wait := next(waits, None)) is None:
+            return attempt
+        await asyncio.sleep(wait)
 
 
 async def _get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
