@@ -35,7 +35,7 @@ async def filled(url: str, runs: int) -> None:
 
 
 def copy(source: str, target: str) -> dict[str, Any]:
-    """Run the command; what it tells, with its processor time and the most memory it held."""
+    """Run the command; what it prints, with its processor time and the most memory it held."""
     with tempfile.TemporaryFile() as told:
         began = time.monotonic()
         process = subprocess.Popen(

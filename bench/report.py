@@ -19,7 +19,7 @@ RESULTS: Final = Path("bench/results")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a title; `note` tells how to read them."""
+    """Rows under a title; `note` says how to read them."""
 
     title: str
     columns: Sequence[str]

@@ -1,4 +1,4 @@
-"""Callbacks in a crowd of clients that do what they like with their connections.
+"""Callbacks among thousands of clients that do what they like with their connections.
 
     python -m bench.soak_network [--database sqlite|postgres|both] [--seconds 60]
                                  [--connections 2000] [--json FILE]
@@ -100,7 +100,7 @@ KINDS: dict[str, tuple[int, Callable[[], AsyncIterator[bytes]]]] = {
 """How many of a hundred connections do what."""
 
 
-class Crowd:
+class Clients:
     """The clients; whoever is cut off comes back a step later."""
 
     def __init__(self, sandbox: Sandbox, size: int) -> None:
@@ -195,13 +195,13 @@ class Callers:
 
 
 async def soak(database: str, seconds: float, connections: int) -> Figures:
-    """One crowd on one database; the figures."""
+    """One set of clients on one database; the figures."""
     async with _opened(database) as sandbox:
         server = await sandbox.serve("--no-worker")
-        crowd, callers = Crowd(sandbox, connections), Callers(sandbox)
+        clients, callers = Clients(sandbox, connections), Callers(sandbox)
         until = time.monotonic() + seconds
         await asyncio.gather(*(callers.send(until) for _ in range(SENDERS)))
-        await crowd.end()
+        await clients.end()
         peak = server.peak_memory
         status = await server.stop()
         async with await Database.open(sandbox.database_url) as db, db.read() as connection:
@@ -212,14 +212,14 @@ async def soak(database: str, seconds: float, connections: int) -> Figures:
             broken.append(f"acknowledged and not stored: {lost[:5]}")
         if callers.longest >= FLORA_WAITS:
             broken.append(f"an answer took {callers.longest:.1f} s")
-        if crowd.most < connections:
-            broken.append(f"only {crowd.most} connections were ever open")
+        if clients.most < connections:
+            broken.append(f"only {clients.most} connections were ever open")
         if status or "Traceback" in server.log:
             broken.append(f"exit status {status}, or a traceback in the log")
         return {
-            "connections": crowd.most,
-            "clients_cut": dict(crowd.cut),
-            "slow_senders_cut": crowd.cut["slow head"] + crowd.cut["slow body"],
+            "connections": clients.most,
+            "clients_cut": dict(clients.cut),
+            "slow_senders_cut": clients.cut["slow head"] + clients.cut["slow body"],
             "callbacks_acknowledged": len(callers.acknowledged),
             "longest_answer_seconds": round(callers.longest, 2),
             "peak_memory_mb": peak // 1024**2,

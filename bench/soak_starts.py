@@ -2,7 +2,7 @@
 
     python -m bench.soak_starts [--seconds 60] [--json FILE]
 
-FLORA's own record tells whether anything was paid twice, or a run was given to a key that did not
+FLORA's own record shows whether anything was paid twice, or a run was given to a key that did not
 start it.
 
 In the first four FLORA forgets keys within seconds, so that much is left to a person. In the last

@@ -72,8 +72,8 @@ class Shot:
 async def main() -> None:
     """Take them all."""
     TARGET.mkdir(parents=True, exist_ok=True)
-    async with _served() as (address, services), async_playwright() as play:
-        browser = await play.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    async with _served() as (address, services), async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         shots = await _shots(services)
         for scheme in ("light", "dark"):
             await _take(browser, address, shots, scheme)

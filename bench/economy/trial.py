@@ -17,7 +17,7 @@ class Trial:
 
     `seconds` is the middle of the runs' durations, which spread evenly from half of it to one and a
     half. `every` is how many seconds lie between two starts: 0 for all at once,
-    `None` for each as soon as the one before has ended. `known` tells whether FLORA's history holds
+    `None` for each as soon as the one before has ended. `known` says whether FLORA's history holds
     enough earlier runs of the technique. `most` is the number of reads for each run that must not
     be exceeded, `most_for_bills` that of the reads after all runs are settled, until every bill is
     final; `longest_gather` goes to the tracker in place of its own.

@@ -5,7 +5,7 @@ It is a library, so the smallest possible server in Node stands around it. It is
 as Stripe does it, which is FLORA's own construction. For an event it
 
 - writes one row, the product's, and leaves it where the row is of a later time than the event,
-- keeps neither the event nor its id: there is no body to replay, and nothing tells doubles apart,
+- keeps neither the event nor its id: there is no body to replay, and duplicates look alike,
 - writes no timeline, no rollups and no schedule,
 - reads a body of three times the size of FLORA's, because a product has more to say than a run,
 - checks the signed time, as the tracker does.

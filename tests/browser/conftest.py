@@ -111,8 +111,8 @@ async def chromium() -> AsyncIterator[Browser]:
         if os.environ.get("TRACKER_REQUIRE_BROWSER"):
             pytest.fail("Chromium is not installed, and TRACKER_REQUIRE_BROWSER is set")
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    async with async_playwright() as play:
-        browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         await browser.close()
 

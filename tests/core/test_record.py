@@ -199,7 +199,7 @@ def test_a_observation_between_denials_starts_the_count_anew() -> None:
 
 
 def test_a_failed_read_is_counted_and_kept() -> None:
-    """A read that failed is counted, tells why in `last_error`, and is tried again later."""
+    """A read that failed is counted, says why in `last_error`, and is tried again later."""
     failed = FailedRead(
         run_id="run_1", at=START + timedelta(seconds=30), error="FLORA answered 503"
     )
@@ -210,7 +210,7 @@ def test_a_failed_read_is_counted_and_kept() -> None:
 
 
 def test_a_tracked_run_is_read_at_once() -> None:
-    """What someone tells of a run is not believed: it is due the moment it is tracked."""
+    """What someone says of a run is not believed: it is due the moment it is tracked."""
     record = after([Observed(observation=seen(Source.TRACK, at=3))])
     assert (record.source, seconds(record.next_check_at)) == (Source.TRACK, 3)
 

@@ -49,7 +49,7 @@ HEALTHY: Series = {
     **on(RECENT, "0", labels=f'{WS}, outcome="missed"'),
     **on(LAST_CALLBACK, "0+60"),
     **on("tracker_runs_awaiting_callback", "3"),
-    **on(REFUSED, "0+1", labels='reason="mismatch"'),  # strangers
+    **on(REFUSED, "0+1", labels='reason="mismatch"'),  # unsigned or forged
     **on(REFUSED, "0", labels='reason="not_set_up"'),
     **on(TAKEN, "0+5", labels=TAKEN_LABELS),
     **on("tracker_deliveries_quarantined", "0"),

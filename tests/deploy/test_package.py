@@ -61,7 +61,7 @@ def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> N
         **environment)  # fmt: skip
     tracker = python.with_name("tracker")
     assert run(tracker, "--version", cwd=tmp_path).strip() == f"tracker {VERSION}"
-    folder = tmp_path / "somebody's"
+    folder = tmp_path / "a user's"
     folder.mkdir()
     # Someone's own settings must neither be used nor be harmed.
     told = json.loads(

@@ -105,8 +105,8 @@ def only_callbacks_pass(answers: dict[str, httpx.Response]) -> None:
 async def test_without_a_token_a_proxy_lets_nobody_in(
     public_url: str, extra: str, tmp_path: Path
 ) -> None:
-    """A stranger who comes through nginx, which connects from loopback and by default says so, too,
-    is refused; callbacks and health are not."""
+    """A client without a token that comes through nginx, which connects from loopback and by
+    default says so, too, is refused; callbacks and health are not."""
     require_nginx()
     port, own = free_port(), free_port()
     async with (

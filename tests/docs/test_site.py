@@ -127,9 +127,9 @@ def served(site: Path) -> Iterator[Page]:
             pytest.fail("Chromium is not installed, and TRACKER_REQUIRE_BROWSER is set")
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     handler = partial(SimpleHTTPRequestHandler, directory=str(site))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as play:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
         page.locator("label[for=__search]").first.wait_for(state="attached")

@@ -126,7 +126,7 @@ class Clients:
         body = {"technique": "character-lock", "inputs": inputs, "idempotency_key": key}
         answer = await self._ask("/api/runs", True, json=body)
         assert answer is not None
-        # Where a process died over it, nothing tells what came of its first request.
+        # Where a process died over it, nothing shows what came of its first request.
         assert answer.status_code in (400, 409, 504), answer.text
 
     async def _send(self, key: str) -> None:

@@ -219,5 +219,5 @@ def names_of(work: Callable[[Any], Any]) -> set[str]:
 
 
 def _kind(entry: Entry) -> str:
-    """What an entry tells of a run, or else what it is."""
+    """What an entry reports of a run, or else what it is."""
     return entry.observation.source.value if isinstance(entry, Observed) else "nothing seen"

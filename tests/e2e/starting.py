@@ -3,7 +3,7 @@
 A gateway answers in FLORA's place while the work goes on behind it, starts are slow, answered 500
 although they run, cut or limited, FLORA knows a key only when its request is done and forgets it
 soon, statuses are new, colleagues start runs too, the API key is exchanged. Receivers are killed,
-and frozen for longer than their leases last. FLORA's own record tells whether anything was paid
+and frozen for longer than their leases last. FLORA's own record shows whether anything was paid
 twice, or a run was given to a key that did not start it.
 """
 

@@ -24,7 +24,7 @@ def test_closed_until_refused() -> None:
 
 
 def test_open_it_refuses_with_floras_words() -> None:
-    """While it is open calls fail at once, with FLORA's refusal and the time to the next trial."""
+    """While it is open calls fail at once, with FLORA's refusal and the time to the next probe."""
     time = VirtualTime()
     breaker = breaker_in(time)
     breaker.refused(REFUSAL)
@@ -42,8 +42,8 @@ def test_one_probe_every_half_minute() -> None:
     time = VirtualTime()
     breaker = breaker_in(time)
     breaker.refused(REFUSAL)
-    for trial in (30, 60):
-        time.elapsed = trial
+    for probe_at in (30, 60):
+        time.elapsed = probe_at
         breaker.check()
         breaker.admit()
         with pytest.raises(KeyRefused):

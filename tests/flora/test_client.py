@@ -298,7 +298,7 @@ async def test_requests_are_counted() -> None:
 
 
 async def test_a_refused_key_opens_the_breaker() -> None:
-    """After a 401 calls fail at once; a trial each half minute closes the breaker when it may."""
+    """After a 401 calls fail at once; a probe each half minute closes the breaker when it may."""
     time = VirtualTime()
     far_end = FarEnd(refused(401), refused(401), ok(run_payload()))
     async with client(far_end, time) as flora:

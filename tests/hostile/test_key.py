@@ -48,7 +48,7 @@ LEADS_AWAY = (
     "http://[::1]:{trap}/",
     "http://[::ffff:127.0.0.1]:{trap}/",
     "http://[0:0:0:0:0:ffff:7f00:1]:{trap}/",
-    "http://１２７.0.0.1:{trap}/",  # noqa: RUF001 - browsers fold such digits
+    "http://１２７.0.0.1:{trap}/",  # noqa: RUF001 - browsers read such digits as ASCII
     "http://127。0。0。1:{trap}/",
     "https://127.0.0.1:{trap}/",
     "http://127.0.0.1:{trap}:{flora}/",

@@ -101,7 +101,7 @@ async def test_no_secret_leaks(database_url: str, monkeypatch: pytest.MonkeyPatc
 
 
 async def _over_http(root: str) -> AsyncIterator[bytes]:
-    """What the service answers: to FLORA, to strangers, to programs and to people."""
+    """What the service answers: to FLORA, to clients without a token, to programs and to people."""
     async with httpx.AsyncClient(base_url=root, timeout=20) as client:
         body = event()
         odd = b'{"id": "whd_odd"}'

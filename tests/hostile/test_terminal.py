@@ -128,7 +128,7 @@ def test_foreign_text_does_not_control_the_terminal(
 async def test_no_request_forges_a_log_line(
     serve: Serve, sqlite_url: str, format: Literal["console", "json"]
 ) -> None:
-    """Paths, headers, ids and what FLORA answers stay within the line that tells of them."""
+    """Paths, headers, ids and what FLORA answers stay within the line that reports them."""
     stream = io.StringIO()
     with _flora_that_steers() as flora:
         given = {"flora_api_key": "sk_test_key", "flora_base_url": flora}

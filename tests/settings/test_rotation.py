@@ -182,7 +182,7 @@ async def test_a_service_looks_by_itself_and_at_a_signal(files: _Files) -> None:
     async with files.rotation.watched():
         files.write(secret="whsec_4")
         await eventually(lambda: "whsec_4" in files.secrets)
-        files.environ["FLORA_WEBHOOK_SECRET"] = "whsec_5"  # no file tells of it
+        files.environ["FLORA_WEBHOOK_SECRET"] = "whsec_5"  # no file names it
         assert not files.rotation.check()
         os.kill(os.getpid(), signal.SIGHUP)
         await eventually(lambda: "whsec_5" in files.secrets)

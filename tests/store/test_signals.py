@@ -138,10 +138,10 @@ async def test_nonsense_on_the_channel_is_ignored(postgres_url: str) -> None:
     ):
         await eventually(lambda: signals.listening)
         with signals.subscribed(heard.extend):
-            stranger = await asyncpg.connect(postgres_url)
+            client = await asyncpg.connect(postgres_url)
             for payload in ("", "no json", "{}", "[1, 2]", "[]", '"x"'):
-                await stranger.execute("SELECT pg_notify('tracker_runs', $1)", payload)
-            await stranger.close()
+                await client.execute("SELECT pg_notify('tracker_runs', $1)", payload)
+            await client.close()
             await writer.submit(callback("run_1"))
             await eventually(lambda: heard == ["run_1"])
 

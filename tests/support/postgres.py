@@ -23,7 +23,7 @@ from tests.support.waiting import free_port
 
 # The arguments are the server's directory and the server's own command line. One word is read:
 # `stop` and `crash` leave the directory for another start, the pipe's end removes it.
-_KEEPER = """
+_SHELL = """
 home=$1
 shift
 "$@" </dev/null >>"$home/log" 2>&1 &
@@ -90,7 +90,7 @@ class PostgresServer:
         if data is not None:
             shutil.copytree(data, self.data)
             self.hand_over(self.data)
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._shell: subprocess.Popen[bytes] | None = None
         self.port = 0
 
     @property
@@ -195,8 +195,8 @@ class PostgresServer:
         command: list[Any] = [self._binaries / "postgres", "-D", data, "-p", str(port)]
         for name, value in self._settings.items():
             command += ["-c", f"{name}={value}"]
-        self._keeper = subprocess.Popen(
-            ["/bin/sh", "-c", _KEEPER, "keeper", self._home, *command],
+        self._shell = subprocess.Popen(
+            ["/bin/sh", "-c", _SHELL, "shell", self._home, *command],
             **self._surroundings(),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -218,24 +218,24 @@ class PostgresServer:
         return text or "(no log)"
 
     def _end(self, word: bytes) -> None:
-        keeper, self._keeper = self._keeper, None
-        if keeper is None:
+        shell, self._shell = self._shell, None
+        if shell is None:
             return
-        assert keeper.stdin is not None
+        assert shell.stdin is not None
         with suppress(BrokenPipeError):
-            keeper.stdin.write(word)
-            keeper.stdin.close()
-        if _ended(keeper, STOP_SECONDS):
+            shell.stdin.write(word)
+            shell.stdin.close()
+        if _ended(shell, STOP_SECONDS):
             return
         # A server that found its disk full has been seen to come to no end of its own.
         with suppress(*_NO_SERVER):
             os.kill(self._postmaster(), signal.SIGQUIT)
-        if not _ended(keeper, CRASH_SECONDS):
-            # The keeper outlives the server and buries it: a dead one that nobody has buried still
+        if not _ended(shell, CRASH_SECONDS):
+            # The shell outlives the server and reaps it: a dead one that was not reaped still
             # keeps the next one out.
             with suppress(*_NO_SERVER):
                 self._tell(signal.SIGSTOP, signal.SIGKILL)
-            keeper.wait()
+            shell.wait()
 
     def _postmaster(self) -> int:
         return int((self.data / "postmaster.pid").read_text().split()[0])

@@ -486,7 +486,7 @@ async def test_the_log_counts_those_that_came_after_its_line(
 
 
 async def test_health_details_need_a_token(serve: Serve, sqlite_url: str) -> None:
-    """A stranger learns that it is ready, whoever shows a token what FLORA says of the key too."""
+    """Without a token it says only that it is ready; with one, also what FLORA says of the key."""
     async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
         assert (await site.client.get("/readyz")).json() == {"status": "ready"}
         wrong = {"Authorization": f"Bearer {TOKEN}x"}

@@ -136,7 +136,7 @@ async def test_one_of_several_secrets_is_enough(serve: Serve, sqlite_url: str) -
 
 
 async def test_without_a_secret_nothing_is_taken(serve: Serve, sqlite_url: str) -> None:
-    """503, so that FLORA tries again once it is set; a stranger is not told what is missing."""
+    """503, so that FLORA tries again once it is set; the answer does not say what is missing."""
     async with serve(sqlite_url, flora_webhook_secret=()) as site:
         body = event()
         answer = await site.client.post(PATH, content=body, headers=signed(body))
@@ -350,7 +350,7 @@ async def test_a_callback_that_waits_too_long_for_its_commit_is_a_503(
 async def test_refused_callbacks_do_not_fill_the_log(
     small_site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Strangers who post without end leave a line now and then, and never a signature."""
+    """Endless forged posts leave a log line now and then, and never a signature."""
     body = event()
     forged = signed(body, "whsec_of_somebody_else")
     for _ in range(20):

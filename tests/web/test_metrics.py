@@ -272,7 +272,7 @@ async def test_calls_to_flora_are_counted_by_endpoint_and_status(
 
 
 async def test_metrics_need_the_token_where_one_is_set(serve: Serve, sqlite_url: str) -> None:
-    """They tell strangers nothing, on the worker's port neither."""
+    """Without a token they are refused, on the worker's port too."""
     async with serve(sqlite_url, tracker_api_token="a-token-of-the-tests") as site:
         bearer = {"Authorization": "Bearer a-token-of-the-tests"}
         assert (await site.client.get("/metrics")).status_code == 401

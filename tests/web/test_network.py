@@ -25,7 +25,7 @@ pytestmark = pytest.mark.alone
 SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 HASTY = Limits(head_seconds=0.3, callback_seconds=1)
-CROWD = 2000
+CONNECTIONS = 2000
 
 
 async def trickle(connection: Wire, begin: bytes, rest: bytes) -> Answer | None:
@@ -525,11 +525,11 @@ async def test_with_few_files_some_are_served(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """So many files that a crowd can be let loose; the tracker begins with the usual 1,024."""
+    """Enough open files for two thousand connections; the tracker begins with the usual 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < CROWD + 512:
-        pytest.skip(f"this user may open {hard} files, and {CROWD + 512} are needed")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (CROWD + 512, hard))
+    if hard != resource.RLIM_INFINITY and hard < CONNECTIONS + 512:
+        pytest.skip(f"this user may open {hard} files, and {CONNECTIONS + 512} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (CONNECTIONS + 512, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -541,7 +541,7 @@ async def _crowd(base_url: str) -> AsyncIterator[None]:
     host, _, port = base_url.removeprefix("http://").partition(":")
     writers = []
     try:
-        for number in range(CROWD):
+        for number in range(CONNECTIONS):
             _, writer = await asyncio.open_connection(host, int(port))
             writers.append(writer)
             writer.write((b"", GET, head + chunk(b"{"))[number % 3])
@@ -554,12 +554,12 @@ async def _crowd(base_url: str) -> AsyncIterator[None]:
 async def test_two_thousand_connections_keep_no_callback_out(
     tmp_path: Path, sqlite_url: str, many_files: None
 ) -> None:
-    """`tracker serve`, whose files would not suffice, takes callbacks as ever in such a crowd."""
+    """`tracker serve`, whose files would not suffice, takes callbacks among them as ever."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     async with open_sandbox(tmp_path, sqlite_url) as sandbox:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
         server = await sandbox.serve("--no-worker")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (CROWD + 512, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (CONNECTIONS + 512, hard))
         bodies = [event(f"run_{number}") for number in range(50)]
         async with (
             _crowd(sandbox.tracker),

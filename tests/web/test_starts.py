@@ -129,7 +129,7 @@ async def test_what_flora_refuses_comes_through(serve: Serve, sqlite_url: str) -
 async def test_what_does_not_fit_the_technique_is_refused_unpaid(
     serve: Serve, sqlite_url: str
 ) -> None:
-    """In FLORA's shape with every field, and the key is free for what is mended."""
+    """In FLORA's shape with every field, and the key is free for the corrected request."""
     async with with_flora(serve, sqlite_url) as (site, flora):
         wrong = [
             {"id": "logo", "type": "imageUrl", "value": "http://example.com/a.svg"},
@@ -147,11 +147,11 @@ async def test_what_does_not_fit_the_technique_is_refused_unpaid(
         needs_sound = await _start(site, technique="video-scene-builder")
         assert "FLORA's starts take only" in needs_sound.text
         assert ("runs.start", 400) not in flora.world.counts
-        mended = [
+        corrected = [
             {"id": "logo", "type": "imageUrl", "value": "https://example.com/a.svg"},
             {"id": "style", "type": "text", "value": "serif"},
         ]
-        answer = await _start(site, "key-1", technique="logo-stylist", inputs=mended)
+        answer = await _start(site, "key-1", technique="logo-stylist", inputs=corrected)
         assert answer.status_code == 201
         assert len(flora.world.runs) == 1
 

@@ -83,7 +83,7 @@ def statuses(outcome: BatchOutcome) -> list[str]:
 
 
 async def test_a_plan_costs_nothing(services: Services, flora: Simulator) -> None:
-    """It tells what would be started and what that costs, and leaves no trace."""
+    """It says what would be started and what that costs, and leaves no trace."""
     planned = await plan(services, "a", "b", "a")
     assert (len(planned.missing), planned.cost) == (3, Decimal("0.75"))
     assert begun(flora) == []
@@ -483,7 +483,7 @@ async def write_as_before_mappings(services: Services, rows: list[list[Input]]) 
 async def test_a_batch_kept_without_its_mapping_is_not_started_anew(
     flora: Simulator, open_on: OpenServices, old: tuple[str, str], new: str
 ) -> None:
-    """Older versions did not keep which column was which input; what they started tells it.
+    """Older versions did not keep which column was which input; what they started shows it.
 
     A sheet that shares no row with theirs is started as ever, and what was accepted is asked once.
     """

@@ -193,7 +193,7 @@ async def test_a_worker_reads_the_catalogue_soon_after_its_start(services: Servi
 async def test_wrong_inputs_are_found_before_anything_is_paid(
     services: Services, flora: Simulator
 ) -> None:
-    """Every fault in one error, nothing sent, and the key is free for what is mended."""
+    """Every fault in one error, nothing sent, and the key is free for the corrected request."""
     wrong = [{"id": "nose", "type": "text", "value": "x"}, FACE | {"type": "text"}]
     with pytest.raises(InvalidRequest) as refused:
         await services.starter.start(start(wrong, key="key-1"))
@@ -253,7 +253,7 @@ async def test_a_definition_is_read_again_once_flora_has_refused_inputs(
 async def test_a_stored_definition_serves_while_flora_does_not(
     services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
 ) -> None:
-    """An old one is used where FLORA tells nothing, and it is not asked with every start."""
+    """An old one is used where FLORA gives none, and it is not asked with every start."""
     hurry(services, flora)
     (workspace,) = services.workspaces
     await services.catalogue.definition(workspace, "cctv-cam")

@@ -184,7 +184,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 
 async def test_a_worker_whose_clock_is_set_back_goes_on(database_url: str, wall: Wall) -> None:
     """The next minute of the new time has its sweep, the next poll comes when it is due, and the
-    log tells what happened."""
+    log says what happened."""
     # No minute is full before the clock is set.
     before = wall.offset = timedelta(seconds=20 - utc_now().second)
     async with running(Options(run_seconds=1, failures=0)) as flora:

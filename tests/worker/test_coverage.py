@@ -280,7 +280,7 @@ async def test_a_page_without_a_status_does_not_answer_for_a_due_run(
 async def test_the_oldest_run_leaves_a_gap_too(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """Behind the last run of the list nothing tells how far the gap reaches: it stays open."""
+    """Behind the last run of the list nothing shows how far the gap reaches: it stays open."""
     async with make_flora() as flora:
         services = await open_on(flora)
         oldest = flora.start()

@@ -127,7 +127,7 @@ async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServ
 async def test_who_waits_in_doubt_is_told_when_the_process_stops(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:
-    """It would wait for minutes, and hold up the stop; the same key tells later what came of it."""
+    """It would wait for minutes, and hold up the stop; the same key has the result later."""
     async with make_flora(gateway_starts=1.0, gateway_works=1.0, keys_known="at_end") as flora:
         services = await open_on(flora)
         starting = asyncio.create_task(services.starter.start(request(), wait=60))

@@ -136,7 +136,7 @@ async def test_a_run_that_a_worker_has_claimed_is_left_to_it(
 async def test_a_run_that_has_not_ended_is_polled_again_soon(
     open_on: OpenServices, flora: Simulator, clock: HandClock
 ) -> None:
-    """As soon as it is due and a round may begin, although nothing tells of a change."""
+    """As soon as it is due and a round may begin, although no change was notified."""
     services = await open_on(flora, tracker_poll_interval=0.2)
     services.follower.check_every = services.follower.check_anyway = 3600.0
     run = flora.start()

@@ -68,7 +68,7 @@ async def scrape_again(services: Services) -> Scrape:
 async def test_a_sweep_that_fails_is_counted_and_shown(
     open_on: OpenServices, make_flora: MakeFlora, clock: HandClock
 ) -> None:
-    """By the process that tried, and in the state that every process tells."""
+    """By the process that tried, and in the state that every process reports."""
     async with make_flora(api_key="sk_test_of_another") as flora:
         services: Services = await open_on(
             flora, flora_api_key="sk_test_wrong", flora_workspace_id="ws_1"
@@ -141,7 +141,7 @@ async def test_what_is_said_while_a_run_is_read_names_the_run(
 
 
 async def test_a_refused_key_is_said_once(open_on: OpenServices, flora: Simulator) -> None:
-    """When the breaker opens; not at each trial."""
+    """When the breaker opens; not at each half-open probe."""
     services: Services = await open_on(flora, flora_api_key="sk_test_wrong")
     (workspace,) = services.workspaces
     with capture_logs() as lines:

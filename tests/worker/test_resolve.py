@@ -13,7 +13,7 @@ from tracker.store.queries import starts as start_log
 
 
 async def leave_to_a_person(services: Services, clock: HandClock) -> None:
-    """A start whose outcome nothing tells."""
+    """A start whose outcome stays unknown."""
     assert await attempt(services) is None
     clock.move(2 * 3600)
     await services.recovery.recover()
@@ -62,7 +62,7 @@ async def test_someone_elses_run_is_struck_off_all_starts(
         services = await open_on(flora)
         assert await attempt(services, "unresolved") is None
         colleagues = flora.start("icon-pack").run_id
-        for _ in range(11):  # no callback tells any more whose it is
+        for _ in range(11):  # no callback shows any more whose it is
             clock.move(100)
             await services.recovery.recover()
         assert await state_of(services.database, "unresolved") == "unresolved"

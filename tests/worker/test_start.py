@@ -89,7 +89,7 @@ async def test_five_at_the_same_moment_start_one(open_on: OpenServices, flora: S
 async def test_a_refusal_starts_nothing_and_the_key_may_be_used_again(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:
-    """What FLORA refuses comes through as it said it; once mended, the same key starts a run."""
+    """What FLORA refuses comes through as it said it; once corrected, the same key starts a run."""
     async with make_flora(credits=0.0) as flora:
         services = await open_on(flora)
         with pytest.raises(FloraRefusal) as refused:
@@ -240,9 +240,9 @@ async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
         await services.starter.start(request())
     flora.world.options = replace(flora.world.options, credits=None)
     clock.move(3600)
-    stranger = flora.start("icon-pack")
+    foreign = flora.start("icon-pack")
     clock.move(3600)
     flora.world.options = replace(flora.world.options, idempotency="conflict")
     started = await services.starter.start(request())
     assert not started.replayed
-    assert started.record.run.run_id != stranger.run_id
+    assert started.record.run.run_id != foreign.run_id

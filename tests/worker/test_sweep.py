@@ -39,7 +39,7 @@ async def sweep(services: Services, since: timedelta | None = None) -> SweepRepo
     return await services.sweeper.sweep(workspace, since=since)
 
 
-async def ledger(services: Services) -> list[sa.Row]:  # type: ignore[type-arg]
+async def sweep_rows(services: Services) -> list[sa.Row]:  # type: ignore[type-arg]
     async with services.database.read() as connection:
         return list(await connection.execute(sa.select(sweeps).order_by(sweeps.c.id)))
 
@@ -169,7 +169,7 @@ async def test_a_failed_sweep_covers_nothing(
     assert broken.error is not None
     whole = await sweep(services)
     assert (whole.error, whole.items) == (None, 150)
-    first, second = await ledger(services)
+    first, second = await sweep_rows(services)
     assert (first.error, first.pages) == (broken.error, 0)
     assert (second.error, second.pages, second.items, second.discovered) == (
         None,
@@ -275,7 +275,7 @@ async def test_a_sweep_begins_when_it_holds_the_lease(
     with monkeypatch.context() as patched:
         patched.setattr(claims, "take_lease", waits)
         await sweep(services)
-    [row] = await ledger(services)
+    [row] = await sweep_rows(services)
     assert row.started_at >= began + timedelta(seconds=10)
     assert row.finished_at >= row.started_at
 
@@ -287,7 +287,7 @@ async def test_a_workspace_learns_its_id(services: Services, flora: Simulator) -
     await sweep(services)
     [workspace] = services.workspaces
     assert workspace.workspace_id == flora.world.options.workspace_id
-    assert [row.workspace_id for row in await ledger(services)] == [workspace.workspace_id]
+    assert [row.workspace_id for row in await sweep_rows(services)] == [workspace.workspace_id]
 
 
 async def test_each_workspace_is_swept_with_its_own_key(
@@ -353,7 +353,7 @@ async def test_a_sweep_that_was_taken_over_ends(
     on_history(services, halt)
     report = await sweep(services)
     assert (report.items > 0, report.error is None) == (True, False)
-    [row] = await ledger(services)
+    [row] = await sweep_rows(services)
     assert (row.error, row.through) == (report.error, None)
     assert not await claims.take_lease(services.database, lease, "third", clock(), LEASE)
 

@@ -29,7 +29,7 @@ def go_by(clock: HandClock, services: Services) -> None:
 async def test_a_wait_that_flora_asks_for_holds_for_all_processes(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """FLORA tells a server to wait for a minute. A command that runs beside it sends nothing
+    """FLORA asks a server to wait for a minute. A command that runs beside it sends nothing
     before that is over, and one that cannot wait so long gives up without asking."""
     async with make_flora(rate_limit=1.0, retry_after=60, seed=SAYS_HOW_LONG) as flora:
         server, command = await open_on(flora), await open_on(flora)
