@@ -133,16 +133,30 @@ async def test_outputs_come_late(serve_flora: ServeFlora, clock: HandClock) -> N
     assert all(truth[run["run_id"]] == run for run in shown)
 
 
+async def test_links_are_signed_anew(serve_flora: ServeFlora, clock: HandClock) -> None:
+    """Each read has other links to the same files."""
+    flora = await serve_flora(signed_links=True)
+    run_id = await _run(flora)
+    clock.move(END)
+    first, second = [await flora.path(f"/runs/{run_id}") for _ in range(2)]
+    links = [[output["url"] for output in run["outputs"]] for run in (first, second)]
+    assert not set(links[0]) & set(links[1])
+    files = [
+        (await flora.get(url)).raise_for_status().content for url in (links[0][0], links[1][0])
+    ]
+    assert files[0] == files[1]
+
+
 async def test_failures_may_be_the_measured_ones(serve_flora: ServeFlora, clock: HandClock) -> None:
     """In upper case; some messages name moderation where the code does not."""
-    flora = await serve_flora(failures=1, failure_codes="measured")
+    flora = await serve_flora(failures=1, failure_codes="measured", full_progress=True)
     for _ in range(100):
         flora.world.start(flora.world.sample_request("icon-pack"))
     clock.move(END)
     ends = (await flora.path("/technique-runs", limit=100))["technique_runs"]
     assert {end["error_code"] for end in ends} <= {code for code, _ in MEASURED_FAILURES}
     assert len({end["error_code"] for end in ends}) > 20
-    assert all(end["completed_at"] for end in ends)
+    assert all(end["progress"] == 100 and end["completed_at"] for end in ends)
     hidden = {end["error_code"] for end in ends if "safety_violations" in end["error_message"]}
     assert hidden == {"GPU_PROVIDER_ERROR", "GENERATION_NO_RESULT"}
 

@@ -75,9 +75,10 @@ def test_the_catalogue_covers_all_kinds_of_inputs() -> None:
 def test_a_cursor_stands_for_an_offset() -> None:
     """The cursor is the one in FLORA's reference, and gives its offset back."""
     options = Options()
-    assert encode_cursor(20, options) == "eyJvZmZzZXQiOjIwfQ"
+    assert encode_cursor(20, options, 0) == "eyJvZmZzZXQiOjIwfQ"
     assert all(
-        decode_cursor(encode_cursor(offset, options), options) == offset for offset in (0, 7, 12345)
+        decode_cursor(encode_cursor(offset, options, 0), options, 0) == offset
+        for offset in (0, 7, 12345)
     )
 
 
@@ -85,7 +86,7 @@ def test_a_cursor_stands_for_an_offset() -> None:
 def test_a_foreign_cursor_is_refused(cursor: str) -> None:
     """An unknown cursor is bad input, never an offset."""
     with pytest.raises(ErrorAnswer) as caught:
-        decode_cursor(cursor, Options())
+        decode_cursor(cursor, Options(), 0)
     assert caught.value.status == 400
 
 

@@ -37,7 +37,7 @@ def test_an_invalid_share_is_refused(text: str) -> None:
         {"speed": 0},
         {"run_seconds": float("inf")},
         {"idempotency": "never"},
-        {"refund": "min"},
+        {"time_unit": "min"},
         {"retry_after": -1},
         {"webhook_secret": " "},
     ],

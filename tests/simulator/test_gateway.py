@@ -164,6 +164,14 @@ async def test_starts_are_refused(serve_flora: ServeFlora, code: str, status: in
     assert len(flora.world.runs) == 40 - statuses[status]
 
 
+async def test_errors_may_have_details(serve_flora: ServeFlora) -> None:
+    """Each field then has a code, and its valid values where these are few."""
+    flora = await serve_flora(field_details=True)
+    fields = (await flora.start(mode="later", inputs=[])).json()["error"]["fields"]
+    assert [field["code"] for field in fields] == ["invalid", "invalid_value"]
+    assert fields[1]["valid_values"] == ["async", "stream"]
+
+
 async def test_a_status_may_be_new(serve_flora: ServeFlora, clock: HandClock) -> None:
     """A run shows an undocumented status from its start on, and ends with another one."""
     flora = await serve_flora(queued=1, cancelled=1, cancelled_name="aborted")

@@ -82,9 +82,9 @@ async def test_deep_pages_cannot_be_read(serve_flora: ServeFlora) -> None:
     assert (await flora.get("/technique-runs", params=query)).status_code == 200
 
 
-async def test_cursors_may_be_opaque(serve_flora: ServeFlora) -> None:
-    """They lead through the list, show no offset, and are refused in another epoch."""
-    flora = await serve_flora(history=30, opaque_cursors=True)
+async def test_cursors_may_be_opaque(serve_flora: ServeFlora, clock: HandClock) -> None:
+    """They lead through the list, show no offset, and are refused when they are old."""
+    flora = await serve_flora(history=30, opaque_cursors=True, cursor_seconds=600)
     listed = await _read_all(flora)
     assert len(listed) == len(set(listed)) == 30
     cursor = (await flora.path("/technique-runs"))["meta"]["next_cursor"]
@@ -94,9 +94,28 @@ async def test_cursors_may_be_opaque(serve_flora: ServeFlora) -> None:
         return (await flora.get("/technique-runs", params={"cursor": cursor})).status_code
 
     assert await status(_cursor(10)) == 400
+    clock.move(600)
     assert await status(cursor) == 200
     await flora.set(cursor_epoch=1)
     assert await status(cursor) == 400
+    cursor = (await flora.path("/technique-runs"))["meta"]["next_cursor"]
+    clock.move(601)
+    assert await status(cursor) == 400
+
+
+async def test_runs_are_deleted_while_pages_are_read(serve_flora: ServeFlora) -> None:
+    """After each page one of its runs is gone, so that another one slips past the next page."""
+    flora = await serve_flora(history=25)
+    there = await _read_all(flora)
+    await flora.set(deletions=1)
+    listed = await _read_all(flora)
+    await flora.set(deletions=0)
+    left = await _read_all(flora)
+    assert len(left) == 25 - len(flora.world.deleted)
+    missed = set(left) - set(listed)
+    assert missed == {there[10], there[21]}
+    gone = next(iter(flora.world.deleted))
+    assert (await flora.get(f"/runs/{gone}")).status_code == 404
 
 
 async def test_runs_are_deleted_on_demand(serve_flora: ServeFlora) -> None:

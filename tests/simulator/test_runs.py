@@ -107,6 +107,18 @@ async def test_speed_divides_durations(make_flora: MakeFlora) -> None:
     assert durations[0] == pytest.approx(10 * durations[1], abs=20)
 
 
+async def test_times_may_be_seconds(make_flora: MakeFlora, clock: HandClock) -> None:
+    """With the unit `s` the API shows seconds; the records stay in milliseconds."""
+    flora = make_flora(time_unit="s", failures=0)
+    run_id = (await flora.start()).json()["run_id"]
+    clock.move(30)
+    shown = (await flora.get(f"/runs/{run_id}")).json()
+    end = flora.world.records()[0]["end"]
+    for name in ("created_at", "started_at", "completed_at"):
+        assert shown[name] * 1000 == pytest.approx(end[name])
+    assert end["created_at"] == clock().timestamp() * 1000 - 30_000
+
+
 async def test_a_run_is_found_only_under_its_technique(flora: Flora) -> None:
     """A run of another technique is 404; `/runs/{id}` shows any."""
     run_id = (await flora.start()).json()["run_id"]

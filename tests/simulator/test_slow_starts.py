@@ -122,6 +122,22 @@ async def test_a_key_may_be_forgotten_after_two_hours(
     assert "idempotent-replayed" not in (await flora.start(**KEY)).headers
 
 
+async def test_keys_may_be_read_by_type(serve_flora: ServeFlora) -> None:
+    """Technique runs read only the body's field, generations only the header."""
+    flora = await serve_flora(key_source="by_type", idempotency="conflict")
+    header = {"Idempotency-Key": "k"}
+
+    async def statuses(path: str, body: dict[str, object], **sent: dict[str, str]) -> list[int]:
+        return [(await flora.post(path, json=body, **sent)).status_code // 100 for _ in range(2)]
+
+    run = {"inputs": [{"id": "prompt", "type": "text", "value": "tools"}], "mode": "async"}
+    assert await statuses("/techniques/icon-pack/runs", run, headers=header) == [2, 2]
+    assert await statuses("/techniques/icon-pack/runs", run | KEY) == [2, 4]
+    assert await statuses("/generate", {"prompt": "a mug"} | KEY) == [2, 2]
+    header = {"Idempotency-Key": "another"}
+    assert await statuses("/generate", {"prompt": "a mug"}, headers=header) == [2, 4]
+
+
 async def test_a_colleague_starts_the_same_technique(
     serve_flora: ServeFlora, receiver: Receiver
 ) -> None:

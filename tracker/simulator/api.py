@@ -69,7 +69,9 @@ class SimulatedApi:
             for technique in self._world.techniques()
             if text in f"{technique.slug} {technique.name} {technique.description}".casefold()
         ]
-        bounds, next_cursor = page_bounds(query, len(found), self._world.options)
+        bounds, next_cursor = page_bounds(
+            query, len(found), self._world.options, self._world.now_ms()
+        )
         return JSONResponse(
             {
                 "techniques": [technique.list_item() for technique in found[bounds]],
@@ -99,10 +101,10 @@ class SimulatedApi:
         run = self._find(request, workspace)
         if run.technique is None or run.technique.technique_id != technique.technique_id:
             raise ErrorAnswer.not_found("run")
-        return self._show(run)
+        return self._show(request, run)
 
     async def _get_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        return self._show(self._find(request, workspace))
+        return self._show(request, self._find(request, workspace))
 
     async def _list_runs(
         self, run_type: RunType, name: str, request: Request, workspace: SimulatedWorkspace
@@ -115,11 +117,22 @@ class SimulatedApi:
         if filters["status"] is not None and filters["status"] not in statuses:
             raise ErrorAnswer.invalid(("status", f"must be one of {', '.join(STATUSES)}"))
         found = world.history(run_type, *workspaces, **filters)
-        bounds, next_cursor = page_bounds(query, len(found), options)
+        bounds, next_cursor = page_bounds(query, len(found), options, now_ms)
+        runs = found[bounds]
         items = [
-            run.history_item(now_ms, with_outputs=options.history_outputs) for run in found[bounds]
+            run.history_item(
+                now_ms,
+                unit=options.time_unit,
+                with_outputs=options.history_outputs,
+                read=self._link_read(request),
+            )
+            for run in runs
         ]
         self._apply_page_faults(items, bounds.start)
+        if runs and options.deletions:
+            random = Random(f"{options.seed}/deletion/{request.state.number}")
+            if random.random() < options.deletions:
+                world.delete({random.choice(runs).run_id})
         meta = {"next_cursor": next_cursor, "total_estimate": len(found)}
         return JSONResponse({name: items, "meta": meta})
 
@@ -149,8 +162,14 @@ class SimulatedApi:
             raise ErrorAnswer.not_found("technique")
         return technique
 
-    def _show(self, run: SimulatedRun) -> Response:
-        return JSONResponse(run.as_read(self._world.now_ms()))
+    def _show(self, request: Request, run: SimulatedRun) -> Response:
+        unit = self._world.options.time_unit
+        return JSONResponse(run.as_read(self._world.now_ms(), unit, self._link_read(request)))
+
+    def _link_read(self, request: Request) -> int | None:
+        """The number that signs the links of this read; None where links are not signed."""
+        number: int = request.state.number
+        return number if self._world.options.signed_links else None
 
     def _route(self, name: str, method: str, path: str, handler: Handler) -> Route:
         """A route with what all have in common: faults, the gateway, the key, the request log."""
@@ -195,7 +214,7 @@ class SimulatedApi:
             self._check_refusal(request)
             response = await handler(request, workspace)
         except ErrorAnswer as error:
-            response = error.response()
+            response = error.response(details=self._world.options.field_details)
         if fault.name == "cut_after":
             return CutConnection()
         if fault.name == "cut_within":

@@ -37,12 +37,22 @@ class ErrorAnswer(Exception):
     def not_found(cls, what: str) -> "ErrorAnswer":
         return cls(404, "not_found", f"There is no such {what}.")
 
-    def response(self) -> JSONResponse:
-        """The answer in FLORA's shape."""
+    def response(self, *, details: bool = False) -> JSONResponse:
+        """The answer in FLORA's shape; with `details` each field has a code and valid values."""
         error: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.fields:
-            error["fields"] = [{"field": name, "message": text} for name, text in self.fields]
+            error["fields"] = [
+                {"field": name, "message": text} | (_details(text) if details else {})
+                for name, text in self.fields
+            ]
         return JSONResponse({"error": error}, self.status)
+
+
+def _details(message: str) -> dict[str, Any]:
+    start, _, values = message.partition("must be one of ")
+    if not start and values:
+        return {"code": "invalid_value", "valid_values": values.split(", ")}
+    return {"code": "required" if message == "is required" else "invalid"}
 
 
 FaultName = Literal["cut_before", "cut_after", "cut_within", "rate_limited", "error"]

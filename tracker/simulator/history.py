@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -104,7 +105,9 @@ class RunListing(Sequence[SimulatedRun]):
         return self._preset.run(self._indexes[position - started])
 
 
-def page_bounds(query: Mapping[str, str], count: int, options: Options) -> tuple[slice, object]:
+def page_bounds(
+    query: Mapping[str, str], count: int, options: Options, now_ms: int
+) -> tuple[slice, object]:
     """Which of `count` items `cursor` and `limit` ask for, and the cursor of the next page.
 
     Raises `ErrorAnswer` where `limit` is not a number from 1 to 100 or the cursor is not ours.
@@ -113,39 +116,40 @@ def page_bounds(query: Mapping[str, str], count: int, options: Options) -> tuple
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= _MAX_LIMIT):
         raise ErrorAnswer.invalid(("limit", f"must be a number from 1 to {_MAX_LIMIT}"))
     cursor = query.get("cursor")
-    start = decode_cursor(cursor, options) if cursor else 0
+    start = decode_cursor(cursor, options, now_ms) if cursor else 0
     end = start + int(text)
-    return slice(start, end), encode_cursor(end, options) if end < count else None
+    return slice(start, end), encode_cursor(end, options, now_ms) if end < count else None
 
 
-def encode_cursor(offset: int, options: Options) -> object:
+def encode_cursor(offset: int, options: Options, now_ms: int) -> object:
     """The cursor that stands for an offset: as at FLORA, base64url of `{"offset":N}`.
 
-    With `opaque_cursors` the offset is hidden. Other types are the offset itself, or an object that
-    holds it.
+    With `opaque_cursors` the offset is hidden, and the cursor contains its age. Other types are
+    the offset itself, or an object that holds it.
     """
     if options.cursor_type != "text":
         return offset if options.cursor_type == "number" else {"offset": offset}
     content = b'{"offset":%d}' % offset
     if options.opaque_cursors:
-        opened = json.dumps([offset, options.cursor_epoch]).encode()
+        opened = json.dumps([offset, now_ms, options.cursor_epoch]).encode()
         content = _masked(opened, options.seed)
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode("ascii")
 
 
-def decode_cursor(cursor: str, options: Options) -> int:
+def decode_cursor(cursor: str, options: Options, now_ms: int) -> int:
     """The offset that a cursor stands for.
 
-    Raises `ErrorAnswer` for what `encode_cursor` never made, and for opaque cursors of another
-    epoch.
+    Raises `ErrorAnswer` for what `encode_cursor` never made, and for opaque cursors that are too
+    old or of another epoch.
     """
     if options.cursor_type == "number" and cursor.isdecimal():
         return int(cursor)
     try:
         content = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         if options.opaque_cursors:
-            offset, epoch = json.loads(_masked(content, options.seed))
-            valid = epoch == options.cursor_epoch
+            offset, made_ms, epoch = json.loads(_masked(content, options.seed))
+            age = (now_ms - made_ms) / 1000
+            valid = epoch == options.cursor_epoch and age <= (options.cursor_seconds or math.inf)
         else:
             offset, valid = json.loads(content)["offset"], True
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -140,6 +140,7 @@ def make_run(
         poll_url=f"{root}/api/v1/{path}/{run_id}",
         unfinished_name=options.queued_name if draws.hit(options, "queued") else None,
         end_name=end_name,
+        full_progress=options.full_progress,
         colleague=colleague,
     )
 

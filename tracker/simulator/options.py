@@ -62,7 +62,7 @@ class Options:
 
     Runs take from half of `run_seconds` to one and a half. `speed` divides their durations, the
     waits between a callback's attempts, and every wait in seconds below, except `retry_after`,
-    `callback_timeout`, the offsets of clocks, and the times of creation
+    `callback_timeout`, `cursor_seconds`, the offsets of clocks, and the times of creation
     (`retention`, `history_seconds`). Money is in USD. The faults of a run are decided when it
     starts, those of a request when it is received.
 
@@ -140,6 +140,7 @@ class Options:
         one_of(*CODES),
     )
     refusals: float = share("share of the requests to these routes that are refused", 1.0)
+    field_details: bool = flag("errors include `code` and `valid_values` of each field")
 
     # Starts
     slow_starts: float = share("share of starts that are answered late")
@@ -164,6 +165,12 @@ class Options:
         "conflict",
     )
     key_hours: float | None = number("hours after which a key is forgotten", None)
+    key_source: str = choice(
+        "where a key is read: in body or header; or, by type, in the body for technique runs "
+        "and in the header for generations",
+        "either",
+        "by_type",
+    )
     keys_known: str = choice(
         "when a key counts as used: at once, or at the end of its request, so that two "
         "simultaneous requests both start a run",
@@ -190,6 +197,7 @@ class Options:
         "error codes of failed runs; none: the documented ones; `measured`: those measured in "
         "production"
     )
+    full_progress: bool = flag("failed runs report a progress of 100")
     queued: float = share("share of runs that show `queued_name` as their status until they end")
     queued_name: str = text("an undocumented status", "queued")
     cancelled: float = share(
@@ -198,6 +206,8 @@ class Options:
     cancelled_name: str = text("an undocumented final status", "cancelled")
     late_outputs: float = share("share of completed runs that show no outputs at first")
     outputs_seconds: float = number("seconds between the end and the outputs", 60.0)
+    signed_links: bool = flag("each read returns output links with a new signature")
+    time_unit: Literal["ms", "s"] = choice("unit of a run's times", "ms", "s")
 
     # The bill
     quotes: float = share("share of runs that show a quote as `charged_cost` until they end")
@@ -227,6 +237,7 @@ class Options:
     )
     history_seconds: float = number("seconds over which their creation is spread", 2_592_000.0)
     retention: float | None = number("seconds after their creation at which runs are removed", None)
+    deletions: float = share("share of history pages after which one of their runs is deleted")
     bad_offset: int | None = whole("offset of an item whose page cannot be read", None)
     bad_runs: tuple[str, ...] = listed("runs whose page cannot be read")
     bad_code: str = choice("error that answers such a page", "input_validation_error", *CODES)
@@ -237,6 +248,9 @@ class Options:
     max_offset: int | None = whole("offset from which pages are answered 400", None)
     cursor_type: str = choice("JSON type of cursors", "text", "number", "object")
     opaque_cursors: bool = flag("cursors hide their offset")
+    cursor_seconds: float | None = number(
+        "age in seconds from which opaque cursors are refused", None
+    )
     cursor_epoch: int = whole("opaque cursors of another epoch are refused")
 
     # Clocks

@@ -62,9 +62,12 @@ class SimulatedOutput:
     type: str
     url: str
 
-    def shown(self) -> dict[str, str]:
-        """The output as FLORA shows it."""
-        return {"output_id": self.output_id, "type": self.type, "url": self.url}
+    def shown(self, read: int | None = None) -> dict[str, str]:
+        """The output as FLORA shows it; with the number of the read, its link is signed for it."""
+        url = self.url
+        if read is not None and self.type != "text":
+            url += f"?signature={digest(self.output_id, 'read', read)}"
+        return {"output_id": self.output_id, "type": self.type, "url": url}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ class SimulatedRun:
     """The status that it shows in place of `pending` and `running`."""
     end_name: str | None
     """The status that it ends with in place of the documented ones."""
+    full_progress: bool
+    """Whether it reports progress 100 also where it fails."""
     colleague: bool
     """Whether another program started it."""
 
@@ -161,30 +166,36 @@ class SimulatedRun:
         """Per cent done at a moment; a failed run stays where it stopped."""
         last = 100 if self.succeeds else self.draws.failed_progress
         if now_ms >= self.completed_ms:
+            if self.full_progress:
+                return 100
             return last if self.started_ms is not None else 0
         if self.started_ms is None or now_ms < self.started_ms:
             return 0
         share = (now_ms - self.started_ms) / (self.completed_ms - self.started_ms)
         return max(1, min(last - 1, int(last * share)))
 
-    def as_read(self, now_ms: int) -> dict[str, Any]:
-        """The run as the API answers it at a moment."""
+    def as_read(self, now_ms: int, unit: str = "ms", read: int | None = None) -> dict[str, Any]:
+        """The run as the API answers it at a moment; `read` signs its links for that read."""
+
+        def time(moment_ms: int) -> float:
+            return moment_ms / 1000 if unit == "s" else moment_ms
+
         shown: dict[str, Any] = {
             "run_id": self.run_id,
             "status": self.status(now_ms),
             "progress": self.progress(now_ms),
-            "created_at": self.created_ms,
+            "created_at": time(self.created_ms),
             "poll_url": self.poll_url,
         }
         if self.started_ms is not None and now_ms >= self.started_ms:
-            shown["started_at"] = self.started_ms
+            shown["started_at"] = time(self.started_ms)
         if now_ms >= self.completed_ms:
-            shown["completed_at"] = self.completed_ms
+            shown["completed_at"] = time(self.completed_ms)
             shown |= self.error
             # Before its outputs appear, a run shows an empty list of them or none.
             if self.succeeds and (now_ms >= self.outputs_ms or self.draws.shows_zeros):
                 outputs = self.outputs if now_ms >= self.outputs_ms else ()
-                shown["outputs"] = [output.shown() for output in outputs]
+                shown["outputs"] = [output.shown(read) for output in outputs]
         elif self.draws.shows_zeros:
             shown |= {"charged_cost": 0, "completed_at": 0}
         cost = self.bill.shown(now_ms)
@@ -192,17 +203,19 @@ class SimulatedRun:
             shown["charged_cost"] = cost
         return shown
 
-    def answer_to_start(self) -> dict[str, Any]:
+    def answer_to_start(self, unit: str = "ms") -> dict[str, Any]:
         """The run as the answer to its start shows it.
 
         Where the run ends early, the answer may already be stale when it leaves.
         """
         stale = "early" in self.faults and not self.draws.answers_end
-        return self.as_read(self.created_ms - 1 if stale else self.created_ms)
+        return self.as_read(self.created_ms - 1 if stale else self.created_ms, unit)
 
-    def history_item(self, now_ms: int, *, with_outputs: bool) -> dict[str, Any]:
+    def history_item(
+        self, now_ms: int, *, unit: str, with_outputs: bool, read: int | None = None
+    ) -> dict[str, Any]:
         """The run as the history lists it at a moment."""
-        item = self.as_read(now_ms) | {
+        item = self.as_read(now_ms, unit, read) | {
             "workspace_id": self.workspace.workspace_id,
             "project_id": self.workspace.project_id,
         }
@@ -224,7 +237,7 @@ class SimulatedRun:
         """The simulator's own record: the history item in full, and under `end` what reads show
         once nothing changes any more."""
         final_ms = max(self.completed_ms, self.outputs_ms, self.bill.final_ms)
-        return self.history_item(now_ms, with_outputs=True) | {
+        return self.history_item(now_ms, unit="ms", with_outputs=True) | {
             "run_type": self.request.run_type,
             "ordinal": self.ordinal,
             "callback_url": self.callback_url,

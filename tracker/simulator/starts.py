@@ -57,6 +57,8 @@ class ValidStart:
     def key(self, header: str | None, options: Options) -> str | None:
         """The idempotency key: of the body, or of the header."""
         body: str | None = self.body.get("idempotency_key")
+        if options.key_source == "by_type":
+            return header if self.technique is None else body
         # FLORA's two descriptions of idempotency have different forms of the key.
         return body or header if options.idempotency == "replay" else header or body
 
@@ -305,7 +307,7 @@ class StartHandler:
 
 def _first_answer(run: SimulatedRun, options: Options) -> SimulatedStartAnswer:
     """FLORA's answer to the request that started a run."""
-    shown = run.answer_to_start()
+    shown = run.answer_to_start(options.time_unit)
     if run.technique is None:  # the answer to `POST /generate` is not in the shape of a run
         shown = {
             "run_id": run.run_id,
