@@ -192,7 +192,7 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     ),
     "one run": (lambda db: read.get_run(db, "run_1"), ""),
     "a timeline": (lambda db: read.events(db, "run_1"), "ix_run_events_timeline"),
-    "durations": (lambda db: read.durations(db, "tech_1"), "ix_runs_durations"),
+    "durations": (lambda db: read.durations_of(db, ["tech_1", "tech_2"]), "ix_runs_durations"),
     "callbacks": (read.list_deliveries, "ix_deliveries_newest"),
     "callbacks in quarantine": (
         lambda db: read.list_deliveries(db, outcome="quarantined"),
@@ -251,7 +251,11 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     ),
     "rival starts": (
         lambda db: starts.rivals(db, "default", "tech_1", "key_1"),
-        "ix_starts",
+        "ix_starts_unresolved",
+    ),
+    "starts of a workspace whose outcome is not known": (
+        lambda db: starts.list_starts(db, workspace_id="default", limit=50),
+        "ix_starts_unresolved",
     ),
     "batches to launch": (
         lambda db: batches.claim_due(db, ["default"], holder="h", now=NOW, limit=10),
@@ -346,6 +350,18 @@ async def test_the_use_of_a_budget_reads_short_indexes(
     read = re.findall(r"(?:SEARCH|SCAN) starts USING INDEX (\w+)|using (\w+) on starts", told)
     short = ["open", "in_doubt", "unresolved", "several"]
     assert ["".join(name) for name in read] == [f"ix_starts_{one}" for one in short], told
+    assert not _reads_a_table(told), told
+
+
+async def test_missing_callbacks_are_looked_for_among_the_newest_runs(
+    full: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each scrape asks for them, and where no run was started with an address of its own, all runs
+    would be read."""
+    monkeypatch.setattr(starts, "AMONG", RUNS // 60)
+    told = await plans(full, lambda db: starts.own_are_missing(db, now=NOW))
+    if full.dialect == "sqlite":
+        assert "SEARCH runs USING INDEX ix_runs_newest (created_at>?)" in told
     assert not _reads_a_table(told), told
 
 

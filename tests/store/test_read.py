@@ -18,6 +18,7 @@ from tracker.store.queries import starts
 from tracker.store.queries.attention import AttentionCounts, counts
 from tracker.store.queries.runs import (
     durations,
+    durations_of,
     events,
     get_delivery,
     get_run,
@@ -182,7 +183,15 @@ async def test_durations_are_those_of_the_last_completed_runs(
     unknown = [run("unknown", 5000, NOW, done, created_at=None)]
     foreign = [run("foreign", 5000, NOW, done, technique_id="tech_2")]
     await writer.submit_all(old + new + failed + unknown + foreign)
-    assert await durations(db, "tech_1") == Durations(count=200, p50=100.0, p95=190.0)
+    found = Durations(count=200, p50=100.0, p95=190.0)
+    assert await durations(db, "tech_1") == found
+    assert await durations_of(db, ["tech_1", "tech_2", "tech_3"]) == {
+        "tech_1": found,
+        "tech_2": Durations(count=1, p50=5000.0, p95=5000.0),
+        "tech_3": Durations(count=0, p50=0, p95=0),
+    }
+    assert await durations_of(db, []) == {}
+    assert (await durations(db, "tech_\0")).count == 0
 
 
 async def test_deliveries_are_listed_without_bodies(writer: TestWriter, db: Database) -> None:

@@ -53,8 +53,13 @@ class Durations:
 
     @classmethod
     def between(cls, spans: Iterable[tuple[datetime, datetime]]) -> "Durations":
-        """The durations of these spans, quantiles by nearest rank; none is below 0."""
-        took = sorted(max((end - begin).total_seconds(), 0.0) for begin, end in spans)
+        """The durations of these spans."""
+        return cls.of((end - begin).total_seconds() for begin, end in spans)
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> "Durations":
+        """These durations, with quantiles by nearest rank; none is below 0."""
+        took = sorted(max(each, 0.0) for each in seconds)
         if not took:
             return cls(count=0, p50=0.0, p95=0.0)
         p50, p95 = (took[max(ceil(share * len(took)) - 1, 0)] for share in (0.5, 0.95))

@@ -47,6 +47,14 @@ def matching(table: Table, **values: Any) -> list[ColumnElement[bool]]:
     return [table.c[name] == value for name, value in values.items() if value is not None]
 
 
+def unindexed(column: ColumnElement[str]) -> ColumnElement[str]:
+    """The text column as an expression, so that no index of it is used.
+
+    SQLite knows nothing of how many rows have a value, and prefers such an index to a short one.
+    """
+    return column + ""
+
+
 def between(
     at: ColumnElement[Any], since: datetime | None, until: datetime | None = None
 ) -> list[ColumnElement[bool]]:

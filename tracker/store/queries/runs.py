@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     ColumnElement,
     Row,
@@ -13,8 +14,12 @@ from sqlalchemy import (
     Text,
     and_,
     cast,
+    column,
+    extract,
     func,
     select,
+    type_coerce,
+    values,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -25,9 +30,17 @@ from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, 
 from tracker.core.schedule import Durations
 from tracker.store.claims import WorkspaceScope, within
 from tracker.store.engine import Database
-from tracker.store.queries.paging import between, chunks, matching, newest_first
+from tracker.store.queries.paging import between, chunks, matching, newest_first, unindexed
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
-from tracker.store.schema import deliveries, is_rare, run_events, runs, word
+from tracker.store.schema import (
+    CleanText,
+    deliveries,
+    is_rare,
+    run_duration,
+    run_events,
+    runs,
+    word,
+)
 
 # Most runs are completed and settled; the indexes by status and by tracking leave these out.
 
@@ -48,6 +61,7 @@ def is_tracked_as(tracking: Tracking) -> ColumnElement[bool]:
 NEWEST_FIRST: Final = (runs.c.created_at, runs.c.run_id)
 """The key of lists of runs."""
 
+SECONDS_OF_A_DAY: Final = 86_400
 DURATIONS_OVER: Final = 200
 """Last completed runs of a technique that its durations are taken from."""
 
@@ -130,11 +144,10 @@ async def list_runs(
     if retry_advice is not None:
         wanted.append(runs.c.retry_advice == word(RetryAdvice(retry_advice).value))
     of = {"technique_id": technique_id, "workspace_id": workspace_id, "project_id": project_id}
-    # Keep SQLite from using the index of these: a tag is usually rarer.
-    by_tag = tag is not None and db.dialect == "sqlite"
+    by_tag = tag is not None and db.dialect == "sqlite"  # which is usually rarer than these
     for name, value in of.items():
         if value is not None:
-            wanted.append((runs.c[name] + "" if by_tag else runs.c[name]) == value)
+            wanted.append((unindexed(runs.c[name]) if by_tag else runs.c[name]) == value)
     if tag is not None:
         wanted.append(is_tagged(db, tag))
     async with db.read() as connection:
@@ -174,28 +187,36 @@ async def events(db: Database, run_id: str) -> list[TimelineEvent]:
 
 async def durations(db: Database, technique_id: str) -> Durations:
     """Seconds from creation to end of the technique's last completed runs that have both."""
-    return (await durations_of(db, [technique_id]))[technique_id]
+    (found,) = (await durations_of(db, [technique_id])).values()
+    return found
 
 
 async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, Durations]:
-    """The same of each technique, over one connection."""
-    found = {}
-    async with db.read() as connection:
-        for technique_id in technique_ids:
-            last = (
-                select(runs.c.created_at, runs.c.completed_at)
-                .where(
-                    runs.c.technique_id == technique_id,
-                    runs.c.status == word("completed"),
-                    runs.c.created_at_known,
-                    runs.c.completed_at.is_not(None),
-                )
-                .order_by(runs.c.completed_at.desc())
-                .limit(DURATIONS_OVER)
-            )
-            rows = (await connection.execute(last)).all()
-            found[technique_id] = Durations.between((row[0], row[1]) for row in rows)
-    return found
+    """The same of each technique, with one statement."""
+    ids = [(technique_id,) for technique_id in technique_ids]
+    if not ids:
+        return {}
+    wanted = values(column("technique_id", CleanText), name="wanted").data(ids).cte()
+    last = (
+        select(run_duration(db.dialect).label("took"))
+        .where(
+            runs.c.technique_id == wanted.c.technique_id,
+            runs.c.status == word("completed"),
+            runs.c.created_at_known,
+            runs.c.completed_at.is_not(None),
+        )
+        .order_by(runs.c.completed_at.desc())
+        .limit(DURATIONS_OVER)
+        .correlate(wanted)
+        .subquery()
+    )
+    if db.dialect == "postgresql":
+        took: Any = func.array_agg(extract("epoch", last.c.took))
+    else:  # a day as a double has more digits than are right
+        seconds = func.round(last.c.took * SECONDS_OF_A_DAY, 3)
+        took = type_coerce(func.json_group_array(seconds), JSON)
+    statement = select(wanted.c.technique_id, select(took).correlate(wanted).scalar_subquery())
+    return {row[0]: Durations.of(map(float, row[1] or ())) for row in await db.fetch(statement)}
 
 
 # The timeline of all runs as numbered events, to follow changes.

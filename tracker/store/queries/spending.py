@@ -39,7 +39,7 @@ from tracker.core.inputs import check_tag_key
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
-from tracker.store.queries.paging import between
+from tracker.store.queries.paging import between, unindexed
 from tracker.store.schema import starts, techniques, word
 
 RESERVED: Final = "reserved"
@@ -184,8 +184,7 @@ def _reservations(
     of = starts.c
     scope = {"workspace_slot": budget.workspace_id, "technique_id": budget.technique_id}
     covered = between(of.reserved_at, since, until)
-    # Expressions, because SQLite would read all starts by the key's or the technique's index.
-    covered += [of[name] + "" == value for name, value in scope.items() if value is not None]
+    covered += [unindexed(of[name]) == value for name, value in scope.items() if value is not None]
     if budget.tag is not None:
         key, value = budget.tag
         covered.append(of.tags[key].as_string() == value)

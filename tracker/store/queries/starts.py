@@ -32,6 +32,7 @@ from sqlalchemy import (
     Row,
     and_,
     case,
+    func,
     null,
     or_,
     select,
@@ -281,7 +282,9 @@ async def list_starts(
     Raises `InvalidRequest` for an invalid cursor.
     """
     key = (starts.c.created_at, starts.c.idempotency_key)
-    of = [*paging.after(key, cursor), *paging.matching(starts, workspace_slot=workspace_id)]
+    of = paging.after(key, cursor)
+    if workspace_id is not None:
+        of.append(paging.unindexed(starts.c.workspace_slot) == workspace_id)
     newest = select(starts).where(*of).order_by(*(each.desc() for each in key)).limit(limit + 1)
     found: list[StartRow] = []
     async with db.read() as connection:
@@ -403,29 +406,31 @@ def _changed(connection: Connection, statement: Any) -> StartRow | None:
 
 async def open_starts(db: Database) -> list[StartRow]:
     """Starts that are `sent` or `in_doubt`, oldest first."""
-    states = (StartState.SENT, StartState.IN_DOUBT)
-    parts = [select(starts).where(is_in(state)) for state in states]
-    rows = [_row(row) for row in await db.fetch(union_all(*parts))]
+    rows = await _in_states(db, StartState.SENT, StartState.IN_DOUBT)
     return sorted(rows, key=lambda row: (row.created_at, row.idempotency_key))
 
 
 async def that_may_be(db: Database, run_id: str) -> list[StartRow]:
     """The starts without a known outcome that are stored as possibly that run."""
-    states = (StartState.IN_DOUBT, StartState.UNRESOLVED)
-    parts = [select(starts).where(is_in(state)) for state in states]
-    rows = [_row(row) for row in await db.fetch(union_all(*parts))]
+    rows = await _in_states(db, StartState.IN_DOUBT, StartState.UNRESOLVED)
     return [row for row in rows if run_id in (row.possible_runs or ())]
 
 
 async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -> list[StartRow]:
     """Other starts of the technique without a known outcome: a run may belong to them as well."""
-    statement = select(starts).where(
-        starts.c.workspace_slot == workspace_id,
-        starts.c.technique_id == technique_id,
-        starts.c.idempotency_key != key,
-        starts.c.state.in_([word(state) for state in UNKNOWN]),
-    )
-    return [_row(row) for row in await db.fetch(statement)]
+    rows = await _in_states(db, *UNKNOWN)
+    return [
+        row
+        for row in rows
+        if (row.workspace_slot, row.technique_id) == (workspace_id, technique_id)
+        and row.idempotency_key != key
+    ]
+
+
+async def _in_states(db: Database, *states: StartState) -> list[StartRow]:
+    """The starts in these rare states, each by its own index."""
+    parts = [select(starts).where(is_in(state)) for state in states]
+    return [_row(row) for row in await db.fetch(union_all(*parts))]
 
 
 async def possible(db: Database, row: StartRow, run_ids: Iterable[str]) -> set[str]:
@@ -520,13 +525,18 @@ MISSING: Final = 5
 """After this many missed callbacks in a row new starts use the bare address."""
 MISSING_AFTER: Final = timedelta(minutes=2)
 """How long after the end of its run a callback counts as missed: FLORA has tried three times."""
+AMONG: Final = 10_000
+"""The newest runs, of which these are."""
 TRY_AGAIN_AFTER: Final = timedelta(hours=1)
 """How long until addresses of single starts are tried again."""
 
 
 async def own_are_missing(db: Database, *, now: datetime) -> bool:
     """Whether the last `MISSING` runs with a callback address of their own got no callback, and one
-    of them was started within `TRY_AGAIN_AFTER`."""
+    of them was started within `TRY_AGAIN_AFTER`. They are looked for among the `AMONG` newest runs,
+    because there may be none."""
+    newest = select(runs.c.created_at).order_by(runs.c.created_at.desc()).limit(AMONG).subquery()
+    first = select(func.min(newest.c.created_at)).scalar_subquery()
     statement = (
         select(runs.c.callback_at, starts.c.sent_at)
         .join(starts, and_(starts.c.run_id == runs.c.run_id, starts.c.callback_token.is_not(None)))
@@ -534,6 +544,7 @@ async def own_are_missing(db: Database, *, now: datetime) -> bool:
             runs.c.source == Source.START,
             runs.c.callback_expected,
             runs.c.end_seen_at < now - MISSING_AFTER,
+            runs.c.created_at >= first,
             starts.c.callback_url.like("%/" + starts.c.callback_token),
         )
         .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
