@@ -10,6 +10,7 @@ every write and every request goes.
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -169,7 +170,22 @@ class Switch:
             self._die("after", name)
             return response
 
+        def watched_execute(finish: Callable[[Any], Any]) -> Callable[[Database, Any], Any]:
+            def execute(database: Database, statement: Any) -> Any:
+                def work(connection: Connection) -> Any:
+                    return finish(connection.execute(statement))
+
+                # The store's function that executes the statement.
+                caller = sys._getframe(1)
+                work.__module__ = caller.f_globals["__name__"]
+                work.__qualname__ = caller.f_code.co_qualname
+                return watched_write(database, work)
+
+            return execute
+
         Database.write = watched_write  # type: ignore[method-assign]
+        Database.execute = watched_execute(lambda result: result.rowcount)  # type: ignore[method-assign]
+        Database.execute_row = watched_execute(lambda result: result.first())  # type: ignore[method-assign]
         Database.send = watched_statement  # type: ignore[method-assign]
         httpx.AsyncHTTPTransport.handle_async_request = watched_send  # type: ignore[method-assign]
 

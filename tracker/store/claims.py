@@ -88,8 +88,7 @@ async def claim_due(
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
     """Extend the claims of `holder` on these runs until then; returns how many."""
     held = _held(db, holder, runs.c.run_id.in_(run_ids))
-    statement = held.values(lease_until=until)
-    return await db.write(lambda connection: _count_updated(connection, statement))
+    return await db.execute(held.values(lease_until=until))
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
@@ -219,17 +218,13 @@ async def take_lease(
     may_take = or_(leases.c.until <= now, leases.c.until > beyond, leases.c.holder == holder)
     values = {"holder": holder, "until": now + duration}
     statement = db.upsert(leases, {"name": name}, values, may_take).returning(leases.c.name)
-
-    def work(connection: Connection) -> bool:
-        return connection.execute(statement).first() is not None
-
-    return await _to_its_end(db.write(work))
+    return await _to_its_end(db.execute_row(statement)) is not None
 
 
 async def drop_lease(db: Database, name: str, holder: str) -> None:
     """Release the lease `name`, if `holder` has it."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
-    await _to_its_end(db.write(lambda connection: connection.execute(statement).rowcount))
+    await _to_its_end(db.execute(statement))
 
 
 async def _to_its_end(write: Coroutine[Any, Any, T]) -> T:

@@ -175,6 +175,15 @@ class Database:
         """
         return await self._retry(partial(self._transactions.run, work))
 
+    async def execute(self, statement: Executable) -> int:
+        """Execute one statement in a transaction of its own; how many rows it changed. Raises as
+        `read` does."""
+        return await self.write(lambda connection: connection.execute(statement).rowcount)
+
+    async def execute_row(self, statement: Executable) -> AnyRow | None:
+        """As `execute`; the first row that the statement returns, if any."""
+        return await self.write(lambda connection: connection.execute(statement).first())
+
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
         """Send one statement, which is a transaction by itself, and return its rows.
 

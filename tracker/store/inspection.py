@@ -252,5 +252,5 @@ async def remove_test_deliveries(
         deliveries.c.event_type == TEST_DELIVERY,
         deliveries.c.received_at < left_before,
     )
-    await db.write(lambda connection: connection.execute(these).rowcount)
-    await db.write(lambda connection: connection.execute(left).rowcount)
+    await db.execute(these)
+    await db.execute(left)

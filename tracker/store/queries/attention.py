@@ -7,6 +7,7 @@ costs the same with ten runs as with a million. Times are UTC.
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -117,20 +118,18 @@ async def conflicts(db: Database) -> list[str]:
 
 async def counts(db: Database, *, now: datetime) -> AttentionCounts:
     """Count what waits, by short indexes."""
-    is_waiting = deliveries.c.outcome == word("waiting")
     statement = select(
-        _count_all(runs, is_tracked_as(Tracking.ACTIVE)),
-        _count_all(runs, runs.c.next_check_at <= now),
-        _count_all(runs, is_tracked_as(Tracking.LOST)),
-        _count_all(deliveries, IS_UNSEEN),
-        _count_all(starts, is_in(StartState.SENT)) + _count_all(starts, is_in(StartState.IN_DOUBT)),
-        _count_all(starts, starts.c.state == word("unresolved")),
-        _count_all(deliveries, is_waiting),
-        select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
-        select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
+        _count(runs, is_tracked_as(Tracking.ACTIVE)).label("active"),
+        _count(runs, runs.c.next_check_at <= now).label("due"),
+        _count(runs, is_tracked_as(Tracking.LOST)).label("lost"),
+        select(func.min(runs.c.next_check_at))
+        .where(runs.c.next_check_at <= now)
+        .scalar_subquery()
+        .label("oldest_due_at"),
+        *_waiting(None),
     )
     (found,) = await db.fetch(statement)
-    return AttentionCounts(*found)
+    return AttentionCounts(**found._asdict())
 
 
 async def sweep_health(db: Database) -> list[SweepHealth]:
@@ -263,13 +262,23 @@ def _is_overdue(reads: Subquery, now: datetime) -> ColumnElement[bool]:
     return or_(reads.c.next_check_at <= now - LATE_AFTER, reads.c.is_retry)
 
 
-def _count_all(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
-    return select(func.count()).select_from(table).where(condition).scalar_subquery()
-
-
-def _count(table: Table, *condition: Any) -> ScalarSelect[int]:
-    rows = select(table.c[table.primary_key.columns.keys()[0]]).where(*condition).limit(BOUND)
+def _count(table: Table, *condition: Any, bound: int | None = None) -> ScalarSelect[int]:
+    rows = select(table.c[table.primary_key.columns.keys()[0]]).where(*condition).limit(bound)
     return select(func.count()).select_from(rows.subquery()).scalar_subquery()
+
+
+def _waiting(bound: int | None) -> tuple[ColumnElement[Any], ...]:
+    """What waits beside the runs, each counted up to `bound`."""
+    count, is_waiting = partial(_count, bound=bound), deliveries.c.outcome == word("waiting")
+    oldest = select(deliveries.c.received_at).where(is_waiting).order_by(deliveries.c.received_at)
+    open_starts = count(starts, is_in(StartState.SENT)) + count(starts, is_in(StartState.IN_DOUBT))
+    return (
+        count(deliveries, IS_UNSEEN).label("quarantined"),
+        count(deliveries, is_waiting).label("waiting"),
+        oldest.limit(1).scalar_subquery().label("oldest_waiting_at"),
+        open_starts.label("open_starts"),
+        count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
+    )
 
 
 _LAST_CALLBACK: Final = (
@@ -279,20 +288,4 @@ _LAST_CALLBACK: Final = (
     .limit(1)
     .scalar_subquery()
 )
-_OLDEST_WAITING: Final = (
-    select(deliveries.c.received_at)
-    .where(deliveries.c.outcome == word("waiting"))
-    .order_by(deliveries.c.received_at)
-    .limit(1)
-    .scalar_subquery()
-)
-_REST: Final = select(
-    _count(deliveries, IS_UNSEEN).label("quarantined"),
-    _count(deliveries, deliveries.c.outcome == word("waiting")).label("waiting"),
-    _OLDEST_WAITING.label("oldest_waiting_at"),
-    _LAST_CALLBACK.label("last_callback_at"),
-    (_count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT))).label(
-        "open_starts"
-    ),
-    _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
-)
+_REST: Final = select(*_waiting(BOUND), _LAST_CALLBACK.label("last_callback_at"))

@@ -125,7 +125,7 @@ async def write(db: Database, row: Mapping[str, Any]) -> int:
 async def add_detail(db: Database, audit_id: int, detail: Mapping[str, Any]) -> None:
     """Set the detail of an entry. Raises `StoreUnavailable`."""
     statement = update(audit).where(audit.c.id == audit_id).values(detail=detail)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +320,7 @@ async def find_session(db: Database, session_id: str) -> SessionRow | None:
 async def use_session(db: Database, session_id: str, *, now: datetime) -> None:
     """Set the time of the last use. Raises `StoreUnavailable`."""
     statement = update(sessions).where(sessions.c.session_id == session_id).values(last_used_at=now)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 async def end_session(db: Database, session_id: str, *, now: datetime) -> None:

@@ -411,7 +411,7 @@ async def renew_launch(
     """
     renewed = update(batches).where(_held(batch, holder))
     statement = renewed.values(lease_until=now + LEASE, stopped=waits)
-    return await db.write(lambda connection: connection.execute(statement).rowcount) == 1
+    return await db.execute(statement) == 1
 
 
 async def release_launch(db: Database, batch: BatchRow, *, holder: str) -> None:
@@ -421,7 +421,7 @@ async def release_launch(db: Database, batch: BatchRow, *, holder: str) -> None:
         .where(batches.c.batch_id == batch.batch_id, batches.c.lease_holder == holder)
         .values(lease_until=None, lease_holder=None)
     )
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -473,7 +473,7 @@ async def finish_ended(db: Database, now: datetime) -> int:
     statement = (
         update(batches).where(batches.c.batch_id.in_(ended), *launched).values(finished_at=now)
     )
-    return await db.write(lambda connection: connection.execute(statement).rowcount)
+    return await db.execute(statement)
 
 
 def _held(batch: BatchRow, holder: str) -> ColumnElement[bool]:

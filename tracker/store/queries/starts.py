@@ -229,8 +229,7 @@ async def reserve(
     def work(connection: Connection) -> StartRow:
         # Before the key is read, so that a concurrent request has stored it by then.
         spending.lock(connection, budgets)
-        found = connection.execute(existing).first()
-        row = None if found is None else _row(found)
+        row = _found(connection.execute(existing).first())
         if row is not None:
             is_free = row.is_fresh and row.fingerprint == fingerprint and not row.is_held(at)
             if holder is None or not is_free:
@@ -248,15 +247,13 @@ async def reserve(
 
 async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
     """The start with this key, if any."""
-    found = await db.fetchrow(select(starts).where(_is(workspace_id, key)))
-    return None if found is None else _row(found)
+    return _found(await db.fetchrow(select(starts).where(_is(workspace_id, key))))
 
 
 async def of_run(db: Database, run_id: str) -> StartRow | None:
     """The start that became this run; the first if FLORA answered several keys with it."""
     statement = select(starts).where(starts.c.run_id == run_id).order_by(starts.c.created_at)
-    found = await db.fetchrow(statement.limit(1))
-    return None if found is None else _row(found)
+    return _found(await db.fetchrow(statement.limit(1)))
 
 
 async def of_keys(db: Database, workspace_id: str, keys: Iterable[str]) -> dict[str, StartRow]:
@@ -321,7 +318,7 @@ async def take(
     may_take = or_(is_free(starts, now), starts.c.lease_holder == holder)
     mine = _update(workspace_id, key, starts.c.state != StartState.STARTED, may_take)
     statement = mine.values(lease_until=now + lease, lease_holder=holder).returning(*starts.c)
-    return await db.write(lambda connection: _changed(connection, statement))
+    return _found(await db.execute_row(statement))
 
 
 async def prolong(
@@ -334,14 +331,14 @@ async def prolong(
     lasts = or_(starts.c.state != word("stored"), starts.c.lease_until > now)
     mine = _update(workspace_id, key, starts.c.lease_holder == holder, lasts)
     statement = mine.values(lease_until=now + lease)
-    return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
+    return await db.execute(statement) == 1
 
 
 async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
     """Release the lease if `holder` still has it."""
     mine = _update(workspace_id, key, starts.c.lease_holder == holder)
     statement = mine.values(lease_until=None, lease_holder=None)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 async def mark_sent(
@@ -396,12 +393,7 @@ async def mark(
 
 
 async def _mark(db: Database, statement: Any) -> StartRow | None:
-    return await db.write(lambda connection: _changed(connection, statement))
-
-
-def _changed(connection: Connection, statement: Any) -> StartRow | None:
-    found = connection.execute(statement).first()
-    return None if found is None else _row(found)
+    return _found(await db.execute_row(statement))
 
 
 async def open_starts(db: Database) -> list[StartRow]:
@@ -512,6 +504,10 @@ def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
 
 def _update(workspace_id: str, key: str, *conditions: ColumnElement[bool]) -> Any:
     return update(starts).where(_is(workspace_id, key), *conditions)
+
+
+def _found(row: Row[Any] | None) -> StartRow | None:
+    return None if row is None else _row(row)
 
 
 def _row(row: Row[Any]) -> StartRow:

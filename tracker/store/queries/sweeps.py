@@ -54,7 +54,7 @@ async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
 async def finish(db: Database, number: int, *, at: datetime, **values: Any) -> None:
     """Log the end of a sweep; `values` are further fields of its `SweepRow`."""
     statement = update(sweeps).where(sweeps.c.id == number).values(finished_at=at, **values)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 async def list_sweeps(
@@ -211,7 +211,7 @@ async def add(
 async def forget_after(db: Database, workspace_id: str, kind: RunType, moment: datetime) -> None:
     """Delete intervals that end after `moment`, a future time: a clock was wrong."""
     wrong = delete(table).where(_is_of(workspace_id, kind), table.c.to_at > moment)
-    await db.write(lambda connection: connection.execute(wrong).rowcount)
+    await db.execute(wrong)
 
 
 def keep(

@@ -106,7 +106,7 @@ async def mark_gone(db: Database, *, since: datetime, at: datetime) -> int:
         .where(techniques.c.gone_at.is_(None), techniques.c.listed_at < since)
         .values(gone_at=at)
     )
-    return await db.write(lambda connection: connection.execute(statement).rowcount)
+    return await db.execute(statement)
 
 
 async def doubt(db: Database, technique_id: str, *, before: datetime) -> None:
@@ -116,7 +116,7 @@ async def doubt(db: Database, technique_id: str, *, before: datetime) -> None:
         .where(techniques.c.technique_id == technique_id, techniques.c.defined_at < before)
         .values(defined_at=None)
     )
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 async def get(db: Database, technique_id: str) -> TechniqueRow | None:

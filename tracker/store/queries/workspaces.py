@@ -8,7 +8,7 @@ import json
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, Update, and_, exists, select, tuple_, update
+from sqlalchemy import Connection, Row, and_, exists, select, tuple_, update
 
 from tracker.core.contact import ContactState, OngoingTrouble, Trouble, joined
 from tracker.store.engine import Database
@@ -55,7 +55,7 @@ async def keep_id(
     """Store the workspace of a key."""
     values = {"workspace_id": workspace_id, "place": place, "learnt_at": at}
     statement = db.upsert(workspace_keys, {"key_fingerprint": key_fingerprint}, values)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 async def give_ids(db: Database, workspace_id: str) -> None:
@@ -101,21 +101,17 @@ async def give_ids(db: Database, workspace_id: str) -> None:
         .where(batches.c.workspace_slot == BEFORE_IDS)
         .values(workspace_slot=workspace_id)
     )
-
-    async def execute(statement: Update) -> int:
-        return await db.write(lambda connection: connection.execute(statement).rowcount)
-
     for statement in (moved, named):
-        while await execute(statement):
+        while await db.execute(statement):
             pass
-    await execute(batched)
+    await db.execute(batched)
 
 
 async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> None:
     """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then."""
     key, values = {"name": _WAIT + slot}, {"holder": told, "until": until}
     statement = db.upsert(leases, key, values, leases.c.until < until)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    await db.execute(statement)
 
 
 async def waits_until(db: Database, slot: str) -> datetime | None:

@@ -458,7 +458,7 @@ async def recover(
     )
     statement = _due_again(now).where(messages.c.message_id.in_(some))
     total = 0
-    while count := await db.write(lambda connection: connection.execute(statement).rowcount):
+    while count := await db.execute(statement):
         total += count
     return total
 
