@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from tracker.core.run import Output
     from tracker.library.batches import Batch, BatchResult
     from tracker.library.callbacks import VerifiedCallback
-    from tracker.library.changes import RunChange
     from tracker.library.client import Tracker
     from tracker.library.handlers import RunEvent
-    from tracker.library.run import Event, Run, SpendingSummary
+    from tracker.library.run import Event, Run, RunChange, SpendingSummary
     from tracker.settings import Settings
 
     __version__: str
@@ -48,7 +47,7 @@ _MODULES: Final = {
     "Event": "tracker.library.run",
     "Output": "tracker.core.run",
     "Run": "tracker.library.run",
-    "RunChange": "tracker.library.changes",
+    "RunChange": "tracker.library.run",
     "RunEvent": "tracker.library.handlers",
     "Settings": "tracker.settings",
     "SpendingSummary": "tracker.library.run",

@@ -24,6 +24,7 @@ from tracker.operations.metrics import Metrics
 from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.retention import Pruner
 from tracker.operations.tracing import Wrap, tracing, untraced
+from tracker.polling.changes import Broadcaster
 from tracker.polling.contacts import Contacts
 from tracker.polling.follow import Follower
 from tracker.polling.poll import Coalescer, DurationBook, Poller
@@ -81,6 +82,7 @@ class Services:
     writer: Writer
     inbox: Inbox
     signals: Signals
+    changes: Broadcaster
     workspaces: Workspaces
     contacts: Contacts
     catalogue: Catalogue
@@ -306,6 +308,8 @@ async def open_services(
         )
         stack.on_close("starter", starter.aclose)
         follower = Follower(**shared, signals=signals, poller=poller)
+        changes = Broadcaster(database, signals)
+        stack.on_close("changes", changes.aclose)
         batches = Batches(
             **shared, catalogue=catalogue, starter=starter, recovery=recovery, poller=poller
         )
@@ -323,6 +327,7 @@ async def open_services(
             writer=writer,
             inbox=inbox,
             signals=signals,
+            changes=changes,
             contacts=contacts,
             catalogue=catalogue,
             catalogue_sync=CatalogueSync(**shared, process=process),
@@ -365,7 +370,7 @@ async def open_services(
                 **shared, contacts=contacts, durations=durations, policy=settings.policy
             ),
             downloader=Downloader(
-                database=database, signals=signals, follower=follower, clock=clock
+                database=database, follower=follower, changes=changes, clock=clock
             ),
             webhooks=webhooks,
         )

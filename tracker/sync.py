@@ -43,12 +43,11 @@ from tracker.library.batches import BatchFields, BatchResult
 from tracker.library.client import Tracker as AsyncTracker
 from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.loop_thread import CLOSED, LoopThread
-from tracker.library.run import Event, Owned, RunFields, RunList
+from tracker.library.run import Event, Owned, RunChange, RunFields, RunList
 from tracker.library.run import Run as AsyncRun
 
 if TYPE_CHECKING:
     from tracker.library.callbacks import VerifiedCallback
-    from tracker.library.changes import RunChange
     from tracker.settings import Settings
     from tracker.store.writing.messages import Claim
 
@@ -75,7 +74,7 @@ def _batch_of(owner: "Tracker", batch: BatchFields) -> "Batch":
     return _copied(Batch, batch, owner)
 
 
-def _change_of(owner: "Tracker", change: "RunChange[AsyncRun]") -> "RunChange[Run]":
+def _change_of(owner: "Tracker", change: RunChange[AsyncRun]) -> "RunChange[Run]":
     changed: RunChange[Run] = cast("Any", replace)(change, run=_run_of(owner, change.run))
     return changed
 

@@ -226,7 +226,7 @@ async def test_changes_are_followed_and_resumed(tracker: Tracker) -> None:
     """Each change once, in order, with the run; after an interruption from the last event on."""
     events = tracker.events()
     first = asyncio.create_task(anext(events))
-    await eventually(lambda: tracker._feed and tracker._feed._broadcaster._readers)
+    await eventually(lambda: tracker._services().changes._readers)
     run = await tracker.start("icon-pack", INPUTS)
     begun = await asyncio.wait_for(first, 20)
     await events.aclose()

@@ -23,13 +23,14 @@ from tracker.core.events import RunFilter
 from tracker.core.record import FailedRead, apply
 from tracker.core.run import RunStatus
 from tracker.core.schedule import Policy
+from tracker.polling.changes import Change, ChangeReader
 from tracker.services import open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as feed
 from tracker.store.schema import runs
 from tracker.web.app import build_app
 from tracker.web.http.limits import Limits
-from tracker.web.stream.reader import Change, StreamReader
+from tracker.web.stream import frame_of, next_frames
 
 
 async def is_full(site: Site) -> bool:
@@ -240,7 +241,7 @@ async def test_a_slow_reader_is_disconnected(sqlite_url: str, serve: Serve) -> N
 
 async def test_a_reader_that_catches_up_is_sent_a_part_at_a_time() -> None:
     """Of what is queued, and shared with all readers, about `SEND_BYTES` are copied at a time."""
-    reader = StreamReader(RunFilter(), queue_size=10, on_close=lambda _: None)
+    reader = ChangeReader(RunFilter(), queue_size=10, on_close=lambda _: None)
     reader.go_live(0)
     entry = seen("run_1", facts={"poll_url": "x" * 100_000})
     record = apply(None, entry, policy=Policy(), durations_of=lambda _: None)
@@ -248,10 +249,10 @@ async def test_a_reader_that_catches_up_is_sent_a_part_at_a_time() -> None:
     change = Change(record, None)
     for _ in range(7):
         reader.offer(change)
-    parts = [await reader.next(0.01) for _ in range(4)]
-    assert [len(part or b"") // len(change.frame) for part in parts] == [3, 3, 1, 0]
+    parts = [next_frames(reader) for _ in range(4) if await reader.wait(0.01)]
+    assert [len(part) // len(frame_of(change)) for part in parts] == [3, 3, 1, 0]
     reader.end()
-    assert await reader.next(0.01) is None
+    assert not await reader.wait(0.01)
 
 
 async def test_the_number_of_readers_is_limited(sqlite_url: str, serve: Serve) -> None:
@@ -273,8 +274,8 @@ async def test_the_number_of_readers_is_limited(sqlite_url: str, serve: Serve) -
 
 async def test_a_change_is_read_once_for_all_readers(sqlite_url: str, serve: Serve) -> None:
     """Twenty readers cost the database as much as one."""
-    only_on_signals = Limits(stream_poll_seconds=600)
-    async with serve(sqlite_url, limits=only_on_signals) as site, AsyncExitStack() as stack:
+    async with serve(sqlite_url) as site, AsyncExitStack() as stack:
+        site.services.changes.poll_seconds = 600  # only on signals
         readers = [await stack.enter_async_context(following(site.client)) for _ in range(20)]
         asked: list[str] = []
 
@@ -347,10 +348,8 @@ async def test_the_service_stops_without_waiting_for_readers(sqlite_url: str) ->
 @pytest.mark.both_databases
 async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve: Serve) -> None:
     """A read that fails is repeated: changes made meanwhile are sent once it succeeds."""
-    async with (
-        serve(database_url, limits=Limits(stream_poll_seconds=0.05)) as site,
-        following(site.client) as events,
-    ):
+    async with serve(database_url) as site, following(site.client) as events:
+        site.services.changes.poll_seconds = 0.05
         real, failures = feed.events_after, 2
 
         async def failing(*arguments: Any, **named: Any) -> feed.EventPage:

@@ -8,15 +8,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
+from tracker.core.events import RunFilter
 from tracker.core.formatting import counted
 from tracker.core.run import Tracking
-from tracker.core.waiting import wait_for
 from tracker.delivering.fetch import MAX_BYTES, Fetcher
 from tracker.delivering.files import DownloadDirectory
 from tracker.delivering.names import row_names, row_numbers
@@ -30,12 +29,12 @@ from tracker.delivering.saving import (
     jobs_of,
 )
 from tracker.flora.technique import ports
-from tracker.polling.follow import CHECK_ANYWAY, CHECK_EVERY, Follower, Notify, until_available
+from tracker.polling.changes import Broadcaster
+from tracker.polling.follow import Follower, Notify
 from tracker.polling.poll_round import run_all
 from tracker.starting.batch_rows import kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, runs, techniques
-from tracker.store.signals import Signals
 
 T = TypeVar("T")
 
@@ -91,8 +90,8 @@ class Downloader:
     """Selects runs (`named`, `batch`, `settled`) and downloads their outputs."""
 
     database: Database
-    signals: Signals
     follower: Follower
+    changes: Broadcaster
     clock: Clock
 
     async def named(
@@ -180,32 +179,26 @@ class Downloader:
 
         Some come more than once.
         """
-        changed = asyncio.Event()
-        with self.signals.subscribed(lambda _: changed.set()):
-            reached = await runs.newest_event(self.database)
-            cursor: str | None = None
-            while True:
-                page, cursor = await runs.list_runs(
-                    self.database,
-                    tracking=Tracking.SETTLED,
-                    technique_id=technique_id,
-                    cursor=cursor,
-                    limit=100,
-                )
-                for record in page:
-                    yield WantedRun(record=record)
-                if cursor is None:
-                    break
-            while watch:
-                changed.clear()
-                settled_since = partial(
-                    runs.settled_since, self.database, reached, technique_id=technique_id
-                )
-                records, reached = await until_available(settled_since, notify)
-                for record in records:
-                    yield WantedRun(record=record)
-                notified = self.database.dialect == "postgresql" and self.signals.listening
-                await wait_for(changed, CHECK_ANYWAY if notified else CHECK_EVERY)
+        reached = await self.changes.reached() if watch else 0
+        cursor: str | None = None
+        while True:
+            page, cursor = await runs.list_runs(
+                self.database,
+                tracking=Tracking.SETTLED,
+                technique_id=technique_id,
+                cursor=cursor,
+                limit=100,
+            )
+            for record in page:
+                yield WantedRun(record=record)
+            if cursor is None:
+                break
+        if watch:
+            wanted = RunFilter(technique_id=technique_id)
+            async with aclosing(self.changes.follow(wanted, reached, notify)) as changes:
+                async for change in changes:
+                    if change.record.tracking is Tracking.SETTLED:
+                        yield WantedRun(record=change.record)
 
     async def alongside(
         self,

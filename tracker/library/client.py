@@ -31,7 +31,6 @@ from tracker.library.run import ACTOR, Run, acting_here
 
 if TYPE_CHECKING:
     from tracker.library.callbacks import VerifiedCallback
-    from tracker.library.changes import ChangeFeed
     from tracker.library.mounted import Mounted
     from tracker.receiving.receive import Received
     from tracker.services import Services
@@ -73,7 +72,6 @@ class Tracker(RunCalls, BatchCalls):
         self._handlers = Handlers(lambda claim: RunEvent.of(claim, self._run))
         self._stack: AsyncExitStack | None = None
         self._opened: tuple[Services, asyncio.AbstractEventLoop] | None = None
-        self._feed: ChangeFeed | None = None
 
     @classmethod
     def from_env(cls, *, worker: bool | None = None) -> Self:
@@ -137,7 +135,7 @@ class Tracker(RunCalls, BatchCalls):
             self._stack = None
 
     def _end_calls(self) -> None:
-        self._opened = self._feed = None
+        self._opened = None
 
     def asgi(self) -> "Mounted":
         """The web application, with callbacks, API and dashboard, to mount in another one.
@@ -173,7 +171,7 @@ class Tracker(RunCalls, BatchCalls):
     def _closed_copy(self) -> Self:
         """The same tracker for a child process, whose parent may have opened this one."""
         closed = copy(self)
-        closed._opened = closed._stack = closed._feed = None
+        closed._opened = closed._stack = None
         return closed
 
     def _services(self) -> "Services":
@@ -197,17 +195,6 @@ class Tracker(RunCalls, BatchCalls):
         if not self._works and self._stack is not None and services.batch_worker.start():
             self._stack.push_async_callback(services.batch_worker.stop)
         return services
-
-    def _changes(self) -> "ChangeFeed":
-        """The changes of runs, read once for all loops until the tracker is closed."""
-        from tracker.library.changes import ChangeFeed
-
-        services = self._services()
-        if self._feed is None:
-            self._feed = feed = ChangeFeed(services)
-            if self._stack is not None:
-                self._stack.callback(feed.close)
-        return self._feed
 
     async def start(
         self,

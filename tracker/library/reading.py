@@ -14,13 +14,12 @@ from tracker.core.run import RetryAdvice, Tracking
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid
-from tracker.library.run import Event, Run, RunFields, RunList, SpendingSummary
+from tracker.library.run import Event, Run, RunChange, RunFields, RunList, SpendingSummary
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tracker.delivering.downloads import DownloadReport
-    from tracker.library.changes import ChangeFeed, RunChange
     from tracker.services import Services
 
 PAGE_SIZE: Final = 100
@@ -33,9 +32,6 @@ class RunCalls(ABC):
 
     @abstractmethod
     def _services(self) -> "Services": ...
-
-    @abstractmethod
-    def _changes(self) -> "ChangeFeed": ...
 
     @abstractmethod
     def _run(self, record: Record | Mapping[str, Any]) -> Run: ...
@@ -163,7 +159,7 @@ class RunCalls(ABC):
         technique_id: str | None = None,
         workspace_id: str | None = None,
         status: str | None = None,
-    ) -> "AsyncGenerator[RunChange[Run], None]":
+    ) -> AsyncGenerator[RunChange[Run], None]:
         """The changes of matching runs as they happen, until the tracker is closed.
 
         `after` is the `event_id` of the last change that was handled: what came since then, from
@@ -173,9 +169,9 @@ class RunCalls(ABC):
         wanted = RunFilter(
             run_id=run_id, technique_id=technique_id, workspace_id=workspace_id, status=status
         )
-        async with aclosing(self._changes().follow(wanted, after, self._run)) as changes:
+        async with aclosing(self._services().changes.follow(wanted, after)) as changes:
             async for change in changes:
-                yield change
+                yield RunChange.of(change, self._run)
 
     async def spending(
         self,

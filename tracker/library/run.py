@@ -1,6 +1,6 @@
 """Runs and their events as frozen values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -16,6 +16,7 @@ from tracker.views import run_columns
 
 if TYPE_CHECKING:
     from tracker.library.client import Tracker
+    from tracker.polling.changes import Change
     from tracker.store.queries import runs as read
     from tracker.store.queries.spending import Spending, Usage
 
@@ -189,6 +190,34 @@ class RunFields:
         from tracker.library.notebook import run_html
 
         return run_html(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunChange(Generic[AnyRun]):
+    """A change of a run, and the run as it is now.
+
+    `event_id` continues from here after an interruption (`tracker.events(after=event_id)`); it is
+    `None` where a run was lost or came back, which is no event. `at`, `source` and `status` are
+    those of the event: the run may be further by now.
+    """
+
+    event_id: int | None
+    at: datetime | None
+    source: str | None
+    status: str
+    run: AnyRun
+
+    @classmethod
+    def of(cls, change: "Change", bound: Callable[[Record], AnyRun]) -> "RunChange[AnyRun]":
+        """The value of a change; `bound` makes its run."""
+        event = change.event
+        return RunChange(
+            event_id=event and event.id,
+            at=event and event.at,
+            source=event and event.source.value,
+            status=str((event or change.record.run).status),
+            run=bound(change.record),
+        )
 
 
 class RunList(list[AnyRun]):

@@ -3,7 +3,7 @@
     app.py        the applications: routes and middleware
     callbacks.py  `POST /callbacks/flora`
     api/          `/api`, and `/openapi.json`, which describes it
-    stream/       `/api/stream`
+    stream.py     `/api/stream`
     dashboard/    the pages for people
     health.py     `/healthz`, `/readyz` and `/metrics`
     auth.py       access control; sessions.py, signed-in browsers

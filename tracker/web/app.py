@@ -17,7 +17,7 @@ from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import DeadlineMiddleware, ErrorPage, ResponseMiddleware
 from tracker.web.http.responses import Take
 from tracker.web.sessions import Sessions
-from tracker.web.stream.endpoint import Stream
+from tracker.web.stream import Stream
 
 
 class Application:

@@ -223,8 +223,7 @@ async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, 
 #
 # On PostgreSQL numbers are assigned before the commit, so a smaller one may appear after a greater
 # one. Each page therefore carries the transaction snapshot that it was read in, from which
-# `GapTracker` (tracker.web.stream) derives which missing numbers may still appear; other readers
-# re-read `OVERLAP` numbers.
+# `GapTracker` (tracker.polling.changes) derives which missing numbers may still appear.
 
 
 class EventLine(NamedTuple):
@@ -295,10 +294,6 @@ def _with_snapshot(statement: Select[Any]) -> Select[Any]:
     return statement
 
 
-OVERLAP: Final = 1000
-"""Numbers before the last one that are read again."""
-
-
 async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source]:
     """The source of the latest event of each run."""
     found: dict[str, Source] = {}
@@ -309,25 +304,6 @@ async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source
         )
         found |= {run_id: Source(source) for run_id, source in await db.fetch(statement)}
     return found
-
-
-async def settled_since(
-    db: Database, number: int, *, technique_id: str | None = None
-) -> tuple[list[Record], int]:
-    """Settled runs with events after `number`, and the number to continue from.
-
-    Runs may repeat, because of `OVERLAP`.
-    """
-    reached = await newest_event(db)
-    changed = select(run_events.c.run_id).where(
-        run_events.c.id > number - OVERLAP, run_events.c.id <= reached
-    )
-    statement = select(*RUN_COLUMNS).where(
-        runs.c.run_id.in_(changed), runs.c.tracking == word("settled")
-    )
-    if technique_id is not None:
-        statement = statement.where(runs.c.technique_id == technique_id)
-    return await fetch_records(db, statement), max(reached, number)
 
 
 # Callbacks as they were received.

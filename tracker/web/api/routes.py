@@ -59,7 +59,7 @@ from tracker.web.http.limits import Limits
 from tracker.web.http.prefix import prefix_of
 from tracker.web.http.request import peer_of, read_json
 from tracker.web.http.responses import Fault, Json, invalid, not_found
-from tracker.web.stream.endpoint import Stream, StreamQuery
+from tracker.web.stream import Stream, StreamQuery
 
 log = get_logger(__name__)
 

@@ -51,8 +51,6 @@ class Limits:
     """Readers of `/api/stream` in one process."""
     stream_queue: int = 1000
     """Changes queued for one reader; beyond that it is disconnected."""
-    stream_poll_seconds: float = 2.0
-    """Between two reads of new events, where other processes' signals are not heard."""
     stream_heartbeat: float = 15.0
     stream_seconds: float = 3600.0
     """After this long a reader has to reconnect, and to authenticate again."""

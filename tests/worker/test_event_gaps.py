@@ -5,8 +5,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tracker.polling.changes import GAP_SECONDS, GapTracker
 from tracker.store.queries.runs import Snapshot
-from tracker.web.stream.broadcaster import GAP_SECONDS, GapTracker
 
 
 def test_events_that_appear_in_order_are_ready_at_once() -> None:

@@ -1,8 +1,13 @@
-"""The endpoint: its query, and the response that lasts until the reader or the process leaves."""
+"""`GET /api/stream`: server-sent events, one for each change of a run, from any process.
+
+The ids are the numbers of `run_events`, so `Last-Event-ID` is all that a client has to remember.
+"""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Final
+from weakref import WeakKeyDictionary
 
 from pydantic import Field
 from starlette.requests import Request
@@ -12,17 +17,22 @@ from starlette.types import Receive, Scope, Send
 from tracker.core.errors import StoreError
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
+from tracker.polling.changes import Change, ChangeReader
 from tracker.services import Services
+from tracker.views import event_json, run_json
 from tracker.web.api.requests import NONE_IF_EMPTY, Filter, Query, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
 from tracker.web.http.limits import Limits
-from tracker.web.stream.broadcaster import Broadcaster
-from tracker.web.stream.reader import StreamReader, reset_frame
+from tracker.web.http.responses import to_json, unavailable
 
 RECONNECT_MILLISECONDS: Final = 2000
 """How long a browser waits before it reconnects."""
 STOP_SECONDS: Final = 1.0
 """How long a client that does not read is waited for when the process stops."""
+SEND_BYTES: Final = 256 * 1024
+"""About how much of what is queued is copied for one reader at a time."""
+_LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
+"""NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR in UTF-8: line ends to some clients."""
 
 log = get_logger(__name__)
 
@@ -95,32 +105,51 @@ class Stream:
         self._access = access
         self._limits = limits
         self._stopping = asyncio.Event()
-        self._broadcaster = Broadcaster(services.database, services.signals, limits)
+        self._changes = services.changes
+        self._readers: set[ChangeReader] = set()
 
     def stop(self) -> None:
         """End all streams: the process stops, and they would not end by themselves."""
-        self._broadcaster.close()
         self._stopping.set()
+        for reader in tuple(self._readers):
+            reader.end()
 
     async def follow(self, request: Request, query: StreamQuery) -> Response:
         """Server-sent events, one for each change of a matching run."""
         last = query.last_event_id
         if (header := request.headers.get("last-event-id")) is not None:
             last = validate(StreamQuery, {"last_event_id": header}).last_event_id
-        reader = await self._broadcaster.subscribe(
-            RunFilter(**query.model_dump(exclude={"last_event_id"}))
-        )
+        reader = await self._subscribe(RunFilter(**query.model_dump(exclude={"last_event_id"})))
         if last is None:
-            reader.go_live(self._broadcaster.sent_upto)
+            reader.go_live(self._changes.sent_upto)
         frames = self._frames(reader, last, actor_of(request.scope))
+
+        def leave() -> None:
+            self._readers.discard(reader)
+            reader.close()
+
         return EventStream(
-            frames if request.method == "GET" else (),
-            stopping=self._stopping,
-            on_close=reader.close,
+            frames if request.method == "GET" else (), stopping=self._stopping, on_close=leave
         )
 
+    async def _subscribe(self, runs: RunFilter) -> ChangeReader:
+        """Raises `Fault` 503 where there are too many readers already, and `StoreUnavailable`."""
+        reader = await self._changes.subscribe(runs, queue_size=self._limits.stream_queue)
+        most, refusal = self._limits.stream_readers, None
+        if self._stopping.is_set():
+            refusal = "The service is shutting down."
+        elif (
+            sum(not one.ended for one in self._readers) >= most
+        ):  # many may have subscribed at once
+            refusal = f"The maximum of {most} stream readers is reached."
+        if refusal is not None:
+            reader.close()
+            raise unavailable(refusal)
+        self._readers.add(reader)
+        return reader
+
     async def _frames(
-        self, reader: StreamReader, last: int | None, actor: Actor
+        self, reader: ChangeReader, last: int | None, actor: Actor
     ) -> AsyncIterator[bytes]:
         """Frames until the time is over, or the reader has signed out or lost its token."""
         loop, heartbeat = asyncio.get_running_loop(), self._limits.stream_heartbeat
@@ -134,9 +163,9 @@ class Stream:
                 async for missed in self._resume(reader, last):
                     yield missed
             while (wait := until - loop.time()) > 0:
-                frames = await reader.next(min(wait, heartbeat))
-                if frames is None:
+                if not await reader.wait(min(wait, heartbeat)):
                     return
+                frames = next_frames(reader)
                 if loop.time() - checked_at >= heartbeat:
                     checked_at = loop.time()
                     if not await self._access.may_read_on(actor):
@@ -147,17 +176,47 @@ class Stream:
             # The client reconnects and gets a 503.
             log.warning("stream.broken_off", error=str(error))
 
-    async def _resume(self, reader: StreamReader, last: int) -> AsyncIterator[bytes]:
+    async def _resume(self, reader: ChangeReader, last: int) -> AsyncIterator[bytes]:
         """What the reader missed after event `last`; then it is live."""
-        broadcaster = self._broadcaster
-        if not await broadcaster.has_reached(last):
-            reader.go_live(broadcaster.sent_upto)
-            yield reset_frame(reader.position)
+        if not await self._changes.has_reached(last):
+            reader.go_live(self._changes.sent_upto)
+            yield frame_of(reader.position)
             return
-        async for changes in broadcaster.missed(last):
+        async for changes in self._changes.missed(last):
             if reader.ended:
                 return
-            frames = b"".join(one.frame for one in changes if reader.runs.matches(one.record))
+            frames = b"".join(frame_of(one) for one in changes if reader.runs.matches(one.record))
             if frames:
                 yield frames
-        reader.go_live(max(last, broadcaster.sent_upto))
+        reader.go_live(max(last, self._changes.sent_upto))
+
+
+def next_frames(reader: ChangeReader) -> bytes:
+    """The first frames of what is queued, `SEND_BYTES` and the last frame at most.
+
+    Those left in the queue are shared with the other readers, what is being sent is not.
+    """
+    frames, size = [], 0
+    while size < SEND_BYTES and (one := reader.next()) is not None:
+        frames.append(frame_of(one))
+        size += len(frames[-1])
+    return b"".join(frames)
+
+
+_encoded: Final = WeakKeyDictionary[Change, bytes]()
+
+
+def frame_of(one: Change | int) -> bytes:
+    """`event: run` with `{"event", "run"}`, built once for all readers; for a number `event:
+    reset`, which asks the client to reload what it shows: the stream continues after it."""
+    if isinstance(one, int):
+        return b"id: %d\nevent: reset\ndata: {}\n\n" % one
+    if (known := _encoded.get(one)) is not None:
+        return known
+    number, shown = b"", None
+    if one.event is not None:
+        number, shown = b"id: %d\n" % one.event.id, event_json(one.event)
+    data = to_json({"event": shown, "run": run_json(one.record)})
+    data = _LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
+    frame = _encoded[one] = b"%bevent: run\ndata: %b\n\n" % (number, data)
+    return frame

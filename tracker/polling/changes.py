@@ -1,12 +1,25 @@
-"""Reads each change of a run once and hands it to all stream readers of the process.
+"""Changes of runs as they happen, by any process: each is read once for all readers of this one.
 
-It reads only while there are readers: when a signal says that a run changed, and at intervals,
-because a signal can be lost and on SQLite other processes send none.
+::
+
+    signals ──► Broadcaster ──► ChangeReader    one for each stream or loop that follows changes
+                    │
+                    ▼ reads new events once for all readers
+                GapTracker      up to which number no event can still appear
+
+The numbers of `run_events` are the events' ids. An event is handed out only when no smaller number
+can still appear, so the last number is all that a reader has to remember, and any process can
+resume from it.
+
+The broadcaster reads only while there are readers: when a signal says that a run changed, and at
+intervals, because a signal can be lost and on SQLite other processes send none.
 """
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 from tracker.core.errors import StoreError, StoreUnavailable
@@ -15,17 +28,20 @@ from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.core.waiting import wait_for
+from tracker.polling.follow import Notify, until_available
 from tracker.store.engine import Database
+from tracker.store.errors import StoreClosed
 from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import EventLine, Snapshot
 from tracker.store.signals import Signals
-from tracker.web.http.limits import Limits
-from tracker.web.http.responses import unavailable
-from tracker.web.stream.reader import Change, StreamReader
 
 PAGE_SIZE: Final = 250
 """Events in one read. A reader's queue holds several times as many."""
+QUEUE_SIZE: Final = 1000
+"""Changes queued for one reader; beyond that it is disconnected."""
+POLL_SECONDS: Final = 2.0
+"""Between two reads of new events, where other processes' signals are not heard."""
 COALESCE_SECONDS: Final = 0.05
 """Between two reads, so that changes which come together are read together."""
 LISTENING_POLL_SECONDS: Final = 15.0
@@ -41,6 +57,8 @@ REMEMBERED_RUNS: Final = 10_000
 GAP_SECONDS: Final = 10.0
 """After this long a gap is passed over: a foreign transaction may stay open for hours, and none of
 the tracker's own takes so long."""
+WAIT_SECONDS: Final = 60.0
+"""How long one wait of a loop for the next change lasts; another follows."""
 
 log = get_logger(__name__)
 
@@ -96,14 +114,96 @@ class GapTracker:
         return ready
 
 
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A changed run. `event` is its new event; `None` where it changed without one (it was lost,
+    or came back)."""
+
+    record: Record
+    event: EventLine | None
+
+
+class ChangeReader:
+    """The bounded queue between the broadcaster and one reader, and which runs that follows.
+
+    The broadcaster never waits for a reader: one whose queue is full is disconnected.
+    """
+
+    def __init__(
+        self, runs: RunFilter, *, queue_size: int, on_close: Callable[["ChangeReader"], None]
+    ) -> None:
+        self.runs = runs
+        self.position = 0
+        """All events up to this number have been queued or skipped."""
+        self.ended = False
+        self._live = False
+        self._queue_size = queue_size
+        self._on_close = on_close
+        self._queue: deque[Change | int] = deque()
+        self._filled = asyncio.Event()
+
+    def go_live(self, number: int) -> None:
+        """Accept what is offered after `number` from now on."""
+        self.position = number
+        self._live = True
+
+    def offer(self, change: Change) -> None:
+        """Queue a change, if it is followed and new to this reader."""
+        if not self._live or self.ended:
+            return
+        if change.event is not None:
+            if change.event.id <= self.position:
+                return
+            self.position = change.event.id
+        if self.runs.matches(change.record):
+            self._add(change)
+
+    def restart(self, number: int) -> None:
+        """Events are numbered anew, and continue after `number`."""
+        if self._live and not self.ended:
+            self.position = number
+            self._add(number)
+
+    def _add(self, one: Change | int) -> None:
+        if len(self._queue) < self._queue_size:
+            self._queue.append(one)
+            self._filled.set()
+        else:
+            log.info("stream.reader_dropped", behind=self._queue_size)
+            self.end()
+
+    def end(self) -> None:
+        """Disconnect; what is queued is dropped."""
+        self.ended = True
+        self._queue.clear()
+        self._filled.set()
+        self.close()
+
+    def close(self) -> None:
+        """Give the place back to the broadcaster."""
+        self._on_close(self)
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait until something is queued, `timeout` seconds at most; false at the end."""
+        if not self._queue and not self.ended:
+            self._filled.clear()
+            await wait_for(self._filled, timeout)
+        return not self.ended
+
+    def next(self) -> Change | int | None:
+        """The next change, or the number after which events continue that are numbered anew;
+        `None` where nothing is queued."""
+        return self._queue.popleft() if self._queue else None
+
+
 class Broadcaster:
     """Gives out readers, and offers each change to all of them."""
 
-    def __init__(self, db: Database, signals: Signals, limits: Limits) -> None:
+    def __init__(self, db: Database, signals: Signals) -> None:
+        self.poll_seconds = POLL_SECONDS
         self._db = db
         self._signals = signals
-        self._limits = limits
-        self._readers: set[StreamReader] = set()
+        self._readers: set[ChangeReader] = set()
         self._gaps = GapTracker(0)
         self.sent_upto = 0
         """All events up to this number have been sent."""
@@ -114,17 +214,55 @@ class Broadcaster:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def subscribe(self, runs: RunFilter) -> StreamReader:
+    async def follow(
+        self, runs: RunFilter, after: int | None, notify: Notify | None = None
+    ) -> AsyncGenerator[Change, None]:
+        """The changes of these runs after the event `after`, or from now on.
+
+        A loop that is too slow continues from the database. An `after` that the database does not
+        have begins with what comes next. `notify` gets each reason why changes cannot be read.
+        Raises `StoreUnavailable` if the database does not answer for a minute when changes are read
+        from it.
+        """
+        while not self._closed:
+            reader = await until_available(partial(self.subscribe, runs), notify)
+            try:
+                reached: bool | None = None
+                if after is not None:
+                    reached = await until_available(partial(self.has_reached, after), notify)
+                if after is None or not reached:
+                    after = self.sent_upto
+                async for page in self.missed(after):
+                    for change in page:
+                        if runs.matches(change.record):
+                            yield change
+                after = max(after, self.sent_upto)
+                reader.go_live(after)  # nothing has been awaited since the last page
+                while await reader.wait(WAIT_SECONDS):
+                    while (one := reader.next()) is not None:
+                        if isinstance(one, int):
+                            after = one
+                            continue
+                        yield one
+                        after = one.event.id if one.event else after
+                    after = after if reader.ended else reader.position
+            finally:
+                reader.close()
+
+    async def reached(self) -> int:
+        """A number for `follow`, from which on it misses nothing. Raises `StoreUnavailable`."""
+        reader = await self.subscribe(RunFilter())
+        reader.close()
+        return self.sent_upto
+
+    async def subscribe(self, runs: RunFilter, *, queue_size: int = QUEUE_SIZE) -> ChangeReader:
         """A reader, which has to be closed. It is offered nothing before it goes live.
 
-        Raises `Fault` 503 where there are too many already, and `StoreUnavailable`.
+        Raises `StoreUnavailable`.
         """
         if self._closed:
-            raise unavailable("The service is shutting down.")
-        if len(self._readers) >= self._limits.stream_readers:
-            most = self._limits.stream_readers
-            raise unavailable(f"The maximum of {most} stream readers is reached.")
-        reader = StreamReader(runs, queue_size=self._limits.stream_queue, on_close=self._leave)
+            raise StoreClosed("changes are not read any more")
+        reader = ChangeReader(runs, queue_size=queue_size, on_close=self._leave)
         self._readers.add(reader)
         try:
             await self._start()
@@ -151,13 +289,13 @@ class Broadcaster:
             yield _changes(page.lines, records)
             number = page.lines[-1].id if len(page.lines) == PAGE_SIZE else upto
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Disconnect all readers and accept no more."""
         self._closed = True
         for reader in tuple(self._readers):
             reader.end()
 
-    def _leave(self, reader: StreamReader) -> None:
+    def _leave(self, reader: ChangeReader) -> None:
         self._readers.discard(reader)
         if not self._readers and self._task is not None:
             self._task.cancel()
@@ -183,7 +321,7 @@ class Broadcaster:
                     if not down:
                         log.warning("stream.database_down", error=str(error))
                     down = True
-                    await asyncio.sleep(self._limits.stream_poll_seconds)
+                    await asyncio.sleep(self.poll_seconds)
                     continue  # what was committed meanwhile is not signalled again
                 await asyncio.sleep(COALESCE_SECONDS)
                 await self._wait()
@@ -196,7 +334,7 @@ class Broadcaster:
         if self._gaps.waiting:
             return
         listening = self._db.dialect != "sqlite" and self._signals.listening
-        seconds = LISTENING_POLL_SECONDS if listening else self._limits.stream_poll_seconds
+        seconds = LISTENING_POLL_SECONDS if listening else self.poll_seconds
         await wait_for(self._woken, seconds)
 
     async def _find_position(self) -> None:
