@@ -114,15 +114,25 @@ def merge(run: Run | None, observation: Observation) -> Run:
 
 
 def shows_the_same(run: Run, other: Run) -> bool:
-    """Whether two states of a run differ only in when cost and outputs were last read."""
+    """Whether two states of a run differ only in when cost and outputs were last read, and in the
+    signatures of links, which may be new with each read."""
+    same_outputs = _without_signatures(run) == _without_signatures(other)
     return run == replace(
         other,
         cost_read_at=run.cost_read_at,
+        outputs=run.outputs if same_outputs else other.outputs,
         outputs_read_at=run.outputs_read_at,
         precedences=other.precedences._replace(
             charged_cost=run.precedences.charged_cost, outputs=run.precedences.outputs
         ),
     )
+
+
+def _without_signatures(run: Run) -> list[tuple[str, str, str]]:
+    return [
+        (one.output_id, one.type, one.url if one.type == "text" else one.url.partition("?")[0])
+        for one in run.outputs or ()
+    ]
 
 
 def _merge_cost(

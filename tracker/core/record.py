@@ -208,8 +208,8 @@ def apply(
     seen = entry.observation
     old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)
-    if old.cost_final and shows_the_same(old.run, run):
-        run = old.run  # no write for each page that shows the same bill
+    if old.cost_final and run is not old.run and shows_the_same(old.run, run):
+        run = old.run  # no write for each page that shows the same bill and outputs
     wants_read = seen.source in _WANTS_READ or (record is None and bool(seen.lacks_status))
     just_ended = run.precedence.ended and run.precedence > old.run.precedence
     polled = _counts_as_poll(record, entry, run)

@@ -142,6 +142,7 @@ class HistoryWalk:
         unreadable: list[str] = []
         shared: set[str] = set()  # ids of the previous page, if this one must overlap it
         cursors: set[str] = set()
+        restarted_after = 0  # so many cursors before the one that was refused
         any_read = False
         while True:
             try:
@@ -149,9 +150,13 @@ class HistoryWalk:
             except FloraError as error:
                 if not self._concerns_page(error):
                     raise
-                if placed and self._offset is None:
-                    self._offset, self._cursor = 0, None  # the cursor is refused: from the top
-                    placed, from_top = False, True
+                refused = len(cursors) > restarted_after and _names_cursor(error)
+                if self._offset is None and (placed or refused):
+                    # The cursor has expired, perhaps. A second time in one place, the page is bad.
+                    self._offset, self._cursor, limit = 0, None, PAGE_SIZE
+                    placed, from_top, restarted_after = False, True, len(cursors)
+                    cursors.clear()
+                    edge.clear()
                 elif limit > 1:
                     limit //= 2
                 else:
@@ -270,6 +275,11 @@ class HistoryWalk:
             return True
         stubborn = isinstance(error, ServerFault | FloraUnreachable) and self._stubborn
         return isinstance(error, FloraUnreadable) or stubborn
+
+
+def _names_cursor(error: FloraError) -> bool:
+    """Whether FLORA refuses the cursor itself, as one that has expired."""
+    return isinstance(error, FloraRefusal) and any(one.field == "cursor" for one in error.fields)
 
 
 def _parts(page: HistoryPage, shared: set[str]) -> list[tuple[list[Observation], str | None]]:
