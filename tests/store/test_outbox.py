@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from tests.store.making import NOW, TestWriter, seen
+from tests.support import next_year
 from tests.support.webhooks import add_message
 from tracker.core.events import MOST_OPEN, EventType, MessageState, RunFilter
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, FailedRead
@@ -17,14 +18,16 @@ from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read_endpoints
 from tracker.store.queries.endpoints import EndpointConfig, MessageRow, configure, list_messages
-from tracker.store.schema import outbox
+from tracker.store.schema import endpoints, outbox
 from tracker.store.writing.messages import (
     FAILING_FOR,
+    LEFT_FOR,
     Attempt,
     Claimed,
     enable,
     fan_out,
     next_due_at,
+    outbox_waits,
     record_and_claim,
     recover,
 )
@@ -40,12 +43,14 @@ async def waiting(db: Database) -> int:
         return int(await connection.scalar(select(func.count()).select_from(outbox)) or 0)
 
 
-async def distribute(db: Database, *, now: datetime = NOW) -> list[tuple[str, str, str]]:
-    """Empty the outbox; endpoint, event and run of all messages."""
-    while await waiting(db):
+async def distribute(
+    db: Database, *, now: datetime = NOW, until: int = 0
+) -> list[tuple[str, str, str]]:
+    """Empty the outbox until so many events are left; endpoint, event and run of all messages."""
+    while await waiting(db) > until:
         await db.write(lambda one: fan_out(one, limit=3, now=now, body=message_body))
     rows, _ = await list_messages(db, limit=500)
-    return sorted((row.endpoint_id, row.event.value, row.run_id) for row in rows)
+    return sorted((row.endpoint_id, str(row.event), row.run_id) for row in rows)
 
 
 async def known(db: Database, *endpoint_ids: str, at: datetime = NOW - SECOND, **more: Any) -> None:
@@ -305,3 +310,29 @@ async def test_days_of_sleep_are_no_days_of_failures(db: Database) -> None:
         last = await turn(db, now=now, outcomes=[(claim.message_id, failure(now))], most=0)
         assert last.disabled is None
         assert (await the_message(db)).state is MessageState.PENDING
+
+
+async def test_an_event_of_a_newer_version_is_left_to_it(
+    db: Database, writer: TestWriter, database_url: str
+) -> None:
+    """It stays in the outbox, and holds up no other."""
+    await next_year.fill(database_url)
+    await known(db, "a", at=next_year.NOW)
+    await writer.submit(ended("run_1", at=next_year.NOW + SECOND))
+    await distribute(db, now=next_year.NOW + SECOND, until=1)
+    assert not await outbox_waits(db)
+    made, _ = await list_messages(db, endpoint_id="a")
+    assert [row.run_id for row in made] == ["run_1"]
+
+
+async def test_events_are_left_to_a_newer_version_that_filters_them(
+    db: Database, writer: TestWriter
+) -> None:
+    """For as long as its processes run; then its filter counts as far as it is known."""
+    await known(db, "a", filter=RunFilter(status="completed"))
+    newer = update(endpoints).values(filters={"status": "completed", "of_next_year": "x"})
+    await db.write(lambda connection: connection.execute(newer).rowcount)
+    await writer.submit(ended("run_1"))
+    left = await db.write(lambda one: fan_out(one, limit=3, now=NOW, body=message_body))
+    assert (left.taken, await waiting(db)) == (0, 1)
+    assert await distribute(db, now=NOW + LEFT_FOR) == [("a", "run.settled", "run_1")]

@@ -34,7 +34,7 @@ _BAR: Final = 10
 _NAME: Final = 16
 _ONCE: Final = ("--again", "--retry-failed", "--retry-all", "--yes", "-y", "--no-wait", "--json")
 """Options that the command for the next step does not repeat."""
-_ADVICE: Final = {
+_ADVICE: Final[dict[str, str]] = {
     RetryAdvice.RETRY_NOW: "can be retried",
     RetryAdvice.RETRY_LATER: "can be retried later",
     RetryAdvice.CHANGE_INPUT: "change the input",

@@ -116,7 +116,7 @@ async def follow(
                         runs.show(observed)
                         continue
                     for record, source in observed:
-                        line: dict[str, Any] = {**run_json(record), "last_source": source.value}
+                        line: dict[str, Any] = {**run_json(record), "last_source": str(source)}
                         typer.echo(json.dumps(line, separators=(",", ":")))
     except asyncio.CancelledError:
         active = [plain(key) for key, one in known.items() if one.tracking is Tracking.ACTIVE]
@@ -161,7 +161,7 @@ class _RunScreen:
                 self._states[run_id] = state
                 self._screen.line(f"{run_id} {state}  {_elapsed(record, self._clock)}  {source}")
 
-    def _show_bar(self, record: Record, source: "Source") -> None:
+    def _show_bar(self, record: Record, source: "Source | str") -> None:
         run = record.run
         error = f"  {plain(record.last_error)}" if record.last_error else ""
         self._screen.bar(

@@ -29,13 +29,9 @@ class Trouble(StrEnum):
     KEY_REFUSED = "key refused"
     """FLORA does not accept the key."""
 
-    @property
-    def silent(self) -> bool:
-        """Whether FLORA itself does not answer."""
-        return self in (Trouble.UNREACHABLE, Trouble.NOT_FLORA)
 
-
-_ADVICE: Final = {
+_SILENT: Final = (Trouble.UNREACHABLE, Trouble.NOT_FLORA)
+_ADVICE: Final[dict[str, str]] = {
     Trouble.UNREACHABLE: "it is tried again; see whether this machine reaches FLORA_BASE_URL",
     Trouble.NOT_FLORA: "check FLORA_BASE_URL, and what answers in FLORA's place",
     Trouble.LISTS_REFUSED: "check FLORA_BASE_URL, and the rights of FLORA_API_KEY",
@@ -48,13 +44,20 @@ _ADVICE: Final = {
 class OngoingTrouble:
     """A trouble, since when (UTC) it lasts, and the last error in words."""
 
-    trouble: Trouble
+    trouble: Trouble | str
+    """A text where a newer version reported what this version does not know."""
     since: datetime
     reason: str
 
     @property
     def advice(self) -> str:
-        return _ADVICE[self.trouble]
+        """What to do about it."""
+        return _ADVICE.get(self.trouble, "a newer version of the tracker reported it")
+
+    @property
+    def silent(self) -> bool:
+        """Whether FLORA itself does not answer."""
+        return self.trouble in _SILENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,7 @@ class ContactState:
         if not self.is_current(now):
             return None
         if self.trouble is not None:
-            return not self.trouble.trouble.silent
+            return not self.trouble.silent
         return True if self.answered_at else None
 
 
@@ -89,7 +92,7 @@ def joined(one: ContactState, other: ContactState) -> ContactState:
     answers = [each.answered_at for each in (one, other) if each.answered_at]
     answered_at = max(answers, default=None)
     trouble = newer.trouble
-    if trouble is None or trouble.trouble.silent:
+    if trouble is None or trouble.silent:
         trouble = _silence(newer.trouble, older.trouble, newer.asked_at, answered_at)
     return ContactState(asked_at=newer.asked_at, answered_at=answered_at, trouble=trouble)
 
@@ -101,7 +104,7 @@ def _silence(
     answered_at: datetime | None,
 ) -> OngoingTrouble | None:
     """The silence of FLORA that two troubles show, if it lasts."""
-    silences = [each for each in (newer, older) if each and each.trouble.silent]
+    silences = [each for each in (newer, older) if each and each.silent]
     if not silences:
         return None
     starts = [each.since for each in silences if not answered_at or each.since >= answered_at]

@@ -102,9 +102,14 @@ class RunFilter:
         fields["tag"] = self.tag and "=".join(self.tag)
         return {name: value for name, value in fields.items() if value is not None}
 
+    @staticmethod
+    def knows(fields: Mapping[str, str]) -> bool:
+        """Whether this version can tell which runs match, of what a newer one may have stored."""
+        return fields.keys() <= {"workspace_id", "technique_id", "status", "tag"}
+
     @classmethod
     def from_json(cls, fields: Mapping[str, str]) -> "RunFilter":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`, without the fields that this version does not know."""
         key, equals, value = fields.get("tag", "").partition("=")
         return cls(
             workspace_id=fields.get("workspace_id"),

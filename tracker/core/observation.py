@@ -21,6 +21,7 @@ from tracker.core.run import (
     RunStatus,
     Status,
     fast_dataclass,
+    known,
     status_of,
 )
 
@@ -48,11 +49,12 @@ class Observation:
     `sent_at` decides which cost and outputs are the latest. Times are aware UTC. `charged_cost` is
     FLORA's field in USD: a quote or the bill. `clock_skew` is how many seconds FLORA's clock was
     ahead, if the clocks differed. `lacks_status` is true for a list item without one: it shows that
-    the run exists, and its `status` says nothing.
+    the run exists, and its `status` says nothing. `source` is a text where a newer version stored
+    one that this version does not know.
     """
 
     run_id: str
-    source: Source
+    source: Source | str
     at: datetime
     status: Status = RunStatus.PENDING
     progress: float | None = None
@@ -153,9 +155,9 @@ _NAMES: Final = frozenset(name for name, _ in _FORMS)
 _VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
 _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(_TIMES, lambda text: datetime.fromisoformat(text).astimezone(UTC)),
-    "source": Source,
+    "source": lambda text: known(Source, text),
     "status": status_of,
     "charged_cost": Decimal,
-    "error": lambda error: RunError(**error),
-    "outputs": lambda outputs: tuple(Output(*output) for output in outputs),
+    "error": lambda error: RunError(error.get("code", ""), error.get("message", "")),
+    "outputs": lambda outputs: tuple(Output(*output[:3]) for output in outputs),
 }

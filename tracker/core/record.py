@@ -141,11 +141,11 @@ class Record:
     """
 
     run: Run
-    source: Source
+    source: Source | str
     first_seen_at: datetime
     callback_at: datetime | None = None
     callback_expected: bool = False
-    ended_via: Source | None = None
+    ended_via: Source | str | None = None
     end_seen_at: datetime | None = None
     settled_at: datetime | None = None
     cost_final: bool = False

@@ -155,7 +155,7 @@ def facts(record: Record) -> list[Fact]:
     if known_at is None or via is None:
         return found
     hour = known_at.replace(minute=0, second=0, microsecond=0)
-    word = via.value
+    word = str(via)
     ended_at = run.completed_at
     adopted = is_adopted(record)
     found.append((RollupKey(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0))

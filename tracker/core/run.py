@@ -33,6 +33,27 @@ RunType = Literal["technique", "generation"]
 """The kinds of runs; FLORA lists each separately."""
 
 
+W = TypeVar("W", bound=StrEnum)
+
+
+def known(kind: type[W], text: str) -> W | str:
+    """The member of that value; for one that only a newer version knows, the text as it is."""
+    found = kind._value2member_map_.get(text)
+    return found if isinstance(found, kind) else text
+
+
+class OpenNumber(IntEnum):
+    """Numbers of a scale that a newer version may extend: an unknown one is kept as it is."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> "OpenNumber | None":
+        if not isinstance(value, int):
+            return None
+        found = int.__new__(cls, value)
+        found._name_, found._value_ = f"of a newer version: {value}", value
+        return found
+
+
 class RunStatus(StrEnum):
     """The four statuses that FLORA documents; a newer FLORA may show others."""
 
@@ -48,13 +69,10 @@ Status = RunStatus | str
 
 def status_of(text: str) -> Status:
     """The status of that name."""
-    return _KNOWN.get(text, text)
+    return known(RunStatus, text)
 
 
-_KNOWN: Final = {str(status): status for status in RunStatus}
-
-
-class Precedence(IntEnum):
+class Precedence(OpenNumber):
     """A status together with who reported it, in ascending order."""
 
     PENDING = 0
@@ -85,7 +103,7 @@ _STATUS: Final = {
 }
 
 
-class Details(IntEnum):
+class Details(OpenNumber):
     """Whether the details of an ended run were read from the API.
 
     A single read always has them, and so settles the run. A history item or the answer to a start
@@ -202,7 +220,7 @@ class Run:
     @property
     def status(self) -> Status:
         """FLORA's status of the run, as far as it is known."""
-        return self.unknown_status or _STATUS[self.precedence]
+        return self.unknown_status or _STATUS.get(self.precedence, RunStatus.COMPLETED)
 
     @property
     def settled(self) -> bool:

@@ -11,7 +11,7 @@ from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Durations, Policy, PollReason
-from tracker.explaining.timeline import SOURCE_NAMES, Sentence, SentenceKind, moment, timeline
+from tracker.explaining.timeline import Sentence, SentenceKind, moment, source_name, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service
@@ -80,7 +80,7 @@ class Explainer(Service):
             since = moment(found.since)
             if found.trouble is Trouble.KEY_REFUSED:
                 return f"FLORA has refused the workspace's API key since {since}: {found.reason}."
-            if found.trouble.silent:
+            if found.silent:
                 return f"FLORA has not answered since {since}: {found.reason}."
             return f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
         names = {workspace.name, workspace.slot, record.run.workspace_id}
@@ -138,7 +138,7 @@ def _polls(record: Record) -> Iterator[Sentence]:
 def _state(record: Record) -> Iterator[Sentence]:
     """The tracking state: settled, not found, or finished with details to fetch."""
     run, via = record.run, record.ended_via
-    first_known = f"first known from {SOURCE_NAMES[via]}" if via is not None else ""
+    first_known = f"first known from {source_name(via)}" if via is not None else ""
     if record.tracking is Tracking.SETTLED:
         text = f"Settled: {run.status}, with all details."
         text += f" The end was {first_known}." if first_known else ""

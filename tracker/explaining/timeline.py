@@ -21,14 +21,14 @@ from tracker.store.queries.starts import StartRow
 LATE: Final = timedelta(seconds=10)
 """A callback that was applied this long after its receipt was quarantined first, or had to wait."""
 
-SOURCE_NAMES: Final = {
+_SOURCE_NAMES: Final[dict[str, str]] = {
     Source.START: "FLORA's answer to the start",
     Source.TRACK: "the request to track it",
     Source.CALLBACK: "a callback",
     Source.POLL: "a poll",
     Source.HISTORY: "FLORA's run history",
 }
-_FIRST_SEEN: Final = {
+_FIRST_SEEN: Final[dict[str, str]] = {
     Source.START: "Started here.",
     Source.TRACK: "Started elsewhere; someone asked to track it. The state given in that request "
     "is not trusted: FLORA is asked.",
@@ -72,7 +72,7 @@ class Sentence:
     kind: SentenceKind
     text: str
     at: datetime | None = None
-    source: Source | None = None
+    source: Source | str | None = None
     event: TimelineEvent | None = None
     delivery_id: str | None = None
 
@@ -85,7 +85,10 @@ def timeline(
 ) -> list[Sentence]:
     """What happened, oldest first. `events` are the run's events, oldest first."""
     first_seen = Sentence(
-        SentenceKind.STATE, _FIRST_SEEN[record.source], record.first_seen_at, record.source
+        SentenceKind.STATE,
+        _FIRST_SEEN.get(record.source, f"First seen through {record.source}."),
+        record.first_seen_at,
+        record.source,
     )
     sentences = [
         *(_start(start) if start else [first_seen]),
@@ -93,6 +96,11 @@ def timeline(
         *_deliveries(events, deliveries),
     ]
     return sorted(sentences, key=lambda sentence: sentence.at or record.first_seen_at)
+
+
+def source_name(source: Source | str) -> str:
+    """A source for people; one that only a newer version knows as it is."""
+    return _SOURCE_NAMES.get(source, source)
 
 
 def moment(at: datetime) -> str:
@@ -161,7 +169,9 @@ def _observed(seen: Observation, before: Run | None, delivery: DeliveryRow | Non
             return f"{name} reported {state}{'' if settled else '; the run is polled at once'}."
         case Source.POLL:
             return f"A poll showed {state}."
-    return f"FLORA's run history showed {state}."
+        case Source.HISTORY:
+            return f"FLORA's run history showed {state}."
+    return f"{seen.source} showed {state}."
 
 
 def _state(seen: Observation) -> str:
@@ -218,9 +228,9 @@ def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:
 def _contradiction(seen: Observation, earlier: Sequence[Observation], after: Run) -> str:
     """Both sides of a contradiction about the end, and which of them counts."""
     ends = [one for one in earlier if one.precedence.ended]
-    this = SOURCE_NAMES[seen.source]
+    this = source_name(seen.source)
     for other in reversed(ends):
-        that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
+        that = f"{source_name(other.source)} at {moment(other.at)}"
         if other.status != seen.status:
             by_api = other.precedence.ended_at_api != seen.precedence.ended_at_api
             rule = "the API overrides a callback" if by_api else "completed overrides failed"
@@ -231,7 +241,7 @@ def _contradiction(seen: Observation, earlier: Sequence[Observation], after: Run
     for other in reversed(ends):
         one, two = other.error, seen.error
         if other.precedence == seen.precedence and one and two and one.code != two.code:
-            that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
+            that = f"{source_name(other.source)} at {moment(other.at)}"
             return (
                 f"Sources agree about the end but not about the error ({one.code} and {two.code}): "
                 f"{that}, and {this}."

@@ -101,7 +101,7 @@ class Contact:
         """When the first request since FLORA's last answer was sent."""
         self._failing: OngoingTrouble | None = None
         self._other_workspace: OngoingTrouble | None = None
-        self._logged: Trouble | None = None
+        self._logged: Trouble | str | None = None
 
     @property
     def failing(self) -> bool:
@@ -173,13 +173,13 @@ class Contact:
         found = self.found
         if found is None:
             if self._logged is not None and not self.failing:
-                log.info("flora.well_again", was=self._logged.value)
+                log.info("flora.well_again", was=str(self._logged))
                 self._logged = None
         elif self._logged is not found.trouble:
             self._logged = found.trouble
             log.error(
                 "flora.trouble",
-                trouble=found.trouble.value,
+                trouble=str(found.trouble),
                 since=found.since.isoformat(timespec="seconds"),
                 error=found.reason,
                 advice=found.advice,

@@ -51,7 +51,7 @@ class BatchResult(Generic[AnyRun]):
             run=None if row.record is None else bound(row.record),
             status=str(row.status),
             error=row.why,
-            retry_advice=row.advice and row.advice.value,
+            retry_advice=row.advice and str(row.advice),
             inputs=tuple(row.inputs or ()),
             tags=row.entry.tags,
             carried=row.entry.carried,

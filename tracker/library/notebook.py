@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tracker.core.formatting import counted, duration, money, unturned
 from tracker.core.net import is_loopback_url
-from tracker.core.run import Output, RetryAdvice
+from tracker.core.run import Output, RetryAdvice, known
 from tracker.web.dashboard.media import output_names, plain_http_origin, presentation, web_link
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def run_html(run: "RunFields") -> str:
         (one, name, _kind(one))
         for one, name in zip(run.outputs, output_names(run.outputs, ()), strict=True)
     ]
-    advice = run.retry_advice and RetryAdvice(run.retry_advice).sentence
+    advice = run.retry_advice and known(RetryAdvice, run.retry_advice)
+    if isinstance(advice, RetryAdvice):
+        advice = advice.sentence
     return str(_macros().card(run, outputs, advice))
 
 

@@ -214,7 +214,7 @@ class RunChange(Generic[AnyRun]):
         return RunChange(
             event_id=event and event.id,
             at=event and event.at,
-            source=event and event.source.value,
+            source=event and str(event.source),
             status=str((event or change.record.run).status),
             run=bound(change.record),
         )

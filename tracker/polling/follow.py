@@ -48,7 +48,7 @@ class RunUpdate(NamedTuple):
     """A run as it is now, and the source of its last news."""
 
     record: Record
-    source: Source
+    source: Source | str
 
 
 @dataclass(kw_only=True, eq=False)

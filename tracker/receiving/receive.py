@@ -14,7 +14,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
 from tracker.core.log import add_log_context
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
-from tracker.core.run import fast_dataclass
+from tracker.core.run import fast_dataclass, known
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
 from tracker.polling.workspaces import Workspaces
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
     """
 
     delivery_id: str
-    outcome: DeliveryOutcome
+    outcome: DeliveryOutcome | str
     repeated: bool
 
 
@@ -64,13 +64,13 @@ class Inbox(GroupCommit[Delivery, Stored]):
             rows = [receipts[key] for key in sorted(receipts)]
             before = await self._statements.store(self._db, rows)
             for key, receipt in receipts.items():
-                outcome, repeated = DeliveryOutcome.WAITING, key in before
-                if repeated:
-                    if (known := before[key]) is None:
+                outcome: DeliveryOutcome | str = DeliveryOutcome.WAITING
+                if repeated := key in before:
+                    if (stored_as := before[key]) is None:
                         renamed = _renamed(receipt.delivery)
                         left += [(position, renamed) for position in receipt.positions]
                         continue
-                    outcome = DeliveryOutcome(known)
+                    outcome = known(DeliveryOutcome, stored_as)
                 for position in receipt.positions:
                     stored[position] = Stored(key, outcome, repeated)
                     repeated = True
@@ -118,7 +118,7 @@ class Received:
 
     delivery_id: str
     run_id: str | None
-    outcome: DeliveryOutcome
+    outcome: DeliveryOutcome | str
     repeated: bool
     workspace: str
     secret: int

@@ -50,7 +50,7 @@ class Replay:
 
     delivery_id: str
     run_id: str | None
-    outcome: DeliveryOutcome
+    outcome: DeliveryOutcome | str
     reason: str | None = None
     already: bool = False
 

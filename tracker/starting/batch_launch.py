@@ -93,6 +93,11 @@ class Order:
             at_once=stored.get("at_once", False),
         )
 
+    @classmethod
+    def unknown(cls, batch: BatchRow) -> list[str]:
+        """The options of its order that only a newer version knows."""
+        return sorted((batch.launch or {}).keys() - cls.__slots__)
+
     def as_json(self) -> dict[str, Any]:
         """The order as it is stored."""
         return {

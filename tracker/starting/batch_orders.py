@@ -260,6 +260,11 @@ class BatchWorker(Service):
         """Start the rows; how that ended, `None` if it was broken off."""
         launch: BatchLaunch | None = None
         try:
+            if unknown := Order.unknown(batch):
+                raise TrackerError(
+                    "it waits for a worker of the newer version that it was ordered with "
+                    f"({', '.join(unknown)})"
+                )
             plan = await self._plan(batch, order)
             launch = await self.batches.launch_of(
                 plan,

@@ -26,7 +26,7 @@ LONGEST_RETRY_LATER: Final = timedelta(minutes=10)
 doubling with each attempt, from the first to the second."""
 
 
-_WITHOUT_RUN: Final = {
+_WITHOUT_RUN: Final[dict[str, str]] = {
     StartState.STORED: "not_started",
     StartState.SENT: "sending",
     StartState.IN_DOUBT: "in_doubt",
@@ -71,7 +71,9 @@ class RowState:
         `unresolved` before there is one; `lost` or `forgotten` if there is none any more."""
         if self.record is not None:
             return self.record.shown_status
-        return "not_started" if self.start is None else _WITHOUT_RUN[self.start.state]
+        if self.start is None:
+            return "not_started"
+        return _WITHOUT_RUN.get(self.start.state, self.start.state)
 
     @property
     def started(self) -> bool:

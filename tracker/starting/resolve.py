@@ -128,7 +128,7 @@ class StartResolver(Service):
             if row.state is StartState.IN_DOUBT:
                 await _store(mine, row.state, error)
             elif left or row.is_known_to_flora:
-                await _store(mine, row.state, naming(error, left))
+                await _store(mine, StartState.UNRESOLVED, naming(error, left))
             else:
                 await _store(mine, StartState.REFUSED, {"message": NOTHING_STARTED})
             actor = audit.principal().name

@@ -13,7 +13,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Precedence, Precedences, Run, RunError, RunStatus
+from tracker.core.run import (
+    Details,
+    Output,
+    Precedence,
+    Precedences,
+    Run,
+    RunError,
+    RunStatus,
+    known,
+)
 from tracker.core.schedule import NextPoll, PollReason
 from tracker.store.engine import Database
 from tracker.store.schema import run_outputs, runs
@@ -71,11 +80,11 @@ def run_row(record: Record) -> tuple[Any, ...]:
         int(run.details),
         _packed(run.precedences),
         run.conflict,
-        record.source.value,
+        str(record.source),
         record.first_seen_at,
         record.callback_at,
         record.callback_expected,
-        None if ended_via is None else ended_via.value,
+        None if ended_via is None else str(ended_via),
         record.end_seen_at,
         record.tracking.value,
         record.settled_at,
@@ -178,11 +187,11 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
             outputs_read_at=outputs_read_at,
             precedences=precedences,
         ),
-        source=Source(source),
+        source=known(Source, source),
         first_seen_at=first_seen_at,
         callback_at=callback_at,
         callback_expected=callback_expected,
-        ended_via=None if ended_via is None else Source(ended_via),
+        ended_via=None if ended_via is None else known(Source, ended_via),
         end_seen_at=end_seen_at,
         settled_at=settled_at,
         cost_final=cost_final,

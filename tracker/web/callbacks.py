@@ -9,7 +9,7 @@ ASGI application.
 import asyncio
 import logging
 import re
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -40,11 +40,10 @@ E = TypeVar("E", bound=Exception)
 
 log = get_logger(__name__)
 
-_RESPONSES: Final = {
-    (outcome, repeated): PrebuiltResponse({"outcome": outcome, "repeated": repeated})
-    for outcome in DeliveryOutcome
-    for repeated in (False, True)
-}
+
+@lru_cache(32)
+def _response(outcome: DeliveryOutcome | str, repeated: bool) -> PrebuiltResponse:
+    return PrebuiltResponse({"outcome": outcome, "repeated": repeated})
 
 
 class Callbacks:
@@ -146,7 +145,7 @@ class Callbacks:
                     run_id=received.run_id,
                     repeated=received.repeated,
                 )
-        return _RESPONSES[received.outcome, received.repeated]
+        return _response(received.outcome, received.repeated)
 
     def _refused(self, reason: str, answer: E, cause: Exception | None = None) -> E:
         """Count a refusal; log it at intervals, so that forged callbacks cannot fill the log."""

@@ -120,7 +120,7 @@ def check_connection(contact: ContactState | None, state: WorkState) -> Finding:
         at = f"{contact.asked_at:%Y-%m-%d %H:%M:%S} UTC"
         return warning("connection", f"The tracker has not asked FLORA since {at}.", _START)
     if (found := contact.trouble) is not None:
-        what = "FLORA has not answered the tracker" if found.trouble.silent else f"{found.trouble}"
+        what = "FLORA has not answered the tracker" if found.silent else f"{found.trouble}"
         return failed(
             "connection",
             f"{what[0].upper()}{what[1:]} since {found.since:%Y-%m-%d %H:%M:%S} UTC: "

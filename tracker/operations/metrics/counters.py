@@ -181,7 +181,7 @@ class Counters:
             before, after = change.before, change.after
             if after is None or after is before or after.ended_via is None:
                 continue
-            via, ended_at = after.ended_via.value, after.run.completed_at
+            via, ended_at = str(after.ended_via), after.run.completed_at
             adopted = is_adopted(after)
             if before is None or before.ended_via is None:
                 if adopted:

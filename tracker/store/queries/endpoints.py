@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from sqlalchemy import ColumnElement, Connection, Row, case, func, select
 
 from tracker.core.events import EventType, MessageState, RunFilter
+from tracker.core.run import known
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries.paging import matching, newest_first
@@ -238,11 +239,11 @@ class MessageRow:
 
     message_id: str
     endpoint_id: str
-    event: EventType
+    event: EventType | str
     run_id: str
     event_at: datetime
     created_at: datetime
-    state: MessageState
+    state: MessageState | str
     attempts: int
     last_attempt_at: datetime | None = None
     next_attempt_at: datetime | None = None
@@ -320,5 +321,5 @@ async def list_attempts(db: Database, message_id: str) -> list[AttemptRow]:
 
 def _message(row: Any) -> MessageRow:
     values = dict(row._mapping)
-    event, state = EventType(values["event"]), MessageState(values["state"])
+    event, state = known(EventType, values["event"]), known(MessageState, values["state"])
     return MessageRow(**values | {"event": event, "state": state})

@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome, Record
-from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, status_of
+from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, known, status_of
 from tracker.core.schedule import Durations
 from tracker.store.claims import WorkspaceScope, within
 from tracker.store.engine import Database
@@ -47,10 +47,10 @@ from tracker.store.schema import (
 
 def has_status(status: Status) -> ColumnElement[bool]:
     """The run has this status, documented or not."""
-    known = status_of(status)
-    if isinstance(known, RunStatus):
-        return is_rare(runs.c.status, known, RunStatus.COMPLETED)
-    return and_(runs.c.status == known, runs.c.status != word(RunStatus.COMPLETED))
+    named = status_of(status)
+    if isinstance(named, RunStatus):
+        return is_rare(runs.c.status, named, RunStatus.COMPLETED)
+    return and_(runs.c.status == named, runs.c.status != word(RunStatus.COMPLETED))
 
 
 def is_tracked_as(tracking: Tracking) -> ColumnElement[bool]:
@@ -72,7 +72,7 @@ class TimelineEvent(NamedTuple):
     id: int
     run_id: str
     at: datetime
-    source: Source
+    source: Source | str
     status: Status
     progress: float | None
     detail: dict[str, Any]
@@ -154,9 +154,9 @@ async def list_runs(
         if status is not None and not isinstance(status_of(status), RunStatus):
             some = select(runs.c.run_id).where(has_status(status)).limit(1)
             if (await connection.execute(some)).first() is None:
-                known = f"must be one of {', '.join(RunStatus)}, or another that a run has"
-                message = f"no run has this status: it {known}"
-                raise InvalidRequest(message, [FieldFault("status", known)])
+                must = f"must be one of {', '.join(RunStatus)}, or another that a run has"
+                message = f"no run has this status: it {must}"
+                raise InvalidRequest(message, [FieldFault("status", must)])
         statement = select(*RUN_COLUMNS).where(*wanted)
         rows, following = await newest_first(
             connection, statement, NEWEST_FIRST, cursor=cursor, limit=limit
@@ -179,7 +179,7 @@ async def events(db: Database, run_id: str) -> list[TimelineEvent]:
     rows = await db.fetch(statement)
     return [
         TimelineEvent(**row._asdict())._replace(
-            source=Source(row.source), status=status_of(row.status)
+            source=known(Source, row.source), status=status_of(row.status)
         )
         for row in rows
     ]
@@ -232,7 +232,7 @@ class EventLine(NamedTuple):
     id: int
     run_id: str
     at: datetime
-    source: Source
+    source: Source | str
     status: Status
     progress: float | None
 
@@ -270,7 +270,7 @@ async def events_after(
     rows = await db.fetch(statement)
     lines = [
         EventLine(*row[: len(_COLUMNS)])._replace(
-            source=Source(row.source), status=status_of(row.status)
+            source=known(Source, row.source), status=status_of(row.status)
         )
         for row in rows
     ]
@@ -294,15 +294,15 @@ def _with_snapshot(statement: Select[Any]) -> Select[Any]:
     return statement
 
 
-async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source]:
+async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source | str]:
     """The source of the latest event of each run."""
-    found: dict[str, Source] = {}
+    found: dict[str, Source | str] = {}
     for some in chunks(run_ids):
         last = select(func.max(run_events.c.id)).where(run_events.c.run_id.in_(some))
         statement = select(run_events.c.run_id, run_events.c.source).where(
             run_events.c.id.in_(last.group_by(run_events.c.run_id))
         )
-        found |= {run_id: Source(source) for run_id, source in await db.fetch(statement)}
+        found |= {run_id: known(Source, source) for run_id, source in await db.fetch(statement)}
     return found
 
 
@@ -323,7 +323,7 @@ class DeliveryRow:
     received_at: datetime
     last_received_at: datetime
     receipts: int
-    outcome: DeliveryOutcome
+    outcome: DeliveryOutcome | str
     reason: str | None
     applied_at: datetime | None = None
     body_removed_at: datetime | None = None
@@ -376,7 +376,7 @@ def _delivery(row: Row[Any]) -> DeliveryRow:
     del values["callback_token"]  # a secret: it authenticates callbacks of the start
     if row.body_removed_at is not None:
         values["body"] = None  # emptied by retention
-    return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})
+    return DeliveryRow(**values | {"outcome": known(DeliveryOutcome, values["outcome"])})
 
 
 # Queries of quarantined deliveries: the causes, and which deliveries have one of them.

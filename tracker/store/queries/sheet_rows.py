@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONPATH
 
 from tracker.core.inputs import Input, RunNumber, key_parts
-from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking
+from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking, known
 from tracker.store.engine import Database
 from tracker.store.queries.paging import chunks
 from tracker.store.queries.starts import StartRow, StartState
@@ -57,7 +57,7 @@ class ErrorGroup:
 
     code: str
     message: str | None
-    advice: RetryAdvice | None
+    advice: RetryAdvice | str | None
     count: int
     retryable: int
 
@@ -99,7 +99,7 @@ async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
         ErrorGroup(
             code=row.code,
             message=row.message,
-            advice=None if row.advice is None else RetryAdvice(row.advice),
+            advice=None if row.advice is None else known(RetryAdvice, row.advice),
             count=row.rows,
             retryable=row.retryable,
         )

@@ -44,6 +44,7 @@ from tracker.core.budget import Budget
 from tracker.core.inputs import Tags
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed
+from tracker.core.run import known
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
@@ -90,7 +91,7 @@ class StartRow:
     technique_id: str
     fingerprint: str
     inputs: list[dict[str, Any]]
-    state: StartState
+    state: StartState | str
     created_at: datetime
     in_use_since: datetime | None = None
     callback_url: str | None = None
@@ -512,7 +513,7 @@ def _found(row: Row[Any] | None) -> StartRow | None:
 
 def _row(row: Row[Any]) -> StartRow:
     values = row._asdict()
-    return StartRow(**values | {"state": StartState(values["state"])})
+    return StartRow(**values | {"state": known(StartState, values["state"])})
 
 
 # A proxy may forward only the exact path `/callbacks/flora`, so that callbacks to the addresses of

@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, and_, exists, select, tuple_, update
 
 from tracker.core.contact import ContactState, OngoingTrouble, Trouble, joined
+from tracker.core.run import known
 from tracker.store.engine import Database
 from tracker.store.schema import batches, leases, runs, starts, workspace_keys
 
@@ -158,7 +159,7 @@ def _text(state: ContactState) -> str:
         values["answered_at"] = state.answered_at.isoformat()
     if (found := state.trouble) is not None:
         values |= {
-            "trouble": found.trouble.value,
+            "trouble": str(found.trouble),
             "since": found.since.isoformat(),
             "reason": found.reason,
         }
@@ -168,13 +169,16 @@ def _text(state: ContactState) -> str:
 def _state(row: Row[Any] | None, now: datetime) -> ContactState | None:
     if row is None or row.until > now + _AHEAD:
         return None
-    values: dict[str, str] = json.loads(row.holder)
-    answered_at, trouble = values.get("answered_at"), None
-    if "trouble" in values:
-        since = datetime.fromisoformat(values["since"])
-        trouble = OngoingTrouble(Trouble(values["trouble"]), since, values["reason"])
-    return ContactState(
-        asked_at=row.until,
-        answered_at=datetime.fromisoformat(answered_at) if answered_at else None,
-        trouble=trouble,
-    )
+    try:
+        values: dict[str, str] = json.loads(row.holder)
+        answered_at, trouble = values.get("answered_at"), None
+        if "trouble" in values:
+            since = datetime.fromisoformat(values["since"])
+            trouble = OngoingTrouble(known(Trouble, values["trouble"]), since, values["reason"])
+        return ContactState(
+            asked_at=row.until,
+            answered_at=datetime.fromisoformat(answered_at) if answered_at else None,
+            trouble=trouble,
+        )
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None  # a newer version stores it in another form

@@ -58,7 +58,12 @@ GONE: Final = 410
 PAGE: Final = 500
 """Messages that one transaction makes due again."""
 
+LEFT_FOR: Final = timedelta(minutes=5)
+"""Endpoints that a newer version has noted for the last time longer ago than this are not waited
+for: processes note theirs every minute."""
+
 _PENDING: Final = messages.c.state == word("pending")
+_KNOWN: Final = outbox.c.event.in_([word(event) for event in EventType])
 
 Shown = Callable[[EventType, datetime, Record], str]
 """Makes the body of a message: JSON."""
@@ -73,8 +78,8 @@ class FanOut:
 
 
 async def outbox_waits(db: Database) -> bool:
-    """Whether there are events."""
-    return await db.fetchrow(select(outbox.c.id).limit(1)) is not None
+    """Whether there are events that this version knows."""
+    return await db.fetchrow(select(outbox.c.id).where(_KNOWN).limit(1)) is not None
 
 
 def fan_out(
@@ -86,14 +91,21 @@ def fan_out(
     `own`, do, whatever the clock says. Nothing is sent of a run that ended before its endpoint was
     first configured, so that a first sweep floods nobody. An event whose run is not in the reported
     state any more is dropped, because a change back causes an event of its own.
+
+    What only a newer version knows is left to its processes: their events, and while they run, all
+    events where an endpoint has a filter of theirs.
     """
-    oldest = select(outbox).order_by(outbox.c.id).limit(limit).with_for_update(skip_locked=True)
+    oldest = select(outbox).where(_KNOWN).order_by(outbox.c.id).limit(limit)
+    oldest = oldest.with_for_update(skip_locked=True)
     events = connection.execute(oldest).all()
     if not events:
         return FanOut(0)
     is_configured = endpoints.c.configured_at > now - CONFIGURED_WITHIN
     known = select(endpoints).where(or_(is_configured, endpoints.c.endpoint_id.in_(own)))
     receivers = connection.execute(known).all()
+    newest = [one.configured_at for one in receivers if not RunFilter.knows(one.filters)]
+    if any(at > now - LEFT_FOR for at in newest):
+        return FanOut(0)
     made = list(_messages_of(connection, events, receivers, now, body)) if receivers else []
     if made:
         rows = insert_on(connection.dialect.name)(messages).on_conflict_do_nothing(

@@ -176,7 +176,7 @@ class WriteBatch:
         if isinstance(entry, Observed):
             if result.changed:
                 seen = entry.observation
-                status, source = str(seen.status), seen.source.value
+                status, source = str(seen.status), str(seen.source)
                 event = (run_id, seen.at, source, status, seen.progress, seen.to_json())
                 changes.events.append(event)
             if entry.slot is not None and entry.idempotency_key is not None:

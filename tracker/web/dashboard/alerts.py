@@ -30,7 +30,7 @@ SENT_WITHIN: Final = timedelta(hours=1)
 """An alert is shown where a message has waited for its endpoint for longer."""
 APPLIED_WITHIN: Final = timedelta(minutes=1)
 """An alert is shown where an acknowledged callback waits for longer to be applied."""
-_TROUBLES: Final = {
+_TROUBLES: Final[dict[str, tuple[str, str]]] = {
     Trouble.UNREACHABLE: ("FLORA has not answered", "trackerfloraunreachable"),
     Trouble.NOT_FLORA: ("FLORA_BASE_URL has not led to FLORA", "trackerfloramisconfigured"),
     Trouble.LISTS_REFUSED: ("FLORA has refused to list runs", "trackerfloramisconfigured"),
@@ -130,7 +130,8 @@ def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
         return Alert(kind="info", title=f"FLORA has not answered yet{of}")
     if one.trouble is None:
         return Alert(kind="good", title=f"FLORA answers{of}")
-    title, section = _TROUBLES[one.trouble.trouble]
+    what = one.trouble.trouble
+    title, section = _TROUBLES.get(what, (f"FLORA cannot be read ({what})", ""))
     return Alert(
         kind="bad",
         title=f"{title}{of}",
@@ -166,7 +167,7 @@ def alerts(
             section="trackerhistorygap",
         )
     if overdue:
-        silent = any(one.trouble and one.trouble.trouble.silent for one in workspaces)
+        silent = any(one.trouble and one.trouble.silent for one in workspaces)
         yield Alert(
             kind="bad",
             title="Runs are overdue",

@@ -1,0 +1,64 @@
+"""What a newer version has stored is printed as it is, and makes no command fail."""
+
+import asyncio
+
+import pytest
+
+from tests.cli.conftest import Commands
+from tests.support import next_year
+from tests.support.next_year import NEW
+
+SHOWN = (
+    "runs list",
+    "runs show run_ended",
+    "runs show run_open",
+    "runs explain run_ended",
+    "runs explain run_open",
+    "starts show row-new",
+    "batches show bat_1",
+    "techniques show tech_1",
+    "deliveries list",
+    "deliveries show whd_1",
+    "endpoints list",
+    "messages list",
+    "messages show msg_1",
+    "audit list",
+)
+REST = (
+    "runs list --status failed",
+    "starts list",
+    "batches list",
+    "techniques list",
+    "spending",
+    "spending --by technique",
+    "db current",
+)
+
+
+@pytest.fixture
+def filled(tracker: Commands, database_url: str) -> Commands:
+    """The commands, on a database that a newer version has written to."""
+    asyncio.run(next_year.fill(database_url))
+    tracker.environ["TRACKER_DATABASE_URL"] = database_url
+    return tracker
+
+
+@pytest.mark.both_databases
+def test_no_command_fails(filled: Commands) -> None:
+    """Each prints what it reads, for people and as JSON; those about one row print its words."""
+    failed = {}
+    for command in (*SHOWN, *REST):
+        for more in ((), ("--json",)):
+            done = filled(*command.split(), *more)
+            if done.returncode or (command in SHOWN and NEW not in done.stdout):
+                failed[command, *more] = done.stdout + done.stderr
+    assert not failed, "\n".join(f"{k}: {v}" for k, v in failed.items())
+
+
+@pytest.mark.both_databases
+def test_the_statistics_are_counted_anew(filled: Commands) -> None:
+    """From runs whose source and state are unknown; and the doctor reports what it finds."""
+    done = filled("db", "recount")
+    assert done.returncode == 0, done.stderr
+    done = filled("doctor", "--json")
+    assert "Traceback" not in done.stdout + done.stderr
