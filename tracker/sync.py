@@ -266,9 +266,9 @@ class Tracker:
         coroutine function is refused with `SettingsError`. Events arrive from when the tracker is
         opened, by `with` or the first call.
         """
-        self._tracker._handlers.event_of = self._event
-        register = self._tracker.on(
-            *events,
+        register = self._tracker._register(
+            self._event,
+            events=events or ("run.settled",),
             name=name,
             workspace_id=workspace_id,
             technique_id=technique_id,

@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from tracker.core.events import EventType
+from tracker.core.formatting import iso_time
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output, RunError
@@ -38,11 +39,6 @@ _ENDPOINT_FILTERS: Final = ("workspace_id", "technique_id", "status", "tag")
 _BATCH_COUNTS: Final = (
     *("rows", "started", "completed", "failed", "active", "lost", "refused", "unresolved"),
 )
-
-
-def time_json(at: datetime) -> str:
-    """A time as ISO 8601 in UTC."""
-    return f"{at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
 
 def values_of(row: object, *names: str) -> dict[str, Any]:
@@ -135,7 +131,7 @@ def endpoint_json(row: "EndpointRow", backlog: "Backlog", delays: "Durations") -
 
 def message_body(event: EventType, at: datetime, run: Record) -> str:
     """What endpoints receive, as JSON: the run as the API shows it."""
-    return dump_json({"type": event.value, "timestamp": time_json(at), "data": run_json(run)})
+    return dump_json({"type": event.value, "timestamp": iso_time(at), "data": run_json(run)})
 
 
 def message_json(
@@ -316,7 +312,7 @@ def number_json(value: float | Decimal | None) -> float | int | None:
 
 
 _CONVERT: Final[dict[type, Callable[[Any], Any]]] = {
-    datetime: time_json,
+    datetime: iso_time,
     Decimal: number_json,
     float: number_json,
     tuple: list,

@@ -78,8 +78,9 @@ def script(text: str, folder: Path, environ: dict[str, str]) -> "subprocess.Pope
 
 def public(kind: type) -> dict[str, Any]:
     """The public members of a class, but for the fields that both have."""
-    mixed_in = [base for base in kind.__mro__ if base is kind or base.__name__.endswith("Calls")]
-    found = {name: member for base in mixed_in for name, member in vars(base).items()}
+    parts = ("Calls", "OpenedTracker")
+    classes = [base for base in kind.__mro__ if base is kind or base.__name__.endswith(parts)]
+    found = {name: member for base in classes for name, member in vars(base).items()}
     members = {name: member for name, member in found.items() if not name.startswith("_")}
     return {name: member for name, member in members.items() if name != "bound"}
 

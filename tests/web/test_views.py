@@ -6,12 +6,13 @@ from decimal import Decimal
 
 import pytest
 
+from tracker.core.formatting import iso_time
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Output, Precedence, Run, RunError
 from tracker.store.queries.runs import TimelineEvent
 from tracker.store.schema import run_events, run_outputs, runs
-from tracker.views import event_json, number_json, run_json, time_json
+from tracker.views import event_json, number_json, run_json
 from tracker.web.http.responses import Json
 
 AT = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
@@ -93,7 +94,7 @@ def test_times_sort_as_text() -> None:
     """Whatever their zone and fraction."""
     east = timezone(timedelta(hours=9))
     times = [AT, AT + timedelta(microseconds=1), (AT + timedelta(seconds=1)).astimezone(east)]
-    assert sorted(map(time_json, times)) == list(map(time_json, times))
+    assert sorted(map(iso_time, times)) == list(map(iso_time, times))
 
 
 @pytest.mark.parametrize(

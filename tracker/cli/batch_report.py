@@ -179,7 +179,7 @@ class BatchScreen:
         self._screen = screen
         self._waits = waits
         self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
-        self._stage: tuple[bool, bool] | None = None
+        self._phase: tuple[bool, bool] | None = None
         self._said_doubt = False
         self._progress: BatchProgress | None = None
         self._files: set[FileKey] | None = set() if downloads else None
@@ -210,10 +210,10 @@ class BatchScreen:
                 self._name, done=counts.ended, total=counts.rows, text=lambda: (text, "")
             )
             return
-        stage = (progress.left == 0, counts.active == 0)
+        phase = (progress.left == 0, counts.active == 0)
         text = progress_text(progress, files)
-        self._screen.status(text, seconds=_STATUS_SECONDS, now=stage != self._stage)
-        self._stage = stage
+        self._screen.status(text, seconds=_STATUS_SECONDS, now=phase != self._phase)
+        self._phase = phase
 
 
 def bar_columns() -> "Sequence[ProgressColumn]":

@@ -11,7 +11,7 @@ from tracker.cli.output import note, plain
 from tracker.cli.setup import checked, configure
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType
-from tracker.core.formatting import duration
+from tracker.core.formatting import duration, iso_time
 
 if TYPE_CHECKING:
     from tracker.delivering.listen import StreamedEvent
@@ -79,10 +79,9 @@ def listen(
 
     async def work() -> None:
         from tracker.delivering.listen import TrackerStream, forward, local_client
-        from tracker.views import time_json
 
         stream = TrackerStream(
-            root, token, wanted=wanted, notice=note, now=lambda: time_json(utc_now())
+            root, token, wanted=wanted, notice=note, now=lambda: iso_time(utc_now())
         )
         async with aclosing(stream.events()) as events, AsyncExitStack() as stack:
             client = None

@@ -101,6 +101,11 @@ class FieldFault:
     message: str
     valid_values: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, object]:
+        """The field as the API shows it."""
+        shown: dict[str, object] = {"field": self.field, "message": self.message}
+        return shown | ({"valid_values": list(self.valid_values)} if self.valid_values else {})
+
     def __str__(self) -> str:
         values = f" (one of {', '.join(self.valid_values)})" if self.valid_values else ""
         return f"{self.field}: {self.message}{values}"

@@ -12,6 +12,7 @@ import httpx
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.events import LONGEST_RETRY_AFTER, MOST_OPEN
+from tracker.core.formatting import iso_time
 from tracker.delivering.addresses import (
     Address,
     GuardedTransport,
@@ -164,7 +165,7 @@ async def send_test(
     now = clock()
     event = {
         "type": "tracker.test",
-        "timestamp": f"{now.replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
+        "timestamp": iso_time(now),
         "data": {"endpoint_id": endpoint.config.endpoint_id},
     }
     client = EndpointClient(endpoint, clock=clock, answer_seconds=answer_seconds)

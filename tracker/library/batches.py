@@ -1,21 +1,20 @@
 """Batches: a run for each of many rows, as frozen values."""
 
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Generic, Literal, Self, cast
+from typing import TYPE_CHECKING, Generic, Literal, Self
 
 from tracker.core.formatting import counted, money
 from tracker.core.inputs import check_tags
 from tracker.core.record import Record
 from tracker.library.inputs import Rows, valid
+from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
 from tracker.views import batch_columns
 
 if TYPE_CHECKING:
-    from tracker.library.client import Tracker
     from tracker.services import Services
     from tracker.starting.batch_launch import Order
     from tracker.starting.batch_rows import BatchPlan, RowState
@@ -113,13 +112,13 @@ class BatchFields:
         return batch_html(self)
 
 
-class Batch(BatchFields, Owned["Tracker"]):
+class Batch(BatchFields, Owned["BatchCalls"]):
     """A batch, as it was when it was read, and what can be done with it."""
 
     __slots__ = ("_owner",)
 
     @classmethod
-    def bound(cls, batch: "BatchRow", counts: "BatchCounts", owner: "Tracker") -> Self:
+    def bound(cls, batch: "BatchRow", counts: "BatchCounts", owner: "BatchCalls") -> Self:
         """The value of a stored batch, with the tracker that read it."""
         return cls.of(batch, counts)._given_to(owner)
 
@@ -180,14 +179,8 @@ class Batch(BatchFields, Owned["Tracker"]):
         return (await found(services, self.batch_id))[0]
 
 
-class BatchCalls(ABC):
+class BatchCalls(RunCalls):
     """The part of `Tracker` about batches."""
-
-    @abstractmethod
-    def _services(self) -> "Services": ...
-
-    @abstractmethod
-    def _launching_batches(self) -> "Services": ...
 
     async def start_batch(
         self,
@@ -243,7 +236,7 @@ class BatchCalls(ABC):
         """A stored batch. Raises `BatchUnknown`."""
         from tracker.library.launching import found
 
-        return Batch.bound(*await found(self._services(), batch_id), self._this)
+        return Batch.bound(*await found(self._services(), batch_id), self)
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """All stored batches, newest first, read in pages as the loop goes on."""
@@ -255,7 +248,7 @@ class BatchCalls(ABC):
             rows, cursor = await stored.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
             counts = await stored.batch_counts(database, [one.batch_id for one in rows])
             for one in rows:
-                yield Batch.bound(one, counts[one.batch_id], self._this)
+                yield Batch.bound(one, counts[one.batch_id], self)
             if cursor is None:
                 return
 
@@ -264,8 +257,4 @@ class BatchCalls(ABC):
         with acting_here():
             placed = await services.batch_orders.place(plan, order)
         counts = await services.batches.counts(placed.batch)
-        return Batch.bound(placed.batch, counts, self._this)
-
-    @property
-    def _this(self) -> "Tracker":
-        return cast("Tracker", self)
+        return Batch.bound(placed.batch, counts, self)

@@ -59,10 +59,9 @@ HandlerFunction = TypeVar("HandlerFunction", bound=Callable[[RunEvent], object])
 
 
 class Handlers:
-    """The handlers of one tracker. `event_of` makes the event that a function gets."""
+    """The handlers of one tracker."""
 
-    def __init__(self, event_of: "Callable[[Claim], object]") -> None:
-        self.event_of = event_of
+    def __init__(self) -> None:
         self._by_name: dict[str, Handler] = {}
 
     @property
@@ -71,9 +70,16 @@ class Handlers:
         return list(self._by_name.values())
 
     def register(
-        self, *, name: str, concurrency: int, timeout: float, **wanted: object
+        self,
+        event_of: "Callable[[Claim], object]",
+        *,
+        name: str,
+        concurrency: int,
+        timeout: float,
+        **wanted: object,
     ) -> Callable[[HandlerFunction], HandlerFunction]:
-        """A decorator that registers a function. Raises `SettingsError`."""
+        """A decorator that registers a function, which gets the event that `event_of` makes. Raises
+        `SettingsError`."""
         from pydantic import ValidationError
 
         from tracker.core.formatting import requirement
@@ -90,12 +96,17 @@ class Handlers:
             raise SettingsError(f"handler {name!r}: {faults}") from None
 
         def decorate(function: HandlerFunction) -> HandlerFunction:
-            self._add(settings, function)
+            self._add(settings, function, event_of)
             return function
 
         return decorate
 
-    def _add(self, settings: "HandlerSettings", function: Callable[[Any], object]) -> None:
+    def _add(
+        self,
+        settings: "HandlerSettings",
+        function: Callable[[Any], object],
+        event_of: "Callable[[Claim], object]",
+    ) -> None:
         from tracker.delivering.handlers import Handler
         from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
 
@@ -110,7 +121,6 @@ class Handlers:
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - its kind, not whether there is one
         )
-        event_of = self.event_of
         config = EndpointConfig(
             endpoint_id=settings.id,
             url=url,

@@ -88,7 +88,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 async def _stop_with_server(app: Application) -> None:
     """End the streams when the server begins to stop.
 
-    uvicorn waits for open responses before it ends the lifespan, and tells no application. It
+    uvicorn waits for open responses before it ends the lifespan, and notifies no application. It
     handles signals with a method of the server, which knows. Other servers are not recognized:
     their own time-outs end the streams.
     """

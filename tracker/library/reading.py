@@ -1,6 +1,5 @@
 """The part of `Tracker` that reads runs, and waits for them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from datetime import datetime, timedelta
@@ -14,27 +13,21 @@ from tracker.core.run import RetryAdvice, Tracking
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid
+from tracker.library.opening import OpenedTracker
 from tracker.library.run import Event, Run, RunChange, RunFields, RunList, SpendingSummary
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tracker.delivering.downloads import DownloadReport
-    from tracker.services import Services
 
 PAGE_SIZE: Final = 100
 LAST_MONTH: Final = timedelta(days=30)
 CLOSED_MEANWHILE: Final = "the tracker was closed during this call"
 
 
-class RunCalls(ABC):
+class RunCalls(OpenedTracker):
     """The part of `Tracker` that reads runs, and waits for them."""
-
-    @abstractmethod
-    def _services(self) -> "Services": ...
-
-    @abstractmethod
-    def _run(self, record: Record | Mapping[str, Any]) -> Run: ...
 
     async def get(self, run_id: str) -> Run:
         """The run as it is stored. Raises `RunUnknown`."""
@@ -233,6 +226,9 @@ class RunCalls(ABC):
         found = services.downloader.named(run_ids, watch=True, notify=following.notify)
         await services.downloader.download(found, options, report)
         return report
+
+    def _run(self, record: Record | Mapping[str, Any]) -> Run:
+        return Run.bound(record, self)
 
 
 def _time_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:

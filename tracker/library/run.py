@@ -15,7 +15,7 @@ from tracker.errors import TrackerNotOpen
 from tracker.views import run_columns
 
 if TYPE_CHECKING:
-    from tracker.library.client import Tracker
+    from tracker.library.reading import RunCalls
     from tracker.polling.changes import Change
     from tracker.store.queries import runs as read
     from tracker.store.queries.spending import Spending, Usage
@@ -241,13 +241,13 @@ class SpendingSummary:
     budgets: "tuple[Usage, ...]"
 
 
-class Run(RunFields, Owned["Tracker"]):
+class Run(RunFields, Owned["RunCalls"]):
     """A run, as it was when it was read, and what can be done with it."""
 
     __slots__ = ("_owner",)
 
     @classmethod
-    def bound(cls, record: Record | Mapping[str, Any], owner: "Tracker") -> Self:
+    def bound(cls, record: Record | Mapping[str, Any], owner: "RunCalls") -> Self:
         """The value of a stored run, or of one as JSON, with the tracker that read it."""
         run = cls.of(record) if isinstance(record, Record) else cls.from_json(record)
         return run._given_to(owner)

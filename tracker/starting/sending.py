@@ -214,11 +214,7 @@ def _as_kept(error: FloraError) -> dict[str, Any]:
         "status": error.status,
         "code": error.code,
         "message": error.message,
-        "fields": [
-            {"field": one.field, "message": one.message}
-            | ({"valid_values": list(one.valid_values)} if one.valid_values else {})
-            for one in error.fields
-        ],
+        "fields": [one.to_json() for one in error.fields],
         "request_id": error.request_id,
     }
 

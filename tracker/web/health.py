@@ -9,9 +9,9 @@ from starlette.routing import Route
 
 from tracker.core.contact import ContactState
 from tracker.core.errors import SchemaOutdated, StoreError
+from tracker.core.formatting import iso_time
 from tracker.services import Services
 from tracker.store import migrate
-from tracker.views import time_json
 from tracker.web.auth import AccessControl
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Json, unavailable
@@ -88,8 +88,8 @@ def _in_words(state: ContactState | None, now: datetime) -> str | None:
     if state is None:
         return "not asked yet"
     if not state.is_current(now):
-        return f"not asked since {time_json(state.asked_at)}"
+        return f"not asked since {iso_time(state.asked_at)}"
     found = state.trouble
     if found is None:
         return "no answer yet" if state.answered_at is None else None
-    return f"{found.trouble} since {time_json(found.since)}: {found.reason}"
+    return f"{found.trouble} since {iso_time(found.since)}: {found.reason}"

@@ -369,8 +369,8 @@ class ConnectionPool:
         self.limits = limits
         self.take = take
         self.is_stopping = False
-        """Whether the server stops: it tells the connections that it has, and one that was accepted
-        just before would go on with requests."""
+        """Whether the server stops: it shuts down the connections that it has, and one that was
+        accepted just before would go on with requests."""
         files = _open_files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._held = 0

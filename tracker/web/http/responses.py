@@ -37,6 +37,7 @@ from tracker.core.errors import (
     StartUnresolved,
     StoreUnavailable,
 )
+from tracker.core.formatting import iso_time
 
 DEFAULT_HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -145,11 +146,7 @@ class Fault(Exception):
     def body(self) -> dict[str, Any]:
         error: dict[str, Any] = {"code": self.code, "message": self.message, **self.more}
         if self.fields:
-            error["fields"] = [
-                {"field": one.field, "message": one.message}
-                | ({"valid_values": list(one.valid_values)} if one.valid_values else {})
-                for one in self.fields
-            ]
+            error["fields"] = [one.to_json() for one in self.fields]
         return {"error": error}
 
 
@@ -181,8 +178,7 @@ def to_fault(error: Exception) -> Fault | None:
         case IdempotencyConflict():
             return Fault(422, "idempotency_conflict", text)
         case BudgetExceeded(budget=budget, left=left, renews_at=at):
-            renews_at = at and f"{at:%Y-%m-%dT%H:%M:%S.%fZ}"
-            more = {"budget": budget, "left": float(left), "renews_at": renews_at}
+            more = {"budget": budget, "left": float(left), "renews_at": at and iso_time(at)}
             return Fault(402, "budget_exceeded", text, more=more)
         case StartPending(retry_after=seconds):
             return Fault(504, "start_pending", text, headers=_retry_after(seconds))

@@ -1,0 +1,171 @@
+"""Opening and closing a `Tracker`, and what its calls use while it is open."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from copy import copy
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from tracker.core.errors import SettingsError
+from tracker.core.log import get_logger
+from tracker.errors import TrackerNotOpen
+from tracker.library.handlers import HandlerFunction, Handlers
+
+if TYPE_CHECKING:
+    from tracker.library.mounted import Mounted
+    from tracker.services import Services
+    from tracker.settings import Loaded, Settings
+    from tracker.store.writing.messages import Claim
+
+log = get_logger(__name__)
+
+
+class OpenedTracker:
+    """The part of `Tracker` that opens and closes it."""
+
+    def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
+        from tracker.settings import read_settings
+
+        self._loaded: Loaded | None = read_settings() if settings is None else None
+        self.settings: Settings = settings or cast("Loaded", self._loaded).settings
+        self._worker = worker
+        self._works = False
+        self._application: Mounted | None = None
+        self._handlers = Handlers()
+        self._stack: AsyncExitStack | None = None
+        self._opened: tuple[Services, asyncio.AbstractEventLoop] | None = None
+
+    @classmethod
+    def from_env(cls, *, worker: bool | None = None) -> Self:
+        """A tracker with the settings of the environment and of the file in TRACKER_CONFIG.
+
+        Opens nothing. Raises `SettingsError`, which names each wrong setting.
+        """
+        return cls(worker=worker)
+
+    async def __aenter__(self) -> Self:
+        from tracker.services import open_services
+        from tracker.settings import Rotation, read_settings
+
+        if self._stack is not None:
+            raise TrackerNotOpen(
+                "this tracker is open already: open it once, and share it between tasks"
+            )
+        self._stack = stack = AsyncExitStack()
+        stopping = asyncio.Event()
+        handlers = self._handlers.all
+        mounted = self._application is not None
+        works = mounted or bool(handlers)
+        self._works = works if self._worker is None else self._worker
+        background = self._works or mounted
+        # With the files of the environment's settings, so that secrets can be rotated.
+        rotation = Rotation(self.settings, self._loaded, self._loaded and read_settings)
+        for unknown in rotation.unknown:
+            log.warning("settings.unknown", error=unknown)
+        try:
+            services = await stack.enter_async_context(
+                open_services(rotation, background=background, traces=False, handlers=handlers)
+            )
+            if not background:  # changes by other processes are still noticed at once
+                await stack.enter_async_context(services.signals)
+            # Before the worker starts and until it has stopped: handlers use the tracker.
+            self._opened = services, asyncio.get_running_loop()
+            stack.callback(self._end_calls)
+            if self._works:
+                from tracker.worker.scheduler import Worker
+
+                await stack.enter_async_context(Worker(services).running(stopping))
+            if self._application is not None:
+                await stack.enter_async_context(self._application.serving(services))
+            stack.callback(stopping.set)  # the worker stops while requests are answered
+        except BaseException:
+            self._stack = None
+            await stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if self._stack is not None:
+                await self._stack.aclose()
+        finally:
+            self._stack = None
+
+    def _end_calls(self) -> None:
+        self._opened = None
+
+    def asgi(self) -> "Mounted":
+        """The web application, with callbacks, API and dashboard, to mount in another one.
+
+        ::
+
+            tracker = Tracker.from_env()
+            app = Starlette(routes=[Mount("/flora", tracker.asgi())], lifespan=tracker.lifespan)
+
+        It works under any path, which TRACKER_PUBLIC_URL includes. While the tracker is not open,
+        it answers 503. Raises `TrackerNotOpen` if the tracker is open already: what runs in it is
+        decided then.
+        """
+        if self._application is None:
+            if self._stack is not None:
+                raise TrackerNotOpen(
+                    "this tracker is open already: call asgi() before it is opened"
+                )
+            from tracker.library.mounted import Mounted
+
+            self._application = Mounted(self.lifespan)
+        return self._application
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncGenerator[None]:
+        """Opens the tracker with an application and closes it: `Starlette(lifespan=…)`.
+
+        An application with a lifespan of its own uses `async with tracker:` there.
+        """
+        async with self:
+            yield
+
+    def _closed_copy(self) -> Self:
+        """The same tracker for a child process, whose parent may have opened this one."""
+        closed = copy(self)
+        closed._opened = closed._stack = None
+        return closed
+
+    def _services(self) -> "Services":
+        """What the tracker opened. Raises `TrackerNotOpen`."""
+        if self._opened is None:
+            raise TrackerNotOpen(
+                "the tracker is not open: use it within `async with tracker:`, "
+                "or with the lifespan of the application that it is mounted in"
+            )
+        services, loop = self._opened
+        if asyncio.get_running_loop() is not loop:
+            raise TrackerNotOpen(
+                "the tracker was opened in another event loop: open one in this loop, "
+                "or use tracker.sync.Tracker"
+            )
+        return services
+
+    def _launching_batches(self) -> "Services":
+        """As `_services`; stored batches are launched from here too until the tracker is closed."""
+        services = self._services()
+        if not self._works and self._stack is not None and services.batch_worker.start():
+            self._stack.push_async_callback(services.batch_worker.stop)
+        return services
+
+    def _register(
+        self, event_of: "Callable[[Claim], object]", *, name: str, **wanted: Any
+    ) -> Callable[[HandlerFunction], HandlerFunction]:
+        """A decorator that registers a handler, which gets the event that `event_of` makes. Raises
+        `SettingsError`."""
+        if self._stack is not None:
+            raise SettingsError(
+                f"handler {name!r}: the tracker is open; register handlers before it is opened"
+            )
+        return self._handlers.register(event_of, name=name, **wanted)
