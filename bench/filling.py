@@ -60,20 +60,18 @@ async def fill(
         await connection.run_sync(_insert, count, active or count // 1000, sweeps, scattered)
     await engine.dispose()
     await rollups.recount(db)
-    await analyze(db)
+    if db.dialect == "postgresql":
+        await analyze(db)
 
 
 async def analyze(db: Database) -> None:
-    """Let the planner know what is there; on PostgreSQL as autovacuum would."""
+    """Let PostgreSQL's planner know what is there, as autovacuum would. The tracker never does so
+    on SQLite."""
     engine = migration_engine(db.url)
     async with engine.connect() as connection:
-        if db.dialect == "postgresql":
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
-            await connection.exec_driver_sql("SET statement_timeout = 0")
-            await connection.exec_driver_sql("VACUUM ANALYZE")
-        else:
-            await connection.exec_driver_sql("ANALYZE")
-            await connection.commit()
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.exec_driver_sql("SET statement_timeout = 0")
+        await connection.exec_driver_sql("VACUUM ANALYZE")
     await engine.dispose()
 
 
@@ -138,9 +136,9 @@ def _insert(connection: Connection, count: int, few: int, sweeps: int, scattered
             {ago(seen)}, 1, CASE WHEN i % {5 * every} = 9 THEN 'quarantined' ELSE 'applied' END,
             CASE WHEN i % {5 * every} = 9 THEN 'not a JSON object' END, {words["bytes"]}
         FROM {numbers(count)}""",
-        f"""INSERT INTO starts (workspace_slot, idempotency_key, technique_id, fingerprint, inputs,
-            state, created_at, run_id)
-        SELECT 'default', 'key_' || {key}, 'tech_' || (1 + i * 7 % 20), '', {words["json"]},
+        f"""INSERT INTO starts (workspace_slot, workspace_id, idempotency_key, technique_id,
+            fingerprint, inputs, state, created_at, run_id)
+        SELECT 'ws_' || (i % 3), 'ws_' || (i % 3), 'key_' || {key}, 'tech_' || (1 + i * 7 % 20), '', {words["json"]},
             CASE WHEN i % {10 * every} = 5 THEN 'unresolved' WHEN i % {10 * every} = 6 THEN 'sent'
                 ELSE 'started' END,
             {ago(age)}, CASE WHEN i % {10 * every} NOT IN (5, 6) THEN 'run_' || {key} END

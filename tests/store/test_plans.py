@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
 from tracker.core.budget import Budget, Period
@@ -67,7 +68,8 @@ _ROWS = {
         FROM n""",
     "batch_rows": """INSERT INTO batch_rows (batch_id, position, line, row_digest, generation,
         attempt, idempotency_key)
-        {many} SELECT 'bat_' || (i % 1000 + 1), i, i, i, 0, 0, 'key_' || i FROM n""",
+        {many} SELECT 'bat_' || CASE WHEN i <= 2000 THEN i % 1000 + 1 ELSE 1001 END, i, i, i, 0, 0,
+        'key_' || i FROM n""",
     "messages": """INSERT INTO messages (message_id, endpoint_id, event_id, event, run_id, body,
         event_at, created_at, state, attempts, next_attempt_at, delivered_at, last_attempt_at,
         lease_until, lease_holder)
@@ -123,18 +125,23 @@ def heard() -> Iterator[list[tuple[str, Any]]]:
 
 
 async def plans(db: Database, call: Callable[[Database], Awaitable[Any]]) -> str:
-    """How the database goes about what `call` sends to it."""
+    """How the database goes about what `call` sends to it, with the planner's usual settings."""
     with heard() as sent:
         await call(db)
-    explain = "EXPLAIN QUERY PLAN " if db.dialect == "sqlite" else "EXPLAIN "
     engine = migration_engine(db.url)
+    told = await explained(engine, sent)
+    await engine.dispose()
+    return told
+
+
+async def explained(engine: AsyncEngine, sent: list[tuple[str, Any]]) -> str:
+    explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
     told = []
     async with engine.connect() as connection:
         for statement, parameters in sent:
             if statement.lstrip().startswith(("SELECT", "WITH", "UPDATE", "INSERT", "DELETE")):
                 rows = await connection.exec_driver_sql(explain + statement, parameters)
                 told += [str(row[-1]) for row in rows]
-    await engine.dispose()
     assert told
     return "\n".join(told)
 
@@ -280,6 +287,18 @@ async def test_queries_use_their_index(full: Database) -> None:
         told = await plans(full, call)
         assert index in told, f"{name}:\n{told}"
         assert not _reads_a_table(told), f"{name}:\n{told}"
+
+
+async def test_a_large_batch_leads_to_its_runs_by_their_keys(full: Database) -> None:
+    """Starts and runs of other batches are not read, however many rows this one has."""
+    with heard() as sent:
+        await batches.batch_counts(full, ["bat_1001"])
+        await batches.entries(full, "bat_1001", outcome=RowOutcome.FAILED, limit=100)
+        await sheet_rows.error_groups(full, "bat_1001")
+    told = await explained(full.engine, sent)
+    assert len(re.findall("pk_starts|sqlite_autoindex_starts_1", told)) == 3, told
+    assert not re.search("Seq Scan on (starts|runs)", told), told
+    assert not re.search("SCAN (starts|runs)", told), told
 
 
 async def test_a_tag_is_found_by_its_index(full: Database) -> None:
@@ -440,7 +459,7 @@ async def test_what_is_planned_while_a_table_is_empty_goes_by_the_index(
 ) -> None:
     """A statement is planned once: a writer's would read whole tables, if it went by the size that
     they had when the tracker began."""
-    connection = await connect_postgres(DatabaseUrl.parse(postgres_url), "test", by_key=True)
+    connection = await connect_postgres(DatabaseUrl.parse(postgres_url), "test", avoiding=["seqscan"])
     await connection.execute("SET plan_cache_mode = force_generic_plan")
     await connection.execute(f"PREPARE writer AS {statement}")
     rows = await connection.fetch(f"EXPLAIN EXECUTE writer({values})")

@@ -92,11 +92,14 @@ class Database:
             reading = sqlite_read_engine(parsed, **_COMMON)
             return cls(parsed, reading, SqliteThread(parsed, **_COMMON))
         # A pool each, so that reads leave connections for writes. `send` keeps one.
-        writing = _postgres_engine(parsed, application_name, connections=6, by_key=True)
+        # A write finds rows by their keys: its statements are planned once, and a plan for a small
+        # table would go on to read all of it when it is large. Reads join by keys alone: for a
+        # batch of many rows, PostgreSQL would rather read all starts.
+        writing = _postgres_engine(parsed, application_name, connections=6, avoiding=["seqscan"])
         _drop_standbys(writing.sync_engine)
-        reading = _postgres_engine(parsed, application_name, connections=8).execution_options(
-            isolation_level="REPEATABLE READ", postgresql_readonly=True
-        )
+        reading = _postgres_engine(
+            parsed, application_name, connections=8, avoiding=["hashjoin", "mergejoin"]
+        ).execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         return cls(parsed, reading, _PostgresPool(writing))
 
     @property
@@ -314,11 +317,11 @@ def migration_engine(url: DatabaseUrl) -> AsyncEngine:
 
 
 def _postgres_engine(
-    url: DatabaseUrl, application_name: str, *, connections: int, by_key: bool = False
+    url: DatabaseUrl, application_name: str, *, connections: int, avoiding: Sequence[str]
 ) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=partial(connect_postgres, url, application_name, by_key=by_key),
+        async_creator=partial(connect_postgres, url, application_name, avoiding=avoiding),
         pool_size=connections // 2,
         max_overflow=connections - connections // 2,
         pool_timeout=url.times.statement,

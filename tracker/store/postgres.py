@@ -8,7 +8,7 @@ show it.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any, Final
@@ -41,12 +41,11 @@ async def connect_postgres(
     application_name: str,
     *,
     is_limited: bool = True,
-    by_key: bool = False,
+    avoiding: Sequence[str] = (),
 ) -> Any:
     """A connection of asyncpg, with the tracker's time-outs; on this side, only if `is_limited`.
 
-    `by_key` is for statements that find rows by their keys: each is planned once, and a plan for a
-    small table would go on to read all of it when it is large.
+    Plans avoid the methods `avoiding`, as PostgreSQL's settings name them.
 
     asyncpg parses the URL itself, so that several hosts, `sslmode` and the rest mean the same as
     everywhere. Raises what asyncpg raises, and `PasswordNotSent`.
@@ -63,10 +62,10 @@ async def connect_postgres(
             if ssl == url.sslmode or "rejected SSL upgrade" not in str(error):
                 raise
             connection = await _connect(url, application_name, is_limited, ssl="disable", loop=loop)
-    if by_key:
+    if avoiding:
         # Not a start-up setting, which a pooler might not accept.
         try:
-            await connection.execute("SET enable_seqscan = off")
+            await connection.execute("; ".join(f"SET enable_{one} = off" for one in avoiding))
         except BaseException:
             connection.terminate()
             raise
