@@ -231,6 +231,28 @@ from tracker import Tracker
 tracker = Tracker.from_env()
 app = Starlette(routes=[Mount("/flora", tracker.asgi())], lifespan=tracker.lifespan)
 """
+OWN_STREAM = """
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+from tracker import Tracker
+
+tracker = Tracker.from_env(worker=True)
+
+async def lines():
+    yield "begun\\n"
+    async for change in tracker.events():
+        yield f"{change.run.run_id}\\n"
+
+async def changes(request):
+    return StreamingResponse(lines())
+
+async def ready(request):
+    return PlainTextResponse("")
+
+routes = [Route("/changes", changes), Route("/flora/readyz", ready)]
+app = Starlette(routes=routes, lifespan=tracker.lifespan)
+"""
 
 
 def _lead_session() -> None:
@@ -249,9 +271,9 @@ def _has_members(group: int) -> bool:
 @pytest.fixture
 def run_uvicorn(tmp_path: Path, flora: Simulator) -> Callable[..., ForkedPython]:
     """Runs the program with uvicorn's command, as people do."""
-    (tmp_path / "program.py").write_text(PROGRAM)
 
-    def run(port: int, url: str, *arguments: str) -> ForkedPython:
+    def run(port: int, url: str, *arguments: str, program: str = PROGRAM) -> ForkedPython:
+        (tmp_path / "program.py").write_text(program)
         options = flora.world.options
         return ForkedPython(
             *("-m", "uvicorn", "program:app", f"--port={port}", *arguments),
@@ -280,19 +302,32 @@ async def until_ready(client: httpx.AsyncClient) -> None:
     await eventually(ready, timeout=40)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "program", "path", "first"),
+    [
+        (signal.SIGTERM, PROGRAM, "/flora/api/stream", "retry:"),
+        (signal.SIGINT, PROGRAM, "/flora/api/stream", "retry:"),
+        (signal.SIGTERM, OWN_STREAM, "/changes", "begun"),
+    ],
+)
 async def test_uvicorn_stops_within_seconds_though_a_stream_is_open(
-    run_uvicorn: Callable[..., ForkedPython], sqlite_url: str, number: signal.Signals
+    run_uvicorn: Callable[..., ForkedPython],
+    sqlite_url: str,
+    number: signal.Signals,
+    program: str,
+    path: str,
+    first: str,
 ) -> None:
-    """It waits for open responses, without limit by default; the stream ends when it stops."""
+    """It waits for open responses, without limit by default; the stream ends when it stops, and so
+    does one that the application makes of the changes itself."""
     port = free_port()
-    with run_uvicorn(port, sqlite_url) as process:
+    with run_uvicorn(port, sqlite_url, program=program) as process:
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
                 await until_ready(client)
-                async with client.stream("GET", "/flora/api/stream") as stream:
+                async with client.stream("GET", path) as stream:
                     lines = stream.aiter_lines()
-                    assert (await anext(lines)).startswith("retry:")
+                    assert (await anext(lines)).startswith(first)
                     process.send_signal(number)
                     async with asyncio.timeout(10):
                         _ = [line async for line in lines]

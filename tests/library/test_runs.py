@@ -223,7 +223,8 @@ async def test_track_asks_flora_first(small_tracker: Tracker, flora: Simulator) 
 
 
 async def test_changes_are_followed_and_resumed(tracker: Tracker) -> None:
-    """Each change once, in order, with the run; after an interruption from the last event on."""
+    """Each change once, in order, with the run; after an interruption from the last event on. A
+    technique is named by id or slug."""
     events = tracker.events()
     first = asyncio.create_task(anext(events))
     await eventually(lambda: tracker._services().changes._readers)
@@ -232,7 +233,9 @@ async def test_changes_are_followed_and_resumed(tracker: Tracker) -> None:
     await events.aclose()
     assert (begun.run.run_id, begun.source) == (run.run_id, "start")
     await run.wait(timeout=30)
-    async for change in tracker.events(begun.event_id, run_id=run.run_id):
+    assert [one.run_id async for one in tracker.runs(technique_id="icon-pack")] == [run.run_id]
+    assert [one async for one in tracker.runs(technique_id="cctv-cam")] == []
+    async for change in tracker.events(begun.event_id, run_id=run.run_id, technique_id="icon-pack"):
         assert change.event_id is not None
         assert begun.event_id is not None
         assert change.event_id > begun.event_id

@@ -6,11 +6,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.store.making import seen
+from tests.store.making import NOW, seen
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import chunk, post, wire
 from tracker.core.run import RunError, RunStatus
+from tracker.store.queries import techniques
+from tracker.store.queries.techniques import TechniqueRow
 from tracker.web.http.limits import Limits
 
 WORKSPACES = [
@@ -86,7 +88,8 @@ async def test_runs_are_listed_newest_first_page_by_page(site: Site) -> None:
 
 
 async def test_a_list_is_filtered(site: Site) -> None:
-    """By status, technique, workspace and tracking, alone and together; nothing is no filter."""
+    """By status, technique (its id or slug), workspace and tracking, alone and together; nothing is
+    no filter."""
     await _track(site, "run_1", technique_id="tech_1", workspace_id="ws_1")
     await _track(site, "run_2", technique_id="tech_2", workspace_id="ws_1")
     body = event("run_3")
@@ -94,6 +97,13 @@ async def test_a_list_is_filtered(site: Site) -> None:
     await site.services.applier.drain()
     assert await _ids(site, "?status=completed") == ["run_3"]
     assert await _ids(site, "?technique_id=tech_1") == ["run_1"]
+    row = TechniqueRow(technique_id="tech_2", name="Two", slug="icon-pack")
+    await techniques.define(site.services.database, row, NOW)
+    assert await _ids(site, "?technique_id=icon-pack") == ["run_2"]
+    assert await _ids(site, "?technique_id=another") == []
+    page = (await site.client.get("/runs?technique=icon-pack")).text
+    assert "/runs/run_2" in page
+    assert "/runs/run_1" not in page
     assert await _ids(site, "?workspace_id=ws_1&status=pending") == ["run_2", "run_1"]
     assert await _ids(site, "?tracking=settled") == []
     assert len(await _ids(site, "?status=&technique_id=&workspace_id=&tracking=&cursor=")) == 3

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from tracker.cli.output import JsonFlag, note, plain, print_json, screen
-from tracker.cli.setup import check_run_ids, run_once, technique_id_of
+from tracker.cli.setup import check_run_ids, run_once
 from tracker.cli.watch import require_known
 from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
@@ -103,7 +103,9 @@ def download(
     async def find(services: "Services", notify: "Notify") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
         if all_settled:
-            technique_id = await technique_id_of(services.database, technique)
+            from tracker.store.queries import techniques
+
+            technique_id = await techniques.id_of(services.database, technique)
             return downloader.settled(technique_id=technique_id, watch=watch, notify=notify)
         if batch is not None:
             return downloader.batch(batch, watch=watch, name_by=name_by, notify=notify)

@@ -24,7 +24,6 @@ from tracker.cli.setup import (
     print_list,
     run_on_database,
     run_once,
-    technique_id_of,
 )
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
@@ -206,6 +205,7 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List runs, newest first."""
+    from tracker.store.queries import techniques
     from tracker.store.queries.runs import list_runs
     from tracker.views import run_json
 
@@ -215,7 +215,7 @@ def list_(
         return await list_runs(
             database,
             status=status,
-            technique_id=await technique_id_of(database, technique),
+            technique_id=await techniques.id_of(database, technique),
             workspace_id=workspace,
             project_id=project,
             tag=wanted_tag,

@@ -140,16 +140,6 @@ def print_list(
     return len(rows)
 
 
-async def technique_id_of(database: "Database", technique: str | None) -> str | None:
-    """The id of a technique in a filter, from its id or slug; FLORA is not asked."""
-    if technique is None or technique.startswith("tech_"):
-        return technique
-    from tracker.store.queries import techniques
-
-    known = await techniques.by_slug(database, technique)
-    return f"tech_{technique}" if known is None else known.technique_id
-
-
 def _user() -> str:
     """The person behind `sudo -u tracker` where there is one, else the process's user."""
     try:

@@ -6,7 +6,6 @@ tokens. Nothing of the host is used, and no error reaches it.
 """
 
 import asyncio
-import signal
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
@@ -24,8 +23,6 @@ from tracker.web.http.responses import unavailable
 
 GRACE_SECONDS: Final = 10.0
 """How long open requests may take once the tracker closes."""
-WATCH_EVERY: Final = 0.25
-"""Seconds between two checks of whether the host's server stops."""
 
 
 class Mounted:
@@ -59,18 +56,21 @@ class Mounted:
             if self._requests == 0 and self._idle is not None:
                 self._idle.set()
 
+    def stop(self) -> None:
+        """End what would hold up the end of the host's server: event streams, waits for starts."""
+        if self._app is not None:
+            self._app.stop()
+
     @asynccontextmanager
     async def serving(
         self, services: Services, *, limits: Limits | None = None
     ) -> AsyncGenerator[None]:
         """Serve requests in the block. At its end streams end, and other requests are answered."""
         self._app = app = build_app(services, limits=limits)
-        watching = asyncio.create_task(_stop_with_server(app), name="server-watcher")
         try:
             yield
         finally:
             self._app = None
-            watching.cancel()
             app.stop()
             if self._requests:
                 self._idle = idle = asyncio.Event()
@@ -83,20 +83,3 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
         "The tracker is not open: the application that it is mounted in opens it, with "
         "`lifespan=tracker.lifespan` or `async with tracker:` in its own lifespan."
     )
-
-
-async def _stop_with_server(app: Application) -> None:
-    """End the streams when the server begins to stop.
-
-    uvicorn waits for open responses before it ends the lifespan, and notifies no application. It
-    handles signals with a method of the server, which knows. Other servers are not recognized:
-    their own time-outs end the streams.
-    """
-    while not _server_stops():  # noqa: ASYNC110 - nothing else reports it
-        await asyncio.sleep(WATCH_EVERY)
-    app.stop()
-
-
-def _server_stops() -> bool:
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return getattr(server, "should_exit", False) is True

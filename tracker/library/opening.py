@@ -1,11 +1,12 @@
 """Opening and closing a `Tracker`, and what its calls use while it is open."""
 
 import asyncio
+import signal
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.settings import Loaded, Settings
     from tracker.store.writing.messages import Claim
+
+WATCH_EVERY: Final = 0.25
+"""Seconds between two checks of whether the server of the application stops."""
 
 log = get_logger(__name__)
 
@@ -78,6 +82,10 @@ class OpenedTracker:
                 await stack.enter_async_context(Worker(services).running(stopping))
             if self._application is not None:
                 await stack.enter_async_context(self._application.serving(services))
+            server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            if hasattr(server, "should_exit"):
+                watching = asyncio.create_task(self._stop_with(server), name="server-watcher")
+                stack.callback(watching.cancel)
             stack.callback(stopping.set)  # the worker stops while requests are answered
         except BaseException:
             self._stack = None
@@ -96,6 +104,19 @@ class OpenedTracker:
                 await self._stack.aclose()
         finally:
             self._stack = None
+
+    async def _stop_with(self, server: Any) -> None:
+        """End streams, and the loops of `events`, when the server begins to stop.
+
+        uvicorn waits for open responses before it ends the lifespan, and notifies no application.
+        It handles signals with a method of the server, which knows. Other servers are not
+        recognized: their own time-outs end the streams.
+        """
+        while not server.should_exit:  # noqa: ASYNC110 - nothing else reports it
+            await asyncio.sleep(WATCH_EVERY)
+        if self._application is not None:
+            self._application.stop()
+        await self._services().changes.aclose()
 
     def _end_calls(self) -> None:
         self._opened = None

@@ -50,13 +50,16 @@ class RunCalls(OpenedTracker):
         tracking: str | None = None,
         retry_advice: str | None = None,
     ) -> AsyncGenerator[Run, None]:
-        """All stored runs that match every filter, newest first; `tag` is `key=value`.
+        """All stored runs that match every filter, newest first; `tag` is `key=value`,
+        `technique_id` may be the slug.
 
         They are read in pages as the loop goes on, so that it can be left at any time. Raises
-        `InvalidRequest` for a filter that no run can match.
+        `InvalidRequest` for a `tag`, `tracking` or `retry_advice` that no run can have.
         """
         from tracker.store.queries import runs as read
+        from tracker.store.queries import techniques
 
+        technique_id = await techniques.id_of(self._services().database, technique_id)
         cursor: str | None = None
         while True:
             records, cursor = await read.list_runs(
@@ -153,16 +156,23 @@ class RunCalls(OpenedTracker):
         workspace_id: str | None = None,
         status: str | None = None,
     ) -> AsyncGenerator[RunChange[Run], None]:
-        """The changes of matching runs as they happen, until the tracker is closed.
+        """The changes of matching runs as they happen, until the tracker is closed, or the uvicorn
+        that serves this process begins to stop. `technique_id` may be the slug.
 
         `after` is the `event_id` of the last change that was handled: what came since then, from
         any process, comes first. Without it they begin with the first step of the loop. Raises
         `StoreUnavailable` if the database does not answer for a minute.
         """
+        from tracker.store.queries import techniques
+
+        services = self._services()
         wanted = RunFilter(
-            run_id=run_id, technique_id=technique_id, workspace_id=workspace_id, status=status
+            run_id=run_id,
+            technique_id=await techniques.id_of(services.database, technique_id),
+            workspace_id=workspace_id,
+            status=status,
         )
-        async with aclosing(self._services().changes.follow(wanted, after)) as changes:
+        async with aclosing(services.changes.follow(wanted, after)) as changes:
             async for change in changes:
                 yield RunChange.of(change, self._run)
 

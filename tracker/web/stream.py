@@ -19,6 +19,7 @@ from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.polling.changes import Change, ChangeReader
 from tracker.services import Services
+from tracker.store.queries import techniques
 from tracker.views import event_json, run_json
 from tracker.web.api.requests import NONE_IF_EMPTY, Filter, Query, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
@@ -41,7 +42,7 @@ class StreamQuery(Query):
     """The query of `GET /api/stream`. `last_event_id` also comes as the header, which wins."""
 
     run_id: Filter = None
-    technique_id: Filter = None
+    technique_id: Filter = Field(None, description="Its id or its slug.")
     workspace_id: Filter = None
     status: Filter = None
     last_event_id: Annotated[
@@ -106,6 +107,7 @@ class Stream:
         self._limits = limits
         self._stopping = asyncio.Event()
         self._changes = services.changes
+        self._database = services.database
         self._readers: set[ChangeReader] = set()
 
     def stop(self) -> None:
@@ -119,7 +121,9 @@ class Stream:
         last = query.last_event_id
         if (header := request.headers.get("last-event-id")) is not None:
             last = validate(StreamQuery, {"last_event_id": header}).last_event_id
-        reader = await self._subscribe(RunFilter(**query.model_dump(exclude={"last_event_id"})))
+        wanted = query.model_dump(exclude={"last_event_id"})
+        wanted["technique_id"] = await techniques.id_of(self._database, query.technique_id)
+        reader = await self._subscribe(RunFilter(**wanted))
         if last is None:
             reader.go_live(self._changes.sent_upto)
         frames = self._frames(reader, last, actor_of(request.scope))

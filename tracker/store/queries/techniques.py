@@ -135,6 +135,14 @@ async def by_slug(db: Database, slug: str) -> TechniqueRow | None:
     )
 
 
+async def id_of(db: Database, technique: str | None) -> str | None:
+    """The id of a technique in a filter, from its id or slug; FLORA is not asked."""
+    if technique is None or technique.startswith("tech_"):
+        return technique
+    known = await by_slug(db, technique)
+    return f"tech_{technique}" if known is None else known.technique_id
+
+
 async def list_all(db: Database) -> list[TechniqueRow]:
     """All techniques that are still in FLORA's catalogue, by name."""
     statement = select(techniques).where(techniques.c.gone_at.is_(None)).order_by(*_BY_NAME)

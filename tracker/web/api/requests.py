@@ -182,7 +182,7 @@ class RunsQuery(Query):
     status: Filter = Field(
         None, description="`pending`, `running`, `completed`, `failed`, or another status of a run."
     )
-    technique_id: Filter = Field(None, description="Its id, `tech_…`, not its slug.")
+    technique_id: Filter = Field(None, description="Its id or its slug.")
     workspace_id: Filter = None
     project_id: Filter = None
     tag: Annotated[

@@ -112,7 +112,9 @@ class Api(BatchOperations):
     @Operation("GET /api/runs", page_of("runs", Run, "A page of runs, newest first."))
     async def list_runs(self, request: Request, query: RunsQuery) -> Response:
         """List runs, newest first."""
-        records, cursor = await runs.list_runs(self._database, **dict(query))
+        technique_id = await techniques.id_of(self._database, query.technique_id)
+        wanted = dict(query) | {"technique_id": technique_id}
+        records, cursor = await runs.list_runs(self._database, **wanted)
         return _page("runs", map(run_json, records), cursor)
 
     @Operation(

@@ -102,7 +102,7 @@ class RunPages(PageGroup):
     @page("/runs")
     async def list_runs(self, request: Request) -> Response:
         database = self._database
-        filters = {name: query_field(request, name) for name in _FILTERS}
+        filters = await self._filters(request)
         cursor = query_field(request, "cursor")
         wanted, matches = await self._wanted(request, filters)
         found = await search_runs(database, wanted, cursor=cursor, limit=PAGE_SIZE)
@@ -152,7 +152,7 @@ class RunPages(PageGroup):
     @page("/runs.csv")
     async def csv(self, request: Request) -> Response:
         """All runs that match the filters, up to `Limits.csv_runs`."""
-        filters = {name: query_field(request, name) for name in _FILTERS}
+        filters = await self._filters(request)
         wanted, _ = await self._wanted(request, filters)
         headers = {"Content-Disposition": 'attachment; filename="runs.csv"'}
         if request.method == "HEAD":
@@ -216,6 +216,10 @@ class RunPages(PageGroup):
             left, cursor = left - len(found.records), found.next_cursor
             if cursor is None:
                 return
+
+    async def _filters(self, request: Request) -> dict[str, str | None]:
+        filters = {name: query_field(request, name) for name in _FILTERS}
+        return filters | {"technique": await techniques.id_of(self._database, filters["technique"])}
 
     async def _wanted(
         self, request: Request, filters: Mapping[str, str | None]
