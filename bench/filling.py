@@ -138,7 +138,8 @@ def _insert(connection: Connection, count: int, few: int, sweeps: int, scattered
         FROM {numbers(count)}""",
         f"""INSERT INTO starts (workspace_slot, workspace_id, idempotency_key, technique_id,
             fingerprint, inputs, state, created_at, run_id)
-        SELECT 'ws_' || (i % 3), 'ws_' || (i % 3), 'key_' || {key}, 'tech_' || (1 + i * 7 % 20), '', {words["json"]},
+        SELECT 'ws_' || (i % 3), 'ws_' || (i % 3), 'key_' || {key}, 'tech_' || (1 + i * 7 % 20),
+            '', {words["json"]},
             CASE WHEN i % {10 * every} = 5 THEN 'unresolved' WHEN i % {10 * every} = 6 THEN 'sent'
                 ELSE 'started' END,
             {ago(age)}, CASE WHEN i % {10 * every} NOT IN (5, 6) THEN 'run_' || {key} END

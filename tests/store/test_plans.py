@@ -459,7 +459,9 @@ async def test_what_is_planned_while_a_table_is_empty_goes_by_the_index(
 ) -> None:
     """A statement is planned once: a writer's would read whole tables, if it went by the size that
     they had when the tracker began."""
-    connection = await connect_postgres(DatabaseUrl.parse(postgres_url), "test", avoiding=["seqscan"])
+    connection = await connect_postgres(
+        DatabaseUrl.parse(postgres_url), "test", avoiding=["seqscan"]
+    )
     await connection.execute("SET plan_cache_mode = force_generic_plan")
     await connection.execute(f"PREPARE writer AS {statement}")
     rows = await connection.fetch(f"EXPLAIN EXECUTE writer({values})")
