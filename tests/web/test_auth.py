@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import httpx
 import pytest
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tests.support.scraping import read_scrape
@@ -19,6 +20,7 @@ from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope as TokenScope
 from tracker.settings.tokens import Token, Tokens
 from tracker.store.queries.audit import list_audit
+from tracker.web.app import build_app
 from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware
 from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import ResponseMiddleware
@@ -65,8 +67,10 @@ def _client(
     *,
     is_public: bool = False,
     client: tuple[str, int] = ("127.0.0.1", 123),
+    routes: Iterable[Route] = (),
 ) -> httpx.AsyncClient:
-    """A client of a gate with these tokens; of a session's database nothing is asked."""
+    """A client of a gate with these tokens, in front of `routes`; of a session's database nothing
+    is asked."""
     given = [_token("only", value=tokens)] if isinstance(tokens, str) else tokens or ()
     in_force = Tokens(given)
     access = AccessControl(
@@ -85,7 +89,8 @@ def _client(
     )
     transport = httpx.ASGITransport(
         ResponseMiddleware(
-            AuthMiddleware(_inside, access=_without_refill(access)), limits=Limits()
+            AuthMiddleware(_inside, access=_without_refill(access), routes=routes),
+            limits=Limits(),
         ),
         client=client,
     )
@@ -291,7 +296,9 @@ GET, POST = "GET", "POST"
         ),
     ],
 )
-async def test_a_token_does_what_its_scopes_say(scope: str, allowed: set[tuple[str, str]]) -> None:
+async def test_a_token_does_what_its_scopes_say(
+    serve: Serve, sqlite_url: str, scope: str, allowed: set[tuple[str, str]]
+) -> None:
     """`start` includes `read`, `admin` all; what changes something and is not named needs `admin`;
     the answer says which scope is lacking."""
     everything = {
@@ -299,7 +306,9 @@ async def test_a_token_does_what_its_scopes_say(scope: str, allowed: set[tuple[s
         *[(POST, "/api/runs"), (POST, "/api/runs/track"), (POST, "/runs/a/b/check")],
         *[(GET, "/metrics"), (POST, "/deliveries/a/replay"), (POST, "/api/new/thing")],
     }
-    async with _client([_token("one", scope)]) as client:
+    async with serve(sqlite_url) as site:
+        routes = build_app(site.services).routes
+    async with _client([_token("one", scope)], routes=routes) as client:
         client.headers["Authorization"] = f"Bearer {TOKEN}"
         answers = {ask: await client.request(*ask) for ask in everything}
     assert {ask for ask, answer in answers.items() if answer.status_code == 200} == allowed

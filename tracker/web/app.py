@@ -44,7 +44,7 @@ class Application:
             route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
         app: ASGIApp = self._router
         if access is not None:
-            app = AuthMiddleware(app, access=access)
+            app = AuthMiddleware(app, access=access, routes=routes)
         if deadline is not None:
             app = DeadlineMiddleware(app, seconds=deadline)
         self._app = app

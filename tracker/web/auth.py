@@ -20,15 +20,15 @@ sends a loopback `Host` or the client's own, and `TRACKER_PUBLIC_URL` is not set
 """
 
 import asyncio
-import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
@@ -68,10 +68,6 @@ _OPEN: Final = frozenset({"/healthz", "/readyz"})
 _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are signed
 _SIGN_IN: Final = "/login"
 _SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in page: nothing from the database
-_STARTS: Final = re.compile(
-    r"/api/runs(/track)?|/api/batches(/.*/(retry|stop))?|/runs/.*/(check|retry)|/batches/.*/(retry|stop)",
-    re.DOTALL,
-)
 _ACTOR: Final = "tracker.actor"
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
@@ -319,19 +315,32 @@ class Throttle:
             self._full_at[key] -= self._refill
 
 
+class ScopedRoute(Route):
+    """A route, and the scope that each of its methods needs; `None` if any token suffices."""
+
+    def __init__(
+        self, path: str, endpoint: Callable[..., Any], scopes: Mapping[str, TokenScope | None]
+    ) -> None:
+        super().__init__(path, endpoint, methods=list(scopes))
+        self.scopes = scopes
+
+
 class AuthMiddleware:
     """Serves a request as its sender, or raises `Fault`: 401, 403 or 429."""
 
-    def __init__(self, app: ASGIApp, *, access: AccessControl) -> None:
+    def __init__(
+        self, app: ASGIApp, *, access: AccessControl, routes: Iterable[Route] = ()
+    ) -> None:
         self._app = app
         self._access = access
+        self._scoped = [one for one in routes if isinstance(one, ScopedRoute)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, actor = scope["path"], None
         for_sign_in = path == _SIGN_IN or path.startswith(_SIGN_IN_BELOW)
         is_open = path in _OPEN or path.startswith(_OPEN_BELOW)
         if not is_open and not (for_sign_in and self._access.has_tokens):
-            needs = _needed_scope(scope["method"], path)
+            needs = self._needed_scope(scope["method"], path)
             actor = scope[_ACTOR] = await self._access.authenticate(scope, needs)
         try:
             with acting(principal_of(scope, actor.name)) if actor else nullcontext():
@@ -340,6 +349,15 @@ class AuthMiddleware:
             if fault.status == 403:  # a form that another page sent, or without the CSRF token
                 self._access.refuse("cross_site", scope, fault)
             raise
+
+    def _needed_scope(self, method: str, path: str) -> TokenScope | None:
+        """The scope for a request. What no `ScopedRoute` names needs `read`, and `admin` if it
+        changes something."""
+        method = "GET" if method in SAFE_METHODS else method
+        for route in self._scoped:
+            if method in route.scopes and route.path_regex.match(path):
+                return route.scopes[method]
+        return TokenScope.READ if method == "GET" else TokenScope.ADMIN
 
 
 def principal_of(scope: Scope, name: str) -> Principal:
@@ -363,19 +381,6 @@ def may(scope: Scope, what: TokenScope) -> bool:
     """Whether the sender may do that, so that a page can offer it."""
     actor: Actor | None = scope.get(_ACTOR)
     return actor is not None and actor.token.allows(what)
-
-
-def _needed_scope(method: str, path: str) -> TokenScope | None:
-    """The scope for a request; `None` if any token suffices. An unlisted one needs `admin`."""
-    if path == "/metrics":
-        return TokenScope.METRICS
-    if path == "/audit":  # who works with the tracker, and from where
-        return TokenScope.ADMIN
-    if method in SAFE_METHODS:
-        return TokenScope.READ
-    if path == "/logout":
-        return None
-    return TokenScope.START if _STARTS.fullmatch(path) else TokenScope.ADMIN
 
 
 def _bearer_token(scope: Scope) -> bytes | None:

@@ -11,8 +11,9 @@ from tracker.core.contact import ContactState
 from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.core.formatting import iso_time
 from tracker.services import Services
+from tracker.settings.tokens import Scope
 from tracker.store import migrate
-from tracker.web.auth import AccessControl
+from tracker.web.auth import AccessControl, ScopedRoute
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Json, unavailable
 
@@ -28,7 +29,9 @@ class Health:
 
     def routes(self) -> list[Route]:
         routes = [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
-        return routes if self._access is None else [*routes, Route("/metrics", self._metrics)]
+        if self._access is None:
+            return routes
+        return [*routes, ScopedRoute("/metrics", self._metrics, {"GET": Scope.METRICS})]
 
     async def _healthz(self, request: Request) -> Response:
         return Json({"status": "ok"})

@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from tracker.core.errors import BudgetExceeded, DefinitionChanged, FieldFault, MaxCostReached
 from tracker.core.formatting import counted
 from tracker.services import Services
+from tracker.settings.tokens import Scope
 from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan, Retry, csv_lines, kept_rows
 from tracker.starting.columns import ColumnMapping
@@ -63,6 +64,7 @@ class BatchOperations:
             200: Answer("The batch of the same rows, or the result of a dry run.", PlacedBatch),
         },
         _ORDER_ERRORS,
+        scope=Scope.START,
         most="batch_bytes",
     )
     async def create_batch(self, request: Request, body: BatchBody) -> Response:
@@ -143,6 +145,7 @@ class BatchOperations:
         "POST /api/batches/{batch_id}/retry",
         Answer("The batch, or the result of a dry run.", PlacedBatch),
         _ORDER_ERRORS,
+        scope=Scope.START,
     )
     async def retry_batch(self, request: Request, batch_id: str, body: RetryBody) -> Response:
         """Start rows of a batch that have no run, or whose run failed.
@@ -156,7 +159,11 @@ class BatchOperations:
         plan = await self._services.batches.stored_plan(batch, retry=retry)
         return await self._place(plan, order, dry_run=body.dry_run)
 
-    @Operation("POST /api/batches/{batch_id}/stop", Answer("The batch.", PlacedBatch))
+    @Operation(
+        "POST /api/batches/{batch_id}/stop",
+        Answer("The batch.", PlacedBatch),
+        scope=Scope.START,
+    )
     async def stop_batch(self, request: Request, batch_id: str) -> Response:
         """Start no further row of a batch.
 

@@ -14,6 +14,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.responses import Response
 
 from tracker import __version__
+from tracker.settings.tokens import Scope
 from tracker.web.api.requests import KeyHeader
 from tracker.web.api.responses import Error, Meta, ResponseModel
 
@@ -47,8 +48,9 @@ class Operation:
     """Decorates the handler of a method and path, as in `GET /api/runs`.
 
     `errors` are statuses of `ERRORS`, besides those that every operation with such parameters may
-    answer; `takes_key` is true if it takes the header `Idempotency-Key`; `most` is the limit of its
-    body. The default tag is the second part of the path.
+    answer; `scope` is what a token needs, by default `read` for `GET`, else `admin`; `takes_key` is
+    true if it takes the header `Idempotency-Key`; `most` is the limit of its body. The default tag
+    is the second part of the path.
     """
 
     handler: Callable[..., Awaitable[Response]]
@@ -62,11 +64,13 @@ class Operation:
         answers: Answer | Mapping[int, Answer],
         errors: tuple[int, ...] = (),
         *,
+        scope: Scope | None = None,
         tag: str | None = None,
         takes_key: bool = False,
         most: Literal["api_bytes", "batch_bytes"] = "api_bytes",
     ) -> None:
         self.method, self.path = endpoint.split()
+        self.scope = scope or (Scope.READ if self.method == "GET" else Scope.ADMIN)
         self.tag = tag or self.path.split("/")[2]
         self.answers = {200: answers} if isinstance(answers, Answer) else answers
         self.errors = frozenset(errors)
@@ -185,6 +189,8 @@ def document(operations: Iterable[Operation], *, with_token: bool) -> _Json:
     paths: dict[str, _Json] = {}
     for one in operations:
         summary, _, description = (inspect.getdoc(one.handler) or "").partition("\n\n")
+        if one.scope is Scope.ADMIN:
+            description = f"{description}\n\nNeeds a token with the scope `admin`.".strip()
         paths.setdefault(one.path, {})[one.method.lower()] = {
             "operationId": one.name,
             "tags": [one.tag],

@@ -17,6 +17,7 @@ from tracker.core.errors import FieldFault
 from tracker.core.log import get_logger
 from tracker.receiving.replay import UnknownDelivery
 from tracker.services import Services
+from tracker.settings.tokens import Scope
 from tracker.starting.start import StartRequest
 from tracker.store.queries import endpoints, runs, spending, starts, techniques
 from tracker.views import (
@@ -54,7 +55,7 @@ from tracker.web.api.responses import (
     Technique,
     Timeline,
 )
-from tracker.web.auth import actor_of
+from tracker.web.auth import ScopedRoute, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.http.prefix import prefix_of
 from tracker.web.http.request import peer_of, read_json
@@ -80,7 +81,11 @@ class Api(BatchOperations):
             paths.setdefault(one.path, {})[one.method] = one
         return [
             *(
-                Route(path, partial(self._answer, methods), methods=list(methods))
+                ScopedRoute(
+                    path,
+                    partial(self._answer, methods),
+                    {method: one.scope for method, one in methods.items()},
+                )
                 for path, methods in paths.items()
             ),
             Route("/openapi.json", self._describe, methods=["GET"]),
@@ -124,6 +129,7 @@ class Api(BatchOperations):
             200: Answer("The run that this key had started before.", Run, REPLAYED),
         },
         (402, 404, 409, 422, 502, 504),
+        scope=Scope.START,
         takes_key=True,
     )
     async def start_run(self, request: Request, body: StartBody) -> Response:
@@ -161,6 +167,7 @@ class Api(BatchOperations):
             200: Answer("The run, which was tracked already.", Run),
         },
         (502, 504),
+        scope=Scope.START,
     )
     async def track_run(self, request: Request, body: TrackBody) -> Response:
         """Track a run that was started elsewhere.
@@ -213,10 +220,7 @@ class Api(BatchOperations):
 
     @Operation("POST /api/deliveries/{delivery_id}/replay", Answer("The result.", Replayed))
     async def replay_delivery(self, request: Request, delivery_id: str) -> Response:
-        """Apply a quarantined callback again; 200 also where it stays quarantined, with the reason.
-
-        Needs a token with the scope `admin`.
-        """
+        """Apply a quarantined callback again; 200 also if it stays quarantined, with the reason."""
         try:
             return Json(asdict(await self._services.replayer.replay(delivery_id)))
         except UnknownDelivery:
@@ -240,10 +244,7 @@ class Api(BatchOperations):
         Answer("The message, which is due now.", MessageDetail),
     )
     async def resend_message(self, request: Request, message_id: str) -> Response:
-        """Send a message again, whatever its state, under the same `webhook-id`.
-
-        Needs a token with the scope `admin`.
-        """
+        """Send a message again, whatever its state, under the same `webhook-id`."""
         await self._message(message_id)
         await self._services.webhooks.resend(message_id)
         return await self._message(message_id)

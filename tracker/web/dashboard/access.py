@@ -32,7 +32,7 @@ class AccessPages(PageGroup):
         super().__init__(services, renderer, limits)
         self._access = access
 
-    @page("/login", "GET", "POST")
+    @page("/login", post=Scope.READ)
     async def login(self, request: Request) -> Response:
         """`GET` shows the form, `POST` takes the token and leads to the page that was wanted."""
         wanted = local_path(request.query_params.get("next"))
@@ -61,7 +61,7 @@ class AccessPages(PageGroup):
         log.info("auth.signed_in", token=token.name, peer=peer_of(request.scope))
         return answer
 
-    @action("/logout", has_page=False)
+    @action("/logout", scope=None, has_page=False)
     async def logout(self, request: Request) -> Response:
         """Ends the session, for every copy of its cookie."""
         session = session_of(request.scope)
@@ -71,7 +71,7 @@ class AccessPages(PageGroup):
             log.info("auth.signed_out", token=session.token.name, peer=peer_of(request.scope))
         return answer
 
-    @page("/audit")
+    @page("/audit", scope=Scope.ADMIN)  # who works with the tracker, and from where
     async def audit(self, request: Request) -> Response:
         action, cursor = query_choice(request, "action", Action), query_field(request, "cursor")
         rows, next_cursor = await audit.list_audit(

@@ -235,7 +235,7 @@ class BatchPages(PageGroup):
         )
         return _Archive(body, headers=headers, on_close=self._archives.release)
 
-    @page("/batches/{batch_id:any}/retry", "GET", "POST")
+    @page("/batches/{batch_id:any}/retry", post=TokenScope.START)
     async def retry(self, request: Request) -> Response:
         """`GET` shows what would be started, and its price; `POST` starts it, unless the price has
         risen since."""
@@ -264,7 +264,7 @@ class BatchPages(PageGroup):
             return self._confirmation(request, plan, which, refusal=str(error))
         return _to_batch(batch)
 
-    @action("/batches/{batch_id:any}/stop", has_page=False)
+    @action("/batches/{batch_id:any}/stop", scope=TokenScope.START, has_page=False)
     async def stop(self, request: Request) -> Response:
         batch = await self._batch(request)
         await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)

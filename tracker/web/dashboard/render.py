@@ -39,7 +39,7 @@ from tracker.core.formatting import (
 from tracker.services import Services
 from tracker.settings.tokens import Scope
 from tracker.store.engine import Database
-from tracker.web.auth import may, session_of
+from tracker.web.auth import ScopedRoute, may, session_of
 from tracker.web.dashboard.forms import check_csrf, query_field
 from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.http.limits import Limits
@@ -252,28 +252,34 @@ class Renderer:
 T = TypeVar("T")
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Response]])
 _ROUTE: Final = "page_route"
-"""The attribute of a page's handler that holds its path, methods, and whether it is an action."""
+"""The attribute of a page's handler that holds its path, the scope that each method needs, and
+whether it is an action."""
 
 
-def page(path: str, *methods: str) -> Callable[[Handler], Handler]:
-    """Decorates what answers requests to `path`; the default method is `GET`."""
-    return _routed(path, methods or ("GET",), is_action=False)
+def page(
+    path: str, *, scope: Scope = Scope.READ, post: Scope | None = None
+) -> Callable[[Handler], Handler]:
+    """Decorates what answers requests to `path`: `GET`, and `POST` if there is a scope for it."""
+    return _routed(path, {"GET": scope} | ({} if post is None else {"POST": post}))
 
 
-def action(path: str, *, has_page: bool = True) -> Callable[[Handler], Handler]:
+def action(
+    path: str, *, scope: Scope | None = Scope.ADMIN, has_page: bool = True
+) -> Callable[[Handler], Handler]:
     """Decorates what a form of a page does, by `POST`, once the CSRF token is checked.
 
     Where `path` is below the path of the page that it answers with, `has_page`, `GET` leads there:
     so the page can be reloaded.
     """
-    return _routed(path, ("GET", "POST") if has_page else ("POST",), is_action=True)
+    get: dict[str, Scope | None] = {"GET": Scope.READ} if has_page else {}
+    return _routed(path, get | {"POST": scope}, is_action=True)
 
 
 def _routed(
-    path: str, methods: tuple[str, ...], *, is_action: bool
+    path: str, scopes: Mapping[str, Scope | None], *, is_action: bool = False
 ) -> Callable[[Handler], Handler]:
     def decorate(handler: Handler) -> Handler:
-        setattr(handler, _ROUTE, (path, methods, is_action))
+        setattr(handler, _ROUTE, (path, scopes, is_action))
         return handler
 
     return decorate
@@ -291,14 +297,14 @@ class PageGroup:
         self._media_origin = renderer.media_origin
 
     def routes(self) -> list[Route]:
-        found = []
+        found: list[Route] = []
         for handler in vars(type(self)).values():
             if (route := getattr(handler, _ROUTE, None)) is not None:
-                path, methods, is_action = route
+                path, scopes, is_action = route
                 endpoint = partial(handler, self)
                 if is_action:
                     endpoint = partial(_act, endpoint, path.rpartition("/")[0])
-                found.append(Route(path, endpoint, methods=methods))
+                found.append(ScopedRoute(path, endpoint, scopes))
         return found
 
     async def _stored(

@@ -19,6 +19,7 @@ from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
 from tracker.flora.technique import cost_of
+from tracker.settings.tokens import Scope
 from tracker.starting.batch_rows import BOM
 from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts, techniques
@@ -163,7 +164,7 @@ class RunPages(PageGroup):
     async def show(self, request: Request) -> Response:
         return await self._page(request, await self._record(request))
 
-    @action("/runs/{run_id:any}/check")
+    @action("/runs/{run_id:any}/check", scope=Scope.START)
     async def check(self, request: Request) -> Response:
         """Polls the run now and shows it."""
         before = await self._record(request)
@@ -176,7 +177,7 @@ class RunPages(PageGroup):
         after = await self._services.poller.read_now(before)
         return await self._page(request, after, flash=_check_result(before, after))
 
-    @action("/runs/{run_id:any}/retry")
+    @action("/runs/{run_id:any}/retry", scope=Scope.START)
     async def retry(self, request: Request) -> Response:
         """Starts the same inputs again, once for each run, and shows the new run."""
         form = await read_form(request)
