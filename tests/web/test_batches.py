@@ -18,6 +18,7 @@ from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tests.worker.conftest import client_by
+from tests.worker.test_batch import rotate_after_one
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting.batch_launch import Order
@@ -316,6 +317,24 @@ async def test_a_launch_goes_on_when_the_key_is_right_again(serve: Serve, sqlite
         await eventually(goes_on, timeout=30)
         done = await shown(site, made["batch_id"])
         assert (done["started"], done["stopped"], len(flora.world.runs)) == (5, None, 5)
+
+
+async def test_a_launch_waits_for_a_key_of_its_workspace(serve: Serve, sqlite_url: str) -> None:
+    """A key that is rotated while rows are started ends no batch either."""
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        works = site.services.batch_worker
+        works.concurrency = 1
+        rotate_after_one(site.services, flora)
+        made = await create(site, 201)
+
+        async def waits() -> dict[str, Any] | None:
+            await works.launch_due()
+            found = await shown(site, made["batch_id"])
+            return found if found["stopped"] is not None else None
+
+        waiting = await eventually(waits)
+        assert "is of workspace ws_other" in waiting["stopped"]
+        assert (waiting["launching"], len(flora.world.runs)) == (True, 1)
 
 
 async def test_what_failed_is_started_again_on_request(serve: Serve, database_url: str) -> None:

@@ -21,15 +21,17 @@ from tracker.core.errors import (
     InvalidRequest,
     KeyRefused,
     MaxCostReached,
+    SettingsError,
     TrackerError,
 )
 from tracker.core.inputs import Input, RunNumber, batch_id, row_digests
 from tracker.services import Services
 from tracker.simulator import Simulator
+from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.batch import BatchOutcome, BatchProgress
 from tracker.starting.batch_rows import BatchPlan, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv
-from tracker.starting.start import fingerprint
+from tracker.starting.start import Started, fingerprint
 from tracker.store import schema as tables
 from tracker.store.queries import batches, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow
@@ -202,6 +204,34 @@ async def test_a_refused_key_ends_a_batch(services: Services, flora: Simulator) 
     assert isinstance(outcome.stopped, KeyRefused)
     assert outcome.counts.unstarted == 6
     assert begun(flora) == []
+
+
+def rotate_after_one(services: Services, flora: Simulator) -> None:
+    """As soon as one start is answered the key is that of another workspace than the settings
+    name."""
+    begin, (workspace,) = services.starter.start, services.workspaces
+    other = SimulatedWorkspace(workspace_id="ws_other", api_key="sk_test_other", webhook_secret="w")
+    flora.world.options = replace(flora.world.options, more_workspaces=(other,))
+    workspace.configured_id = "ws_simulator"
+
+    async def begin_and_rotate(*order: Any, **more: Any) -> Started:
+        started = await begin(*order, **more)
+        services.workspaces.rotate("default", api_key="sk_test_other", secrets=())
+        return started
+
+    services.starter.start = begin_and_rotate  # type: ignore[method-assign]
+
+
+async def test_a_key_of_another_workspace_ends_a_batch(
+    services: Services, flora: Simulator
+) -> None:
+    """Rotated while rows are started: no further one is, and it says why."""
+    rotate_after_one(services, flora)
+    outcome = await start(services, await plan(services, *"abc"), concurrency=1)
+    assert isinstance(outcome.stopped, SettingsError)
+    assert "is of workspace ws_other" in str(outcome.stopped)
+    assert outcome.counts.unstarted == 2
+    assert begun(flora) == ["a"]
 
 
 async def test_a_row_that_flora_refuses_does_not_stop_the_others(

@@ -29,6 +29,7 @@ from tracker.core.errors import (
     InvalidRequest,
     MaxCostReached,
     RateLimited,
+    SettingsError,
     StartNotStored,
     StartPending,
     StartUnresolved,
@@ -330,6 +331,9 @@ class BatchLaunch:
                 self._stop(error)
         except FloraError as error:
             self._retry_or_stop(row, error)
+        except (SettingsError, StoreError) as error:
+            self._stop(error)
+            self._queue.appendleft(row)
         else:
             self.over_budget = None
             self._worked_at = time.monotonic()
