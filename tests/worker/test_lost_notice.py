@@ -1,8 +1,6 @@
 """A notification that nobody hears costs a tick, and no run."""
 
-from datetime import timedelta
-
-from apscheduler.triggers.interval import IntervalTrigger
+import math
 
 from tests.store.making import callback, open_writer
 from tests.support.waiting import eventually
@@ -32,8 +30,9 @@ async def test_a_swallowed_notification_costs_a_tick(postgres_url: str) -> None:
         await eventually(lambda: deaf.listening)
         await deaf.wait_due(0)
         await eventually(lambda: swept(services))
-        # It is the tick, and not the job that comes every fourth, which does not come here.
-        worker._scheduler.reschedule_job("poll", trigger=IntervalTrigger(hours=1))
+        # It is the tick, and not the round that comes every fourth, which does not come here.
+        await eventually(lambda: worker._poll_anyway_at > 0)
+        worker._poll_anyway_at = math.inf
         run = flora.start()
         async with open_writer(receiver) as writer:
             await writer.submit(callback(run.run_id, at=utc_now()))
@@ -44,5 +43,3 @@ async def test_a_swallowed_notification_costs_a_tick(postgres_url: str) -> None:
 
         assert not await deaf.wait_due(0.1)
         await eventually(settled)
-        job = worker._scheduler.get_job("poll")
-        assert job.trigger.interval == timedelta(hours=1)

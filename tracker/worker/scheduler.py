@@ -2,8 +2,7 @@
 starts in doubt, read the catalogue, launch ordered batches.
 
 APScheduler only keeps the times: all state is in the database, so any number of workers may run,
-and one that dies leaves only leases, which expire. The poll job also runs whenever a callback makes
-a run due.
+and one that dies leaves only leases, which expire. A task of its own polls whenever a run is due.
 """
 
 import asyncio
@@ -90,8 +89,9 @@ class Worker:
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         self._running: set[asyncio.Task[object]] = set()
-        self._round_over = asyncio.Event()
         self._round_began = 0.0
+        self._poll_anyway_at = 0.0
+        """When to poll though nothing seems to be due: a few ticks later, or the clock was set."""
         self._tasks: list[asyncio.Task[None]] = []
         self._log_limit = LogRateLimit()
 
@@ -109,7 +109,6 @@ class Worker:
             )
         at_once = {"next_run_time": now}
         for name, work, every, more in (
-            ("poll", self._poll, timedelta(seconds=4 * self._times.tick), {}),
             ("recheck", self._recheck, services.recheck_every, {}),
             ("probe", services.contacts.probe, PROBE_EVERY, {}),
             ("recover", self._recover, self._times.recover_every, at_once),
@@ -125,7 +124,7 @@ class Worker:
         services.metrics.worker_running = True
         if keyed:
             self._tasks = [
-                asyncio.create_task(self._wake_when_due(), name="poll-waker"),
+                asyncio.create_task(self._poll_when_due(), name="poller"),
                 asyncio.create_task(self._watch_clock(), name="clock-watcher"),
             ]
             services.batch_worker.start()
@@ -184,38 +183,36 @@ class Worker:
             # APScheduler would log a cancelled job as an error. The sleep raises a cancellation
             # that came while the job failed.
             with suppress(asyncio.CancelledError):
-                try:
-                    await work()
-                except TrackerError as error:
-                    self._services.metrics.job_failed(name)
-                    self._log_failed(name, error)
-                except Exception:
-                    self._services.metrics.job_failed(name)
-                    log.exception("worker.job_broken", job=name)
+                await self._reporting(name, work)
                 await asyncio.sleep(0)
 
         return run
 
-    def _log_failed(self, name: str, error: TrackerError) -> None:
-        count = 1
-        if isinstance(error, StoreUnavailable):  # which recurs every second
-            count = self._log_limit.count(name, now=time.monotonic())
-        if count:
-            log.error("worker.job_failed", job=name, error=str(error), count=count)
+    async def _reporting(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the work; its failures are counted and logged."""
+        try:
+            await work()
+        except TrackerError as error:
+            self._services.metrics.job_failed(name)
+            count = 1
+            if isinstance(error, StoreUnavailable):  # which recurs every second
+                count = self._log_limit.count(name, now=time.monotonic())
+            if count:
+                log.error("worker.job_failed", job=name, error=str(error), count=count)
+        except Exception:
+            self._services.metrics.job_failed(name)
+            log.exception("worker.job_broken", job=name)
 
     async def _poll(self) -> None:
-        try:
-            more = True
-            while more:
-                self._round_began = time.monotonic()
-                report = await self._services.poller.poll_due(coalesce=True)
-                self._services.metrics.polled(report)
-                more = report.at_once
-                if report.claimed:
-                    counts = _fields(report, "claimed", "pages", "reads", "settled", "failed")
-                    log.info("poll.round", **counts)
-        finally:
-            self._round_over.set()
+        more = True
+        while more:
+            self._round_began = time.monotonic()
+            report = await self._services.poller.poll_due(coalesce=True)
+            self._services.metrics.polled(report)
+            more = report.at_once
+            if report.claimed:
+                counts = _fields(report, "claimed", "pages", "reads", "settled", "failed")
+                log.info("poll.round", **counts)
 
     async def _recheck(self) -> None:
         # A little less than the interval, so that this process can do the next one as well.
@@ -258,16 +255,14 @@ class Worker:
             **_fields(report, "new", "back", "gone", "complete"),
         )
 
-    async def _wake_when_due(self) -> None:
-        """Run the poll job whenever a run is due, one after the other."""
+    async def _poll_when_due(self) -> None:
+        """Poll whenever a run is due."""
         down = False
         while True:
             try:
                 await self._until_due()
                 down = False
-                self._round_over.clear()
-                self._scheduler.modify_job("poll", next_run_time=utc_now())
-                await self._round_over.wait()
+                await self._reporting("poll", self._poll)
             except StoreError as error:
                 if not down:
                     log.warning("worker.database_down", error=str(error))
@@ -298,10 +293,10 @@ class Worker:
         """Shift the jobs: intervals continue, cron expressions refer to the new time, and no job
         that was due is skipped."""
         self._services.machine_clock_jumped(jump)
+        self._poll_anyway_at = 0.0
+        self._services.signals.wake_due()
         for job in self._scheduler.get_jobs():
-            if job.id == "poll":
-                due = now
-            elif isinstance(job.trigger, IntervalTrigger):
+            if isinstance(job.trigger, IntervalTrigger):
                 due = job.next_run_time + jump
             else:
                 due = min(job.next_run_time, job.trigger.get_next_fire_time(None, now))
@@ -310,13 +305,14 @@ class Worker:
     async def _until_due(self) -> None:
         """Return when a run is due and `round_every` has passed since the last round."""
         tick = self._times.tick
-        while True:
+        while time.monotonic() < self._poll_anyway_at:
             due = await self._services.poller.next_due_at(coalesce=True)
             wait = tick if due is None else (due - self._services.clock()).total_seconds()
             if wait <= 0:
                 break
             # A signal means that a poll was brought forward; the database has the time.
             await self._services.signals.wait_due(min(wait, tick))
+        self._poll_anyway_at = time.monotonic() + 4 * tick
         # This also prevents a busy loop about a run that another worker has claimed.
         await asyncio.sleep(self._round_began + self._times.round_every - time.monotonic())
 
