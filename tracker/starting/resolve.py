@@ -179,7 +179,7 @@ def _check(held: HeldStart | None, row: StartRow) -> HeldStart:
 
 
 def _check_state(row: StartRow) -> None:
-    if row.state not in UNKNOWN:
+    if row.state not in UNKNOWN and not (row.is_fresh and row.is_known_to_flora):
         raise _fault(f"the outcome of the start {row.idempotency_key!r} is known: {row.state}")
 
 

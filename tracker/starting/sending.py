@@ -6,7 +6,9 @@ nothing about the first.
 """
 
 import asyncio
-import secrets
+import base64
+import hmac
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -31,7 +33,7 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
-from tracker.flora.client import start_body
+from tracker.flora.client import FloraClient, start_body
 from tracker.polling.workspaces import Workspace
 from tracker.starting.matching import StartMatcher
 from tracker.store.engine import Database
@@ -92,9 +94,15 @@ def verdict_of(error: FloraError) -> StartVerdict:
     return StartVerdict.DOUBT
 
 
-def new_token() -> str:
-    """The last part of a start's own callback address, which cannot be guessed."""
-    return secrets.token_urlsafe(24)
+def callback_token(client: FloraClient, workspace_id: str, key: str) -> str:
+    """The last part of a start's own callback address, which cannot be guessed.
+
+    It is the same for the same key, so that FLORA recognises a request that is repeated from a
+    database which was restored from a backup and does not know it.
+    """
+    content = json.dumps([workspace_id, key]).encode()
+    digest = hmac.digest(client.key_fingerprint.encode(), content, "sha256")
+    return base64.urlsafe_b64encode(digest[:24]).decode()
 
 
 class CallbackAddresses:
@@ -184,7 +192,7 @@ class StartSender:
                     return error
                 case StartVerdict.KEY_KNOWN if kept.get("status") == 422:
                     await held.record(StartState.REFUSED, kept)
-                    return IdempotencyConflict(str(error))
+                    return known_to_flora(held.key)
         if verdict is StartVerdict.KEY_KNOWN or held.row.is_known_to_flora:
             kept |= {"conflict": True}
         if held.row.excluded_runs:
@@ -204,6 +212,16 @@ def pending(key: str) -> StartPending:
     return StartPending(
         f"the start with idempotency key {key!r} was sent and its outcome is not known yet; it is "
         "not sent again before that is safe. Ask again later with the same key"
+    )
+
+
+def known_to_flora(key: str) -> IdempotencyConflict:
+    """The error for a key with which FLORA knows another request than ours (422)."""
+    return IdempotencyConflict(
+        f"FLORA has another request with idempotency key {key!r}: of another program, or of this "
+        "tracker before its database was restored. Nothing was started, and the key is not sent "
+        f"again: use another, or settle it with `tracker starts resolve {key}`, by --run RUN_ID "
+        "or --none"
     )
 
 

@@ -33,7 +33,7 @@ from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
-from tracker.starting.sending import StartSender, held_by, new_token, pending
+from tracker.starting.sending import StartSender, callback_token, held_by, known_to_flora, pending
 from tracker.store.queries import runs, spending, starts
 from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
@@ -125,6 +125,8 @@ class Starter(Service):
         workspace_id = await self.workspaces.id_of(workspace, deadline=self.deadline)
         row = await starts.get(self.database, workspace_id, key)
         replayed = row is not None and not row.is_fresh
+        if row is not None and row.is_fresh and row.is_known_to_flora:
+            raise known_to_flora(key)
         if row is not None and replayed:
             # Its inputs are not checked: its answer stands, whatever the definition is by now.
             technique_id = await self.catalogue.technique_id(workspace, request.technique)
@@ -213,7 +215,7 @@ class Starter(Service):
                 fingerprint=fingerprint(technique_id, request.inputs),
                 inputs=request.inputs,
                 at=self.clock(),
-                callback_token=new_token(),
+                callback_token=callback_token(workspace.require_client(), workspace_id, key),
                 started_by=request.started_by,
                 tags=tags,
                 holder=holder,

@@ -127,7 +127,8 @@ class StartRow:
     @property
     def is_known_to_flora(self) -> bool:
         """Whether FLORA answered 409 or 422: it has a request with this key."""
-        return bool((self.error or {}).get("conflict"))
+        error = self.error or {}
+        return bool(error.get("conflict")) or error.get("code") == "idempotency_conflict"
 
     @property
     def possible_runs(self) -> frozenset[str] | None:
