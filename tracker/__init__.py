@@ -18,40 +18,60 @@ if TYPE_CHECKING:
     from tracker import errors as errors
     from tracker import sync as sync
     from tracker.core.run import Output
+    from tracker.delivering.downloads import DownloadReport
+    from tracker.delivering.files import ManifestEntry
+    from tracker.delivering.saving import DownloadResult
     from tracker.library.batches import Batch, BatchResult
     from tracker.library.callbacks import VerifiedCallback
     from tracker.library.client import Tracker
     from tracker.library.handlers import RunEvent
+    from tracker.library.mounted import Mounted
     from tracker.library.run import Event, Run, RunChange, SpendingSummary
+    from tracker.receiving.receive import Received
     from tracker.settings import Settings
+    from tracker.store.queries.spending import Spending, Usage
 
     __version__: str
 
 __all__ = [
     "Batch",
     "BatchResult",
+    "DownloadReport",
+    "DownloadResult",
     "Event",
+    "ManifestEntry",
+    "Mounted",
     "Output",
+    "Received",
     "Run",
     "RunChange",
     "RunEvent",
     "Settings",
+    "Spending",
     "SpendingSummary",
     "Tracker",
+    "Usage",
     "VerifiedCallback",
 ]
 
 _MODULES: Final = {
     "Batch": "tracker.library.batches",
     "BatchResult": "tracker.library.batches",
+    "DownloadReport": "tracker.delivering.downloads",
+    "DownloadResult": "tracker.delivering.saving",
     "Event": "tracker.library.run",
+    "ManifestEntry": "tracker.delivering.files",
+    "Mounted": "tracker.library.mounted",
     "Output": "tracker.core.run",
+    "Received": "tracker.receiving.receive",
     "Run": "tracker.library.run",
     "RunChange": "tracker.library.run",
     "RunEvent": "tracker.library.handlers",
     "Settings": "tracker.settings",
+    "Spending": "tracker.store.queries.spending",
     "SpendingSummary": "tracker.library.run",
     "Tracker": "tracker.library.client",
+    "Usage": "tracker.store.queries.spending",
     "VerifiedCallback": "tracker.library.callbacks",
 }
 

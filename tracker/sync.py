@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from tracker.settings import Settings
     from tracker.store.writing.messages import Claim
 
-__all__ = ["Batch", "Event", "Output", "Run", "RunEvent", "Tracker"]
+__all__ = ["Batch", "BatchResult", "Event", "Output", "Run", "RunChange", "RunEvent", "Tracker"]
 
 P = ParamSpec("P")
 S = TypeVar("S")

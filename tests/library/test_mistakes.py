@@ -19,7 +19,7 @@ Call = Callable[[Tracker], Awaitable[Any]]
         (
             lambda tracker: tracker.start("icon-pak", INPUTS),
             errors.NotFound,
-            "'icon-pak' is none; `tracker techniques list` has all",
+            "there is no technique 'icon-pak'; `tracker techniques list` shows all",
         ),
         (
             lambda tracker: tracker.start("icon-pack", {"promt": "tools"}),
@@ -47,6 +47,16 @@ Call = Callable[[Tracker], Awaitable[Any]]
             "'order': a value is a text",
         ),
         (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`tracker.track(run_id)`"),
+        (
+            lambda tracker: tracker.spending(by="tag"),
+            errors.InvalidRequest,
+            "by: must be day, technique or tag:KEY, such as tag:campaign",
+        ),
+        (
+            lambda tracker: anext(tracker.runs(tracking="open")),
+            errors.InvalidRequest,
+            "tracking: must be one of active, settled, lost",
+        ),
     ],
 )
 async def test_a_wrong_call_says_what_is_wrong(

@@ -166,8 +166,14 @@ async def test_inputs_are_python_values(tracker: Tracker, flora: Simulator) -> N
         ({"asset": "http://example.com/a.png"}, "inputs.asset: asset must be an https link"),
         ({}, "inputs.asset: is required"),
         ({"asset": "https://example.com/a", "mood": "x"}, "inputs.mood: the technique has no"),
-        ({"asset": object()}, "inputs.asset: must be a text, a number or a boolean, not object"),
-        ({"asset": float("nan")}, "inputs.asset: must be a text, a number or a boolean, not nan"),
+        (
+            {"asset": object()},
+            "inputs.asset: must be a text, a number, a boolean or a date, not object",
+        ),
+        (
+            {"asset": float("nan")},
+            "inputs.asset: must be a text, a number, a boolean or a date, not nan",
+        ),
         ([{"id": "asset", "value": "x"}], "inputs.0.value: asset must be"),
     ],
 )

@@ -4,7 +4,7 @@ import asyncio
 import pickle
 import subprocess
 import sys
-from datetime import timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,15 @@ async def test_a_wait_survives_an_outage(
 async def test_a_batch_is_launched_from_a_script(
     tracker: Tracker, make_tracker: MakeTracker, flora: Simulator
 ) -> None:
-    """Each row becomes one run without any worker; the same rows are the same batch."""
-    rows = [{"prompt": f"icon {n}", "sku": n} for n in range(3)]
+    """Each row becomes one run without any worker; the same rows are the same batch. What is
+    carried comes back as text."""
+    rows = [{"prompt": f"icon {n}", "sku": n, "due": date(2026, 1, 31)} for n in range(3)]
     batch = await tracker.start_batch("icon-pack", rows, name="Icons", tag_columns={"sku": "sku"})
     done = await batch.wait(timeout=40)
     assert (done.rows, done.completed, done.ended) == (3, 3, True)
     results = await done.results()
     assert [one.tags for one in results] == [{"sku": "0"}, {"sku": "1"}, {"sku": "2"}]
+    assert results[2].carried == {"sku": "2", "due": "2026-01-31"}
     assert all(one.run is not None and one.run.succeeded for one in results)
     again = await tracker.start_batch("icon-pack", rows)
     assert (await again.wait(timeout=40)).batch_id == batch.batch_id

@@ -5,7 +5,21 @@ from decimal import Decimal
 from typing import assert_type
 
 import tracker.sync
-from tracker import BatchResult, Event, Output, Run, RunChange, RunEvent, SpendingSummary, Tracker
+from tracker import (
+    BatchResult,
+    DownloadReport,
+    Event,
+    Mounted,
+    Output,
+    Received,
+    Run,
+    RunChange,
+    RunEvent,
+    Spending,
+    SpendingSummary,
+    Tracker,
+    Usage,
+)
 from tracker.errors import RunFailed
 
 
@@ -25,7 +39,13 @@ async def asynchronous() -> None:
         batch = await opened.start_batch("icon-pack", [{"prompt": "a"}])
         assert_type(await batch.results(), list[BatchResult[Run]])
         assert_type(opened.events(), AsyncGenerator[RunChange[Run], None])
-        assert_type(await opened.spending(), SpendingSummary)
+        spending = await opened.spending()
+        assert_type(spending, SpendingSummary)
+        assert_type(spending.total, Spending)
+        assert_type(spending.budgets, tuple[Usage, ...])
+        assert_type(await opened.download(run, "files"), DownloadReport)
+        assert_type(await opened.receive_callback(b"", {}), Received)
+        assert_type(opened.asgi(), Mounted)
 
         @opened.on("run.settled", name="store")
         async def store(event: RunEvent) -> None:

@@ -248,8 +248,9 @@ def billionths(cost: Decimal) -> int:
 
 
 def dollars(amount: int) -> Decimal:
-    """The inverse of `billionths`."""
-    return Decimal(amount).scaleb(-9)
+    """The inverse of `billionths`, without trailing zeros."""
+    usd = Decimal(amount).scaleb(-9).normalize()
+    return usd if usd.as_tuple().exponent <= 0 else usd.quantize(Decimal(1))
 
 
 _MILLISECOND: Final = timedelta(milliseconds=1)

@@ -29,7 +29,7 @@ class BatchResult(Generic[AnyRun]):
 
     `status` is that of the run, or `not_started`, `sending`, `in_doubt`, `refused`, `unresolved`,
     `lost` or `forgotten`; `error` is why it could not be started or failed. `carried` are the
-    fields that are no input.
+    fields that are no input, each as its text: numbers too, dates and times in ISO 8601.
     """
 
     row: int

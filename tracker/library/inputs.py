@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date, time
 from decimal import Decimal
+from enum import EnumType
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -13,7 +15,7 @@ from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
 if TYPE_CHECKING:
     from tracker.services import Services
 
-InputValue = str | int | float | Decimal | bool | None
+InputValue = str | int | float | Decimal | bool | date | time | None
 InputValues = Mapping[str, InputValue | Sequence[InputValue]] | Sequence[Mapping[str, str]]
 """A value (or several) for each input's id, or inputs as the API takes them."""
 Rows = Iterable[Mapping[str, InputValue | Sequence[InputValue]]]
@@ -40,7 +42,7 @@ async def given_inputs(
             faults.append(FieldFault(where, "its id and type must be texts"))
         elif text is None:
             given = value if isinstance(value, float | Decimal) else type(value).__name__
-            message = f"must be a text, a number or a boolean, not {given}"
+            message = f"must be a text, a number, a boolean or a date, not {given}"
             faults.append(FieldFault(where, message))
         else:
             values.append((name, kind, text))
@@ -80,9 +82,12 @@ def naming_fields(
 
 
 def text_of(value: object) -> str | None:
-    """A text, number or boolean as an input has it; `None` for anything else, as `nan`."""
+    """A text, number, boolean, date or time as an input has it; `None` for anything else, as
+    `nan`."""
     if isinstance(value, str):
         return value
+    if isinstance(value, date | time):
+        return value.isoformat()
     if isinstance(value, float | Decimal) and not isfinite(value):
         return None
     if isinstance(value, Decimal):
@@ -102,6 +107,8 @@ def valid(field: str, check: Callable[[S], T], value: S) -> T:
         return check(value)
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
         message = str(error) if isinstance(error, ValueError) else f"cannot be {value!r:.80}"
+        if isinstance(check, EnumType):
+            message = f"must be one of {', '.join(map(str, check))}"
         raise InvalidRequest(f"{field}: {message}", [FieldFault(field, message)]) from error
 
 

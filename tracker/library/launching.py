@@ -44,7 +44,7 @@ async def planned(
             given = cast("list[object]", value) if isinstance(value, list | tuple) else [value]
             cells[str(name)] = texts = [text_of(one) for one in given if one is not None]
             if None in texts:
-                message = "must be a text, a number or a boolean, or a list of them"
+                message = "must be a text, a number, a boolean or a date, or a list of them"
                 faults.append(FieldFault(f"rows.{number}.{name}", message))
         objects.append((number, cells))
     if not objects and not faults:

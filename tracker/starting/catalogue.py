@@ -239,14 +239,13 @@ class Catalogue(Service):
             raise InvalidRequest(f"{technique!r} {message}", [FieldFault("technique", message)])
         try:
             found = await workspace.require_client().get_technique(technique, deadline=deadline)
-        except NotFound as error:  # FLORA does not repeat the name
+        except NotFound as error:  # FLORA's message does not repeat the name
             if not error.from_flora:
                 raise
-            advice = f"{technique!r} is none; `tracker techniques list` has all."
             raise NotFound(
                 status=error.status,
                 code=error.code,
-                message=f"{error.message} {advice}",
+                message=f"there is no technique {technique!r}; `tracker techniques list` shows all",
                 request_id=error.request_id,
             ) from error
         if technique != found.technique_id:

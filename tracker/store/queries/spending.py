@@ -232,9 +232,9 @@ def check_by(by: str) -> str:
     """`by` if `spending` can group by it; raises `ValueError`."""
     if by in ("day", "technique"):
         return by
-    kind, _, key = by.partition(":")
-    if kind != "tag":
-        raise ValueError("must be day, technique or tag:KEY")
+    kind, colon, key = by.partition(":")
+    if kind != "tag" or not colon:
+        raise ValueError("must be day, technique or tag:KEY, such as tag:campaign")
     return f"tag:{check_tag_key(key)}"
 
 
