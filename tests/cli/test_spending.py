@@ -48,6 +48,10 @@ def test_commands_keep_to_a_budget_and_show_it(tracker: Commands, stack: ExitSta
             io.StringIO(tracker("spending", "--by", f"tag:{tag}", "--csv").stdout)
         )
         assert [(row["of"], row["runs"], row["quoted"]) for row in rows] == [(shown, "2", "0.5")]
+    for since, begin in (("2026-11-01", "2026-11-01"), ("2026-11-01T18:00+02:00", "2026-11-01")):
+        assert tracker.json("spending", "--since", since)["since"] == begin
+    wrong = tracker("spending", "--since", "yesterday")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
     table = tracker("spending").stdout
     assert "$0.50" in table
     assert "month:workspace_id=ws_simulator" in table

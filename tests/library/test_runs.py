@@ -4,7 +4,7 @@ import asyncio
 import copy
 import dataclasses
 import pickle
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
@@ -200,6 +200,16 @@ async def test_spending_names_a_wrong_time(small_tracker: Tracker, since: Any) -
     """A time without a zone, an age before all times, and a text."""
     with pytest.raises(errors.InvalidRequest, match="since: "):
         await small_tracker.spending(since=since)
+
+
+async def test_spending_begins_with_a_day_and_is_short(small_tracker: Tracker) -> None:
+    """`since` is the beginning of the first day, and no amount has zeros at its end."""
+    run = await (await small_tracker.start("icon-pack", INPUTS)).wait(timeout=30)
+    at = datetime(2026, 1, 31, 23, 30, tzinfo=timezone(-timedelta(hours=1)))
+    summary = await small_tracker.spending(since=at)
+    assert summary.since == datetime(2026, 2, 1, tzinfo=UTC)
+    assert str(summary.total.charged) == str(run.charged_cost) == "0.25"
+    assert str(summary.total.quoted) == "0"
 
 
 async def test_a_run_is_a_value(small_tracker: Tracker) -> None:

@@ -282,6 +282,12 @@ async def test_spending_adds_up_by_day_technique_and_tag(db: Database, writer: T
         "red": (1, 0, PRICE),
         None: (4, Decimal("0.3"), 0),
     }
+    (rows, _) = await spending.spending(db, "technique", since=NOW - 30 * DAY)
+    assert next(row.name for row in rows if row.of is None) == "no technique"
     assert await spending.tag_keys(db, since=NOW) == ["team"]
+    for order in ("1", "2"):
+        tags = {"order": order, "team": "red"}
+        await writer.submit(became(f"run_{order}_", await reserve(db, order, tags=tags)))
+    assert await spending.tag_keys(db, since=NOW) == ["team", "order"]
     since_yesterday, _ = await spending.spending(db, "day", since=NOW - DAY)
     assert len(since_yesterday) == 2

@@ -94,6 +94,28 @@ async def test_wrong_tags_are_refused(small_site: Site, tags: Any, told: str) ->
     assert told in fault["message"]
 
 
+async def test_the_page_begins_with_a_tag_of_a_budget(serve: Serve, sqlite_url: str) -> None:
+    """Else with the tag that has the fewest values; what has no such tag is not hidden behind the
+    highest values."""
+    async with (
+        running(Options(failures=0)) as flora,
+        serve(
+            sqlite_url,
+            flora_base_url=flora.base_url,
+            flora_api_key=flora.world.options.api_key,
+            budgets=[{"usd": 100, "period": "total", "tag": "order=1"}],
+        ) as site,
+    ):
+        assert (await start(site, "none", tags={})).status_code == 201
+        for number in range(13):
+            tags = {"order": str(number), "a-team": "red"}
+            assert (await start(site, f"{number}", tags=tags)).status_code == 201
+        page = (await site.client.get("/spending", headers={"Accept": "text/html"})).text
+        assert 'By tag <span class="id">order</span>' in page
+        assert "other runs" in page
+        assert "1 more: <code>tracker spending --by tag:order</code>" in page
+
+
 async def test_the_page_is_there_before_anything_was_spent(small_site: Site) -> None:
     """Without budgets it says how to set some."""
     page = await small_site.client.get("/spending", headers={"Accept": "text/html"})

@@ -1,6 +1,6 @@
 """`tracker messages`: the events sent to endpoints, and sending them again."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -10,12 +10,11 @@ from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
-    parse_age,
+    parse_time,
     print_list,
     run_on_database,
     run_once,
 )
-from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import counted, duration
@@ -30,20 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 _SENT_BY: Final = "workers send to endpoints that are enabled and in their settings"
-
-
-def _parse_time(text: str | datetime) -> datetime:
-    """An age such as `24h`, or a time such as `2026-11-28T03:00Z` (UTC without an offset)."""
-    if isinstance(text, datetime):
-        return text
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        return utc_now() - parse_age(text)
-    try:
-        return at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
-    except OverflowError:
-        raise typer.BadParameter("must be within the years 1 to 9999 UTC") from None
 
 
 @app.command("list")
@@ -161,7 +146,7 @@ def recover(
         datetime,
         typer.Option(
             metavar="T",
-            parser=_parse_time,
+            parser=parse_time,
             help="Messages created since then: an age (24h, 3d) or a time (2026-11-28T03:00Z).",
         ),
     ],

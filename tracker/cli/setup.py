@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
 from tracker.cli.output import note, print_json, print_table, showing_waits
+from tracker.core.clock import utc_now
 from tracker.core.errors import FloraUnreachable
 from tracker.core.inputs import parse_tags
 
@@ -213,6 +214,21 @@ def parse_age(text: str | timedelta) -> timedelta:
     from tracker.settings.values import parse_duration
 
     return checked(parse_duration, text)
+
+
+def parse_time(text: str | datetime) -> datetime:
+    """An age such as `24h`, or a time such as `2026-11-28T03:00Z` (UTC without an offset), as the
+    parser of an option. Raises `BadParameter`."""
+    if isinstance(text, datetime):
+        return text
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return utc_now() - parse_age(text)
+    try:
+        return at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
+    except OverflowError:
+        raise typer.BadParameter("must be within the years 1 to 9999 UTC") from None
 
 
 def age_option(help: str, *, metavar: str = "DURATION", default: bool | str = True) -> Any:

@@ -1,13 +1,13 @@
 """`tracker spending`: charges, open quotes and budgets."""
 
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tracker.cli.output import JsonFlag, print_json, print_table
-from tracker.cli.setup import WorkspaceFilter, age_option, checked, run_once
+from tracker.cli.setup import WorkspaceFilter, checked, parse_time, run_once
 from tracker.core.formatting import csv_text, money
 
 if TYPE_CHECKING:
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 def spending(
     by: Annotated[str, typer.Option(metavar="day|technique|tag:KEY", help="Group by.")] = "day",
     since: Annotated[
-        timedelta, age_option("Runs started in the last 24h, 30d, …", default="30d")
-    ] = timedelta(days=30),
+        datetime | None,
+        typer.Option(
+            metavar="T",
+            parser=parse_time,
+            help="Whole UTC days, from that of an age (24h, 30d) or a date (2026-11-01).",
+            show_default="30d",
+        ),
+    ] = None,
     workspace: WorkspaceFilter = None,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print CSV and nothing else on stdout.")
@@ -39,7 +45,7 @@ def spending(
         from tracker.store.queries.spending import spending
         from tracker.views import spending_json
 
-        begin = services.clock() - since
+        begin = since or services.clock() - timedelta(days=30)
         rows, total = await spending(services.database, by, since=begin, workspace_id=workspace)
         return spending_json(by, begin, rows, total, await services.budgets.usages())
 

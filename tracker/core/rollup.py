@@ -250,7 +250,7 @@ def billionths(cost: Decimal) -> int:
 def dollars(amount: int) -> Decimal:
     """The inverse of `billionths`, without trailing zeros."""
     usd = Decimal(amount).scaleb(-9).normalize()
-    return usd if usd.as_tuple().exponent <= 0 else usd.quantize(Decimal(1))
+    return usd.quantize(Decimal(1)) if usd == usd.to_integral_value() else usd
 
 
 _MILLISECOND: Final = timedelta(milliseconds=1)

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
@@ -186,14 +186,14 @@ class RunCalls(OpenedTracker):
         """What the runs started since a UTC day cost, by `day`, `technique` or `tag:KEY`, in USD;
         and the use of each budget.
 
-        `since` is a time, an age, or `None` for all. Raises `InvalidRequest` for another `by`, and
-        for a time without a zone.
+        `since` is a time, an age, or `None` for all; its whole day counts. Raises
+        `InvalidRequest` for another `by`, and for a time without a zone.
         """
         from tracker.store.queries import spending
 
         services = self._services()
         by = valid("by", spending.check_by, by)
-        at = valid("since", partial(_time_of, services.clock()), since)
+        at = valid("since", partial(_day_of, services.clock()), since)
         rows, total = await spending.spending(
             services.database, by, since=at, workspace_id=workspace_id
         )
@@ -241,10 +241,10 @@ class RunCalls(OpenedTracker):
         return Run.bound(record, self)
 
 
-def _time_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:
+def _day_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:
     if since is None:
         return None
     at = now - since if isinstance(since, timedelta) else since
     if at.tzinfo is None:
         raise ValueError("must be an aware time, as datetime(2026, 1, 31, tzinfo=UTC)")
-    return at
+    return at.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)

@@ -231,8 +231,8 @@ class RunList(list[AnyRun]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpendingSummary:
-    """What was spent since `since` (`None`: ever): a row for each day, technique or tag value, the
-    total, and the use of each budget. Costs are USD."""
+    """What was spent since the UTC day that begins at `since` (`None`: ever): a row for each day,
+    technique or tag value, the total, and the use of each budget. Costs are USD."""
 
     by: str
     since: datetime | None

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -136,6 +137,32 @@ async def test_the_overview_shows_the_day(site: Site) -> None:
     assert [sum(column) for column in chart["columns"][1:]] == [3, 0]
     assert len(chart["columns"][0]) == 24
     assert "7 days" in await _text(site, "/?span=7d")
+
+
+async def test_the_overview_says_once_what_it_does_not_know(serve: Serve, sqlite_url: str) -> None:
+    """A delay below the shortest that is told apart; bills still to come; bills that never came."""
+    async with serve(
+        sqlite_url, tracker_cost_recheck=1, tracker_cost_give_up=timedelta(seconds=2)
+    ) as site:
+        for run_id in ("run_1", "run_2", "run_3"):
+            await site.services.writer.submit(_seen(run_id))
+        now = utc_now()
+        for run_id, facts in (
+            ("run_1", {"charged_cost": Decimal("0.25")}),
+            ("run_2", {}),
+            ("run_3", {}),
+        ):
+            end = _seen(run_id, RunStatus.COMPLETED, at=now, completed_at=now, **facts)
+            await site.services.writer.submit(end)
+        assert "The bills of 3 runs are not final." in await _text(site, "/")
+        late = now + timedelta(seconds=3)
+        for run_id in ("run_2", "run_3"):
+            read = _seen(run_id, RunStatus.COMPLETED, at=late, completed_at=now)
+            await site.services.writer.submit(replace(read, reads=1))
+        text = await _text(site, "/")
+    assert "under 0.1 s" in text
+    assert "The bill of 1 run is not final." in text
+    assert "FLORA never billed 2 runs: their cost is unknown." in text
 
 
 async def test_the_overview_shows_batches_and_results_and_no_empty_part(site: Site) -> None:

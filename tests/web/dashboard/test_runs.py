@@ -137,6 +137,17 @@ async def test_the_present_filter_is_exported_as_csv(serve: Serve, sqlite_url: s
         assert (await site.client.get("/runs.csv?state=asleep")).status_code == 400
 
 
+async def test_a_generation_is_no_unknown_technique(small_site: Site) -> None:
+    """It has none."""
+    run = _run(1, run_type="generation")
+    observation = replace(run.observation, technique_id=None)
+    await small_site.services.writer.submit(replace(run, observation=observation))
+    cell = re.search(r'data-label="Technique".*?</td>', await _page(small_site, "/runs"))
+    assert cell is not None
+    assert "generation" in cell[0]
+    assert "unknown" not in cell[0]
+
+
 async def test_a_list_shows_small_pictures_and_icons(small_site: Site) -> None:
     """The first outputs: pictures that are loaded late, each with its name and a fixed size, and
     icons for everything else; no link that is not one."""

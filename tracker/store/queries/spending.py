@@ -211,8 +211,8 @@ def _reservations(
 class Spending:
     """The cost in USD of the runs of a day, a technique or a tag value (`of`; `None`: all others).
 
-    `charged` was billed by FLORA, `quoted` is the price of runs without a bill, and `unpriced`
-    counts those of them that FLORA never billed.
+    `charged` was billed by FLORA, `quoted` is the price of runs without a bill, as far as it is
+    known, and `unpriced` counts the runs that FLORA never billed.
     """
 
     of: datetime | str | None
@@ -268,6 +268,7 @@ async def spending(
             called = select(techniques.c.technique_id, techniques.c.name)
             called = called.where(techniques.c.technique_id.in_(ids))
             names = {row[0]: row[1] for row in await connection.execute(called)}
+            names[""] = "no technique"  # generations, and runs that were not read yet
     rows = [_spending(row.of or None, *row[1:], name=names.get(row.of)) for row in found]
     rest = Spending(
         of=None,
@@ -280,14 +281,16 @@ async def spending(
 
 
 async def tag_keys(db: Database, *, since: datetime) -> list[str]:
-    """The tag keys of runs started since that day, sorted."""
+    """The tag keys of runs started since that day, those with the fewest values first."""
     if db.dialect == "postgresql":
         key: Any = func.split_part(ROLLUPS.c.word, "=", 1)
     else:
         key = func.substr(ROLLUPS.c.word, 1, func.instr(ROLLUPS.c.word, "=") - 1)
     day, _ = Period.DAY.bounds(since)
-    found = select(key).distinct().where(ROLLUPS.c.measure == word(TAGGED), ROLLUPS.c.since >= day)
-    return sorted(await db.fetchcol(found))
+    values = func.count(ROLLUPS.c.word.distinct())
+    found = select(key.label("key"), values.label("number")).group_by("key")
+    found = found.where(ROLLUPS.c.measure == word(TAGGED), ROLLUPS.c.since >= day)
+    return [row.key for row in await db.fetch(found.order_by("number", "key"))]
 
 
 def _sums() -> list[ColumnElement[Any]]:

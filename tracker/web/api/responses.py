@@ -315,7 +315,9 @@ class Spent(ResponseModel):
     runs: int
     charged: float = Field(description="Billed by FLORA.")
     quoted: float = Field(description="Quoted for runs without a bill.")
-    unpriced: int = Field(description="Runs that were never billed; `quoted` has their price.")
+    unpriced: int = Field(
+        description="Runs that were never billed; `quoted` has the price of those started here."
+    )
 
 
 class BudgetUsage(ResponseModel):

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tracker.core.record import Record
+from tracker.core.rollup import EDGES
 from tracker.core.run import RunStatus, Tracking
 from tracker.store.queries import attention, batches, endpoints, overview, sweeps
 from tracker.store.queries import runs as read
@@ -111,6 +112,7 @@ class OverviewPage(PageGroup):
             chart=json.dumps(_chart(ends, list(outcomes))),
             callbacks=callbacks,
             lag=await overview.lags(db, now=now, hours=hours),
+            shortest_delay=EDGES[0] / 1000,
             cost=_sum(costs),
             costs=costs[:TECHNIQUES],
             other_costs=_sum(costs[TECHNIQUES:]),

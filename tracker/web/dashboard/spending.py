@@ -28,9 +28,11 @@ class SpendingPage(PageGroup):
         today = self._services.clock().replace(hour=0, minute=0, second=0, microsecond=0)
         since = today - timedelta(days=PERIODS[period] - 1)
         keys = await tag_keys(db, since=since)
+        usages = await self._services.budgets.usages()
         key = query_field(request, "tag")
         if key not in keys:
-            key = keys[0] if keys else None
+            tags = {one.budget.tag[0] for one in usages if one.budget.tag}
+            key = next((one for one in keys if one in tags), keys[0] if keys else None)
         by_day, total = await spending(db, "day", since=since, workspace_id=workspace)
         by_technique, _ = await spending(db, "technique", since=since, workspace_id=workspace)
         by_tag: list[Spending] = []
@@ -41,21 +43,26 @@ class SpendingPage(PageGroup):
         return self._render(
             request,
             "spending.html",
-            usages=await self._services.budgets.usages(),
+            usages=usages,
             total=total,
             days=days,
             chart=json.dumps(_chart(days)),
-            by_technique=by_technique[:ROWS],
-            by_tag=by_tag[:ROWS],
-            more_techniques=len(by_technique) - ROWS,
-            more_tags=len(by_tag) - ROWS,
+            by_technique=_shown(by_technique),
+            by_tag=_shown(by_tag),
+            more_techniques=len(by_technique) - len(_shown(by_technique)),
+            more_tags=len(by_tag) - len(_shown(by_tag)),
             key=key,
-            keys={one: one for one in keys},
+            keys={one: one for one in sorted(keys)},
             period=period,
             periods={value: f"Last {count} days" for value, count in PERIODS.items()},
             workspace=workspace,
             workspaces={one: one for one in sorted(one for one in ids if one)},
         )
+
+
+def _shown(rows: list[Spending]) -> list[Spending]:
+    """The highest rows, and what has neither technique nor value."""
+    return [row for number, row in enumerate(rows) if number < ROWS or row.of is None]
 
 
 def _each_day(rows: list[Spending], since: datetime, count: int) -> list[Spending]:
