@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually, let_pass
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.waiting import ClosingStack
@@ -128,3 +129,20 @@ async def test_a_close_that_is_cut_short_leaves_nobody_waiting() -> None:
     for answer in answers:
         with pytest.raises(StoreUnavailable):
             await answer
+
+
+async def test_a_fault_ends_no_group_commit() -> None:
+    """Whoever waits for the group is told, and the next one is committed."""
+    committed = Committed()
+    answers = iter([[], [7]])
+
+    async def commit(group: list[bytes]) -> Sequence[int]:
+        await committed.commit(group)
+        return next(answers)
+
+    with capture_logs() as lines:
+        async with GroupCommit(commit, name="test", size=len) as group:
+            with pytest.raises(StoreUnavailable):
+                await group.enqueue(b"a")
+            assert await group.enqueue(b"b") == 7
+    assert [(line["event"], line["loop"]) for line in lines] == [("loop.failed", "test")]

@@ -319,6 +319,34 @@ async def test_writers_compact(db: Database) -> None:
     await assert_exact(db)
 
 
+async def test_a_fault_ends_no_compaction_for_good(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged, and the next one compacts what that left."""
+    faults, compacting = (
+        iter([ValueError("a fault"), ZeroDivisionError("another")]),
+        rollups.compact,
+    )
+
+    async def compact(db: Database) -> None:
+        for fault in faults:
+            raise fault
+        await compacting(db)
+
+    async def compacted() -> bool:
+        return await rows_in(db, run_tally_changes) == 0
+
+    monkeypatch.setattr(rollups, "compact", compact)
+    with capture_logs() as lines:
+        async with (
+            RollupCompactor(db, background=True, delay=0.01, retry=0.01) as compactor,
+            open_writer(db, on_commit=[compactor.committed]) as writer,
+        ):
+            await writer.submit(seen("run_1"))
+            await eventually(compacted)
+    assert [(line["event"], line["loop"]) for line in lines] == [("loop.failed", "rollups")]
+
+
 async def test_the_last_compaction_makes_up_for_a_failed_one(
     sqlite_url: str, tmp_path: Path
 ) -> None:
@@ -335,7 +363,7 @@ async def test_the_last_compaction_makes_up_for_a_failed_one(
                 away.rename(path)
                 await writer.submit(seen("run_1"))
                 assert await rows_in(db, run_tally_changes) > 0
-        assert [line["event"] for line in lines] == ["rollups.not_compacted"]
+        assert [line["event"] for line in lines] == ["loop.database_down"]
         assert await rows_in(db, run_tally_changes) == 0
 
 

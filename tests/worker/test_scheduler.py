@@ -19,6 +19,7 @@ from tests.worker.conftest import assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now
 from tracker.services import Services, open_services
 from tracker.settings import Settings
+from tracker.settings.model import EndpointSettings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
@@ -30,7 +31,11 @@ PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
 @asynccontextmanager
 async def working(
-    database_url: str, simulator: Simulator, **times: float
+    database_url: str,
+    simulator: Simulator,
+    *,
+    endpoints: tuple[EndpointSettings, ...] = (),
+    **times: float,
 ) -> AsyncIterator[tuple[Worker, Services]]:
     """A process's worth of services with its worker running, and short waits."""
     settings = Settings(
@@ -40,6 +45,7 @@ async def working(
         tracker_poll_interval=0.3,
         tracker_poll_interval_max=1,
         tracker_reconcile_cron=NO_SWEEPS,
+        endpoints=endpoints,
     )
     async with open_services(settings, background=True) as services:
         worker = Worker(services, times=WorkerTimes(**times))

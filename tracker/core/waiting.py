@@ -1,16 +1,21 @@
-"""Waiting for events, for tasks that end, and for blocking calls in threads of their own."""
+"""Waiting for events, for tasks that end, and for blocking calls in threads of their own; loops
+that go on whatever happens."""
 
 import asyncio
 import contextvars
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from tracker.core.errors import StoreError
-from tracker.core.log import get_logger
+from tracker.core.log import LogRateLimit, get_logger
 
 T = TypeVar("T")
+
+REPEAT_AFTER: Final = (0.1, 1.0)
+"""The first and the longest pause of a loop after failures in a row, in seconds."""
 
 log = get_logger(__name__)
 
@@ -22,6 +27,40 @@ async def wait_for(event: asyncio.Event, seconds: float | None) -> bool:
             return await event.wait()
     except TimeoutError:
         return False
+
+
+async def repeat(
+    name: str,
+    step: Callable[[], Awaitable[object]],
+    *,
+    pauses: tuple[float, float] = REPEAT_AFTER,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Call `step` again and again, until the task is cancelled or `is_over` is true between two
+    calls. `step` itself waits until there is something to do.
+
+    Whatever it raises is logged at intervals, under the loop's `name`, and it is called again after
+    a pause: of `pauses[0]` seconds, doubling up to `pauses[1]` with each failure in a row. Errors
+    of the database are expected; all others are faults of the tracker, and logged with a traceback.
+    """
+    limit, (pause, longest) = LogRateLimit(), pauses
+    while not is_over():
+        try:
+            await step()
+            pause = pauses[0]
+            continue
+        except StoreError as error:
+            if count := limit.count("down", now=time.monotonic()):
+                log.warning("loop.database_down", loop=name, error=str(error), count=count)
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                raise
+            # Else something was cancelled that the step waited for, and not this task.
+            if count := limit.count("failed", now=time.monotonic()):
+                log.exception("loop.failed", loop=name, count=count)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, longest)
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None) -> None:

@@ -20,8 +20,8 @@ from typing import Final, Protocol
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
-from tracker.core.log import LogRateLimit, get_logger
-from tracker.core.waiting import cancel, wait_for
+from tracker.core.log import get_logger
+from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.delivering.endpoint_client import ANSWER_SECONDS, Endpoint, EndpointClient, send_test
 from tracker.delivering.handlers import Handler, HandlerClient
 from tracker.store.engine import Database
@@ -44,7 +44,7 @@ from tracker.store.writing.messages import (
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""
 RETRY_SECONDS: Final = 1.0
-"""How long to wait before an unavailable database, or a claim of nothing, is tried again."""
+"""How long to wait before a claim of nothing is tried again."""
 
 OnAttempt = Callable[[str, Claim, Attempt], None]
 """Called with the endpoint's id and the outcome of an attempt, once it is committed."""
@@ -125,7 +125,6 @@ class Webhooks:
         self._configured_at = float("-inf")
         self._configured_by: datetime | None = None
         self._set_back = False
-        self._log_limit = LogRateLimit()
         # An event of this process has no message yet: the endpoints are woken when it has.
         self.signals.when_outbox_waits(self._woken.set, self.wake)
 
@@ -154,7 +153,8 @@ class Webhooks:
                 await self._configure()  # runs that end from now on are sent
         except (StoreError, TimeoutError) as error:
             log.warning("outbox.not_configured", error=str(error), advice="it is tried again")
-        self._task = asyncio.create_task(self._run(), name="outbox")
+        draining = repeat("outbox", self._drain_next, is_over=lambda: self._stopping)
+        self._task = asyncio.create_task(draining, name="outbox")
         for endpoint_id, endpoint in self._endpoints.items():
             client = self._clients[endpoint_id] = EndpointClient(
                 endpoint, clock=self.clock, answer_seconds=self.times.answer
@@ -265,25 +265,20 @@ class Webhooks:
         with suppress(StoreError):  # they check every few seconds
             await self.signals.announce_outbox()
 
-    async def _run(self) -> None:
-        while not self._stopping:
-            woken = self._woken.is_set()
-            self._woken.clear()
-            try:
-                await self._configure()
-                if self._set_back:
-                    await self._catch_up()
-                if woken or await outbox_waits(self.database):
-                    await self.drain()
-            except StoreError as error:
-                self._woken.set()
-                if count := self._log_limit.count("unavailable", now=time.monotonic()):
-                    log.warning("outbox.not_read", error=str(error), count=count)
-                await asyncio.sleep(RETRY_SECONDS)
-            except Exception:  # without this task nothing is sent: it goes on after any error
-                log.exception("outbox.failed")
-                await asyncio.sleep(RETRY_SECONDS)
-            await wait_for(self._woken, self.times.tick)
+    async def _drain_next(self) -> None:
+        """Make messages of what there is, and wait until there may be more."""
+        woken = self._woken.is_set()
+        self._woken.clear()
+        try:
+            await self._configure()
+            if self._set_back:
+                await self._catch_up()
+            if woken or await outbox_waits(self.database):
+                await self.drain()
+        except BaseException:
+            self._woken.set()
+            raise
+        await wait_for(self._woken, self.times.tick)
 
     async def _catch_up(self) -> None:
         """After the clock was set back: make due what was to wait until a time of the old clock."""
@@ -348,30 +343,18 @@ class _Sender:
         self._stopping = False
         self._open: dict[asyncio.Task[None], str] = {}
         self._outcomes: list[tuple[Claim, Attempt]] = []
-        self._log_limit = LogRateLimit()
-        self._task = asyncio.create_task(self._run(), name=f"endpoint {self.endpoint_id}")
+        name = f"endpoint {self.endpoint_id}"
+        sending = repeat(name, self._send_next, is_over=lambda: self._stopping)
+        self._task = asyncio.create_task(sending, name=name)
 
     def wake(self) -> None:
         self._woken.set()
 
-    async def _run(self) -> None:
-        while not self._stopping:
-            self._woken.clear()
-            try:
-                wait = await self._record_and_claim(self.target.most_open - len(self._open))
-                await wait_for(self._woken, wait)
-            except StoreError as error:
-                if count := self._log_limit.count("unavailable", now=time.monotonic()):
-                    log.warning(
-                        "endpoint.not_read",
-                        endpoint_id=self.endpoint_id,
-                        error=str(error),
-                        count=count,
-                    )
-                await asyncio.sleep(RETRY_SECONDS)
-            except Exception:  # without this task nothing is sent there: it goes on
-                log.exception("endpoint.failed", endpoint_id=self.endpoint_id)
-                await asyncio.sleep(RETRY_SECONDS)
+    async def _send_next(self) -> None:
+        """Store outcomes, begin attempts, and wait until there may be more."""
+        self._woken.clear()
+        wait = await self._record_and_claim(self.target.most_open - len(self._open))
+        await wait_for(self._woken, wait)
 
     async def stop(self) -> None:
         """Let open requests end for a moment, interrupt the rest, and store what came of them."""

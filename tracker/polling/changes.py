@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
-from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.core.errors import StoreUnavailable
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
-from tracker.core.waiting import wait_for
+from tracker.core.waiting import repeat, wait_for
 from tracker.polling.follow import Notify, until_available
 from tracker.store.engine import Database
 from tracker.store.errors import StoreClosed
@@ -311,20 +311,13 @@ class Broadcaster:
             raise StoreUnavailable("the run events could not be read in time") from None
 
     async def _run(self) -> None:
-        down = False
         with self._signals.subscribed(self._on_signal):
-            while True:
-                try:
-                    await self._send_new()
-                    down = False
-                except StoreError as error:
-                    if not down:
-                        log.warning("stream.database_down", error=str(error))
-                    down = True
-                    await asyncio.sleep(self.poll_seconds)
-                    continue  # what was committed meanwhile is not signalled again
-                await asyncio.sleep(COALESCE_SECONDS)
-                await self._wait()
+            await repeat("changes", self._send_next)
+
+    async def _send_next(self) -> None:
+        await self._send_new()
+        await asyncio.sleep(COALESCE_SECONDS)
+        await self._wait()
 
     def _on_signal(self, run_ids: Sequence[str]) -> None:
         self._signalled.update(run_ids)

@@ -13,9 +13,9 @@ from datetime import timedelta
 from typing import Final, Self
 
 from tracker.core.contact import ContactState, joined
-from tracker.core.errors import FloraError, StoreError
+from tracker.core.errors import FloraError
 from tracker.core.log import get_logger
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, repeat
 from tracker.polling.history import attributed_page
 from tracker.polling.workspaces import Service, Workspace
 from tracker.store.queries import workspaces
@@ -48,7 +48,8 @@ class Contacts(Service):
 
     async def __aenter__(self) -> Self:
         if self.background:
-            self._keeping = asyncio.create_task(self._keep_always(), name="contacts")
+            keeping = repeat("contacts", self._keep_next)
+            self._keeping = asyncio.create_task(keeping, name="contacts")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -91,17 +92,9 @@ class Contacts(Service):
         idle = timedelta(seconds=PROBE_IDLE_AFTER)
         return others is None or self.clock() - others.asked_at >= idle
 
-    async def _keep_always(self) -> None:
-        failing = False
-        while True:
-            try:
-                await self.keep()
-                failing = False
-            except StoreError as error:
-                if not failing:
-                    log.warning("contacts.not_kept", error=str(error))
-                failing = True
-            await asyncio.sleep(KEEP_TICK)
+    async def _keep_next(self) -> None:
+        await self.keep()
+        await asyncio.sleep(KEEP_TICK)
 
 
 async def _probe(workspace: Workspace) -> None:

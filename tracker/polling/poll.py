@@ -21,12 +21,13 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from tracker.core.clock import Clock
-from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited, StoreError
+from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
 from tracker.core.record import Entry, Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
+from tracker.core.waiting import repeat
 from tracker.polling.poll_round import PollReport, PollRound, SingleRead, run_all
 from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
@@ -226,7 +227,7 @@ class Poller(Service):
 
     async def _read(self, workspace: Workspace, poll_round: PollRound, *, full: bool) -> PollReport:
         """Read what a round has claimed, and give back the rest. `full`: more may be due."""
-        renewing = asyncio.create_task(self._renew(poll_round))
+        renewing = asyncio.create_task(repeat("poll claims", partial(self._renew, poll_round)))
         try:
             claimed = poll_round.remaining.values()
             await self.durations.learn(record.run.technique_id for record in claimed)
@@ -276,18 +277,10 @@ class Poller(Service):
         return [record for pair in alternating for record in pair if record is not None], full
 
     async def _renew(self, poll_round: PollRound) -> None:
-        """Keep the claims on what remains for as long as the round takes."""
-        while True:
-            await asyncio.sleep(self.renew_after)
-            try:
-                await claims.renew(
-                    self.database,
-                    self.holder,
-                    list(poll_round.remaining),
-                    self.clock() + self.lease,
-                )
-            except StoreError as error:
-                log.warning("poll.claims_not_renewed", error=str(error))
+        """Renew the claims on what remains in a while."""
+        await asyncio.sleep(self.renew_after)
+        until = self.clock() + self.lease
+        await claims.renew(self.database, self.holder, list(poll_round.remaining), until)
 
 
 class Backoff:

@@ -34,7 +34,7 @@ from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.core.record import Observed
 from tracker.core.run import RunType
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, repeat
 from tracker.polling.history import (
     HistoryWalk,
     Hole,
@@ -143,7 +143,7 @@ class Sweeper(Service):
             raise
         if sweep.report.skipped:
             return sweep.report
-        renewing = asyncio.create_task(sweep.renew())
+        renewing = asyncio.create_task(repeat("sweep lease", sweep.renew))
         try:
             await sweep.run()
         finally:
@@ -179,11 +179,9 @@ class _Sweep:
         )
 
     async def renew(self) -> None:
-        """Renew the lease until cancelled; its loss is noticed with the next page."""
-        while True:
-            await asyncio.sleep(self._sweeper.renew_after)
-            with suppress(StoreError):
-                await self.hold()
+        """Renew the lease in a while; its loss is noticed with the next page."""
+        await asyncio.sleep(self._sweeper.renew_after)
+        await self.hold()
 
     async def run(self) -> None:
         """Sweep both kinds, and write the log; its row exists before the second page is read."""

@@ -13,6 +13,7 @@ repeated, several processes may do it at once, and each delivery takes effect on
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import Context
@@ -24,10 +25,10 @@ from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.core.log import LogRateLimit, get_logger
+from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import TEST_DELIVERY, Delivery, Observed
-from tracker.core.waiting import cancel, wait_for
+from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.flora import parse
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
@@ -49,8 +50,8 @@ LONGEST_PAUSE: Final = 0.9
 """The longest wait between two groups, so that at least one a second is applied."""
 NOTIFY_SECONDS: Final = 0.1
 """The shortest time between two notifications: each takes a lock that all commits share."""
-RETRY_SECONDS: Final = (0.05, 1.0)
-"""The first and the longest wait before an unavailable database is tried again."""
+SAMPLES: Final = 100
+"""The last commits of the inbox that show whether it is busy."""
 
 log = get_logger(__name__)
 
@@ -233,7 +234,7 @@ class Applier:
         self._parse = partial(parse_stored, workspaces)
         self._statements = statements_for(self.database)
         self._woken = asyncio.Event()
-        self._queue_lengths: list[int] = []
+        self._queue_lengths: deque[int] = deque(maxlen=SAMPLES)
         """How many callbacks waited at each commit of the inbox, since the last pause."""
         self._notified_at = float("-inf")
         self._limit = self.max_group
@@ -241,7 +242,6 @@ class Applier:
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._log_limit = LogRateLimit()
 
     async def __aenter__(self) -> Self:
         if self.background:
@@ -274,7 +274,8 @@ class Applier:
         self._woken.set()
         if self._task is None and not self._closing:
             # In a context of its own: without the log fields of the request that came first.
-            self._task = asyncio.create_task(self._run(), name="applier", context=Context())
+            applying = repeat("applier", self._apply_next)
+            self._task = asyncio.create_task(applying, name="applier", context=Context())
 
     async def drain(self) -> int:
         """Apply all waiting deliveries that no other process has locked; returns how many.
@@ -287,37 +288,23 @@ class Applier:
             count += taken
         return count
 
-    async def _run(self) -> None:
-        wait = RETRY_SECONDS[0]
-        while True:
-            self._woken.clear()
-            began = self.monotonic()
-            try:
-                taken, more = await self._apply_group(is_busy=self._is_busy())
-            except StoreError as error:
-                self._woken.set()
-                if count := self._log_limit.count("unavailable", now=self.monotonic()):
-                    log.warning("inbox.not_applied", error=str(error), count=count)
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, RETRY_SECONDS[1])
-                continue
-            except asyncio.CancelledError:
-                self._woken.set()
-                raise
-            except Exception:
-                # Without this task nothing is applied: it goes on after any error.
-                log.exception("inbox.failed")
-                await asyncio.sleep(RETRY_SECONDS[1])
-                continue
-            wait = RETRY_SECONDS[0]
-            if more:
-                self._woken.set()
-            if taken:
-                await self._pause_while_busy(began + LONGEST_PAUSE)
-            await wait_for(
-                self._woken, self.check_seconds if self.background or self._held_up else None
-            )
+    async def _apply_next(self) -> None:
+        """Apply a group, and wait until there may be another."""
+        self._woken.clear()
+        began = self.monotonic()
+        try:
+            taken, more = await self._apply_group(is_busy=self._is_busy())
+        except BaseException:
             self._woken.set()
+            raise
+        if more:
+            self._woken.set()
+        if taken:
+            await self._pause_while_busy(began + LONGEST_PAUSE)
+        await wait_for(
+            self._woken, self.check_seconds if self.background or self._held_up else None
+        )
+        self._woken.set()
 
     async def _pause_while_busy(self, until: float) -> None:
         """Return when few callbacks wait to be stored, or at that monotonic time."""

@@ -7,12 +7,13 @@ Access tokens, API keys and signing secrets that come from files (`"file:PATH"`,
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel, repeat
 from tracker.settings.load import FileState, Loaded, file_state
 from tracker.settings.model import Settings, WorkspaceSettings
 
@@ -95,7 +96,7 @@ class Rotation:
     async def watched(self) -> AsyncIterator[None]:
         """Check once a second, and reload on SIGHUP, until the block ends."""
         loop = asyncio.get_running_loop()
-        task = asyncio.create_task(self._watch(), name="rotation")
+        task = asyncio.create_task(repeat("settings", self._check_next), name="rotation")
         if hasattr(signal, "SIGHUP"):
             loop.add_signal_handler(signal.SIGHUP, self.reload)
         try:
@@ -104,18 +105,12 @@ class Rotation:
             if hasattr(signal, "SIGHUP"):
                 loop.remove_signal_handler(signal.SIGHUP)
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # no reload while the process ends
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await cancel(task)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(CHECK_SECONDS)
-            try:
-                # The fix of a failure may be in a file that was never read.
-                self.check() if self._failure is None else self.reload()
-            except Exception:
-                log.exception("settings.not_reloaded")
+    async def _check_next(self) -> None:
+        await asyncio.sleep(CHECK_SECONDS)
+        # The fix of a failure may be in a file that was never read.
+        self.check() if self._failure is None else self.reload()
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:

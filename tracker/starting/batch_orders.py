@@ -27,7 +27,7 @@ from tracker.core.errors import (
     TrackerError,
 )
 from tracker.core.log import get_logger
-from tracker.core.waiting import cancel, wait_for
+from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.polling.workspaces import Service
 from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import BatchLaunch, Order
@@ -194,23 +194,14 @@ class BatchWorker(Service):
         """Launch what is due until `stop`; false if that was begun before."""
         if self._running is not None:
             return False
-        self._running = asyncio.create_task(self._launch_always(), name="batch-launcher")
+        launching = repeat("batches", self._launch_next)
+        self._running = asyncio.create_task(launching, name="batch-launcher")
         return True
 
-    async def _launch_always(self) -> None:
-        is_down = False
-        while True:
-            try:
-                await self.launch_due()
-                is_down = False
-            except StoreError as error:
-                if not is_down:
-                    log.warning("batch.database_down", error=str(error))
-                is_down = True
-            except Exception:  # a later batch must be launched, whatever happens
-                log.exception("worker.batches_failed")
-            await wait_for(self._ordered, self.check_every)
-            self._ordered.clear()
+    async def _launch_next(self) -> None:
+        await self.launch_due()
+        await wait_for(self._ordered, self.check_every)
+        self._ordered.clear()
 
     async def launch_due(self) -> None:
         """Begin to launch what is due, and close batches that have ended. Raises `StoreError`."""
@@ -241,10 +232,8 @@ class BatchWorker(Service):
 
     async def _work(self, batch: BatchRow) -> None:
         """Launch one batch, and store how that ended."""
-        order = Order.of(batch)
         try:
-            with acting(Principal(name=order.started_by)):
-                ended = await self._launch(batch, order)
+            ended = await self._launch(batch)
             if ended is not None:
                 await batches.end_launch(self.database, batch, ended, holder=self.process)
         except StoreError as error:
@@ -256,7 +245,7 @@ class BatchWorker(Service):
             del self._tasks[batch.batch_id]
             self.wake()
 
-    async def _launch(self, batch: BatchRow, order: Order) -> LaunchEnd | None:
+    async def _launch(self, batch: BatchRow) -> LaunchEnd | None:
         """Start the rows; how that ended, `None` if it was broken off."""
         launch: BatchLaunch | None = None
         try:
@@ -265,15 +254,17 @@ class BatchWorker(Service):
                     "it waits for a worker of the newer version that it was ordered with "
                     f"({', '.join(unknown)})"
                 )
-            plan = await self._plan(batch, order)
-            launch = await self.batches.launch_of(
-                plan,
-                order,
-                concurrency=self.concurrency,
-                spent=_spent(plan, order.ordered_at),
-            )
-            log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
-            await self._run(batch, launch)
+            order = Order.of(batch)
+            with acting(Principal(name=order.started_by)):
+                plan = await self._plan(batch, order)
+                launch = await self.batches.launch_of(
+                    plan,
+                    order,
+                    concurrency=self.concurrency,
+                    spent=_spent(plan, order.ordered_at),
+                )
+                log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
+                await self._run(batch, launch)
             stopped = launch.stopped
         except TrackerError as error:
             stopped = error
@@ -311,16 +302,18 @@ class BatchWorker(Service):
     async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
         """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""
         valid_until = boot_seconds() + batches.LEASE.total_seconds()
-        while boot_seconds() < valid_until:
+
+        async def renew() -> None:
+            nonlocal valid_until
             await asyncio.sleep(self.renew_after)
             until = boot_seconds() + batches.LEASE.total_seconds()
             waits = None if launch.over_budget is None else str(launch.over_budget)
-            with suppress(StoreError):
-                if not await batches.renew_launch(
-                    self.database, batch, holder=self.process, now=self.clock(), waits=waits
-                ):
-                    break
-                valid_until = until
+            is_mine = await batches.renew_launch(
+                self.database, batch, holder=self.process, now=self.clock(), waits=waits
+            )
+            valid_until = until if is_mine else float("-inf")
+
+        await repeat("batch lease", renew, is_over=lambda: boot_seconds() >= valid_until)
         launch.break_off()
 
 

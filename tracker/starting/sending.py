@@ -33,6 +33,7 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
+from tracker.core.waiting import repeat
 from tracker.flora.client import FloraClient, start_body
 from tracker.polling.workspaces import Workspace
 from tracker.starting.matching import StartMatcher
@@ -294,22 +295,13 @@ class HeldStart:
         return row is not None
 
     async def renew(self) -> None:
-        """Renew the lease until cancelled or until it is lost."""
-        while True:
-            await asyncio.sleep(RENEW_AFTER)
-            valid_until = boot_seconds() + HELD_FOR.total_seconds()
-            try:
-                mine = await starts.prolong(
-                    self.database, *self._id, self.holder, self.clock(), HELD_FOR
-                )
-            except StoreError as failure:
-                log.warning("start.hold_not_renewed", key=self.key, error=str(failure))
-                continue
-            # An expired lease may have been free meanwhile, and its budget another start's.
-            if not mine or boot_seconds() >= self.valid_until:
-                self.valid_until = float("-inf")
-                return
-            self.valid_until = valid_until
+        """Renew the lease in a while."""
+        await asyncio.sleep(RENEW_AFTER)
+        valid_until = boot_seconds() + HELD_FOR.total_seconds()
+        mine = await starts.prolong(self.database, *self._id, self.holder, self.clock(), HELD_FOR)
+        # An expired lease may have been free meanwhile, and its budget another start's.
+        is_kept = mine and boot_seconds() < self.valid_until
+        self.valid_until = valid_until if is_kept else float("-inf")
 
 
 def holding(
@@ -353,7 +345,9 @@ async def held_by(
             yield None
             return
         held = HeldStart(database, clock, row, holder, valid_until)
-        renewing = asyncio.create_task(held.renew())
+        renewing = asyncio.create_task(
+            repeat("start lease", held.renew, is_over=lambda: boot_seconds() >= held.valid_until)
+        )
         try:
             yield held
         finally:

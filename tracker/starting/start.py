@@ -22,6 +22,7 @@ from tracker.core.errors import (
     IdempotencyConflict,
     StartPending,
     StartUnresolved,
+    TrackerError,
 )
 from tracker.core.inputs import Tags, Technique, digest_of
 from tracker.core.log import get_logger
@@ -191,8 +192,10 @@ class Starter(Service):
 
     def _sent(self, task: "asyncio.Task[Record | None]") -> None:
         self._sending.discard(task)
-        if not task.cancelled():
-            task.exception()  # it is in the start log; the caller may be gone
+        failure = None if task.cancelled() else task.exception()
+        # The caller may be gone. An expected error is in the start log.
+        if failure is not None and not isinstance(failure, TrackerError):
+            log.exception("start.broken", exc_info=failure)
 
     async def _attempt(
         self,

@@ -8,16 +8,16 @@ until it is asked again.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Final
 
 from sqlalchemy import func, select
 
 from tracker.core.clock import Clock, boot_seconds, utc_now
-from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, repeat
 from tracker.store.engine import Database
 
 ASK_EVERY: Final = 10.0
@@ -70,12 +70,10 @@ class ServerClock:
                     jumped(jump)
             self._start = start
 
-    async def keep(self, ask_every: float) -> None:
-        """Ask every `ask_every` seconds; while there is no answer, the last one is used."""
-        while True:
-            await asyncio.sleep(ask_every)
-            with suppress(StoreError):
-                await self.ask()
+    async def ask_after(self, seconds: float) -> None:
+        """Ask in so many seconds; while there is no answer, the last one is used."""
+        await asyncio.sleep(seconds)
+        await self.ask()
 
 
 @asynccontextmanager
@@ -92,7 +90,9 @@ async def shared_clock(db: Database, *, ask_every: float = ASK_EVERY) -> AsyncIt
     off = utc_now() - clock()
     if abs(off) > LOGGED_FROM:
         log.warning("clock.off", seconds=round(off.total_seconds(), 1))
-    keeping = asyncio.create_task(clock.keep(ask_every), name="server-clock")
+    keeping = asyncio.create_task(
+        repeat("server clock", partial(clock.ask_after, ask_every)), name="server-clock"
+    )
     try:
         yield clock
     finally:

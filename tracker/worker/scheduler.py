@@ -23,7 +23,7 @@ from cronsim import CronSim
 from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.log import LogRateLimit, get_logger, log_context
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, repeat
 from tracker.polling.workspaces import Workspace
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class Worker:
         services.metrics.worker_running = True
         if keyed:
             self._tasks = [
-                asyncio.create_task(self._poll_when_due(), name="poller"),
-                asyncio.create_task(self._watch_clock(), name="clock-watcher"),
+                asyncio.create_task(repeat("poll", self._poll_when_due), name="poller"),
+                asyncio.create_task(repeat("clock", self._watch_clock), name="clock-watcher"),
             ]
             services.batch_worker.start()
 
@@ -256,21 +256,9 @@ class Worker:
         )
 
     async def _poll_when_due(self) -> None:
-        """Poll whenever a run is due."""
-        down = False
-        while True:
-            try:
-                await self._until_due()
-                down = False
-                await self._reporting("poll", self._poll)
-            except StoreError as error:
-                if not down:
-                    log.warning("worker.database_down", error=str(error))
-                down = True
-                await asyncio.sleep(self._times.round_every)
-            except Exception:  # polling must not stop, whatever happens
-                log.exception("worker.waker_failed")
-                await asyncio.sleep(self._times.round_every)
+        """Poll when a run is due."""
+        await self._until_due()
+        await self._reporting("poll", self._poll)
 
     async def _watch_clock(self) -> None:
         """Correct APScheduler, which uses the wall clock, by the time that has really passed.

@@ -38,7 +38,7 @@ _START: Final = (
 )
 _STUCK: Final = (
     "If one is running, its log says what blocks it (poll.flora_down, flora.rate_limited, "
-    "worker.database_down)."
+    "loop.database_down)."
 )
 
 
@@ -282,7 +282,7 @@ def _inbox(gauges: Gauges, now: datetime) -> Finding:
         f"{_number(gauges.waiting)} acknowledged callbacks are not applied yet; the oldest arrived "
         f"{round((now - oldest).total_seconds())} s ago.",
         "They are stored, and none is lost. Check that `tracker serve` or `tracker worker` of this "
-        "version runs, and its log for inbox.not_applied; `tracker poll` applies them too.",
+        "version runs, and its log for loop.database_down; `tracker poll` applies them too.",
     )
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Executable, delete, insert, select, text, upd
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, repeat
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.paging import between, matching, newest_first
 from tracker.store.schema import audit, sessions, word
@@ -193,7 +193,10 @@ class Refusals:
 
     async def __aexit__(self, *_: object) -> None:
         await cancel(self._task)
-        await self._try_to_store()
+        try:
+            await self.store()
+        except StoreError as error:
+            log.warning("audit.not_stored", error=str(error), rows=len(self._pending))
 
     def add(
         self, reason: str, *, address: str, actor: str | None, request_id: str | None, **first: Any
@@ -211,7 +214,8 @@ class Refusals:
         refused = self._pending.setdefault(key, _Refused(request_id, first))
         refused.reasons[reason] += 1
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._store_soon(), name="audit", context=Context())
+            storing = repeat("audit", self._store_soon, is_over=lambda: not self._pending)
+            self._task = asyncio.create_task(storing, name="audit", context=Context())
 
     async def store(self) -> None:
         """Store the counts. Raises `StoreUnavailable` and keeps them then."""
@@ -229,15 +233,8 @@ class Refusals:
             raise
 
     async def _store_soon(self) -> None:
-        while self._pending:
-            await asyncio.sleep(STORE_AFTER)
-            await self._try_to_store()
-
-    async def _try_to_store(self) -> None:
-        try:
-            await self.store()
-        except StoreError as error:
-            log.warning("audit.not_stored", error=str(error), rows=len(self._pending))
+        await asyncio.sleep(STORE_AFTER)
+        await self.store()
 
 
 _ONCE: Final[dict[str, Any]] = {

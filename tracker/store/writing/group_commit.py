@@ -14,6 +14,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 from tracker.core.log import LogRateLimit, get_logger
+from tracker.core.waiting import repeat
 from tracker.store.errors import StoreBusy
 
 T = TypeVar("T")
@@ -87,7 +88,10 @@ class GroupCommit(Generic[T, R]):
         self.trouble: StoreError | None = None
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run(), name=self._name)
+        committing = repeat(
+            self._name, self._commit_next, is_over=lambda: self._closing and not self._queue
+        )
+        self._task = asyncio.create_task(committing, name=self._name)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -165,22 +169,23 @@ class GroupCommit(Generic[T, R]):
             error.__cause__ = self.trouble
             waiting.answer.set_exception(error)
 
-    async def _run(self) -> None:
-        while True:
-            if self._queue:
-                group: list[_Waiting[T, R]] = []
-                size = 0
-                while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
-                    group.append(self._pop())
-                    size += group[-1].size
-                await self._commit_group(group)
-                self._writing = []
-                del group  # bodies are not kept while nothing arrives
-            elif self._closing:
-                return
-            else:
-                self._arrived.clear()
-                await self._arrived.wait()
+    async def _commit_next(self) -> None:
+        """Commit a group of what waits, or wait until something does."""
+        group: list[_Waiting[T, R]] = []
+        size = 0
+        while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
+            group.append(self._pop())
+            size += group[-1].size
+        if not group:
+            self._arrived.clear()
+            await self._arrived.wait()
+            return
+        try:
+            await self._commit_group(group)
+        finally:
+            for waiting in self._writing:
+                self._give_up(waiting)
+            self._writing = []
 
     async def _commit_group(self, group: list[_Waiting[T, R]]) -> None:
         """Commit a group: whole or, where one of its items is refused, in ever smaller parts.

@@ -39,7 +39,7 @@ from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.rollup import ALWAYS, MEASURES, STATE, RollupKey, facts
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, repeat
 from tracker.store.engine import Database, insert_on, migration_engine
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.schema import (
@@ -244,16 +244,17 @@ class RollupCompactor:
         self._retry = retry
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._is_failing = False
         self._is_down = False
 
     async def __aenter__(self) -> Self:
         if self._background:
             self._changed.set()  # a process may have been killed before it could compact
-            self._task = asyncio.create_task(self._run(), name="rollup-compactor")
+            compacting = repeat("rollups", self._compact_next, pauses=(self._retry, self._retry))
+            self._task = asyncio.create_task(compacting, name="rollup-compactor")
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Compact once more. Raises `StoreUnavailable`; then the next process does."""
         task, self._task = self._task, None
         await cancel(task)
         if self._changed.is_set() and not self._is_down:
@@ -263,25 +264,17 @@ class RollupCompactor:
         self._changed.set()
         self._is_down = False
 
-    async def _run(self) -> None:
-        while True:
-            await self._changed.wait()
-            await asyncio.sleep(self._delay)
-            if not await self._compact():
-                await asyncio.sleep(self._retry)
+    async def _compact_next(self) -> None:
+        await self._changed.wait()
+        await asyncio.sleep(self._delay)
+        await self._compact()
 
-    async def _compact(self) -> bool:
+    async def _compact(self) -> None:
         self._changed.clear()
         try:
             await compact(self._db)
-        except StoreError as error:
-            if not self._is_failing:
-                log.warning("rollups.not_compacted", error=str(error))
-            self._is_failing = self._is_down = True
-            self._changed.set()
-            return False
-        except asyncio.CancelledError:
+        except BaseException as error:
+            self._is_down = isinstance(error, StoreError)
             self._changed.set()
             raise
-        self._is_failing = self._is_down = False
-        return True
+        self._is_down = False
