@@ -1193,9 +1193,13 @@ async def test_a_secret_of_another_workspace_names_no_run(database_url: str) -> 
 
 
 async def test_five_missing_callbacks_bring_back_the_bare_address(
-    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A proxy may pass on the exact path alone. An hour later own addresses are tried again."""
+    """A proxy may pass on the exact path alone. An hour later own addresses are tried again. Of
+    many runs only the newest count."""
     async with make_flora(drop=1.0) as flora:
         services = await open_on(flora, tracker_public_url="http://127.0.0.1:9")
         bare = "http://127.0.0.1:9/callbacks/flora"
@@ -1209,6 +1213,10 @@ async def test_five_missing_callbacks_bring_back_the_bare_address(
         services.starter.sender.addresses._checked_at = float("-inf")
         run_id = await attempt(services, "key-5")
         assert flora.world.runs[run_id or ""].callback_url == bare
+        with monkeypatch.context() as patch:
+            assert await start_log.own_are_missing(services.database, now=clock())
+            patch.setattr(start_log, "AMONG", 1)  # which has the bare address
+            assert not await start_log.own_are_missing(services.database, now=clock())
         clock.move(HOUR)
         services.starter.sender.addresses._checked_at = float("-inf")
         run_id = await attempt(services, "key-6")

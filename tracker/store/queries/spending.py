@@ -259,9 +259,14 @@ async def spending(
     grouped = select(of.label("of"), *columns).where(ROLLUPS.c.measure == word(measure), *where)
     grouped = grouped.group_by(of).having(func.sum(ROLLUPS.c.runs) != 0)
     order = [of] if by == "day" else [(columns[1] + columns[2]).desc(), of]
+    # A tag may have as many values as there are runs, and not all runs have it.
+    grouped = grouped.order_by(*order).limit(MOST_ROWS if key else None)
     async with db.read() as connection:
-        total = _spending(None, *(await connection.execute(whole)).one())
-        found = (await connection.execute(grouped.order_by(*order).limit(MOST_ROWS))).all()
+        found = (await connection.execute(grouped)).all()
+        summed = (await connection.execute(whole)).all() if key else found
+        total = _spending(None, *(sum(row[n] for row in summed) for n in range(-4, 0)))
+        if by != "day":
+            found = found[:MOST_ROWS]
         names: dict[str, str] = {}
         if by == "technique":
             ids = [row.of for row in found]
