@@ -5,7 +5,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, Final, TypeVar
 
@@ -70,6 +70,17 @@ async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None)
         task.cancel()
     if running:
         await asyncio.wait(running, timeout=seconds)
+
+
+async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, run concurrently. If one fails, the others are cancelled and its error
+    raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class ClosingStack(AsyncExitStack):

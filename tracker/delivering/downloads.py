@@ -16,6 +16,7 @@ from tracker.core.errors import TrackerError
 from tracker.core.events import RunFilter
 from tracker.core.formatting import counted
 from tracker.core.run import Tracking
+from tracker.core.waiting import run_all
 from tracker.delivering.fetch import MAX_BYTES, Fetcher
 from tracker.delivering.files import DownloadDirectory
 from tracker.delivering.names import row_names, row_numbers
@@ -31,7 +32,6 @@ from tracker.delivering.saving import (
 from tracker.flora.technique import ports
 from tracker.polling.changes import Broadcaster
 from tracker.polling.follow import Follower, Notify
-from tracker.polling.poll_round import run_all
 from tracker.starting.batch_rows import kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, runs, techniques

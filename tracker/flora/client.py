@@ -20,7 +20,6 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
-from copy import copy
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -85,9 +84,10 @@ class FloraClient:
     the key, and may call `rotate_key`: the request is then sent once more. Tests pass a
     `transport`, a `monotonic` clock and a `sleep`. Proxies of the environment are used, but never
     to this machine itself. `request_limit` is the workspace's, `breaker` is open while FLORA
-    refuses the key, and `contact` says whether FLORA answers. Raises `SettingsError` for an invalid
-    base URL or key. `workspace_id` is the workspace that the settings name: of a key that sees
-    several, its runs alone are listed.
+    refuses the key, and `contact` says whether FLORA answers. Reads of runs that have just ended
+    are `fresh`: the request limit favours them. Raises `SettingsError` for an invalid base URL or
+    key. `workspace_id` is the workspace that the settings name: of a key that sees several, its
+    runs alone are listed.
     """
 
     def __init__(
@@ -108,7 +108,6 @@ class FloraClient:
         start_seconds: float = START_SECONDS,
         largest_answer: int = LARGEST_ANSWER,
     ) -> None:
-        self._fresh = False
         self._workspace_id = workspace_id
         self._sees: set[str] = set()  # the workspaces that FLORA has listed for the key
         self._start_seconds = start_seconds
@@ -177,13 +176,6 @@ class FloraClient:
 
     async def aclose(self) -> None:
         await self._http.aclose()
-
-    @property
-    def for_fresh(self) -> Self:
-        """This client for reads of runs that have just ended, which the request limit favours."""
-        same = copy(self)
-        same._fresh = True
-        return same
 
     @property
     def wait(self) -> Wait | None:
@@ -283,7 +275,12 @@ class FloraClient:
         return answer.read(read)
 
     async def get_run(
-        self, technique_id: str, run_id: str, *, deadline: float | None = None
+        self,
+        technique_id: str,
+        run_id: str,
+        *,
+        deadline: float | None = None,
+        fresh: bool = False,
     ) -> Observation:
         """A run of a technique (its id or slug).
 
@@ -291,15 +288,17 @@ class FloraClient:
         """
         endpoint = "GET /techniques/{id}/runs/{id}"
         url = self._urls.of("techniques", technique_id, "runs", run_id)
-        return await self._read_run(endpoint, url, run_id, deadline, run_type="technique")
+        return await self._read_run(endpoint, url, run_id, deadline, fresh, run_type="technique")
 
-    async def get_any_run(self, run_id: str, *, deadline: float | None = None) -> Observation:
+    async def get_any_run(
+        self, run_id: str, *, deadline: float | None = None, fresh: bool = False
+    ) -> Observation:
         """A run of either kind, without its technique."""
         url = self._urls.of("runs", run_id)
-        return await self._read_run("GET /runs/{id}", url, run_id, deadline)
+        return await self._read_run("GET /runs/{id}", url, run_id, deadline, fresh)
 
     async def follow(
-        self, poll_url: str, run_id: str, *, deadline: float | None = None
+        self, poll_url: str, run_id: str, *, deadline: float | None = None, fresh: bool = False
     ) -> Observation:
         """The run of a `poll_url`.
 
@@ -307,7 +306,7 @@ class FloraClient:
         URL: it comes from outside, and the request carries the key.
         """
         url = self._urls.follow(poll_url)
-        return await self._read_run("GET poll_url", url, run_id, deadline)
+        return await self._read_run("GET poll_url", url, run_id, deadline, fresh)
 
     async def history(
         self,
@@ -317,6 +316,7 @@ class FloraClient:
         limit: int = 100,
         technique_id: str | None = None,
         deadline: float | None = None,
+        fresh: bool = False,
     ) -> HistoryPage:
         """A page of the workspace's runs, newest first, of at most `limit` (1 to 100) runs.
 
@@ -338,7 +338,7 @@ class FloraClient:
                 ),
                 # A filter, or a kind that a workspace may not have, says nothing about the key.
                 lists=technique_id is None and kind == "technique",
-                fresh=self._fresh,
+                fresh=fresh,
             )
             answer = await self._caller.call(call, deadline=deadline)
             run = self._reader(answer, source=Source.HISTORY, run_type=kind)
@@ -363,10 +363,11 @@ class FloraClient:
         url: httpx.URL,
         run_id: str,
         deadline: float | None,
+        fresh: bool,
         *,
         run_type: str | None = None,
     ) -> Observation:
-        call = FloraCall(endpoint=endpoint, url=url, fresh=self._fresh)
+        call = FloraCall(endpoint=endpoint, url=url, fresh=fresh)
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(
             self._reader(answer, source=Source.POLL, expect_run_id=run_id, run_type=run_type)

@@ -93,6 +93,7 @@ def pages(
     client: FloraClient,
     *,
     technique_id: str | None = None,
+    fresh: bool = False,
     deadline: Callable[[], float],
 ) -> AsyncGenerator[HistoryPage, None]:
     """Every page of technique runs, newest first, as FLORA's cursors lead.
@@ -101,7 +102,7 @@ def pages(
     one past the reader. `deadline` gives the seconds that the next page may take. Raises
     `FloraUnreadable` if the cursors form a circle, and what the client raises.
     """
-    read = partial(client.history, limit=PAGE_SIZE, technique_id=technique_id)
+    read = partial(client.history, limit=PAGE_SIZE, technique_id=technique_id, fresh=fresh)
     return flora.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
 
 

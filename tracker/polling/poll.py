@@ -13,7 +13,7 @@ that brings a fresh end.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -27,8 +27,9 @@ from tracker.core.observation import Source
 from tracker.core.record import Entry, Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
-from tracker.core.waiting import repeat
-from tracker.polling.poll_round import PollReport, PollRound, SingleRead, run_all
+from tracker.core.waiting import repeat, run_all
+from tracker.polling.poll_round import PollReport, PollRound
+from tracker.polling.reading import RunReader, SingleRead
 from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.engine import Database
@@ -156,7 +157,7 @@ class Poller(Service):
         if workspace is None or workspace.client is None or record.run.settled:
             return record
         try:
-            _, entries = await PollRound(self, workspace, [record]).read_entries(record)
+            _, entries = await self._reader(workspace).read(record)
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
         results = await self.writer.submit_all(entries)
@@ -169,11 +170,32 @@ class Poller(Service):
         """
         workspace = await self.workspaces.pick(run.workspace_id)
         record = Record(run=run, source=Source.TRACK, first_seen_at=self.clock())
-        return await PollRound(self, workspace, [record]).read_entries(record)
+        return await self._reader(workspace).read(record)
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""
         await claims.release(self.database, self.holder)
+
+    def _reader(self, workspace: Workspace) -> RunReader:
+        return RunReader(
+            workspace=workspace,
+            others=self.readable,
+            database=self.database,
+            clock=self.clock,
+            holder=self.holder,
+        )
+
+    def _round(
+        self, workspace: Workspace, due: Sequence[Record], *, recheck: bool = False
+    ) -> PollRound:
+        return PollRound(
+            self._reader(workspace),
+            due,
+            workspaces=self.workspaces,
+            writer=self.writer,
+            page_backoff=self.page_backoff,
+            recheck=recheck,
+        )
 
     def _with_key(self) -> list[Workspace]:
         keyed = self.workspaces.keyed
@@ -195,7 +217,7 @@ class Poller(Service):
         due, full = await self._claim(workspace, began, ended=pausing)
         if not due:
             return PollReport()
-        poll_round = PollRound(self, workspace, due)
+        poll_round = self._round(workspace, due)
         report = await self._read(workspace, poll_round, full=full)
         if not pausing:
             complete = not poll_round.remaining or poll_round.broken_off
@@ -222,7 +244,7 @@ class Poller(Service):
             workspaces=among,
             recheck=True,
         )
-        poll_round = PollRound(self, workspace, due, recheck=True)
+        poll_round = self._round(workspace, due, recheck=True)
         return await self._read(workspace, poll_round, full=len(due) == RECHECK_CLAIM)
 
     async def _read(self, workspace: Workspace, poll_round: PollRound, *, full: bool) -> PollReport:

@@ -8,31 +8,26 @@ those that a list shows without details, are read singly.
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
-from tracker.core.log import get_logger, log_context
+from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited
+from tracker.core.log import get_logger
 from tracker.core.observation import Observation
-from tracker.core.record import Entry, FailedRead, Observed, Record
-from tracker.core.run import Run, RunStatus
-from tracker.flora.client import FloraClient, PollUrlRefused
+from tracker.core.record import Observed, Record
+from tracker.core.run import RunStatus
+from tracker.core.waiting import run_all
 from tracker.polling import history
-from tracker.polling.history import (
-    PAGE_SIZE,
-    attributed,
-    attributed_page,
-    counted_before,
-    without_removed,
-)
-from tracker.polling.workspaces import Workspace
+from tracker.polling.history import PAGE_SIZE, attributed_page, counted_before, without_removed
+from tracker.polling.reading import RunReader
+from tracker.polling.workspaces import Workspaces
 from tracker.store import claims
+from tracker.store.writing.writer import Writer
 
 if TYPE_CHECKING:
-    from tracker.polling.poll import Poller
+    from tracker.polling.poll import Backoff
 
 SINGLE_READS: Final = 16
 """Single reads of a round, half of them for fresh ends; other runs are released and due in the
@@ -40,15 +35,11 @@ next round, so that no process holds work that another could do."""
 ROUND_SECONDS: Final = 10.0
 """Seconds after which a round begins no further single read (FLORA is slow, or has set a limit):
 the next round first checks for new callbacks."""
-CALL_SECONDS: Final = 20.0
-"""How long a single read may take, repetitions included; what fails is tried at the next poll."""
 PAGE_SECONDS: Final = 10.0
 """How long a page may take, repetitions included: single reads wait for it, and FLORA lists a
 hundred runs within a second."""
 FAILURES: Final = 2
 """Failures without a single answer that end a round: FLORA is down, and no run is to blame."""
-
-T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -82,23 +73,6 @@ class PollReport:
         self.trouble = self.trouble or other.trouble
 
 
-@dataclass(slots=True, kw_only=True)
-class SingleRead:
-    """The result of reading one run; `reads` counts the requests.
-
-    Without an `observation`, `missing` is whether every way was answered with "does not exist",
-    and `error` says why, fit for a person. `silent` means that FLORA itself did not answer
-    (`FloraError.silent`). `others` are the other runs of a history page that was read.
-    """
-
-    observation: Observation | None = None
-    missing: bool = False
-    error: str = ""
-    silent: bool = False
-    reads: int = 0
-    others: list[Observation] = field(default_factory=list)
-
-
 class PollRound:
     """Reads the runs that were claimed in one workspace.
 
@@ -108,24 +82,28 @@ class PollRound:
 
     def __init__(
         self,
-        poller: "Poller",
-        workspace: Workspace,
+        reader: RunReader,
         due: Sequence[Record],
         *,
+        workspaces: Workspaces,
+        writer: Writer,
+        page_backoff: "Backoff",
         recheck: bool = False,
     ) -> None:
         self.remaining = {record.run.run_id: record for record in due}
         self.shared_reads = 0
         self.report = PollReport(claimed=len(due))
         self.error = ""
-        self._poller = poller
-        self._workspace = workspace
-        self._client = workspace.require_client()
+        self._reader = reader
+        self._database = reader.database
+        self._workspace = reader.workspace
+        self._client = reader.workspace.require_client()
+        self._workspaces = workspaces
+        self._writer = writer
+        self._page_backoff = page_backoff
         self._recheck = recheck
         self._places: Mapping[str, int] | None = None  # in FLORA's list, by run id, once needed
         self._cost_probe: str | None = None
-        self._readable: bool | None = None  # whether FLORA can be read here, once known
-        self._checking = asyncio.Lock()
         self._answered = False
         self._failures = 0
         self._refused = False
@@ -152,22 +130,22 @@ class PollRound:
 
         Failures of FLORA are noted. Raises `StoreUnavailable`.
         """
-        poller, slot, backoff = self._poller, self._workspace.slot, self._poller.page_backoff
+        slot, backoff = self._workspace.slot, self._page_backoff
         wanted = self._listable()
         if len(wanted) < 2 or backoff.left(slot):
             return
         self._places = await claims.list_positions(
-            poller.database,
+            self._database,
             [record.run.run_id for record in wanted],
-            poller.workspaces.claimable(self._workspace),
+            self._workspaces.claimable(self._workspace),
             # Runs further down are fewer than the pages above them.
-            among=len(wanted) * PAGE_SIZE * len(poller.workspaces),
+            among=len(wanted) * PAGE_SIZE * len(self._workspaces),
         )
         if not self._pages_pay(wanted):
             return
-        client = self._client if self._recheck else self._client.for_fresh
+        found = history.pages(self._client, fresh=not self._recheck, deadline=lambda: PAGE_SECONDS)
         try:
-            async with aclosing(history.pages(client, deadline=lambda: PAGE_SECONDS)) as pages:
+            async with aclosing(found) as pages:
                 async for page in pages:
                     self.report.pages += 1
                     self.shared_reads += 1
@@ -231,18 +209,17 @@ class PollRound:
 
     async def _take_page(self, items: Sequence[Observation]) -> None:
         """Write a page; runs that it shows ended without details remain, and stay claimed."""
-        database = self._poller.database
-        kept = await without_removed(database, attributed_page(self._workspace, items))
+        kept = await without_removed(self._database, attributed_page(self._workspace, items))
         if items:
-            self._readable = True
+            self._reader.is_readable = True
         lean = {item.run_id for item in kept if self._lacks_details(item)}
         answered = self.remaining.keys() - lean
-        again = await counted_before(database, self.remaining, kept)
-        results = await self._poller.writer.submit_all(
+        again = await counted_before(self._database, self.remaining, kept)
+        results = await self._writer.submit_all(
             [
                 Observed(
                     observation=item,
-                    claim=self._poller.holder if item.run_id in answered else None,
+                    claim=self._reader.holder if item.run_id in answered else None,
                     counted_before=item.run_id in again,
                 )
                 for item in kept
@@ -307,7 +284,7 @@ class PollRound:
                 if self.broken_off or time.monotonic() > until:
                     return  # it remains, and is released
                 try:
-                    found, entries = await self.read_entries(record, fresh=fresh)
+                    found, entries = await self._reader.read(record, fresh=fresh)
                 except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
                     self._refuse(refusal)
                     return
@@ -321,7 +298,7 @@ class PollRound:
                 self._workspace.lists_carry_costs = False
             if run_id in shareable:
                 self.shared_reads += found.reads
-            results = await self._poller.writer.submit_all(entries)
+            results = await self._writer.submit_all(entries)
             self.report.settled += sum(result.settles for result in results)
             if seen is None and not found.missing:
                 self.report.failed += 1
@@ -331,170 +308,3 @@ class PollRound:
         await run_all(
             [read(record) for record in records[: None if self._recheck else SINGLE_READS]]
         )
-
-    async def read_entries(
-        self, record: Record, *, fresh: bool = False
-    ) -> tuple[SingleRead, list[Entry]]:
-        """Read a run, before others if its end is `fresh`; the result, and what to write: the other
-        runs that it showed, then the run.
-
-        A run that is only claimed for this workspace, and does not exist there, is read with the
-        other keys: whoever knows a workspace's signing secret can claim any run for it. FLORA's
-        answer that a run does not exist counts only while FLORA can be read in the workspace.
-        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
-        """
-        run, workspace, poller = record.run, self._workspace, self._poller
-        with log_context(run_id=run.run_id, workspace_id=workspace.name):
-            found = await read_run(self._client.for_fresh if fresh else self._client, run)
-            if found.missing and run.workspace_is_claimed:
-                found, workspace = await self._read_elsewhere(found, run)
-            elif found.observation is not None:
-                self._readable = True
-            entries: list[Entry] = []
-            if found.others:
-                others = attributed_page(workspace, found.others)
-                others = await without_removed(poller.database, others)
-                entries += [Observed(observation=item) for item in others]
-            if found.observation is None:
-                found.missing = found.missing and await self._is_readable()
-                entries.append(
-                    FailedRead(
-                        run_id=run.run_id,
-                        at=poller.clock(),
-                        error=found.error,
-                        missing=found.missing,
-                        reads=found.reads,
-                        claim=poller.holder,
-                    )
-                )
-            else:
-                seen = attributed(workspace, found.observation)
-                again = await counted_before(poller.database, {seen.run_id: record}, [seen])
-                entries.append(
-                    Observed(
-                        observation=seen,
-                        reads=found.reads,
-                        claim=poller.holder,
-                        counted_before=bool(again),
-                    )
-                )
-        return found, entries
-
-    async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
-        """Read a run with the keys of the other workspaces; `denied` if none shows it."""
-        for other in self._poller.readable():
-            if other is self._workspace or other.client is None:
-                continue
-            try:
-                found = await read_run(other.client.for_fresh, run)
-            except (KeyRefused, RateLimited):
-                denied.missing = False  # it may be there
-                continue
-            found.reads = denied.reads = denied.reads + found.reads
-            if found.observation is not None:
-                return found, other
-            denied.missing = denied.missing and found.missing
-        return denied, self._workspace
-
-    async def _is_readable(self) -> bool:
-        """Whether FLORA can be read in this workspace with this key, as the round has shown; else
-        the newest run of the history shows it, or FLORA's list of the key's workspaces.
-
-        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
-        """
-        async with self._checking:
-            if self._readable is not None:
-                return self._readable
-            self._readable = False
-            try:
-                page = await self._client.history(limit=1, deadline=CALL_SECONDS)
-                if attributed_page(self._workspace, page.items):
-                    self._readable = True
-                else:  # an empty history may be another workspace's
-                    ids = await self._client.list_workspaces(deadline=CALL_SECONDS)
-                    self._workspace.check_listed(ids)
-                    self._readable = self._workspace.workspace_id in ids
-            except (KeyRefused, RateLimited, OtherWorkspace):
-                raise
-            except FloraError as error:
-                log.warning(
-                    "poll.denial_not_counted", workspace_id=self._workspace.name, error=str(error)
-                )
-            return self._readable
-
-
-async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, run concurrently. If one fails, the others are cancelled and its error
-    raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-async def read_run(client: FloraClient, run: Run) -> SingleRead:
-    """Read `run` in the first way that works.
-
-    FLORA reads a technique run below its technique, and the technique of a run that is known by a
-    callback alone is unknown. So the ways are tried in turn: its `poll_url` (on FLORA's origin
-    only), its technique, the newest history page, and `GET /runs/{run_id}`, which reads generation
-    runs too. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which
-    say nothing about the run.
-    """
-    found = SingleRead()
-    denied = doubtful = False
-    async for way in _ways(client, run, found):
-        found.reads += 1
-        try:
-            found.observation = await way()
-        except NotFound as refusal:
-            denied = True
-            found.error = str(refusal)
-        except PollUrlRefused as refusal:
-            found.reads -= 1  # nothing was sent
-            found.error = str(refusal)
-        except (KeyRefused, RateLimited):
-            raise
-        except FloraError as error:
-            found.error = str(error)
-            if error.silent:
-                found.silent = True
-                return found
-            doubtful = True  # such as a 403, or another run, to which a wrong `poll_url` leads
-        if found.observation is not None:
-            return found
-    found.missing = denied and not doubtful
-    return found
-
-
-async def _ways(
-    client: FloraClient, run: Run, found: SingleRead
-) -> AsyncIterator[Callable[[], Awaitable[Observation | None]]]:
-    """The ways to read `run`, cheapest first; a way that returns `None` has not found it."""
-    run_id, seconds = run.run_id, CALL_SECONDS
-    if run.poll_url:
-        yield partial(client.follow, run.poll_url, run_id, deadline=seconds)
-    if run.run_type != "generation" and run.technique_id:
-        yield partial(client.get_run, run.technique_id, run_id, deadline=seconds)
-    elif run.run_type != "generation":
-        listed: list[Observation] = []
-
-        async def on_newest_page() -> Observation | None:
-            page = await client.history(deadline=seconds)
-            listed.extend(item for item in page.items if item.run_id == run_id)
-            found.others.extend(item for item in page.items if item.run_id != run_id)
-            whole = [
-                item
-                for item in listed
-                if item.details or not (item.precedence.ended or item.lacks_status)
-            ]
-            return whole[0] if whole else None
-
-        yield on_newest_page
-        for item in listed:
-            found.others.append(item)  # it names the technique, which a single read does not
-            if item.technique_id:
-                yield partial(client.get_run, item.technique_id, run_id, deadline=seconds)
-    yield partial(client.get_any_run, run_id, deadline=seconds)

@@ -1,0 +1,223 @@
+"""Reading one run, in the first way that works, and what to write of it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, TypedDict
+
+from tracker.core.clock import Clock
+from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
+from tracker.core.log import get_logger, log_context
+from tracker.core.observation import Observation
+from tracker.core.record import Entry, FailedRead, Observed, Record
+from tracker.core.run import Run
+from tracker.flora.client import FloraClient, PollUrlRefused
+from tracker.polling.history import (
+    attributed,
+    attributed_page,
+    counted_before,
+    without_removed,
+)
+from tracker.polling.workspaces import Workspace
+from tracker.store.engine import Database
+
+CALL_SECONDS: Final = 20.0
+"""How long a single read may take, repetitions included; what fails is tried at the next poll."""
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class SingleRead:
+    """The result of reading one run; `reads` counts the requests.
+
+    Without an `observation`, `missing` is whether every way was answered with "does not exist",
+    and `error` says why, fit for a person. `silent` means that FLORA itself did not answer
+    (`FloraError.silent`). `others` are the other runs of a history page that was read.
+    """
+
+    observation: Observation | None = None
+    missing: bool = False
+    error: str = ""
+    silent: bool = False
+    reads: int = 0
+    others: list[Observation] = field(default_factory=list)
+
+
+class _How(TypedDict):
+    """How each way of reading a run is tried."""
+
+    deadline: float
+    fresh: bool
+
+
+@dataclass(kw_only=True, eq=False)
+class RunReader:
+    """Reads runs with the key of a workspace, under the claims of `holder`. `others` gives the
+    workspaces with whose keys FLORA can be read. `is_readable` is whether it can be with this one,
+    once that is known."""
+
+    workspace: Workspace
+    others: Callable[[], Sequence[Workspace]]
+    database: Database
+    clock: Clock
+    holder: str
+    is_readable: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._checking = asyncio.Lock()
+
+    async def read(self, record: Record, *, fresh: bool = False) -> tuple[SingleRead, list[Entry]]:
+        """Read a run, before others if its end is `fresh`; the result, and what to write: the other
+        runs that it showed, then the run.
+
+        A run that is only claimed for this workspace, and does not exist there, is read with the
+        other keys: whoever knows a workspace's signing secret can claim any run for it. FLORA's
+        answer that a run does not exist counts only while FLORA can be read in the workspace.
+        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
+        """
+        run, workspace = record.run, self.workspace
+        with log_context(run_id=run.run_id, workspace_id=workspace.name):
+            found = await _read_run(workspace.require_client(), run, fresh=fresh)
+            if found.missing and run.workspace_is_claimed:
+                found, workspace = await self._read_elsewhere(found, run)
+            elif found.observation is not None:
+                self.is_readable = True
+            entries: list[Entry] = []
+            if found.others:
+                others = attributed_page(workspace, found.others)
+                others = await without_removed(self.database, others)
+                entries += [Observed(observation=item) for item in others]
+            if found.observation is None:
+                found.missing = found.missing and await self._can_read()
+                entries.append(
+                    FailedRead(
+                        run_id=run.run_id,
+                        at=self.clock(),
+                        error=found.error,
+                        missing=found.missing,
+                        reads=found.reads,
+                        claim=self.holder,
+                    )
+                )
+            else:
+                seen = attributed(workspace, found.observation)
+                again = await counted_before(self.database, {seen.run_id: record}, [seen])
+                entries.append(
+                    Observed(
+                        observation=seen,
+                        reads=found.reads,
+                        claim=self.holder,
+                        counted_before=bool(again),
+                    )
+                )
+        return found, entries
+
+    async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
+        """Read a run with the keys of the other workspaces; `denied` if none shows it."""
+        for other in self.others():
+            if other is self.workspace or other.client is None:
+                continue
+            try:
+                found = await _read_run(other.client, run, fresh=True)
+            except (KeyRefused, RateLimited):
+                denied.missing = False  # it may be there
+                continue
+            found.reads = denied.reads = denied.reads + found.reads
+            if found.observation is not None:
+                return found, other
+            denied.missing = denied.missing and found.missing
+        return denied, self.workspace
+
+    async def _can_read(self) -> bool:
+        """Whether FLORA can be read in this workspace with this key, as the round has shown; else
+        the newest run of the history shows it, or FLORA's list of the key's workspaces.
+
+        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
+        """
+        async with self._checking:
+            if self.is_readable is not None:
+                return self.is_readable
+            self.is_readable, client = False, self.workspace.require_client()
+            try:
+                page = await client.history(limit=1, deadline=CALL_SECONDS)
+                if attributed_page(self.workspace, page.items):
+                    self.is_readable = True
+                else:  # an empty history may be another workspace's
+                    ids = await client.list_workspaces(deadline=CALL_SECONDS)
+                    self.workspace.check_listed(ids)
+                    self.is_readable = self.workspace.workspace_id in ids
+            except (KeyRefused, RateLimited, OtherWorkspace):
+                raise
+            except FloraError as error:
+                log.warning(
+                    "poll.denial_not_counted", workspace_id=self.workspace.name, error=str(error)
+                )
+            return self.is_readable
+
+
+async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead:
+    """Read `run` in the first way that works.
+
+    FLORA reads a technique run below its technique, and the technique of a run that is known by a
+    callback alone is unknown. So the ways are tried in turn: its `poll_url` (on FLORA's origin
+    only), its technique, the newest history page, and `GET /runs/{run_id}`, which reads generation
+    runs too. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which
+    say nothing about the run.
+    """
+    found = SingleRead()
+    denied = doubtful = False
+    async for way in _ways(client, run, found, fresh=fresh):
+        found.reads += 1
+        try:
+            found.observation = await way()
+        except NotFound as refusal:
+            denied = True
+            found.error = str(refusal)
+        except PollUrlRefused as refusal:
+            found.reads -= 1  # nothing was sent
+            found.error = str(refusal)
+        except (KeyRefused, RateLimited):
+            raise
+        except FloraError as error:
+            found.error = str(error)
+            if error.silent:
+                found.silent = True
+                return found
+            doubtful = True  # such as a 403, or another run, to which a wrong `poll_url` leads
+        if found.observation is not None:
+            return found
+    found.missing = denied and not doubtful
+    return found
+
+
+async def _ways(
+    client: FloraClient, run: Run, found: SingleRead, *, fresh: bool
+) -> AsyncIterator[Callable[[], Awaitable[Observation | None]]]:
+    """The ways to read `run`, cheapest first; a way that returns `None` has not found it."""
+    run_id, how = run.run_id, _How(deadline=CALL_SECONDS, fresh=fresh)
+    if run.poll_url:
+        yield partial(client.follow, run.poll_url, run_id, **how)
+    if run.run_type != "generation" and run.technique_id:
+        yield partial(client.get_run, run.technique_id, run_id, **how)
+    elif run.run_type != "generation":
+        listed: list[Observation] = []
+
+        async def on_newest_page() -> Observation | None:
+            page = await client.history(**how)
+            listed.extend(item for item in page.items if item.run_id == run_id)
+            found.others.extend(item for item in page.items if item.run_id != run_id)
+            whole = [
+                item
+                for item in listed
+                if item.details or not (item.precedence.ended or item.lacks_status)
+            ]
+            return whole[0] if whole else None
+
+        yield on_newest_page
+        for item in listed:
+            found.others.append(item)  # it names the technique, which a single read does not
+            if item.technique_id:
+                yield partial(client.get_run, item.technique_id, run_id, **how)
+    yield partial(client.get_any_run, run_id, **how)
