@@ -116,6 +116,8 @@ async def test_a_batch_is_launched_from_a_script(
     assert len(flora.world.runs) == 3
     with pytest.raises(errors.InvalidRequest, match=r"rows\.2\.prompt"):
         await tracker.start_batch("icon-pack", [{"prompt": "a"}, {"prompt": None}])
+    with pytest.raises(errors.InvalidRequest, match="SKU: no row has this field for tags"):
+        await tracker.start_batch("icon-pack", rows, tag_columns={"sku": "SKU"})
     with pytest.raises(errors.MaxCostReached):
         await tracker.start_batch("icon-pack", [{"prompt": "dear"}], max_cost=0.1)
 
@@ -140,12 +142,18 @@ async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simul
 async def test_outputs_are_downloaded(
     make_tracker: MakeTracker, tmp_path: Path, flora: Simulator
 ) -> None:
-    """`download` waits for the run, and reports each file."""
+    """`download` waits for the runs, and reports each file, in the order of runs and outputs."""
     async with make_tracker() as tracker:
-        run = await tracker.start("icon-pack", INPUTS)
-        report = await tracker.download(run, tmp_path / "files")
+        runs = [await tracker.start("icon-pack", INPUTS) for _ in range(3)]
+        report = await tracker.download(runs, tmp_path / "files")
+        done = await tracker.wait(runs)
     assert report.complete
-    assert len(report.results) == 4
+    assert [one.job.run_id for one in report.results[::4]] == list(
+        dict.fromkeys(one.job.run_id for one in report.results)
+    )
+    for run in done:
+        found = [one.job.output for one in report.results if one.job.run_id == run.run_id]
+        assert tuple(found) == run.outputs
     assert all(
         (tmp_path / "files" / one.entry.file).exists() for one in report.results if one.entry
     )

@@ -91,6 +91,17 @@ async def reached(open_on: OpenServices, make_flora: MakeFlora) -> AsyncIterator
         yield await open_on(silent, tracker_public_url=PUBLIC_URL)
 
 
+async def test_only_what_is_missing_is_still_to_be_fetched(reached: Services) -> None:
+    """A page of the history may show outputs and times before the bill, and again without news."""
+    outputs = (Output("a", "imageUrl", "https://cdn.example/1.png"),)
+    ended = {"outputs": outputs, "completed_at": reached.clock()}
+    await see(reached, RunStatus.COMPLETED, Source.HISTORY, **ended)
+    found = text_of(await explained(reached, "run_1"), SentenceKind.OBSERVATION)
+    assert "New: 1 output and its end" in found
+    assert "Cost is still to be fetched." in found
+    assert "times are still" not in found
+
+
 async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> None:
     """Key, start, callback, poll: each with its time and source, and what it brought."""
     run_id = await start(reached)

@@ -253,10 +253,12 @@ class Downloader:
     ) -> None:
         """Fetch every output of the runs of `source`, and add the results to `report`.
 
-        The caller passes the report in, to have it after an interruption. A run that comes again
-        is skipped. Raises `DownloadDirectoryError`, and whatever `source` raises.
+        The caller passes the report in, to have it after an interruption; at the end its results
+        are in the order of runs and outputs. A run that comes again is skipped. Raises
+        `DownloadDirectoryError`, and whatever `source` raises.
         """
         queue: asyncio.Queue[DownloadJob | None] = asyncio.Queue(QUEUED)
+        order: dict[object, int] = {}
 
         async def find_jobs() -> None:
             seen: set[tuple[str | None, str | None]] = set()
@@ -267,6 +269,7 @@ class Downloader:
                 if (absent := _absent(wanted)) is not None:
                     report.absent.append(absent)
                 for job in jobs_of(wanted):
+                    order[job.key] = len(order)
                     await queue.put(job)
             for _ in range(options.concurrency):
                 await queue.put(None)
@@ -285,6 +288,7 @@ class Downloader:
                 saver = OutputSaver(directory, fetcher, self.clock)
                 saving = [save_all(saver) for _ in range(options.concurrency)]
                 await run_all([find_jobs(), *saving])
+        report.results.sort(key=lambda one: order.get(one.job.key, -1))
 
 
 def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:

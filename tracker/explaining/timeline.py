@@ -205,7 +205,10 @@ def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
     elif was_settled and not after.settled:
         yield "The run is no longer settled: its details are fetched again."
     elif seen.precedence.ended and not after.settled:
-        yield "Outputs, cost and times are still to be fetched."
+        values = {"outputs": after.outputs, "cost": after.charged_cost, "times": after.completed_at}
+        if missing := [name for name, value in values.items() if value is None]:
+            verb = "is" if missing == ["cost"] else "are"
+            yield f"{_listed(missing).capitalize()} {verb} still to be fetched."
 
 
 def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:

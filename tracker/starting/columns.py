@@ -84,9 +84,8 @@ def row_tags(
 ) -> tuple[dict[int, Tags], list[SheetProblem]]:
     """The tags of each row, by its line, and their problems: `tags`, and the cells that are not
     empty in `columns` (column by key)."""
-    named = ", ".join(sheet.columns) or "none"
     problems = [
-        SheetProblem(sheet.header, column, f"the sheet has no such column for tags; it has {named}")
+        SheetProblem(sheet.header, column, _missing(sheet, " for tags"))
         for column in columns.values()
         if column not in sheet.columns
     ]
@@ -135,6 +134,13 @@ def _values(sheet: Sheet, mapping: ColumnMapping) -> set[str]:
     return {_input(mapping, value)["value"] for value in cells}
 
 
+def _missing(sheet: Sheet, use: str = "") -> str:
+    named = ", ".join(sheet.columns) or "none"
+    if sheet.header:
+        return f"the sheet has no such column{use}; it has {named}"
+    return f"no row has this field{use}; there are {named}"
+
+
 def _assign(
     sheet: Sheet,
     ports: Sequence[Port],
@@ -150,9 +156,7 @@ def _assign(
             message = f"the technique has no input {one.input_id!r}; it has {', '.join(by_id)}"
             problems.append(SheetProblem(header, one.column, message))
         elif one.column not in sheet.columns:
-            named = ", ".join(sheet.columns) or "none"
-            message = f"the sheet has no such column; it has {named}"
-            problems.append(SheetProblem(header, one.column, message))
+            problems.append(SheetProblem(header, one.column, _missing(sheet)))
         else:
             wanted.append(one)
     named_ids = {one.input_id for one in explicit}

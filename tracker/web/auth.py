@@ -266,10 +266,11 @@ class AccessControl:
         server, host = scope.get("server"), requested_host(scope)
         if self._is_public:
             why = "TRACKER_PUBLIC_URL is set, so any request may come from another machine."
+        elif host is None or not is_loopback(host):
+            named = "no host" if host is None else repr(host[:255])
+            why = f"This one is for {named}, not for localhost or a loopback address."
         elif server is None or not is_loopback(server[0]):
             why = "This one arrived at an address that other machines reach."
-        elif host is None or not is_loopback(host):
-            why = "This one is for another host than localhost or a loopback address."
         elif is_forwarded(scope):
             why = "This one was forwarded by a proxy."
         elif not is_same_origin(scope) and not is_navigation(scope):
