@@ -186,6 +186,7 @@ async def open_services(
                 is_top=configured.id == settings.flora_workspace_id,
                 secrets=configured.clear_secrets,
             )
+            workspace.on_named = metrics.named
             if configured.api_key is not None:
                 workspace.client = FloraClient(
                     base_url=settings.flora_base_url,

@@ -262,3 +262,23 @@ def test_verify_tells_what_is_missing(tracker: Commands, stack: ExitStack) -> No
     assert (again.returncode, tracker("verify").returncode) == (1, 1)
     assert "incomplete" in again.stdout
     assert "could not read technique runs created from" in again.stderr
+
+
+def test_a_second_service_on_one_sqlite_file_is_refused(
+    tracker: Commands, stack: ExitStack
+) -> None:
+    """SQLite carries one long-running process. One-shots run beside it; another service starts when
+    the first has ended, however it did."""
+    port = free_port()
+    first = stack.enter_context(tracker.running("worker", "--port", str(port)))
+    _wait_for(f"http://127.0.0.1:{port}/healthz")
+    for command in (["serve", "--port", "0"], ["worker"]):
+        done = tracker(*command)
+        assert done.returncode == 1
+        assert "another `tracker serve` or `tracker worker` runs on tracker.db" in done.stderr
+    assert tracker("runs", "list").returncode == 0
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=15)
+    port = free_port()
+    stack.enter_context(tracker.running("worker", "--port", str(port)))
+    _wait_for(f"http://127.0.0.1:{port}/healthz")

@@ -161,6 +161,14 @@ async def test_a_disk_that_is_nearly_full_or_read_only_fails(
             assert report.level("disk") is Level.FAILED
             assert re.search(r"\d MiB are free", report["disk"].seen)
             assert "tracker db prune" in report["disk"].advice
+            with closing(sqlite3.connect(path)) as tracker:  # it has SQLite's log open
+                tracker.execute("UPDATE alembic_version SET version_num = version_num")
+                tracker.commit()
+                disk.fill()
+                report = await _look(f"sqlite:///{path}")
+            assert "does not accept writes: database or disk is full" in report["database"].seen
+            assert "first free 64 MiB there by other files" in report["database"].advice
+            disk.clear()
             disk.read_only(True)
             report = await _look(f"sqlite:///{path}")
             assert report.level("database") is Level.FAILED

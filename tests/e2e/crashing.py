@@ -56,7 +56,7 @@ COMMITS: Final = (
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
     "messages.make_due",
-    "claims.release",
+    *("claims.release", "claims.check_writes"),
     "sweeps.forget_after",
     "statements.quarantine",
     "replay.requeue",

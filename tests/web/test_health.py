@@ -4,8 +4,11 @@ import asyncio
 
 import asyncpg
 import httpx
+import pytest
 
+from tests.support.disk import CannotMount, SmallDisk
 from tests.support.postgres import PostgresServer
+from tests.support.scraping import scrape
 from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
@@ -38,6 +41,30 @@ async def test_a_database_without_the_newest_migration_is_not_ready(site: Site) 
     answer = await site.client.get("/readyz")
     assert answer.status_code == 503
     assert "tracker db upgrade" in answer.json()["error"]["message"]
+
+
+async def test_a_full_disk_is_not_ready(serve: Serve) -> None:
+    """It can be read, so what shows it is the last write: `/readyz` and the metrics say so until
+    one can be committed again, also where nothing else writes."""
+    body = event("run_" + "x" * 4000)
+    try:
+        with SmallDisk(16) as disk:
+            async with serve(f"sqlite:///{disk.path}/tracker.db") as site:
+                assert (await site.client.get("/readyz")).status_code == 200
+                site.services.inbox._deadline = 0.5
+                site.services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
+                disk.fill()
+                answer = await site.client.post(PATH, content=body, headers=signed(body))
+                assert answer.status_code == 503
+                assert (await site.client.get("/readyz")).status_code == 503
+                found = await scrape(site.client)
+                assert found.value("tracker_database_up") == 0
+                assert found.value("tracker_runs_due") == 0
+                disk.clear()
+                assert (await site.client.get("/readyz")).status_code == 200
+                assert (await scrape(site.client)).value("tracker_database_up") == 1
+    except CannotMount as error:
+        pytest.skip(str(error))
 
 
 async def test_a_refused_key_is_reported_and_the_service_stays_ready(

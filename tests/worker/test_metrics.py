@@ -5,16 +5,22 @@ import logging
 from dataclasses import replace
 from datetime import timedelta
 
+from tests.store.making import NOW
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.scraping import Scrape, read_scrape
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices
 from tests.worker.test_scheduler import simulator, swept, working
+from tracker.polling.sweep import SweepReport
 from tracker.services import Services
 from tracker.simulator import Options, Simulator, running
+from tracker.store.queries import sweeps
+from tracker.store.queries.sweeps import Interval
 
 __all__ = ["simulator"]
+
+GAP = Interval(from_at=NOW, to_at=NOW, read_at=NOW, error="it is broken", failures=1)
 
 
 async def scrape(services: Services) -> Scrape:
@@ -105,6 +111,39 @@ async def test_a_complete_sweep_says_through_when(
     assert found.value("tracker_sweep_failed") == 0
     for kind in ("technique", "generation"):
         assert found.value("tracker_history_gaps", run_type=kind) == 0
+
+
+async def test_work_before_the_id_is_known_is_counted_for_the_workspace(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """One workspace has one label: what was counted as `unknown` moves to it with the id."""
+    async with make_flora(refuse={"workspaces.list": "not_found"}) as flora:
+        services = await open_on(flora)
+        services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
+        [workspace] = services.workspaces
+        await services.sweeper.sweep(workspace)
+        services.metrics.swept(SweepReport(workspace_id=workspace.name))
+        asked = (await scrape(services)).value("tracker_flora_requests_total")
+        assert _workspaces(await scrape(services)) == {"unknown"}
+        flora.start()
+        services.metrics.swept(await services.sweeper.sweep(workspace))
+        services.metrics.swept(SweepReport(workspace_id="unknown"))  # had begun before
+    found = await scrape(services)
+    assert _workspaces(found) == {flora.world.options.workspace_id}
+    assert found.value("tracker_sweeps_total", result="complete") == 3
+    assert (found.value("tracker_flora_requests_total") or 0) > (asked or 0)
+
+
+async def test_a_workspace_that_was_removed_is_not_late(services: Services) -> None:
+    """Its last sweep stays in the log of sweeps, and no alert goes by that any more."""
+    number = await sweeps.begin(services.database, "ws_removed", services.clock())
+    await sweeps.finish(services.database, number, at=services.clock())
+    await sweeps.add(services.database, "ws_removed", "technique", GAP)
+    assert "ws_removed" not in _workspaces(await scrape(services))
+
+
+def _workspaces(found: Scrape) -> set[str]:
+    return {value for _, labels in found for name, value in labels if name == "workspace_id"}
 
 
 async def test_a_gap_in_the_history_is_reported(

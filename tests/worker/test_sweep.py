@@ -290,6 +290,26 @@ async def test_a_workspace_learns_its_id(services: Services, flora: Simulator) -
     assert [row.workspace_id for row in await sweep_rows(services)] == [workspace.workspace_id]
 
 
+async def test_sweeps_before_the_id_is_known_become_those_of_the_workspace(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """A first sweep may find no run that names the workspace, and older versions stored a
+    placeholder. None of them is left to grow older for ever, and each process learns the id."""
+    async with make_flora(refuse={"workspaces.list": "not_found"}) as flora:
+        services, other = await open_on(flora), await open_on(flora)
+        await sweep(services)
+        assert [row.workspace_id for row in await sweep_rows(services)] == [None]
+        counts = dict.fromkeys(("pages", "items", "discovered", "repaired", "unreadable"), 0)
+        old = {"workspace_id": "default", "started_at": services.clock(), **counts}
+        await services.database.execute(sa.insert(sweeps).values(old))
+        flora.start()
+        await sweep(services)
+        known = flora.world.options.workspace_id
+        assert [row.workspace_id for row in await sweep_rows(services)] == [known] * 3
+        await other.contacts.read()
+        assert [one.workspace_id for one in other.workspaces] == [known]
+
+
 async def test_each_workspace_is_swept_with_its_own_key(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:

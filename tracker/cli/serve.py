@@ -151,6 +151,8 @@ def share_heap() -> None:
 async def _opened(rotation: "Rotation") -> "AsyncIterator[Services]":
     """The services; their secrets are reloaded until they are closed."""
     from tracker.services import open_services
+    from tracker.store.sqlite import only_service
 
-    async with rotation.watched(), open_services(rotation, background=True) as services:
-        yield services
+    with only_service(rotation.settings.tracker_database_url):
+        async with rotation.watched(), open_services(rotation, background=True) as services:
+            yield services

@@ -83,7 +83,7 @@ class Explainer(Service):
             if found.silent:
                 return f"FLORA has not answered since {since}: {found.reason}."
             return f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
-        names = {workspace.name, workspace.slot, record.run.workspace_id}
+        names = {workspace.workspace_id, record.run.workspace_id}
         for sweep in await sweeps.list_sweeps(self.database):
             if sweep.workspace_id in names and sweep.finished_at is not None:
                 if sweep.error is None:

@@ -47,6 +47,7 @@ class Contacts(Service):
         self._keeping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        await self.workspaces.recall()
         if self.background:
             keeping = repeat("contacts", self._keep_next)
             self._keeping = asyncio.create_task(keeping, name="contacts")
@@ -65,6 +66,7 @@ class Contacts(Service):
 
     async def read(self) -> None:
         """Read what all processes have stored. Raises `StoreUnavailable`."""
+        await self.workspaces.recall()
         self._stored = await workspaces.stored_contacts(self.database, now=self.clock())
 
     async def keep(self) -> None:

@@ -316,9 +316,10 @@ class _Sweep:
 
     async def _log_row(self) -> int:
         """The row in the log of sweeps, inserted if need be."""
-        name = self.report.workspace_id = self._workspace.name
+        self.report.workspace_id = self._workspace.name
         if self._row is None:
-            self._row = await sweeps.begin(self._database, name, self._started_at)
+            workspace_id = self._workspace.workspace_id
+            self._row = await sweeps.begin(self._database, workspace_id, self._started_at)
         return self._row
 
     async def _plan(self, kind: RunType, items: Sequence[Observation]) -> "_Plan":
@@ -361,9 +362,9 @@ class _Sweep:
                 f"{min(others)}: set the right key, or FLORA_WORKSPACE_ID (or id) to the one to "
                 "track"
             )
-        if ids:
+        if ids and workspace.configured_id is not None:
             return True
-        try:
+        try:  # this also stores it for other processes
             await self._sweeper.workspaces.id_of(workspace)
         except SettingsError:
             if workspace.configured_id is not None:
@@ -372,7 +373,7 @@ class _Sweep:
             log.info("sweep.workspace_unknown", workspace_id=workspace.name, error=str(error))
         else:
             return True
-        return False
+        return bool(ids)
 
     async def _note(
         self, plan: "_Plan", at: datetime, hole: Hole, gap: Gap, *, end: datetime | None
@@ -425,12 +426,13 @@ class _Sweep:
 
     async def _finish(self) -> None:
         """Write the end of the sweep into the log, if the database answers."""
-        report = self.report
+        report, workspace = self.report, self._workspace
         try:
             await sweeps.finish(
                 self._database,
                 await self._log_row(),
                 at=self._clock(),
+                also_of=workspace.workspace_id if workspace.is_top else None,
                 through=self._through.get("technique"),
                 generations_through=self._through.get("generation"),
                 **{name: getattr(report, name) for name in _LOGGED},

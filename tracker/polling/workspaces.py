@@ -5,7 +5,7 @@ from the first authentic callback. Before a start, `Workspaces.id_of` makes sure
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
@@ -34,6 +34,9 @@ WAITS_SECONDS: Final = 1.0
 CLOCK_MARGIN: Final = 1.0
 """Seconds by which the clocks of processes that share waits may differ."""
 
+UNKNOWN: Final = "unknown"
+"""In metrics and logs, a workspace whose id is not known."""
+
 log = get_logger(__name__)
 
 
@@ -42,7 +45,8 @@ class Workspace:
     """One workspace.
 
     `slot` is its place in the settings, which never changes; `is_top` marks the workspace of the
-    top-level settings. `configured_id` is the id in the settings, `workspace_id` the one in use.
+    top-level settings. `configured_id` is the id in the settings, `workspace_id` the one in use;
+    `on_named` is called when that becomes known.
     """
 
     slot: str
@@ -57,19 +61,21 @@ class Workspace:
     """Whether items that ended a while ago carry outputs or a cost; updated by each page."""
     lists_carry_costs: bool = True
     """Whether history pages carry costs; false once a single read showed one that a page lacked."""
+    on_named: Callable[["Workspace"], None] = lambda _: None
 
     def __post_init__(self) -> None:
         self.configured_id = self.workspace_id
 
     @property
     def name(self) -> str:
-        """The id if it is known, else the slot."""
-        return self.workspace_id or self.slot
+        """The id, or `UNKNOWN`."""
+        return self.workspace_id or UNKNOWN
 
     def learn(self, workspace_id: str | None) -> None:
         """Take over FLORA's id if none is known yet."""
         if self.workspace_id is None and workspace_id:
             self.workspace_id = workspace_id
+            self.on_named(self)
 
     def check_listed(self, listed: Iterable[str | None]) -> None:
         """Check the key against the workspace ids of a list that it has read.
@@ -131,6 +137,13 @@ class Workspaces:
     def keyed(self) -> list[Workspace]:
         """Those with an API key."""
         return [one for one in self._all if one.client is not None]
+
+    async def recall(self) -> None:
+        """Take over the ids of API keys that any process has learnt. Raises `StoreUnavailable`."""
+        for one in self.keyed:
+            if one.workspace_id is None:
+                fingerprint = one.require_client().key_fingerprint
+                one.learn(await stored.workspace_of(self._database, fingerprint))
 
     def rotate(self, slot: str, *, api_key: str | None, secrets: tuple[str, ...]) -> None:
         """Replace the key and the signing secrets of the workspace in that slot."""
@@ -216,7 +229,8 @@ class Workspaces:
                 if not await client.sees(configured, deadline=seconds):
                     raise _other_key(configured, [workspace_id])
                 workspace_id = configured
-            workspace.workspace_id = workspace_id
+            workspace.learn(workspace_id)
+            workspace.workspace_id = workspace_id  # that of a new key may be another
             if workspace.is_top:
                 await stored.give_ids(self._database, workspace_id)
             self._ids[workspace.slot, fingerprint] = workspace_id

@@ -6,7 +6,7 @@ claim and its times is written here.
 
 import asyncio
 from collections.abc import Collection, Coroutine, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
@@ -280,3 +280,13 @@ async def list_positions(
     )
     statement = select(listed.c.run_id, listed.c.position).where(listed.c.run_id.in_(run_ids))
     return {row.run_id: row.position for row in await db.fetch(statement)}
+
+
+async def check_writes(db: Database) -> None:
+    """Return if the last write was committed, or another one can be.
+
+    Raises `StoreUnavailable` if not.
+    """
+    if db.refuses_writes:
+        row = {"holder": "", "until": datetime.fromtimestamp(0, UTC)}
+        await db.execute(db.upsert(leases, {"name": "write-check"}, row))

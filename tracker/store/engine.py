@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 from tracker.core.errors import StoreUnavailable
 from tracker.store.errors import (
     FOREIGN,
+    StoreBusy,
     StoreClosed,
     WriteConflict,
     is_conflict,
@@ -59,7 +60,8 @@ class Database:
     """One database, open. Made by `Database.open`, ended by `close` or by leaving `async with`.
 
     `dialect` is "sqlite" or "postgresql"; `engine` is for reads alone. `origin` distinguishes
-    notices of this object from those of other processes.
+    notices of this object from those of other processes. `refuses_writes` is whether the last write
+    found the database unavailable (reads may go on: a full disk can be read).
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Database:
             self._foreign = postgres_errors()
         self._conflicts: tuple[type[BaseException], ...] = (WriteConflict, *self._foreign)
         self._closed = False
+        self.refuses_writes = False
 
     @classmethod
     async def open(
@@ -196,6 +199,15 @@ class Database:
         return await self._retry(partial(self._transactions.send, statement, values))
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        try:
+            done = await self._attempts(attempt)
+        except StoreUnavailable as error:
+            self.refuses_writes = not isinstance(error, StoreBusy | StoreClosed)
+            raise
+        self.refuses_writes = False
+        return done
+
+    async def _attempts(self, attempt: Callable[[], Awaitable[T]]) -> T:
         async with self._guarded():
             for number in range(1, ATTEMPTS + 1):
                 try:

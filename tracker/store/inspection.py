@@ -96,8 +96,11 @@ def _sqlite_refuses_writes(connection: sqlite3.Connection, *, has_tables: bool) 
         connection.execute("BEGIN IMMEDIATE")
         if has_tables:
             connection.execute(f"{_INSERT_DELIVERY} ('tracker.doctor', '', '', 1, 'applied', x'')")
+            connection.execute("DELETE FROM deliveries WHERE delivery_id = 'tracker.doctor'")
         else:
             connection.execute("CREATE TABLE tracker_doctor (n)")
+            connection.execute("DROP TABLE tracker_doctor")
+        connection.execute("COMMIT")  # only that writes: a full disk takes everything before it
     except sqlite3.Error as exc:
         return str(exc)
     finally:

@@ -6,11 +6,12 @@ opened, and a commit counts only if it still does afterwards. Only migrations cr
 """
 
 import asyncio
+import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -29,6 +30,29 @@ from tracker.store.url import DatabaseUrl
 T = TypeVar("T")
 
 _DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
+
+
+@contextmanager
+def only_service(url: str) -> Iterator[None]:
+    """Hold the SQLite file at `url` for this long-running process; with PostgreSQL, do nothing.
+
+    Raises `StoreUnavailable` if another one holds it. A file beside it is locked, because closing
+    the database's own would drop SQLite's locks. The lock ends with the process, however it ends.
+    """
+    parsed = DatabaseUrl.parse(url)
+    with ExitStack() as stack:
+        if parsed.dialect == "sqlite":
+            try:
+                lock = stack.enter_context(open(f"{parsed.path}.lock", "ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreUnavailable(
+                    f"another `tracker serve` or `tracker worker` runs on {parsed.path}: stop it "
+                    "first, or use PostgreSQL for more than one"
+                ) from None
+            except OSError:  # no such folder, or none to write to: opening the database says so
+                pass
+        yield
 
 
 class SqliteThread:

@@ -12,7 +12,7 @@ from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.core.formatting import iso_time
 from tracker.services import Services
 from tracker.settings.tokens import Scope
-from tracker.store import migrate
+from tracker.store import claims, migrate
 from tracker.web.auth import AccessControl, ScopedRoute
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Json, unavailable
@@ -37,7 +37,7 @@ class Health:
         return Json({"status": "ok"})
 
     async def _readyz(self, request: Request) -> Response:
-        """200 if the database answers and its schema is current, else 503 and a short reason.
+        """200 if the database answers, takes writes, and has a current schema; else 503 and why.
 
         A refused API key or an unreachable FLORA does not make the service unready, because
         callbacks are still received. With a valid token, or locally if no token is set, the
@@ -68,6 +68,7 @@ class Health:
     async def _check(self) -> None:
         async with asyncio.timeout(self._limits.ready_seconds):
             await migrate.check(self._services.database)
+            await claims.check_writes(self._services.database)
             await self._services.contacts.read()
 
     def _flora(self) -> str:

@@ -34,6 +34,11 @@ _MIB: Final = 1024 * 1024
 DISK_FAILS: Final = 64 * _MIB
 """About what a burst of callbacks and the write-ahead log between two checkpoints need."""
 DISK_WARNS: Final = 512 * _MIB
+_FREE_SPACE: Final = (
+    "Pruning writes too: first free 64 MiB there by other files, because SQLite's log (-wal) may "
+    "take half of that. Then `tracker db prune --older-than 90d` deletes old runs, whose space in "
+    "the file is reused."
+)
 FEW_FILES: Final = 100
 
 
@@ -120,7 +125,7 @@ def _sqlite_advice(why: str, path: Path) -> str:
             "that user; check whether the file system is mounted read-only."
         )
     if "full" in why or "I/O" in why:
-        return f"Check the disk of {path} (`df -h`, `dmesg`), and free space there."
+        return f"Check the disk of {path} (`df -h`, `dmesg`). {_FREE_SPACE}"
     return (
         f"Check that it is the right file, and intact: `sqlite3 {path} 'PRAGMA quick_check'`. "
         "Replace a damaged one by its backup; the next sweep finds what it lacks."
@@ -288,7 +293,7 @@ def _local_disk(file: str) -> Finding:
         "runs; their space in the file is reused."
     )
     if free < DISK_FAILS:
-        return failed("disk", seen, advice)
+        return failed("disk", seen, f"{_FREE_SPACE} Or move the database.")
     if disk.f_files and disk.f_favail < FEW_FILES:
         return failed(
             "disk",

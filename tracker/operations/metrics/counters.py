@@ -20,7 +20,7 @@ from tracker.core.run import RunStatus, is_known
 from tracker.flora.signature import Reason
 from tracker.polling.poll_round import PollReport
 from tracker.polling.sweep import SweepReport
-from tracker.polling.workspaces import Workspace
+from tracker.polling.workspaces import UNKNOWN, Workspace
 from tracker.receiving.receive import Received
 from tracker.store.errors import StoreBusy
 
@@ -112,6 +112,8 @@ class Counters:
             for name, meaning, buckets, *labels in _HISTOGRAMS
         }
         self._stored: dict[tuple[str, int, str], Counter] = {}
+        self._unknown = UNKNOWN
+        """The label of work for a workspace whose id was not known then."""
         for name, values in (
             ("callbacks_applied", APPLIED),
             ("callbacks_refused", REFUSALS),
@@ -139,6 +141,24 @@ class Counters:
             for result in SWEEP_RESULTS if workspace.client else ():
                 self._counters["sweeps"].labels(workspace.workspace_id, result)
 
+    def named(self, workspace: Workspace) -> None:
+        """The id of the workspace without one is known: what was counted for it moves there."""
+        self._unknown = workspace.name
+        self._stored.clear()
+        self.create_series([workspace], ())
+        for name, _, *labels in _COUNTERS:
+            if "workspace_id" not in labels:
+                continue
+            counter = self._counters[name]
+            for sample in next(iter(counter.collect())).samples:
+                if sample.labels["workspace_id"] == UNKNOWN:
+                    known = sample.labels | {"workspace_id": workspace.name}
+                    counter.labels(**known).inc(sample.value)
+                    counter.remove(*(sample.labels[label] for label in labels))
+
+    def _of(self, workspace: str) -> str:
+        return self._unknown if workspace == UNKNOWN else workspace
+
     def _count(self, name: str, *labels: object, by: float = 1) -> None:
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)
@@ -146,7 +166,7 @@ class Counters:
     def callback_taken(self, received: Received, seconds: float) -> None:
         """A callback was stored, `seconds` after its headers arrived."""
         outcome = REPEATED if received.repeated else STORED
-        key = (received.workspace, received.secret, outcome)
+        key = (self._of(received.workspace), received.secret, outcome)
         counter = self._stored.get(key)
         if counter is None:
             counter = self._stored[key] = self._counters["callbacks"].labels(*key)
@@ -207,7 +227,7 @@ class Counters:
 
         def on_request(endpoint: str, status: int | None, seconds: float) -> None:
             answered = "none" if status is None else str(status)
-            self._count("flora_requests", workspace.name, endpoint, answered)
+            self._count("flora_requests", self._of(workspace.name), endpoint, answered)
             self._histograms["flora_request_seconds"].labels(endpoint).observe(seconds)
 
         return on_request
@@ -227,7 +247,7 @@ class Counters:
 
     def swept(self, report: SweepReport) -> None:
         """A sweep is over, or was skipped because another process does it."""
-        name = report.workspace_id
+        name = self._of(report.workspace_id)
         result = "skipped" if report.skipped else "failed" if report.error else "complete"
         self._count("sweeps", name, result)
         for what in ("pages", "items", "discovered", "repaired", "unreadable"):

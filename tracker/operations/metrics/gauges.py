@@ -24,8 +24,9 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.operations.metrics.counters import Counters
 from tracker.polling.contacts import Contacts
-from tracker.polling.workspaces import Service, Workspaces
+from tracker.polling.workspaces import UNKNOWN, Service, Workspaces
 from tracker.starting.start import BudgetReader
+from tracker.store import claims
 from tracker.store.queries import endpoints, starts, sweeps
 from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
 from tracker.store.queries.endpoints import Backlog, EndpointRow
@@ -36,8 +37,6 @@ KEEP_SECONDS: Final = 5.0
 PATIENCE: Final = 4.0
 """Seconds for reading the database; Prometheus gives up after ten."""
 EXPECTED: Final = ("came", "late", "missed")
-UNKNOWN: Final = "unknown"
-"""The `workspace_id` of runs whose workspace is not known."""
 
 log = get_logger(__name__)
 
@@ -76,7 +75,7 @@ def age(now: datetime, since: datetime | None) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
-    """One reading of the database. `swept` is by workspace, `never_swept` are workspaces."""
+    """One reading of the database. `swept` is by configured workspace, `never_swept` are such."""
 
     now: datetime
     gauges: Gauges
@@ -103,7 +102,7 @@ class DatabaseGauges(Service, Collector):
         self._fresh_until = 0.0
         self._took = 0.0
         self._snapshot: _Snapshot | None = None
-        self._failing = False
+        self._up = self._failing = False
 
     async def refresh(self) -> None:
         """Read again if the last reading is too old; concurrent callers share one reading."""
@@ -121,11 +120,12 @@ class DatabaseGauges(Service, Collector):
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._snapshot = None
+        self._snapshot, self._up = None, False
         try:
             async with asyncio.timeout(self.patience):
                 self._snapshot = await self._take_snapshot()
-            self._failing = False
+                await claims.check_writes(self.database)
+            self._up, self._failing = True, False
         except (StoreError, TimeoutError) as error:
             if not self._failing:
                 message = str(error) or "the database does not answer in time"
@@ -137,7 +137,12 @@ class DatabaseGauges(Service, Collector):
     async def _take_snapshot(self) -> _Snapshot:
         now = self.clock()
         await self.contacts.read()
-        swept = {one.workspace_id or UNKNOWN: one for one in await sweep_health(self.database)}
+        ids = {one.workspace_id for one in self.workspaces}  # of one that was removed, nothing
+        swept = {
+            one.workspace_id or UNKNOWN: one
+            for one in await sweep_health(self.database)
+            if one.workspace_id in ids
+        }
         keyed = [one.name for one in self.workspaces.keyed if one.workspace_id]
         return _Snapshot(
             now=now,
@@ -158,8 +163,8 @@ class DatabaseGauges(Service, Collector):
     def collect(self) -> Iterator[Metric]:
         yield gauge(
             "database_up",
-            "1 if the database answered this process in time.",
-            self._snapshot is not None,
+            "1 if the database answered this process in time, and takes its writes.",
+            self._up,
         )
         yield gauge("state_read_seconds", "Time to read the database's metrics.", self._took)
         if self._snapshot is not None:

@@ -12,10 +12,11 @@ from datetime import datetime
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, update
 
 from tracker.core.run import RunType
 from tracker.store.engine import Database
+from tracker.store.queries.workspaces import BEFORE_IDS
 from tracker.store.schema import history_coverage as table
 from tracker.store.schema import sweeps
 
@@ -51,10 +52,24 @@ async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
     return await db.write(lambda connection: int(connection.execute(statement).scalar_one()))
 
 
-async def finish(db: Database, number: int, *, at: datetime, **values: Any) -> None:
-    """Log the end of a sweep; `values` are further fields of its `SweepRow`."""
-    statement = update(sweeps).where(sweeps.c.id == number).values(finished_at=at, **values)
-    await db.execute(statement)
+async def finish(
+    db: Database, number: int, *, at: datetime, also_of: str | None = None, **values: Any
+) -> None:
+    """Log the end of a sweep; `values` are further fields of its `SweepRow`.
+
+    Sweeps that were logged before the id of their workspace was known become those `also_of` this
+    workspace; else its last complete sweep would be two, of which one grows older for ever.
+    """
+    of = sweeps.c.workspace_id
+    unnamed = update(sweeps).where(or_(of.is_(None), of == BEFORE_IDS))
+    ended = update(sweeps).where(sweeps.c.id == number).values(finished_at=at, **values)
+
+    def work(connection: Connection) -> None:
+        connection.execute(ended)
+        if also_of is not None:
+            connection.execute(unnamed.values(workspace_id=also_of))
+
+    await db.write(work)
 
 
 async def list_sweeps(

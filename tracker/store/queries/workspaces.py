@@ -16,7 +16,8 @@ from tracker.store.engine import Database
 from tracker.store.schema import batches, leases, runs, starts, workspace_keys
 
 BEFORE_IDS: Final = "default"
-"""The name of the top-level workspace in rows of versions before migration 0009."""
+"""The name of the top-level workspace in rows of earlier versions: in starts and batches before
+migration 0009, in sweeps that were logged before its id was known."""
 _WAIT: Final = "wait:"
 _CONTACT: Final = "contact:"
 """Before the workspace's place in the settings, in the names of leases."""

@@ -75,9 +75,7 @@ class WorkspaceHealth:
     ) -> None:
         self.name = workspace.name
         self.secret = bool(workspace.secrets)
-        # The first sweeps may be stored under its slot, before its id was known.
-        found = [sweeps[key] for key in {workspace.workspace_id, workspace.slot} if key in sweeps]
-        self.sweep = max(found, key=lambda one: one.last_started_at, default=None)
+        self.sweep = sweeps.get(workspace.workspace_id)
         self.state = state
         self.answered_at = state.answered_at if state is not None else None
         self.current = state is not None and state.is_current(now)

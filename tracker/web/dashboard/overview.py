@@ -79,7 +79,10 @@ class OverviewPage(PageGroup):
             workspaces,
             counts,
             callbacks,
-            unread=len(sweeps.unread(await sweeps.everything(db))),
+            unread=sum(
+                services.workspaces.of(one.workspace_id) is not None
+                for one in sweeps.unread(await sweeps.everything(db))
+            ),
             overdue=bool(overdue),
             unpriced=sum(one.unpriced for one in billed),
             budgets=await services.budgets.usages(),
