@@ -29,6 +29,7 @@ from tracker.cli.setup import (
     WorkspaceOption,
     checked,
     flora_deadline,
+    parse_value,
     parsed_tags,
     run_once,
 )
@@ -276,13 +277,11 @@ def batch(
 def _mapping(text: str) -> "ColumnMapping":
     from tracker.starting.columns import ColumnMapping
 
-    name, equals, column = text.partition("=")
-    input_id, colon, type_ = name.partition(":")
-    if not (equals and input_id and column) or (colon and not type_):
-        raise typer.BadParameter(
-            f"{text!r} is not INPUT=COLUMN or INPUT:TYPE=COLUMN", param_hint="--map"
-        )
-    return ColumnMapping(input_id, column.strip(), type_ or None)
+    form = "INPUT=COLUMN or INPUT:TYPE=COLUMN"
+    input_id, type_, column = parse_value(text, form, "--map")
+    if not column:
+        raise typer.BadParameter(f"{text!r} is not {form}", param_hint="--map")
+    return ColumnMapping(input_id, column.strip(), type_)
 
 
 def _tag_column(text: str) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """`tracker runs`: start, track, list and show runs."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
@@ -20,6 +19,7 @@ from tracker.cli.setup import (
     WorkspaceOption,
     checked,
     flora_deadline,
+    parse_value,
     parsed_tags,
     print_list,
     run_on_database,
@@ -62,7 +62,8 @@ def start(
     as_json: JsonFlag = False,
 ) -> int:
     """Start a run and track it."""
-    values = _parse_inputs(inputs or ())
+    form = "ID=VALUE or ID:TYPE=VALUE"
+    values = [parse_value(text, form, "--input") for text in inputs or ()]
     tags = parsed_tags(tag)
 
     async def work(services: "Services") -> "Record":
@@ -96,20 +97,6 @@ def start(
     record = run_once(work, needs_key=True)
     _print_run(record, as_json=as_json)
     return watch.exit_status([record]) if wait else 0
-
-
-def _parse_inputs(texts: Iterable[str]) -> list[tuple[str, str | None, str]]:
-    """Id, type if it is given, and value of each ID=VALUE or ID:TYPE=VALUE."""
-    inputs = []
-    for text in texts:
-        name, equals, value = text.partition("=")
-        input_id, colon, type_ = name.partition(":")
-        if not equals or not input_id or (colon and not type_):
-            raise typer.BadParameter(
-                f"{text!r} is not ID=VALUE or ID:TYPE=VALUE", param_hint="--input"
-            )
-        inputs.append((input_id, type_ or None, value))
-    return inputs
 
 
 @app.command()

@@ -209,6 +209,16 @@ def checked(check: Callable[[V], T], value: V, option: str | None = None) -> T:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
+def parse_value(text: str, form: str, option: str) -> tuple[str, str | None, str]:
+    """Id, type if it is given, and value of `ID=VALUE` or `ID:TYPE=VALUE`. Raises `BadParameter`
+    where `text` is not of this `form`."""
+    name, equals, value = text.partition("=")
+    input_id, colon, type_ = name.partition(":")
+    if not (equals and input_id) or (colon and not type_):
+        raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
+    return input_id, type_ or None, value
+
+
 def parse_age(text: str | timedelta) -> timedelta:
     """A duration, as the parser of an option. Raises `BadParameter`."""
     from tracker.settings.values import parse_duration

@@ -35,7 +35,7 @@ from tracker.web.dashboard.forms import (
     query_position,
     read_form,
 )
-from tracker.web.dashboard.media import OutputView, output_views
+from tracker.web.dashboard.media import OutputView
 from tracker.web.dashboard.render import (
     FlashMessage,
     PageGroup,
@@ -140,10 +140,7 @@ class BatchPages(PageGroup):
             batches=rows,
             counts=counts,
             splits={batch_id: split_of(found) for batch_id, found in counts.items()},
-            views={
-                batch_id: output_views(found, media_origin=self._media_origin)
-                for batch_id, found in outputs.items()
-            },
+            views={batch_id: self._views(found) for batch_id, found in outputs.items()},
             names=await technique_names(database, sorted({one.technique_id for one in rows})),
             **page_links(request, next_cursor),
         )
@@ -279,7 +276,7 @@ class BatchPages(PageGroup):
         asked = prompt(row.inputs)
         about = " · ".join(filter(None, [*others, asked if name else ""]))
         outputs = None if row.record is None else row.record.run.outputs
-        views = output_views(outputs, ports, media_origin=self._media_origin)
+        views = self._views(outputs, ports)
         return RowView(row, name or asked or f"row {row.entry.position}", about, views)
 
     async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:

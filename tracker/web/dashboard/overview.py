@@ -28,7 +28,7 @@ from tracker.web.dashboard.alerts import (
 )
 from tracker.web.dashboard.batch import split_of
 from tracker.web.dashboard.forms import query_field
-from tracker.web.dashboard.media import OutputView, output_views
+from tracker.web.dashboard.media import OutputView
 from tracker.web.dashboard.render import PageGroup, page
 
 PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
@@ -131,7 +131,7 @@ class OverviewPage(PageGroup):
         """The first outputs of each run, by the time that is shown with them."""
         records = sorted(records, key=lambda one: one.run.completed_at or one.created_at)
         for record in reversed(records):
-            views = output_views(record.run.outputs, media_origin=self._media_origin)
+            views = self._views(record.run.outputs)
             for view in views[:RESULTS_OF_A_RUN]:
                 yield record, view
 

@@ -41,7 +41,7 @@ from tracker.settings.tokens import Scope
 from tracker.store.engine import Database
 from tracker.web.auth import ScopedRoute, may, session_of
 from tracker.web.dashboard.forms import check_csrf, query_field
-from tracker.web.dashboard.media import plain_http_origin
+from tracker.web.dashboard.media import output_views, plain_http_origin
 from tracker.web.http.limits import Limits
 from tracker.web.http.prefix import link_below, prefix_of
 from tracker.web.http.responses import Fault, not_found
@@ -294,7 +294,7 @@ class PageGroup:
         self._limits = limits
         self._database = services.database
         self._render = renderer.page
-        self._media_origin = renderer.media_origin
+        self._views = partial(output_views, media_origin=renderer.media_origin)
 
     def routes(self) -> list[Route]:
         found: list[Route] = []

@@ -40,7 +40,7 @@ from tracker.store.text import dump_json
 from tracker.views import run_json
 from tracker.web.auth import actor_of
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
-from tracker.web.dashboard.media import output_views, web_link
+from tracker.web.dashboard.media import web_link
 from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links, query
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import invalid
@@ -131,10 +131,8 @@ class RunPages(PageGroup):
             csv=query("/runs.csv", **filters),
             csv_runs=self._limits.csv_runs,
             views={
-                one.run.run_id: output_views(
-                    one.run.outputs,
-                    ports.get(one.run.technique_id or "", ()),
-                    media_origin=self._media_origin,
+                one.run.run_id: self._views(
+                    one.run.outputs, ports.get(one.run.technique_id or "", ())
                 )
                 for one in found.records
             },
@@ -270,9 +268,7 @@ class RunPages(PageGroup):
             names=await technique_names(database, [run.technique_id] if run.technique_id else []),
             flash=flash,
             can_check=record.tracking is not Tracking.SETTLED and self._can_poll(record),
-            views=output_views(
-                outputs, technique.outputs if technique else (), media_origin=self._media_origin
-            )[:MAX_SHOWN],
+            views=self._views(outputs, technique.outputs if technique else ())[:MAX_SHOWN],
             inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
             rows=rows,
             again=await self._again(record, rows),
