@@ -15,6 +15,7 @@ from tests.support.waiting import eventually, let_pass
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Wire, chunk, post, wire
+from tracker.receiving.receive import Receiving
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries
 from tracker.web.http.limits import Limits
@@ -119,6 +120,24 @@ async def test_an_unsigned_callback_is_refused_and_leaves_nothing(small_site: Si
         answer = await small_site.client.post(PATH, content=event("run_1"), headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
     assert await stored(small_site.services.database) == []
+
+
+async def test_a_forged_callback_is_verified_once(
+    small_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anyone may send one: it costs one digest of its body."""
+    receiver, bodies = small_site.services.receiver, []
+    receive = receiver.receive
+
+    def counted(body: bytes, **given: Any) -> Receiving:
+        bodies.append(body)
+        return receive(body, **given)
+
+    monkeypatch.setattr(receiver, "receive", counted)
+    forged = event("run_1")
+    answer = await small_site.client.post(PATH, content=forged, headers=signed(forged, "whsec_x"))
+    assert answer.status_code == 401
+    assert bodies == [forged]
 
 
 async def test_one_of_several_secrets_is_enough(serve: Serve, sqlite_url: str) -> None:

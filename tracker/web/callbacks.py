@@ -32,7 +32,7 @@ from tracker.web.http.responses import (
 )
 
 _RECEIVING: Final = "tracker.receiving"
-"""The key of a callback in its scope that waits for its commit."""
+"""The key of a callback in its scope that waits for its commit, or of why it is refused."""
 _TOKEN: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
 """A start's token; an address that ends in anything else counts as the bare one."""
 
@@ -65,7 +65,10 @@ class Callbacks:
         try:
             async with asyncio.timeout(self._seconds):
                 body = await read_body(scope, receive, limit=self._limit, seconds=None)
-                received = await (scope.pop(_RECEIVING, None) or self._receive(scope, body))
+                receiving = scope.pop(_RECEIVING, None)
+                if isinstance(receiving, Exception):
+                    raise receiving
+                received = await (receiving or self._receive(scope, body))
         except TimeoutError:
             if body is None:
                 raise self._refused("too slow", too_slow()) from None
@@ -101,8 +104,9 @@ class Callbacks:
         started = asyncio.get_running_loop().time()
         try:
             receiving = self._receive(scope, body)
-        except Exception:
-            return False  # `__call__` meets the same error, and answers it
+        except Exception as error:
+            scope[_RECEIVING] = error  # `__call__` answers it
+            return False
         scope[_RECEIVING] = receiving
         receiving.stored.add_done_callback(partial(self._answer, scope, started, answer))
         return True

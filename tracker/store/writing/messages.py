@@ -32,14 +32,22 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.events import MOST_OPEN, WAITS, EventType, RunFilter, next_attempt, still_holds
+from tracker.core.events import (
+    MOST_OPEN,
+    WAITS,
+    EventType,
+    MessageState,
+    RunFilter,
+    next_attempt,
+    still_holds,
+)
 from tracker.core.formatting import iso_time
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.queries.endpoints import CONFIGURED_WITHIN
+from tracker.store.queries.endpoints import CONFIGURED_WITHIN, message_is_in
 from tracker.store.rows import RUN_COLUMNS, records
 from tracker.store.schema import (
     LONGEST_LEASE,
@@ -460,18 +468,23 @@ async def recover(
         select(messages.c.message_id)
         .where(
             messages.c.endpoint_id == endpoint_id,
-            messages.c.state == word("failed"),
-            messages.c.state != word("delivered"),
+            message_is_in(MessageState.FAILED),
             messages.c.created_at >= since,
         )
         .order_by(messages.c.message_id)
         .limit(page)
         .with_for_update()
     )
-    statement = _due_again(now).where(messages.c.message_id.in_(some))
-    total = 0
-    while count := await db.execute(statement):
-        total += count
+
+    def send_page(after: str, connection: Connection) -> list[str]:
+        found = connection.scalars(some.where(messages.c.message_id > after)).all()
+        connection.execute(_due_again(now).where(messages.c.message_id.in_(found)))
+        return list(found)
+
+    # By their ids: what fails again meanwhile is not sent again.
+    total, last = 0, ""
+    while sent := await db.write(partial(send_page, last)):
+        total, last = total + len(sent), sent[-1]
     return total
 
 
