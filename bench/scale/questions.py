@@ -80,7 +80,7 @@ def of_workers() -> Questions:
         "the next moment that something is due": partial(claims.next_due_at, now=utc_now()),
         "a scrape of the metrics": partial(attention.read_gauges, now=utc_now()),
         "what waits, which the pages count": partial(attention.counts, now=utc_now()),
-        "durations of a technique": lambda db: read.durations(db, "tech_1"),
+        "durations of a technique": lambda db: read.durations_of(db, ["tech_1"]),
     }
 
 

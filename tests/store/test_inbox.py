@@ -38,7 +38,7 @@ from tracker.core.run import RunStatus, Tracking
 from tracker.core.waiting import cancel
 from tracker.flora.parse import digest_id
 from tracker.polling.workspaces import Workspace, Workspaces
-from tracker.receiving.apply import Applier, ParsedDelivery, apply_waiting
+from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_waiting
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
@@ -65,6 +65,15 @@ def open_applier(db: Database, **options: Any) -> Applier:
         "background": False,
     }
     return Applier(db, **(given | options))
+
+
+async def test_what_is_known_of_commits_stays_small(db: Database) -> None:
+    """However long callbacks come while none can be applied."""
+    async with open_applier(db) as applier:
+        for length in range(10_000):
+            applier.stored(length)
+        assert len(applier._queue_lengths) == SAMPLES
+        assert applier._is_busy()
 
 
 async def outcomes(db: Database) -> dict[str, str]:

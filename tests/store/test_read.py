@@ -17,7 +17,6 @@ from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.attention import AttentionCounts, counts
 from tracker.store.queries.runs import (
-    durations,
     durations_of,
     events,
     get_delivery,
@@ -162,6 +161,12 @@ async def test_a_timeline_is_in_order(writer: TestWriter, db: Database) -> None:
     assert told[1].detail["progress"] == 40.0
     assert told[1].at == NOW
     assert await events(db, "run_3") == []
+
+
+async def durations(db: Database, technique_id: str) -> Durations:
+    """Those of one technique."""
+    (found,) = (await durations_of(db, [technique_id])).values()
+    return found
 
 
 async def test_durations_are_those_of_the_last_completed_runs(

@@ -1,11 +1,37 @@
 """How long a technique's runs take: known as soon as enough of them are."""
 
+from typing import Any
+
+import pytest
+
 from tests.support.clocks import HandClock
 from tests.worker.conftest import OpenServices, the_run
 from tests.worker.test_poll import PROMPT
+from tracker.polling.poll import DurationBook
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
+from tracker.store.engine import Database
+
+
+async def test_they_are_read_with_one_statement(
+    database_url: str, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of history may show many techniques; what was read lately is not read again."""
+    async with await Database.open(database_url) as db:
+        book, reads, read = DurationBook(db, clock=clock), [], db.read
+
+        def counted() -> Any:
+            reads.append(1)
+            return read()
+
+        monkeypatch.setattr(db, "read", counted)
+        page = [f"tech_{number}" for number in range(100)]
+        await book.learn([*page, None, "tech_1"])
+        assert len(reads) == 1
+        assert book.of("tech_99") is not None
+        await book.learn(page)
+        assert len(reads) == 1
 
 
 async def first_wait(services: Services) -> float:

@@ -392,13 +392,12 @@ class DurationBook:
     async def learn(self, technique_ids: Iterable[str | None]) -> None:
         """Read the durations of these techniques, unless they were read recently."""
         now = self._clock()
-        for technique_id in set(technique_ids):
-            if technique_id is None:
-                continue
-            read_at, known = self._known.get(technique_id, (None, None))
-            if read_at and known:
-                enough = known.count >= LEARNED_FROM
-                if now - read_at < (KEPT_FOR if enough else FEW_KEPT_FOR):
-                    continue
-            found = await runs.durations(self._database, technique_id)
+        wanted = {one for one in technique_ids if one is not None and not self._is_fresh(one, now)}
+        for technique_id, found in (await runs.durations_of(self._database, wanted)).items():
             self._known[technique_id] = now, found
+
+    def _is_fresh(self, technique_id: str, now: datetime) -> bool:
+        if technique_id not in self._known:
+            return False
+        read_at, known = self._known[technique_id]
+        return now - read_at < (KEPT_FOR if known.count >= LEARNED_FROM else FEW_KEPT_FOR)

@@ -185,14 +185,9 @@ async def events(db: Database, run_id: str) -> list[TimelineEvent]:
     ]
 
 
-async def durations(db: Database, technique_id: str) -> Durations:
-    """Seconds from creation to end of the technique's last completed runs that have both."""
-    (found,) = (await durations_of(db, [technique_id])).values()
-    return found
-
-
 async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, Durations]:
-    """The same of each technique, with one statement."""
+    """Seconds from creation to end of each technique's last completed runs that have both, with one
+    statement."""
     ids = [(technique_id,) for technique_id in technique_ids]
     if not ids:
         return {}

@@ -58,6 +58,7 @@ class TechniquePages(PageGroup):
     async def show(self, request: Request) -> Response:
         """One technique: inputs, outputs, price, how long its runs take, and how to start them."""
         row = await self._row(request)
+        (known,) = (await read.durations_of(self._database, [row.technique_id])).values()
         recent, _ = await read.list_runs(
             self._database, technique_id=row.technique_id, limit=RECENT_RUNS
         )
@@ -65,7 +66,7 @@ class TechniquePages(PageGroup):
             request,
             "technique.html",
             row=row,
-            durations=await read.durations(self._database, row.technique_id),
+            durations=known,
             recent=recent,
             command=_command(row),
             batch=_batch_command(row),
