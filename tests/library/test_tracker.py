@@ -68,6 +68,27 @@ def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Tracker.from_env()
 
 
+def test_settings_given_in_a_program_are_those_of_the_variables() -> None:
+    """The same texts, and the same errors, which carry no secret."""
+    given = Settings(flora_api_key="sk_1", tracker_start_doubt="3m", tracker_budget_day="$5")
+    assert Tracker(given).settings.tracker_start_doubt == timedelta(minutes=3)
+    wrong: dict[str, Any] = {
+        "flora_api_key": "a secret\nof two lines",
+        "tracker_api_concurency": 3,
+        "tracker_poll_interval": "soon",
+        "budgets": [{"usd": -1, "period": "day"}],
+    }
+    with pytest.raises(errors.SettingsError) as raised:
+        Settings(**wrong)
+    message = str(raised.value)
+    assert "FLORA_API_KEY " in message
+    assert "TRACKER_API_CONCURENCY: unknown key; did you mean tracker_api_concurrency?" in message
+    assert "TRACKER_POLL_INTERVAL must" in message
+    assert "budgets[0].usd must be greater than 0" in message
+    assert "secret" not in message
+    assert raised.value.__cause__ is raised.value.__context__ is None
+
+
 async def test_closing_ends_what_is_under_way(make_tracker: MakeTracker, sqlite_url: str) -> None:
     """Calls of other tasks raise `TrackerNotOpen` soon, and do not wait for a closed database."""
     nowhere = "http://127.0.0.1:1/api/v1"

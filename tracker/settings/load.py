@@ -103,16 +103,9 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
         )
         return Loaded(settings, sources, file.states if file else {}, unknown)
     except ValidationError as invalid:
-        errors = invalid.errors()
-        # A list whose only entries are invalid counts as empty, too.
-        within = {error["loc"][:-1] for error in errors}
-        faults = "; ".join(
-            _message(error, file)
-            for error in errors
-            if error["type"] != "too_short" or error["loc"] not in within
-        )
+        message = faults(invalid, file)
     # Raised outside of `except`: a chained validation error would carry the values.
-    raise SettingsError(faults)
+    raise SettingsError(message)
 
 
 def _unknown(
@@ -201,15 +194,29 @@ class _UnreadableError(Exception):
     """A file that is missing, not readable, or not text."""
 
 
+def faults(invalid: ValidationError, file: _File | None = None) -> str:
+    """What is wrong with each setting."""
+    errors = invalid.errors()
+    # A list whose only entries are invalid counts as empty, too.
+    within = {error["loc"][:-1] for error in errors}
+    return "; ".join(
+        _message(error, file)
+        for error in errors
+        if error["type"] != "too_short" or error["loc"] not in within
+    )
+
+
 def _message(error: ErrorDetails, file: _File | None) -> str:
     """A validation error as a sentence: the variable or key, and what it must be."""
     message = requirement(error["type"], error["msg"])
     if not error["loc"]:
         return message
     key, *rest = error["loc"]
+    inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if file is not None and key in file.keys:
-        inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
         where = f"{key}{inner} in {file.path}"
+    elif key in _TABLES:
+        where = f"{key}{inner}"
     else:
         where = str(key).upper()
     if error["type"] != "extra_forbidden":

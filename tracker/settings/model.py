@@ -1,11 +1,12 @@
 """The settings: a field for each variable, with its default and its constraints."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    ValidationError,
     model_validator,
 )
 
@@ -231,10 +233,14 @@ class EndpointSettings(EventSettings):
 
 
 class Settings(_Model):
-    """All settings, checked. Fields are named as the variables, in lower case.
+    """All settings, checked: `Settings(flora_api_key="sk_…", tracker_start_doubt="3m")`.
 
-    Plain numbers are seconds. `repr` masks secrets and omits the database's URL, which may hold a
-    password.
+    They are named as the variables, in lower case, and take the same texts; README.md describes
+    them. Nothing is read from the environment. A plain number is in seconds. `workspaces`,
+    `tokens`, `budgets` and `endpoints` are lists of mappings with the fields of the file's tables.
+    `repr` masks secrets and omits the database's URL, which may hold a password.
+
+    Raises `SettingsError`, which names each wrong setting.
     """
 
     flora_api_key: Key | None = None
@@ -267,6 +273,23 @@ class Settings(_Model):
     tokens: tuple[TokenSettings, ...] = ()
     budgets: tuple[BudgetSettings, ...] = ()
     endpoints: tuple[EndpointSettings, ...] = ()
+
+    def __init__(self, **values: Any) -> None:
+        """Check the values."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            from tracker.settings.load import faults  # noqa: PLC0415 - it imports this module
+
+            message = faults(error)
+        else:
+            return
+        # Raised outside of `except`: a chained validation error would carry the values.
+        raise SettingsError(message)
+
+    vars(__init__)["__pydantic_base_init__"] = (
+        True  # for texts alone: `model_validate` goes past it
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -410,3 +433,10 @@ class Settings(_Model):
                 "FLORA_API_KEY is not set: set it to your workspace's API key (or api_key under "
                 "[[workspaces]] in the file that TRACKER_CONFIG names)"
             )
+
+
+_given = inspect.signature(Settings)
+# `help(Settings)` shows names and defaults, not the addresses of validators.
+Settings.__signature__ = _given.replace(
+    parameters=[one.replace(annotation=one.empty) for one in _given.parameters.values()]
+)
