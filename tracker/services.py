@@ -109,8 +109,8 @@ class Services:
     webhooks: Webhooks
 
     def machine_clock_jumped(self, jump: timedelta) -> None:
-        """The clock of this machine was set. On PostgreSQL the server's counts, and tells itself
-        where it was (`ServerClock`)."""
+        """The clock of this machine was set. On PostgreSQL the server's counts: `ServerClock`
+        notices where that was set."""
         if self.database.dialect == "sqlite":
             for one in (self.poller, self.recovery, self.webhooks):
                 one.clock_jumped(jump)

@@ -114,7 +114,7 @@ class FieldFault:
 class FloraError(TrackerError):
     """A call to FLORA that did not end in a usable answer.
 
-    `silent` tells that FLORA itself gave no information: no answer, a 5xx, or an answer that is not
+    `silent` is true if FLORA itself gave no information: no answer, a 5xx, or an answer that is not
     FLORA's, such as a gateway's page.
     """
 
@@ -124,7 +124,7 @@ class FloraError(TrackerError):
 class FloraUnreachable(FloraError):
     """FLORA gave no answer.
 
-    `may_have_acted` tells whether the request may have reached FLORA, so that a start is in doubt:
+    `may_have_acted` is whether the request may have reached FLORA, so that a start is in doubt:
     false only if no connection was made.
     """
 

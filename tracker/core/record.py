@@ -70,7 +70,7 @@ class Observed:
     `reads` counts the API reads made for this run alone (0 for a list item). `claim` is the lease
     under which it was made, and which it releases. The other fields come with the answer to our own
     start, whose row in the start log (`slot`, `idempotency_key`) is closed in the same transaction;
-    `reserved_cost` is the price of this run in USD. `counted_before` tells that the run's end was
+    `reserved_cost` is the price of this run in USD. `counted_before` says that the run's end was
     counted before retention removed the run.
     """
 
@@ -135,7 +135,7 @@ class Record:
     `next_poll` is `None` for a settled run. `polls` counts the polls since the last other news, and
     so sets the wait; `checks` counts all API reads of this run. `missing` counts the reads that
     answered "no such run" since the run was last shown, the first of them at `missing_since`.
-    `cost_final` tells that a read long enough after the end showed the bill; until then, and while
+    `cost_final` says that a read long enough after the end showed the bill; until then, and while
     a completed run lacks outputs, both are read again at `recheck_at` (`None` after giving up).
     `tags` and the reservation in budgets (time, price in USD) are known only for our own starts.
     """

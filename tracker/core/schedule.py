@@ -149,7 +149,7 @@ def next_poll(
     """When to read the run next, and why then; `None` if nothing is left to read.
 
     `first_seen` is when the tracker first heard of the run, by its own clock. `polls` is the number
-    of polls since the last other news. `at_once` tells that a callback or a request to track the
+    of polls since the last other news. `at_once` says that a callback or a request to track the
     run asks for a read now.
     """
     if run.settled:

@@ -140,11 +140,11 @@ class Pruner:
             }
             entry = audit.entry(Action.PRUNE, self.clock(), older_than=detail)
             audit_id = await audit.write(self.database, entry)
-        for stage in await self._stages(ages):
+        for kind in await self._kinds(ages):
             end: PruneKey | None = None
             while True:
-                page = await stage.find(after=end, limit=self.page)
-                total += await (self._count if dry else self._delete)(stage, page.found)
+                page = await kind.find(after=end, limit=self.page)
+                total += await (self._count if dry else self._delete)(kind, page.found)
                 if (end := page.end) is None:
                     break
         removed = {name: total[name] for name in TABLES}
@@ -154,36 +154,36 @@ class Pruner:
             log.info("db.pruned", actor=audit.principal().name, **removed)
         return removed
 
-    async def _stages(self, ages: Ages) -> "list[_Stage]":
+    async def _kinds(self, ages: Ages) -> "list[_RowKind]":
         db, now = self.database, self.clock()
         runs, bodies, audits = now - ages.runs, now - ages.bodies, now - ages.audit
-        stages = [
-            _Stage(
+        kinds = [
+            _RowKind(
                 partial(retention.old_runs, db, runs, await retention.protected_runs(db)),
                 partial(retention.delete_runs, before=runs),
                 partial(retention.count_runs, before=runs),
             ),
-            _Stage(
+            _RowKind(
                 partial(retention.orphaned_deliveries, db, runs),
                 partial(retention.delete_deliveries, outcome="applied", before=runs),
                 _count_as("deliveries"),
             ),
-            _Stage(
+            _RowKind(
                 partial(retention.old_bodies, db, bodies),
                 partial(retention.empty_bodies, at=now),
                 _count_as("bodies"),
             ),
-            _Stage(
+            _RowKind(
                 partial(retention.next_page, db, retention.old_messages(runs)),
                 partial(retention.delete_messages, before=runs),
                 retention.count_messages,
             ),
-            _Stage(
+            _RowKind(
                 partial(retention.old_sweeps, db, runs),
                 partial(retention.delete_by_id, table=sweeps),
                 _count_as("sweeps"),
             ),
-            _Stage(
+            _RowKind(
                 partial(retention.next_page, db, retention.old_audit(audits)),
                 partial(retention.delete_by_id, table=entries),
                 _count_as("audit"),
@@ -191,8 +191,8 @@ class Pruner:
         ]
         if ages.quarantined is not None:
             before = now - ages.quarantined
-            stages.append(
-                _Stage(
+            kinds.append(
+                _RowKind(
                     partial(retention.next_page, db, retention.quarantined(before)),
                     partial(retention.delete_deliveries, outcome="quarantined", before=before),
                     _count_as("deliveries", "bodies"),
@@ -200,16 +200,16 @@ class Pruner:
             )
         if ages.keys is not None:
             find = partial(retention.old_start_keys, db, now - ages.keys)
-            stages.append(_Stage(find, retention.delete_start_keys, _count_as("starts")))
-        return stages
+            kinds.append(_RowKind(find, retention.delete_start_keys, _count_as("starts")))
+        return kinds
 
-    async def _delete(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
+    async def _delete(self, kind: "_RowKind", keys: Sequence[Any]) -> Counts:
         """Delete these rows, in as many transactions as needed."""
         removed = Counts()
         left = list(keys)
         while left:
             some, left = left[: self._batch_size], left[self._batch_size :]
-            removed += await self._write(partial(stage.delete, keys=some))
+            removed += await self._write(partial(kind.delete, keys=some))
         if removed["runs"]:
             with suppress(StoreBusy):  # being recounted; changes not compacted count too
                 await rollups.compact(self.database)
@@ -231,13 +231,13 @@ class Pruner:
         await self.sleep(max(SHORTEST_PAUSE, PAUSE_FACTOR * took))
         return counts
 
-    async def _count(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
+    async def _count(self, kind: "_RowKind", keys: Sequence[Any]) -> Counts:
         async with self.database.read() as connection:
-            return await connection.run_sync(partial(stage.count, keys=keys))
+            return await connection.run_sync(partial(kind.count, keys=keys))
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
+class _RowKind:
     """One kind of rows: how they are found (`after` a key, up to `limit`), deleted, or counted."""
 
     find: Callable[..., Awaitable[PrunePage]]

@@ -248,7 +248,7 @@ class Workspaces:
                     "started: set FLORA_WORKSPACE_ID"
                 )
             return workspace.configured_id  # not stored: FLORA may say next time
-        before = await stored.last_at(self._database, workspace.slot)
+        before = await stored.last_workspace_at(self._database, workspace.slot)
         if before not in (None, found):
             log.warning("workspace.changed", workspace_id=found, before=before)
         await stored.keep_id(

@@ -66,7 +66,7 @@ class Tokens:
         return len(self._all)
 
     def find(self, shown: bytes) -> Token | None:
-        """The token whose value is `shown`, expired or not. How long it takes tells nothing."""
+        """The token whose value is `shown`, expired or not. How long it takes shows nothing."""
         digest = sha256(shown).digest()
         found = None
         for expected, token in self._digests:

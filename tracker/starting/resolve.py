@@ -85,7 +85,6 @@ class StartResolver(Service):
         async with holding(self.database, row, self.process, self.clock) as held:
             _check(held, row)
             await self._audit(row, run_id, "it became a run")
-            seen = None if seen is None else replace(seen, source=Source.POLL)
             record = await self.matcher.adopt(row, run_id, seen)
         _log_resolved(row, run_id)
         return record

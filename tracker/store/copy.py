@@ -72,9 +72,8 @@ async def copy(
     """Copy every row of the database at `source` to the empty one at `target`.
 
     Both are at this version's newest migration; a target without tables is migrated. `names` are
-    what errors call the two. `progress` is called after each batch of rows, of
-    which `at_a_time` are in memory. What is written to the
-    source meanwhile is not copied.
+    what errors call the two. `progress` is called after each batch of rows, of which `at_a_time`
+    are in memory. What is written to the source meanwhile is not copied.
 
     Raises `SettingsError` for an invalid URL or the same one twice, `StoreError`, with what to do,
     if one of the databases is unsuitable or the copy differs from the source, `StoreUnavailable` if

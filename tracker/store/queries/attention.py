@@ -161,9 +161,9 @@ class Gauges:
     is their cost, `quoted_today` the quotes of those without a bill, `failed_today` counts by retry
     advice. For runs that ended within `BILL_DAYS`: `not_final` may still be billed, `unpriced` got
     no bill. `due` runs wait to be read, `overdue` ones are not read in time (see that function);
-    `awaiting_callback` are open runs without their callback. `waiting` deliveries are stored
-    and not applied, the first
-    since `oldest_waiting_at`; the newest delivery came at `last_callback_at`.
+    `awaiting_callback` are open runs without their callback. `waiting` deliveries are stored and
+    not applied, the first since `oldest_waiting_at`; the newest delivery came at
+    `last_callback_at`.
     """
 
     runs: dict[tuple[str, str, str], int]

@@ -148,7 +148,8 @@ async def keep(
     only_new: bool = False,
     noted: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Insert or update a batch with its rows, and open it again. Turns never go back.
+    """Insert or update a batch with its rows, and open it again. An older run of a row never
+    replaces a newer one.
 
     Without `launch` a worker still launches what it has not launched yet, and no more. `noted` is
     an entry of the audit log. If it is to be `only_new` and is not, nothing is stored; returns

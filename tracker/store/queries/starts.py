@@ -80,7 +80,7 @@ class StartRow:
 
     The key was first sent at `in_use_since` and last at `sent_at`. `request_body` is kept while it
     may have to be repeated. `error` is the last answer without a run: status, code, message,
-    fields; `conflict` in it tells that FLORA knows the key, `possible` which runs the start may
+    fields; `conflict` in it says that FLORA knows the key, `possible` which runs the start may
     have become, `excluded` which a person says it has not. Each of `reserved_runs` runs takes
     `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
     first run and those not observed yet.

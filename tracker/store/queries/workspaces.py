@@ -34,7 +34,7 @@ async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
     return found
 
 
-async def last_at(db: Database, place: str) -> str | None:
+async def last_workspace_at(db: Database, place: str) -> str | None:
     """The workspace of the last key at this place in the settings, if known."""
     statement = (
         select(workspace_keys.c.workspace_id)

@@ -52,8 +52,8 @@ class GroupCommit(Generic[T, R]):
 
     Leaving the block commits what waits; later items are refused with `StoreUnavailable`, and so is
     what still waits if that is cancelled. `commit` writes a group and returns the result of each
-    item, in order. `deadline` is how many seconds an
-    item waits until its caller gets an error. `trouble` is why the last attempt to commit failed.
+    item, in order. `deadline` is how many seconds an item waits until its caller gets an error.
+    `trouble` is why the last attempt to commit failed.
     """
 
     def __init__(
