@@ -28,8 +28,9 @@ if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.starting.batch_rows import BatchPlan, RowState
     from tracker.store.queries.audit import AuditRow
     from tracker.store.queries.batches import BatchCounts, BatchRow
+    from tracker.store.queries.deliveries import DeliveryRow
     from tracker.store.queries.endpoints import AttemptRow, Backlog, EndpointRow, MessageRow
-    from tracker.store.queries.runs import DeliveryRow, EventLine, TimelineEvent
+    from tracker.store.queries.runs import EventLine, TimelineEvent
     from tracker.store.queries.sheet_rows import ErrorGroup
     from tracker.store.queries.spending import Spending, Usage
     from tracker.store.queries.starts import StartRow

@@ -31,6 +31,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import attention, overview, search, spending
 from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import list_deliveries
 from tracker.store.queries.search import SearchFilters
 from tracker.store.queries.sheet_rows import search_sheets
 
@@ -119,9 +120,9 @@ def of_pages(run_id: str, cursor: str | None) -> Questions:
         "search: sheets and cells": partial(search_sheets, text="overload"),
         "a run": partial(read.get_run, run_id=run_id),
         "its timeline": partial(read.events, run_id=run_id),
-        "its callbacks": partial(read.list_deliveries, run_id=run_id),
-        "callbacks": read.list_deliveries,
-        "callbacks in quarantine": partial(read.list_deliveries, outcome="quarantined"),
+        "its callbacks": partial(list_deliveries, run_id=run_id),
+        "callbacks": list_deliveries,
+        "callbacks in quarantine": partial(list_deliveries, outcome="quarantined"),
         "the stream's newest line": feed.newest_event,
         "overview: states": overview.states,
         "overview: ends, 48 h": partial(overview.ends_by_hour, now=utc_now(), hours=48),

@@ -11,7 +11,7 @@ from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.starting.start import StartRequest
-from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import get_delivery
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -147,7 +147,7 @@ async def quarantine(live: LiveTracker, delivery_id: str, run_id: str, reason: s
 
 
 async def _outcome(live: LiveTracker, delivery_id: str) -> DeliveryOutcome:
-    row = await read.get_delivery(live.services.database, delivery_id)
+    row = await get_delivery(live.services.database, delivery_id)
     assert row is not None
     return row.outcome
 

@@ -23,6 +23,7 @@ from tests.web.dashboard.hostile import (
 from tracker.core.run import Tracking
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import list_deliveries
 from tracker.store.queries.endpoints import get_message
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -98,7 +99,7 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
     """Every page of the navigation, and one of each kind behind them."""
     run_id = await settled(live)
     await keep_batch(live, "bat_axe", rows=14)
-    deliveries, _ = await read.list_deliveries(live.services.database, run_id=run_id)
+    deliveries, _ = await list_deliveries(live.services.database, run_id=run_id)
     if await get_message(live.services.database, "msg_1") is None:
         await add_endpoint(live.services.database, "shop")
         await add_message(live.services.database, "msg_1", "shop", None, 500)

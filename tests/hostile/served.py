@@ -13,6 +13,7 @@ from tracker.flora.signature import sign
 from tracker.services import Services
 from tracker.store.queries import attention
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import get_delivery
 from tracker.web.app import build_app
 from tracker.web.http.limits import Limits
 
@@ -62,9 +63,9 @@ async def _is_kept(
     expected = reference.reading(body, webhook_id, workspace_id=WORKSPACE)
     if reference.nesting(body) > 500:  # the depth at which a parser gives up may differ
         return
-    row = await read.get_delivery(services.database, expected.delivery_id)
+    row = await get_delivery(services.database, expected.delivery_id)
     if row is not None and row.body != body:
-        row = await read.get_delivery(services.database, expected.digest)
+        row = await get_delivery(services.database, expected.digest)
     assert row is not None, expected
     assert (row.body, row.run_id) == (body, expected.run_id)
     # A new delivery waits; a repeated one is answered with its outcome.

@@ -18,6 +18,7 @@ from tracker.core.run import RunStatus
 from tracker.services import Services
 from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import get_delivery
 
 WORKSPACES = [
     {"id": "ws_a", "webhook_secrets": "whsec_of_a"},
@@ -36,7 +37,7 @@ async def _post(site: Site, body: bytes, secret: str) -> str:
     answer = await site.client.post(PATH, content=body, headers=signed(body, secret))
     assert answer.status_code == 200
     await site.services.applier.drain()
-    row = await read.get_delivery(site.services.database, json.loads(body)["id"])
+    row = await get_delivery(site.services.database, json.loads(body)["id"])
     assert row is not None
     return row.outcome.value
 
@@ -65,7 +66,7 @@ async def test_a_run_of_another_workspace_is_neither_ended_nor_claimed(
         await site.services.writer.submit(Observed(observation=of_b))
         body = _of("run_1", named)
         assert await _post(site, body, "whsec_of_a") == "quarantined"
-        row = await read.get_delivery(site.services.database, json.loads(body)["id"])
+        row = await get_delivery(site.services.database, json.loads(body)["id"])
         assert row is not None
         page = await site.client.post(f"/deliveries/{row.delivery_id}/replay", headers=HTML)
         assert "Still quarantined" in page.text
@@ -114,7 +115,7 @@ async def _claim_for_a(site: Site, run_id: str) -> None:
 
 async def _is_with_its_owner(site: Site, run_id: str, status: str) -> None:
     await site.services.applier.drain()
-    row = await read.get_delivery(site.services.database, "whd_own")
+    row = await get_delivery(site.services.database, "whd_own")
     assert row is not None
     assert (row.outcome.value, row.reason) == ("applied", None)
     assert await _stands(site.services, run_id) == (status, "ws_b")

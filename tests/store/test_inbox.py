@@ -42,6 +42,7 @@ from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_wait
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import get_delivery
 from tracker.store.schema import deliveries, run_events, runs
 from tracker.store.url import DatabaseTimes
 from tracker.store.writing.statements import MAX_LARGE, SMALL_BODY, requeue, statements_for
@@ -96,7 +97,7 @@ async def test_what_is_stored_waits_and_touches_no_run(inbox: Inbox, other_db: D
     came = replace(delivery("run_1"), api_version="2026-06-11", created_at=NOW, workspace_id="ws")
     stored = await inbox.enqueue(came)
     assert stored == ("whd_run_1", DeliveryOutcome.WAITING, False)
-    row = await read.get_delivery(other_db, "whd_run_1")
+    row = await get_delivery(other_db, "whd_run_1")
     assert row is not None
     assert (row.outcome, row.receipts, row.body) == (DeliveryOutcome.WAITING, 1, came.body)
     assert (row.received_at, row.last_received_at, row.applied_at) == (NOW, NOW, None)
@@ -149,7 +150,7 @@ async def test_a_repeated_delivery_only_counts(inbox: Inbox, db: Database) -> No
     again = await inbox.enqueue(delivery("run_1", at=later + timedelta(seconds=1)))
     assert again == ("whd_run_1", DeliveryOutcome.APPLIED, True)
     assert await receipts(db) == {"whd_run_1": 4, "whd_run_2": 1}
-    row = await read.get_delivery(db, "whd_run_1")
+    row = await get_delivery(db, "whd_run_1")
     assert row is not None
     assert (row.received_at, row.last_received_at) == (NOW, later + timedelta(seconds=1))
     assert await apply_all(db) == 0
@@ -170,7 +171,7 @@ async def test_another_body_under_a_known_id_is_stored_beside_it(
     assert [each.delivery_id for each in stored] == ["whd_run_1", key, "whd_run_1", key]
     assert [each.repeated for each in stored] == [False, False, True, True]
     assert await receipts(db) == {"whd_run_1": 2, key: 2}
-    kept = await read.get_delivery(db, key)
+    kept = await get_delivery(db, key)
     assert kept is not None
     assert kept.body == other.body
     assert await apply_all(db) == 2
@@ -187,7 +188,7 @@ async def test_an_id_that_looks_like_anothers_digest_loses_nothing(
     stored = [await inbox.enqueue(each) for each in came]
     assert len({each.delivery_id for each in stored}) == 3
     for each, delivered in zip(stored, came, strict=True):
-        row = await read.get_delivery(db, each.delivery_id)
+        row = await get_delivery(db, each.delivery_id)
         assert row is not None
         assert row.body == delivered.body
 
@@ -227,7 +228,7 @@ async def test_applying_ends_the_run_and_makes_it_due(inbox: Inbox, db: Database
     assert (record.run.status, record.tracking) == (RunStatus.COMPLETED, Tracking.ACTIVE)
     assert (record.source, record.ended_via) == (Source.CALLBACK, Source.CALLBACK)
     assert (record.callback_at, record.next_check_at) == (NOW, NOW)
-    row = await read.get_delivery(db, "whd_run_1")
+    row = await get_delivery(db, "whd_run_1")
     assert row is not None
     assert (row.outcome, row.applied_at, row.reason) == (DeliveryOutcome.APPLIED, LATER, None)
     assert [one.at for one in await read.events(db, "run_1")] == [NOW]
@@ -278,7 +279,7 @@ async def test_what_is_not_understood_is_quarantined_alone(inbox: Inbox, db: Dat
     await asyncio.gather(*map(inbox.enqueue, [*good[:7], *odd, *good[7:]]))
     assert await apply_all(db) == 20 + len(odd)
     for one in odd:
-        row = await read.get_delivery(db, one.delivery_id)
+        row = await get_delivery(db, one.delivery_id)
         assert row is not None
         assert row.outcome is DeliveryOutcome.QUARANTINED
         assert (row.body, row.applied_at, bool(row.reason)) == (one.body, None, True)
@@ -464,7 +465,7 @@ async def test_what_cannot_be_applied_is_quarantined_alone(
     assert {key for key, outcome in found.items() if outcome != "applied"} == {
         f"whd_{run}" for run in bad
     }
-    row = await read.get_delivery(db, "whd_run_0003")
+    row = await get_delivery(db, "whd_run_0003")
     assert row is not None
     assert row.reason == "it cannot be applied: RuntimeError: not today"
     assert await how_many(db, runs) == 37

@@ -25,8 +25,9 @@ from tracker.store import claims
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
-from tracker.store.queries import batches, runs, sheet_rows, spending, starts
+from tracker.store.queries import batches, sheet_rows, spending, starts
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import causes, list_deliveries
 from tracker.store.queries.endpoints import delays, list_attempts, list_messages
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.url import DatabaseUrl
@@ -200,21 +201,21 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     "one run": (lambda db: read.get_run(db, "run_1"), ""),
     "a timeline": (lambda db: read.events(db, "run_1"), "ix_run_events_timeline"),
     "durations": (lambda db: read.durations_of(db, ["tech_1", "tech_2"]), "ix_runs_durations"),
-    "callbacks": (read.list_deliveries, "ix_deliveries_newest"),
+    "callbacks": (list_deliveries, "ix_deliveries_newest"),
     "callbacks in quarantine": (
-        lambda db: read.list_deliveries(db, outcome="quarantined"),
+        lambda db: list_deliveries(db, outcome="quarantined"),
         "ix_deliveries_quarantined",
     ),
     "callbacks that nobody has acknowledged": (
-        lambda db: read.list_deliveries(db, outcome="quarantined", acknowledged=False),
+        lambda db: list_deliveries(db, outcome="quarantined", acknowledged=False),
         "ix_deliveries_quarantined",
     ),
     "causes of quarantine": (
-        lambda db: runs.causes(db, limit=10),
+        lambda db: causes(db, limit=10),
         "ix_deliveries_quarantined",
     ),
     "callbacks of a run": (
-        lambda db: read.list_deliveries(db, run_id="run_1"),
+        lambda db: list_deliveries(db, run_id="run_1"),
         "ix_deliveries_run",
     ),
     "messages": (list_messages, "ix_messages_newest"),

@@ -37,6 +37,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.deliveries import get_delivery
 from tracker.store.queries.starts import StartState
 from tracker.store.queries.sweeps import Interval
 from tracker.store.schema import (
@@ -192,10 +193,10 @@ async def test_a_callback_without_its_body_is_still_recognised(
     """The body goes first; a repetition then only counts, and says nothing new of its run."""
     await put(writer, settled("run_1", 31), settled("run_2", 29))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
-    row = await read.get_delivery(db, "whd_run_1")
+    row = await get_delivery(db, "whd_run_1")
     assert row is not None
     assert (row.body, row.body_removed_at) == (None, NOW)
-    other = await read.get_delivery(db, "whd_run_2")
+    other = await get_delivery(db, "whd_run_2")
     assert other is not None
     assert (other.body, other.body_removed_at) == (b"as it came", None)
     async with open_inbox(db) as inbox:
@@ -346,7 +347,7 @@ async def test_the_body_of_a_late_replay_goes_too(writer: TestWriter, db: Databa
     await db.write(lambda connection: requeue(connection, held_back.delivery))
     assert await apply_all(db) == 1
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
-    row = await read.get_delivery(db, "whd_late")
+    row = await get_delivery(db, "whd_late")
     assert row is not None
     assert (row.body, row.body_removed_at) == (None, NOW)
     assert await pruner(db).prune(AGES) == NOTHING
@@ -367,7 +368,7 @@ async def test_what_is_not_applied_yet_is_spared(writer: TestWriter, db: Databas
     await writer.submit(waits)
     await put(writer, settled("run_1", 35))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
-    row = await read.get_delivery(db, "whd_waits")
+    row = await get_delivery(db, "whd_waits")
     assert row is not None
     assert (row.outcome, row.body) == (DeliveryOutcome.WAITING, waits.delivery.body)
     assert await apply_all(db) == 1

@@ -5,8 +5,13 @@ from datetime import timedelta
 
 from tests.store.making import NOW, TestWriter, quarantined
 from tracker.store.engine import Database
-from tracker.store.queries import runs
-from tracker.store.queries.runs import CAUSE_LENGTH, Cause, list_deliveries
+from tracker.store.queries.deliveries import (
+    CAUSE_LENGTH,
+    Cause,
+    causes,
+    list_deliveries,
+    unseen_deliveries,
+)
 from tracker.store.writing.statements import acknowledge
 
 MINUTE = timedelta(minutes=1)
@@ -21,13 +26,13 @@ async def test_deliveries_are_found_by_cause(db: Database, writer: TestWriter) -
         await writer.submit(replace(one, reason=reason))
     await db.write(lambda connection: acknowledge(connection, ["whd_4"], NOW))
 
-    found = await runs.causes(db, limit=9)
+    found = await causes(db, limit=9)
     assert [(one.text, one.count) for one in found] == [(long, 2), ("", 1), ("not JSON", 1)]
     assert found[0] == Cause(text=long, count=2, first_at=NOW + MINUTE, last_at=NOW + 2 * MINUTE)
-    assert len(await runs.causes(db, limit=1)) == 1
+    assert len(await causes(db, limit=1)) == 1
 
     async def unseen(cause: str, until: timedelta) -> list[str]:
-        return await runs.unseen_deliveries(db, cause=cause, until=NOW + until, limit=9)
+        return await unseen_deliveries(db, cause=cause, until=NOW + until, limit=9)
 
     assert await unseen(long, 2 * MINUTE) == ["whd_1", "whd_2"]
     assert await unseen(long, MINUTE) == ["whd_1"]

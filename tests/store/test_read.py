@@ -16,15 +16,8 @@ from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.attention import AttentionCounts, counts
-from tracker.store.queries.runs import (
-    durations_of,
-    events,
-    get_delivery,
-    get_run,
-    get_runs,
-    list_deliveries,
-    list_runs,
-)
+from tracker.store.queries.deliveries import get_delivery, list_deliveries
+from tracker.store.queries.runs import durations_of, events, get_run, get_runs, list_runs
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import runs
 

@@ -14,6 +14,7 @@ from tracker.receiving.replay import UnknownDelivery
 from tracker.services import Services, open_services
 from tracker.settings import Settings, WorkspaceSettings
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import get_delivery, list_deliveries
 
 SECRET = "whsec_replay"
 
@@ -61,7 +62,7 @@ async def keep(services: Services, content: bytes, *, signer: str | None = None)
 
 
 async def outcome(services: Services) -> DeliveryOutcome:
-    row = await read.get_delivery(services.database, "whd_1")
+    row = await get_delivery(services.database, "whd_1")
     assert row is not None
     return row.outcome
 
@@ -94,7 +95,7 @@ async def test_what_is_still_not_understood_stays_and_says_why(
         done = await services.replayer.replay("whd_1")
         assert done.outcome is DeliveryOutcome.QUARANTINED
         assert why in (done.reason or "")
-        row = await read.get_delivery(services.database, "whd_1")
+        row = await get_delivery(services.database, "whd_1")
         assert row is not None
         assert row.outcome is DeliveryOutcome.QUARANTINED
 
@@ -152,5 +153,5 @@ async def test_an_id_that_stood_in_a_header_is_kept(sqlite_url: str) -> None:
         del content["id"]
         await keep(services, json.dumps(content).encode())
         assert (await services.replayer.replay("whd_1")).outcome is DeliveryOutcome.APPLIED
-        rows, _ = await read.list_deliveries(services.database)
+        rows, _ = await list_deliveries(services.database)
         assert [row.delivery_id for row in rows] == ["whd_1"]

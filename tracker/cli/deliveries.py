@@ -30,7 +30,7 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List callbacks, newest first."""
-    from tracker.store.queries.runs import list_deliveries
+    from tracker.store.queries.deliveries import list_deliveries
     from tracker.views import delivery_json
 
     print_list(
@@ -59,7 +59,7 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show a callback with its raw body."""
-    from tracker.store.queries.runs import get_delivery
+    from tracker.store.queries.deliveries import get_delivery
     from tracker.views import delivery_json
 
     row = run_on_database(lambda database: get_delivery(database, delivery_id))
@@ -123,7 +123,7 @@ def acknowledge(
         raise typer.BadParameter("give DELIVERY_IDs, or --all", param_hint="DELIVERY_ID")
 
     async def work(services: "Services") -> list[str]:
-        from tracker.store.queries.runs import get_delivery
+        from tracker.store.queries.deliveries import get_delivery
 
         for one in delivery_ids or ():
             if await get_delivery(services.database, one) is None:
@@ -139,12 +139,12 @@ def acknowledge(
 
 
 async def _quarantined(services: "Services") -> list[str]:
-    from tracker.store.queries import runs as read
+    from tracker.store.queries.deliveries import list_deliveries
 
     found: list[str] = []
     cursor = None
     while True:
-        rows, cursor = await read.list_deliveries(
+        rows, cursor = await list_deliveries(
             services.database, outcome=DeliveryOutcome.QUARANTINED, cursor=cursor, limit=100
         )
         found += [row.delivery_id for row in rows]

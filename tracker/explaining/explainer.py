@@ -17,6 +17,7 @@ from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
+from tracker.store.queries.deliveries import list_deliveries
 
 DELIVERIES: Final = 100
 """Callbacks of one run that are explained, the newest ones."""
@@ -50,7 +51,7 @@ class Explainer(Service):
         technique_id = record.run.technique_id
         await self.durations.learn([technique_id])
         events = await read.events(database, run_id)
-        deliveries, _ = await read.list_deliveries(database, run_id=run_id, limit=DELIVERIES)
+        deliveries, _ = await list_deliveries(database, run_id=run_id, limit=DELIVERIES)
         sentences = [
             *timeline(record, events, deliveries, await starts.of_run(database, run_id)),
             *_callback(record, policy, now),

@@ -15,7 +15,8 @@ from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.run import Run, RunStatus
-from tracker.store.queries.runs import DeliveryRow, TimelineEvent
+from tracker.store.queries.deliveries import DeliveryRow
+from tracker.store.queries.runs import TimelineEvent
 from tracker.store.queries.starts import StartRow
 
 LATE: Final = timedelta(seconds=10)

@@ -22,7 +22,8 @@ from tracker.polling.workspaces import Service
 from tracker.receiving.apply import Applier, parse_stored
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.queries.runs import DeliveryRow, get_delivery, get_run
+from tracker.store.queries.deliveries import DeliveryRow, get_delivery
+from tracker.store.queries.runs import get_run
 from tracker.store.writing import retention, statements
 from tracker.store.writing.retention import AROUND, ListedRun
 

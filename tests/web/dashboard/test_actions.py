@@ -18,6 +18,7 @@ from tracker.core.run import RunStatus
 from tracker.operations.retention import Ages
 from tracker.simulator import Options, Simulator, running
 from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import get_delivery
 
 REPLAY = "/deliveries/whd_run_1/replay"
 
@@ -39,7 +40,7 @@ async def quarantine(site: Site, body: bytes, delivery_id: str = "whd_run_1") ->
 
 
 async def outcome(site: Site, delivery_id: str = "whd_run_1") -> str:
-    row = await read.get_delivery(site.services.database, delivery_id)
+    row = await get_delivery(site.services.database, delivery_id)
     assert row is not None
     return row.outcome.value
 

@@ -29,8 +29,9 @@ from tracker.core.record import TEST_DELIVERY, Record
 from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
 from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
+from tracker.store.queries.deliveries import IS_UNSEEN
 from tracker.store.queries.overview import rollups
-from tracker.store.queries.runs import IS_UNSEEN, is_tracked_as
+from tracker.store.queries.runs import is_tracked_as
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word

@@ -29,7 +29,7 @@ from tracker.core.record import Delivery, Record
 from tracker.core.rollup import RollupKey
 from tracker.store.engine import Database
 from tracker.store.queries import audit
-from tracker.store.queries.runs import IS_UNSEEN
+from tracker.store.queries.deliveries import IS_UNSEEN
 from tracker.store.rows import OUTPUTS, RUN_COLUMNS, records
 from tracker.store.schema import deliveries, run_events, run_outputs, runs, starts, word
 from tracker.store.writing import retention, rollups

@@ -20,6 +20,7 @@ from tracker.services import Services
 from tracker.settings.tokens import Scope
 from tracker.starting.start import StartRequest
 from tracker.store.queries import endpoints, runs, spending, starts, techniques
+from tracker.store.queries.deliveries import list_deliveries
 from tracker.views import (
     delivery_json,
     event_json,
@@ -215,7 +216,7 @@ class Api(BatchOperations):
     )
     async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
         """List callbacks, newest first, without their bodies."""
-        rows, cursor = await runs.list_deliveries(self._database, **dict(query))
+        rows, cursor = await list_deliveries(self._database, **dict(query))
         return _page("deliveries", map(delivery_json, rows), cursor)
 
     @Operation("POST /api/deliveries/{delivery_id}/replay", Answer("The result.", Replayed))

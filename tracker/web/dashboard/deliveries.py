@@ -17,7 +17,13 @@ from tracker.core.record import DeliveryOutcome
 from tracker.receiving.replay import Replay, UnknownDelivery
 from tracker.store.queries import attention
 from tracker.store.queries import runs as read
-from tracker.store.queries.runs import DeliveryRow
+from tracker.store.queries.deliveries import (
+    DeliveryRow,
+    causes,
+    get_delivery,
+    list_deliveries,
+    unseen_deliveries,
+)
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
 from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links, query
 from tracker.web.http.responses import invalid
@@ -50,7 +56,7 @@ class DeliveryPages(PageGroup):
         filters["outcome"] = query_choice(request, "outcome", OUTCOMES)
         filters["within"] = query_choice(request, "within", PERIODS)
         cursor, now = query_field(request, "cursor"), self._services.clock()
-        rows, next_cursor = await read.list_deliveries(
+        rows, next_cursor = await list_deliveries(
             self._database,
             run_id=filters["run"],
             workspace_id=filters["workspace"],
@@ -79,7 +85,7 @@ class DeliveryPages(PageGroup):
             },
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
-            causes=await read.causes(self._database, limit=CAUSES),
+            causes=await causes(self._database, limit=CAUSES),
             late=counts.waiting if oldest is not None and oldest < now - LATE else 0,
             oldest_waiting_at=oldest,
             **page_links(request, next_cursor, **filters),
@@ -92,7 +98,7 @@ class DeliveryPages(PageGroup):
         chosen: Sequence[str] = form.getlist("delivery_id")
         if "cause" in form:
             until = _moment(form.get("until", ""))
-            chosen = await read.unseen_deliveries(
+            chosen = await unseen_deliveries(
                 self._database, cause=form["cause"], until=until, limit=BULK_DELIVERIES
             )
         action = form.get("action")
@@ -153,7 +159,7 @@ class DeliveryPages(PageGroup):
         )
 
     async def _row(self, request: Request) -> DeliveryRow:
-        return await self._stored(request, read.get_delivery, "Delivery {} is not stored here.")
+        return await self._stored(request, get_delivery, "Delivery {} is not stored here.")
 
 
 def _wanted(outcome: str | None, cause: str | None) -> dict[str, Any]:

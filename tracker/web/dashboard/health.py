@@ -19,7 +19,7 @@ from starlette.responses import RedirectResponse, Response
 
 from tracker.store import migrate
 from tracker.store.queries import attention, overview, sweeps
-from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import list_deliveries
 from tracker.store.queries.sweeps import Interval, UnreadSpan
 from tracker.web.dashboard.alerts import connection, workspace_health
 from tracker.web.dashboard.forms import query_position
@@ -77,7 +77,7 @@ class HealthPages(PageGroup):
         counts = await attention.counts(db, now=now)
         seconds = monotonic() - began
         workspaces = await workspace_health(services, now=now)
-        deliveries, _ = await read.list_deliveries(db, limit=1)
+        deliveries, _ = await list_deliveries(db, limit=1)
         ends = await overview.ends_by_hour(db, now=now)
         return self._render(
             request,

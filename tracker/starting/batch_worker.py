@@ -1,0 +1,232 @@
+"""Launches ordered batches, in any process with a worker.
+
+A batch is launched by one process at a time, by its lease; one whose process died is taken over
+when the lease expires. The lease saves work and keeps to the maximum cost: that no row is paid
+twice follows from the rows' keys, as for a command.
+
+A launch that FLORA's or the database's silence ended goes on by itself. What a person has to
+decide (the maximum cost, a budget, no credits) ends it, and the batch says why until it is
+ordered again.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Final
+
+from tracker.core.clock import boot_seconds
+from tracker.core.errors import (
+    BudgetExceeded,
+    FloraRefusal,
+    Forbidden,
+    KeyRefused,
+    MaxCostReached,
+    RateLimited,
+    ServerFault,
+    StoreError,
+    TrackerError,
+)
+from tracker.core.log import get_logger
+from tracker.core.waiting import cancel, repeat, wait_for
+from tracker.polling.workspaces import Service
+from tracker.starting.batch import Batches
+from tracker.starting.batch_launch import BatchLaunch, Order
+from tracker.starting.batch_rows import BatchPlan, RowState
+from tracker.store.queries import batches
+from tracker.store.queries.audit import Principal, acting
+from tracker.store.queries.batches import BatchRow, LaunchEnd
+from tracker.store.queries.starts import StartState
+
+log = get_logger(__name__)
+
+MOST_LAUNCHES: Final = 20
+"""Launches at the same time in one process; further batches wait."""
+BREAK_OFF_SECONDS: Final = 5.0
+"""How long starts that were sent have to end when the process stops."""
+
+
+@dataclass(kw_only=True, eq=False)
+class BatchWorker(Service):
+    """Launches due batches. `process` names this one in the leases; `concurrency` is how many rows
+    of a batch are started at a time."""
+
+    batches: Batches
+    process: str
+    concurrency: int
+    check_every: float = 5.0
+    """Seconds between two reads of what is due; an order of this process is launched at once."""
+    finish_every: float = 15.0
+    """Seconds between two checks whether the runs of launched batches have ended."""
+    renew_after: float = 3.0
+    """Seconds after which a lease is renewed, and a new order or a stop is noticed."""
+    go_on_after: timedelta = timedelta(seconds=30)
+    """When a launch goes on that FLORA's or the database's silence ended."""
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _launches: set[BatchLaunch] = field(default_factory=set, init=False)
+    _ordered: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _closed_at: float = field(default=float("-inf"), init=False)
+    _stopping: bool = field(default=False, init=False)
+    _running: asyncio.Task[None] | None = field(default=None, init=False)
+
+    def wake(self) -> None:
+        """Check at once what is due."""
+        self._ordered.set()
+
+    def start(self) -> bool:
+        """Launch what is due until `stop`; false if that was begun before."""
+        if self._running is not None:
+            return False
+        launching = repeat("batches", self._launch_next)
+        self._running = asyncio.create_task(launching, name="batch-launcher")
+        return True
+
+    async def _launch_next(self) -> None:
+        await self.launch_due()
+        await wait_for(self._ordered, self.check_every)
+        self._ordered.clear()
+
+    async def launch_due(self) -> None:
+        """Begin to launch what is due, and close batches that have ended. Raises `StoreError`."""
+        free = MOST_LAUNCHES - len(self._tasks)
+        known = [one.workspace_id for one in self.workspaces.keyed if one.workspace_id is not None]
+        if free > 0 and known:
+            due = await batches.claim_due(
+                self.database, known, holder=self.process, now=self.clock(), limit=free
+            )
+            for batch in due:
+                if batch.batch_id not in self._tasks:
+                    task = asyncio.create_task(self._work(batch), name="batch-launch")
+                    self._tasks[batch.batch_id] = task
+        if time.monotonic() - self._closed_at >= self.finish_every:
+            await batches.finish_ended(self.database, self.clock())
+            self._closed_at = time.monotonic()
+
+    async def stop(self) -> None:
+        """Begin no further row, let sent starts end, and release the leases."""
+        self._stopping = True
+        await cancel(self._running)
+        tasks = list(self._tasks.values())
+        for launch in self._launches:
+            launch.break_off()
+        if tasks:
+            await asyncio.wait(tasks, timeout=BREAK_OFF_SECONDS)
+        await cancel(*tasks)
+
+    async def _work(self, batch: BatchRow) -> None:
+        """Launch one batch, and store how that ended."""
+        try:
+            ended = await self._launch(batch)
+            if ended is not None:
+                await batches.end_launch(self.database, batch, ended, holder=self.process)
+        except StoreError as error:
+            log.warning("batch.not_launched", batch_id=batch.batch_id, error=str(error))
+        finally:
+            # A batch that is still due, or was ordered anew, is launched at once.
+            with suppress(StoreError):
+                await batches.release_launch(self.database, batch, holder=self.process)
+            del self._tasks[batch.batch_id]
+            self.wake()
+
+    async def _launch(self, batch: BatchRow) -> LaunchEnd | None:
+        """Start the rows; how that ended, `None` if it was broken off."""
+        launch: BatchLaunch | None = None
+        try:
+            if unknown := Order.unknown(batch):
+                raise TrackerError(
+                    "it waits for a worker of the newer version that it was ordered with "
+                    f"({', '.join(unknown)})"
+                )
+            order = Order.of(batch)
+            with acting(Principal(name=order.started_by)):
+                plan = await self._plan(batch, order)
+                launch = await self.batches.launch_of(
+                    plan,
+                    order,
+                    concurrency=self.concurrency,
+                    spent=_spent(plan, order.ordered_at),
+                )
+                log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
+                await self._run(batch, launch)
+            stopped = launch.stopped
+        except TrackerError as error:
+            stopped = error
+        except Exception as error:
+            log.exception("batch.launch_broken", batch_id=batch.batch_id)
+            stopped = TrackerError(f"an unexpected error, see the log: {type(error).__name__}")
+        if launch is not None and launch.broken_off:
+            return None
+        if stopped is not None and _is_passing(stopped):
+            go_on_at = self.clock() + self.go_on_after
+            return LaunchEnd(launch_at=go_on_at, stopped=str(stopped), errors={})
+        return LaunchEnd(
+            launch_at=None,
+            stopped=None if stopped is None else str(stopped),
+            errors={} if launch is None else launch.errors,
+        )
+
+    async def _run(self, batch: BatchRow, launch: BatchLaunch) -> None:
+        self._launches.add(launch)
+        if self._stopping:
+            launch.break_off()
+        renewing = asyncio.create_task(self._renew(batch, launch))
+        try:
+            await launch.run()
+        finally:
+            renewing.cancel()
+            self._launches.discard(launch)
+
+    async def _plan(self, batch: BatchRow, order: Order) -> BatchPlan:
+        """The batch as it is stored, without rows that this order has tried."""
+        plan = await self.batches.stored_plan(batch, wait=not order.at_once)
+        rows = [row for row in plan.rows if not _was_tried(row, since=order.ordered_at)]
+        return replace(plan, rows=rows)
+
+    async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
+        """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""
+        valid_until = boot_seconds() + batches.LEASE.total_seconds()
+
+        async def renew() -> None:
+            nonlocal valid_until
+            await asyncio.sleep(self.renew_after)
+            until = boot_seconds() + batches.LEASE.total_seconds()
+            waits = None if launch.over_budget is None else str(launch.over_budget)
+            is_mine = await batches.renew_launch(
+                self.database, batch, holder=self.process, now=self.clock(), waits=waits
+            )
+            valid_until = until if is_mine else float("-inf")
+
+        await repeat("batch lease", renew, is_over=lambda: boot_seconds() >= valid_until)
+        launch.break_off()
+
+
+def _is_passing(stopped: TrackerError) -> bool:
+    """Whether a launch that ended for this reason goes on by itself."""
+    if isinstance(stopped, FloraRefusal) and stopped.from_flora:
+        return isinstance(stopped, KeyRefused | Forbidden | RateLimited | ServerFault)
+    return not isinstance(stopped, BudgetExceeded | MaxCostReached)
+
+
+def _was_tried(row: RowState, *, since: datetime) -> bool:
+    """Whether a row could not be started since then."""
+    start = row.start
+    refused = start is not None and start.state is StartState.REFUSED
+    return row.error is not None or (
+        refused and start is not None and start.sent_at is not None and start.sent_at >= since
+    )
+
+
+def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
+    """The prices or charges of the rows that were started since then, in USD by run."""
+    found = {}
+    for row in plan.rows:
+        if row.start is None or row.record is None or (row.start.sent_at or since) < since:
+            continue
+        run = row.record.run
+        cost = run.charged_cost
+        if cost is None and not row.record.cost_final:
+            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
+        found[run.run_id] = cost or Decimal(0)
+    return found
