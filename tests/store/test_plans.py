@@ -29,6 +29,7 @@ from tracker.store.queries import batches, sheet_rows, spending, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import causes, list_deliveries
 from tracker.store.queries.endpoints import delays, list_attempts, list_messages
+from tracker.store.queries.search import SearchFilters, search_runs
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing.messages import Attempt, enable, next_due_at, record_and_claim
@@ -300,6 +301,15 @@ async def test_a_large_batch_leads_to_its_runs_by_their_keys(full: Database) -> 
     assert len(re.findall("pk_starts|sqlite_autoindex_starts_1", told)) == 3, told
     assert not re.search("Seq Scan on (starts|runs)", told), told
     assert not re.search("SCAN (starts|runs)", told), told
+
+
+async def test_a_search_of_a_rare_status_reads_its_window_alone(full: Database) -> None:
+    """In the order of the index, where PostgreSQL would sort all runs of the status if it expected
+    fewer than the window holds."""
+    wanted = SearchFilters(state="running", text="nowhere")
+    told = await plans(full, partial(search_runs, wanted=wanted, window=50))
+    assert "ix_runs_newest_not_completed" in told
+    assert "Sort" not in told, told
 
 
 async def test_a_tag_is_found_by_its_index(full: Database) -> None:

@@ -39,6 +39,9 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from tracker.core.events import EventType, MessageState
@@ -158,7 +161,30 @@ def is_rare(column: Column[Any], value: str, frequent: str) -> ColumnElement[boo
     SQLite only if it has the very term of the index.
     """
     wanted = column == word(value)
-    return wanted if value == frequent else and_(wanted, column != word(frequent))
+    return wanted if value == frequent else and_(wanted, _OnSqlite(column != word(frequent)))
+
+
+class _OnSqlite(FunctionElement[bool]):
+    """A condition that follows from the others, and that PostgreSQL is not told: it would take both
+    for independent, and expect so few rows that it sorts all of them instead of some by an index.
+    """
+
+    type = Boolean()
+    inherit_cache = True
+
+    def self_group(self, against: Any = None) -> Any:
+        """Itself: any other function would be compared with 1."""
+        return self
+
+
+@compiles(_OnSqlite)
+def _omitted(element: _OnSqlite, compiler: SQLCompiler, **options: Any) -> str:
+    return "true"
+
+
+@compiles(_OnSqlite, "sqlite")
+def _included(element: _OnSqlite, compiler: SQLCompiler, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
 
 
 LONGEST_LEASE: Final = timedelta(minutes=5)
