@@ -24,7 +24,7 @@ from tracker.flora.signature import SignatureError, sign, verify
 from tracker.flora.technique import ports, technique
 from tracker.settings import load_settings
 from tracker.starting import sheet
-from tracker.store.text import clean, clean_observation, dump_json
+from tracker.store.text import clean, cleaned, dump_json
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 TOLERANCE = 900
@@ -141,9 +141,7 @@ _READERS: dict[str, Callable[[object], list[Observation]]] = {
 
 
 def _is_sound(observation: Observation) -> None:
-    assert clean_observation(observation) is observation, (
-        "a stored observation must be read unchanged"
-    )
+    assert cleaned(observation) is observation, "a stored observation must be read unchanged"
     assert observation.progress is None or 0 <= observation.progress <= 100
     assert observation.charged_cost is None or (
         observation.charged_cost.is_finite() and observation.charged_cost >= 0

@@ -67,7 +67,7 @@ def test_targets_can_fail(target: str, data: bytes, monkeypatch: pytest.MonkeyPa
     """Where the tracker breaks a promise, its target fails."""
     monkeypatch.setattr(parsers, "verify", lambda *_, **__: 1)
     monkeypatch.setattr(served.reference, "_name", lambda _: "another id")
-    monkeypatch.setattr(parsers, "clean_observation", lambda one: object())
+    monkeypatch.setattr(parsers, "cleaned", lambda one: object())
     monkeypatch.setattr(served, "TOKEN", "TRACKER_API_TOKEN")  # the page names it
     with opened(target) as check, pytest.raises(AssertionError):
         check(data)

@@ -14,7 +14,7 @@ from tracker.core.observation import Observation
 from tracker.core.run import Run
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
-from tracker.store.text import clean_observation
+from tracker.store.text import cleaned
 
 RUNS = ("run_1", "run_2", "run_3")
 observed = st.lists(st.sampled_from(RUNS).flatmap(observations), min_size=1, max_size=12)
@@ -25,7 +25,7 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
     run = None
     for observation in observed:
         if observation.run_id == run_id:
-            run = merge(run, clean_observation(observation))
+            run = merge(run, cleaned(observation))
     return run
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.store.making import called, observations, seen
 from tracker.core.record import FailedRead
-from tracker.store.text import clean, clean_entry, clean_observation, dump_json
+from tracker.store.text import clean, cleaned, dump_json
 
 anything = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\0", "\ud800", "é\0"])
 
@@ -66,8 +66,8 @@ def test_json_without_bottom_is_refused() -> None:
 @given(observations("run\0"))
 def test_observations_are_cleaned_once(observation: Any) -> None:
     """A clean observation stays the very object it is."""
-    fit = clean_observation(observation)
-    assert clean_observation(fit) is fit
+    fit = cleaned(observation)
+    assert cleaned(fit) is fit
     assert fit.run_id == "run\ufffd"
     dump_json(fit.to_json()).encode()
     assert "\\u0000" not in dump_json(fit.to_json())
@@ -81,8 +81,8 @@ def test_entries_of_every_kind_are_cleaned() -> None:
         FailedRead(run_id="r\0", at=seen("r").observation.at, error="e\ud800"),
     ]
     for entry in entries:
-        fit = clean_entry(entry)
+        fit = cleaned(entry)
         assert "\0" not in repr(fit)
         assert "\\x00" not in repr(fit)
         assert "\\ud800" not in repr(fit)
-        assert clean_entry(fit) is fit
+        assert cleaned(fit) is fit

@@ -13,8 +13,8 @@ import orjson
 
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation
-from tracker.core.record import Entry, Observed
-from tracker.core.run import Output
+from tracker.core.record import FailedRead, Observed
+from tracker.core.run import Output, RunError
 
 T = TypeVar("T")
 
@@ -37,53 +37,38 @@ def dump_json(value: Any) -> str:
     return text
 
 
-def clean_json(value: T) -> T:
-    """`value` as a database returns it; `value` itself if that is equal."""
-    fit: T = orjson.loads(dump_json(value))
-    return value if fit == value else fit
+_TEXTS: Final[dict[type, tuple[str, ...]]] = {
+    Observed: ("observation", "inputs"),
+    FailedRead: ("run_id", "error"),
+    Observation: (
+        *("run_id", "run_type", "workspace_id", "project_id", "technique_id", "technique_name"),
+        *("poll_url", "error", "outputs"),
+    ),
+    RunError: ("code", "message"),
+    Output: ("output_id", "type", "url"),
+}
+"""The attributes with text in them."""
 
 
-def clean_entry(entry: Entry) -> Entry:
-    """`entry` with all its text cleaned; `entry` itself if nothing changes."""
-    if isinstance(entry, Observed):
-        seen = clean_observation(entry.observation)
-        inputs = None if entry.inputs is None else clean_json(entry.inputs)
-        if seen is entry.observation and inputs is entry.inputs:
-            return entry
-        return replace(entry, observation=seen, inputs=inputs)
-    changes = _cleaned(entry, ("run_id", "error"))
-    return replace(entry, **changes) if changes else entry
-
-
-def clean_observation(seen: Observation) -> Observation:
-    """`seen` with all its text cleaned; `seen` itself if nothing changes."""
-    changes = _cleaned(seen, _OBSERVATION_TEXTS)
-    if seen.error is not None and (texts := _cleaned(seen.error, ("code", "message"))):
-        changes["error"] = replace(seen.error, **texts)
-    if seen.outputs is not None:
-        outputs = tuple(
-            Output(clean(output.output_id), clean(output.type), clean(output.url))
-            for output in seen.outputs
-        )
-        if outputs != seen.outputs:
-            changes["outputs"] = outputs
-    return replace(seen, **changes) if changes else seen
-
-
-_OBSERVATION_TEXTS: Final = (
-    *("run_id", "run_type", "workspace_id", "project_id"),
-    *("technique_id", "technique_name", "poll_url"),
-)
-
-
-def _cleaned(holder: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the attributes whose text changes, with the cleaned text."""
-    changes: dict[str, Any] = {}
-    for name in names:
-        text = getattr(holder, name)
-        if text is not None and (fit := clean(text)) != text:
-            changes[name] = fit
-    return changes
+def cleaned(value: T) -> T:
+    """`value`, an entry or any text or JSON in one, as a database returns it; `value` itself if
+    that is equal."""
+    made: Any = value
+    if isinstance(value, str):
+        made = clean(value)
+    elif isinstance(value, tuple):
+        made = tuple(map(cleaned, value))
+    elif (names := _TEXTS.get(type(value))) is None:
+        made = orjson.loads(dump_json(value))
+    else:
+        changes = {}
+        for name in names:
+            one = getattr(value, name)
+            if one is not None and (fit := cleaned(one)) is not one:
+                changes[name] = fit
+        if changes:
+            made = replace(made, **changes)
+    return value if made is value or made == value else made
 
 
 def _dump_cleaned(value: Any) -> str:

@@ -18,7 +18,7 @@ from tracker.core.rollup import RollupKey, facts, same
 from tracker.core.run import fast_dataclass
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
-from tracker.store.text import clean_entry
+from tracker.store.text import cleaned
 from tracker.store.writing.group_commit import GroupCommit, call_hook
 from tracker.store.writing.statements import BatchChanges, Statements, requeue_runs, statements_for
 
@@ -104,7 +104,7 @@ class Writer(GroupCommit[Entry, WriteResult]):
         Raises `StoreUnavailable` if it was not committed in time (it still may be), and
         `StoreError` if the database refuses this very entry.
         """
-        return await self.enqueue(clean_entry(entry))
+        return await self.enqueue(cleaned(entry))
 
     async def submit_all(self, entries: Sequence[Entry]) -> list[WriteResult]:
         """Commit entries, and return what each did, in order.
@@ -112,7 +112,7 @@ class Writer(GroupCommit[Entry, WriteResult]):
         They share transactions; those of different transactions are committed in any order. Raises
         as `submit` does, after all others have been committed or refused.
         """
-        answers = self.enqueue_all([clean_entry(entry) for entry in entries])
+        answers = self.enqueue_all([cleaned(entry) for entry in entries])
         results = []
         for each in await asyncio.gather(*answers, return_exceptions=True):
             if isinstance(each, BaseException):
