@@ -1,12 +1,11 @@
 """Who may see what: closed by default, open where FLORA and a load balancer have to come in."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import httpx
 import pytest
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tests.support.scraping import read_scrape
@@ -21,7 +20,7 @@ from tracker.settings.tokens import Scope as TokenScope
 from tracker.settings.tokens import Token, Tokens
 from tracker.store.queries.audit import list_audit
 from tracker.web.app import build_app
-from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware
+from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware, ScopedRoute
 from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import ResponseMiddleware
 from tracker.web.http.responses import Json
@@ -67,7 +66,7 @@ def _client(
     *,
     is_public: bool = False,
     client: tuple[str, int] = ("127.0.0.1", 123),
-    routes: Iterable[Route] = (),
+    routes: Sequence[ScopedRoute] = (),
 ) -> httpx.AsyncClient:
     """A client of a gate with these tokens, in front of `routes`; of a session's database nothing
     is asked."""

@@ -1,15 +1,14 @@
 """The ASGI applications: routes, and the middleware around them."""
 
-import re
 from collections.abc import Callable, Sequence
 
-from starlette.routing import Route, Router
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.operations.tracing import untraced
 from tracker.services import Services
 from tracker.web.api.routes import Api
-from tracker.web.auth import AccessControl, AuthMiddleware
+from tracker.web.auth import AccessControl, AuthMiddleware, ScopedRoute
 from tracker.web.callbacks import Callbacks, is_callback
 from tracker.web.dashboard.site import Dashboard
 from tracker.web.health import Health
@@ -28,7 +27,7 @@ class Application:
         self,
         services: Services,
         limits: Limits,
-        routes: Sequence[Route],
+        routes: Sequence[ScopedRoute],
         *,
         access: AccessControl | None = None,
         deadline: float | None = None,
@@ -40,8 +39,6 @@ class Application:
         self.routes = routes
         # A redirect would lose a callback, and FLORA follows none.
         self._router = Router(routes, redirect_slashes=False)
-        for route in routes:  # Starlette's `$` matches before a trailing line end, too
-            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
         app: ASGIApp = self._router
         if access is not None:
             app = AuthMiddleware(app, access=access, routes=routes)

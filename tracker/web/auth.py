@@ -20,9 +20,10 @@ sends a loopback `Host` or the client's own, and `TRACKER_PUBLIC_URL` is not set
 """
 
 import asyncio
+import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
@@ -323,6 +324,8 @@ class ScopedRoute(Route):
         self, path: str, endpoint: Callable[..., Any], scopes: Mapping[str, TokenScope | None]
     ) -> None:
         super().__init__(path, endpoint, methods=list(scopes))
+        # Starlette's `$` matches before a trailing line end, too.
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
         self.scopes = scopes
 
 
@@ -330,11 +333,11 @@ class AuthMiddleware:
     """Serves a request as its sender, or raises `Fault`: 401, 403 or 429."""
 
     def __init__(
-        self, app: ASGIApp, *, access: AccessControl, routes: Iterable[Route] = ()
+        self, app: ASGIApp, *, access: AccessControl, routes: Sequence[ScopedRoute] = ()
     ) -> None:
         self._app = app
         self._access = access
-        self._scoped = [one for one in routes if isinstance(one, ScopedRoute)]
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, actor = scope["path"], None
@@ -352,10 +355,10 @@ class AuthMiddleware:
             raise
 
     def _needed_scope(self, method: str, path: str) -> TokenScope | None:
-        """The scope for a request. What no `ScopedRoute` names needs `read`, and `admin` if it
-        changes something."""
+        """The scope for a request. What no route names needs `read`, and `admin` if it changes
+        something."""
         method = "GET" if method in SAFE_METHODS else method
-        for route in self._scoped:
+        for route in self._routes:
             if method in route.scopes and route.path_regex.match(path):
                 return route.scopes[method]
         return TokenScope.READ if method == "GET" else TokenScope.ADMIN

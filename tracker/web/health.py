@@ -5,7 +5,6 @@ from datetime import datetime
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from tracker.core.contact import ContactState
 from tracker.core.errors import SchemaOutdated, StoreError
@@ -27,8 +26,11 @@ class Health:
         self._limits = limits
         self._checking: asyncio.Task[None] | None = None
 
-    def routes(self) -> list[Route]:
-        routes = [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
+    def routes(self) -> list[ScopedRoute]:
+        routes = [
+            ScopedRoute("/healthz", self._healthz, {"GET": None}),
+            ScopedRoute("/readyz", self._readyz, {"GET": None}),
+        ]
         if self._access is None:
             return routes
         return [*routes, ScopedRoute("/metrics", self._metrics, {"GET": Scope.METRICS})]

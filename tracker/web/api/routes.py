@@ -11,7 +11,6 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
 from tracker.core.log import get_logger
@@ -75,7 +74,7 @@ class Api(BatchOperations):
         self._stream = stream
         self._limits = limits
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[ScopedRoute]:
         """One route for each path, so that a 405 names all of its methods."""
         paths: dict[str, dict[str, Operation]] = {}
         for one in OPERATIONS:
@@ -89,7 +88,7 @@ class Api(BatchOperations):
                 )
                 for path, methods in paths.items()
             ),
-            Route("/openapi.json", self._describe, methods=["GET"]),
+            ScopedRoute("/openapi.json", self._describe, {"GET": Scope.READ}),
         ]
 
     async def _answer(self, methods: Mapping[str, Operation], request: Request) -> Response:

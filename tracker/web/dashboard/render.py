@@ -22,7 +22,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
 
 from tracker import __version__
 from tracker.core.formatting import (
@@ -124,8 +123,8 @@ class Assets:
         _ = self._files[name]
         return f"/static/{self._hash}/{name}"
 
-    def route(self) -> Route:
-        return Route("/static/{hash}/{name:path}", self._serve, methods=["GET"])
+    def route(self) -> ScopedRoute:
+        return ScopedRoute("/static/{hash}/{name:path}", self._serve, {"GET": Scope.READ})
 
     async def _serve(self, request: Request) -> Response:
         """A file. Under the hash of another version it is not cached."""
@@ -296,8 +295,8 @@ class PageGroup:
         self._render = renderer.page
         self._views = partial(output_views, media_origin=renderer.media_origin)
 
-    def routes(self) -> list[Route]:
-        found: list[Route] = []
+    def routes(self) -> list[ScopedRoute]:
+        found = []
         for handler in vars(type(self)).values():
             if (route := getattr(handler, _ROUTE, None)) is not None:
                 path, scopes, is_action = route

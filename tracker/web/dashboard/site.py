@@ -5,11 +5,10 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
 from starlette.types import Scope
 
 from tracker.services import Services
-from tracker.web.auth import AccessControl
+from tracker.web.auth import AccessControl, ScopedRoute
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
 from tracker.web.dashboard.batch import BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
@@ -61,7 +60,7 @@ class Dashboard:
             *(group(services, self._renderer, limits) for group in _GROUPS),
         )
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[ScopedRoute]:
         """All routes, in the order in which they match."""
         pages = [route for group in self._pages for route in group.routes()]
         pages.sort(key=lambda route: route.path.endswith(":any}"))  # matches what is below, too
