@@ -262,6 +262,7 @@ async def open_services(
             ProcessGauges(
                 metrics,
                 waiting=lambda: writer.waiting + inbox.waiting,
+                is_stale=lambda: rotation.stale is not None,
                 workspaces=workspaces,
                 contacts=contacts,
                 sweep_seconds=cache(

@@ -10,9 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.cli.conftest import Commands, first_line, set_faults, simulate
 from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
+from tracker.store import migrate
 
 FACE = "face=https://example.com/a.png?x=1"
 
@@ -225,6 +227,24 @@ def test_postgresql_is_migrated_only_when_told(tracker: Commands, empty_postgres
         assert "Traceback" not in done.stderr
     tracker.json("db", "upgrade")
     assert tracker.json("runs", "list") == {"runs": [], "meta": {"next_cursor": None}}
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"),
+    [
+        ("0009", "run `tracker reconcile --since 1d` and `tracker db recount`"),
+        ("0019", "run `tracker db recount`"),
+        ("0020", None),
+    ],
+)
+def test_an_upgrade_says_what_is_to_be_run_after_it(
+    new_tracker: Commands, before: str, wanted: str | None
+) -> None:
+    """Where older processes, which go on meanwhile, do not count for the new schema."""
+    asyncio.run(migrate.upgrade(f"sqlite:///{new_tracker.folder}/tracker.db", before))
+    done = new_tracker("db", "upgrade")
+    assert done.returncode == 0
+    assert (wanted in done.stderr) if wanted else (done.stderr == "")
 
 
 def test_a_worker_serves_its_health(tracker: Commands, stack: ExitStack) -> None:

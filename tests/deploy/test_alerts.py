@@ -39,7 +39,9 @@ TAKEN_LABELS = f'{WS}, secret="1", outcome="stored"'
 
 # Two processes, "a" with a worker; what both tell of the database must not count twice.
 HEALTHY: Series = {
+    **on("up", "1", labels='job="flora-run-tracker"'),
     **on("tracker_build_info", "1", labels='version="1"'),
+    **on("tracker_settings_stale", "0"),
     **on("tracker_worker_running", "1", instances="a"),
     **on("tracker_worker_running", "0", instances="b"),
     **on(LAST_ROUND, "0+60", instances="a"),
@@ -97,7 +99,7 @@ MISSES = {
 }
 SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "all is well": ({}, set()),
-    "nothing is scraped": (without("tracker"), {"TrackerDown", "TrackerWorkerAbsent"}),
+    "nothing is scraped": (without("tracker", "up"), {"TrackerDown", "TrackerWorkerAbsent"}),
     "the worker's process is gone": (
         {name: None for name in HEALTHY if 'instance="a"' in name},
         {"TrackerWorkerAbsent"},
@@ -107,6 +109,19 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
         {"TrackerWorkerAbsent"},
     ),
     "the worker hangs": (on(LAST_ROUND, "60", instances="a"), {"TrackerWorkerStuck"}),
+    "one of two workers hangs": (
+        on("tracker_worker_running", "1") | on(LAST_ROUND, "60", instances="b"),
+        {"TrackerWorkerStuck"},
+    ),
+    "one process does not answer": (
+        {name: None for name in HEALTHY if 'instance="b"' in name}
+        | on("up", "0", labels='job="flora-run-tracker"', instances="b"),
+        {"TrackerProcessDown"},
+    ),
+    "a secret's file was emptied": (
+        on("tracker_settings_stale", "1", instances="b"),
+        {"TrackerSettingsStale"},
+    ),
     "no key is set, so that nothing is polled": (on(LAST_ROUND, "0"), set()),
     "half of the callbacks are missed": (MISSES, {"TrackerCallbacksMissed"}),
     "half of very few callbacks are missed": (
@@ -120,6 +135,11 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
         set(),
     ),
     "the secret is wrong": (on(TAKEN, "7", labels=TAKEN_LABELS), {"TrackerCallbacksRefused"}),
+    "the secret of one workspace is wrong": (
+        on(TAKEN, "7", labels=TAKEN_LABELS.replace("ws_1", "ws_2"))
+        | on(RECENT, "3", labels='workspace_id="ws_2", outcome="missed"'),
+        {"TrackerCallbacksRefused"},
+    ),
     "no secret is set": (
         without(TAKEN) | on(REFUSED, "0+1", labels='reason="not_set_up"'),
         {"TrackerCallbacksRefused"},
@@ -293,5 +313,5 @@ def test_alerts_ask_only_for_metrics_that_there_are(series: set[str]) -> None:
     for rule in rules():
         names = names_in(rule["expr"])
         assert names, rule["alert"]
-        assert names <= series, rule["alert"]
-    assert {name.partition("{")[0] for name in HEALTHY} <= series
+        assert names <= series | {"up"}, rule["alert"]  # that is Prometheus's own
+    assert {name.partition("{")[0] for name in HEALTHY} <= series | {"up"}

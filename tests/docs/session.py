@@ -69,7 +69,7 @@ class Session:
             "$(date +%F)": f"{utc_now():%F}",  # which may be another one for the next command
             **postgres,
         }
-        for folder in ("etc/tracker", "var/backups"):
+        for folder in ("etc/tracker", "var/backups/tracker"):
             (directory / folder).mkdir(parents=True)
         for name, value in SECRETS.items():
             (directory / "etc/tracker" / name).write_text(f"{value}\n")

@@ -119,10 +119,15 @@ def test_what_is_wrong_changes_nothing(
     (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert line["event"] == "settings.not_reloaded"
     assert said in line["reason"]
+    assert said in (files.rotation.stale or "")
     files.configure()
     files.write(token="the-third-token-of-all", key="sk_3")
     assert files.rotation.check()
     assert {"sk_3", "the-third-token-of-all"} <= files.secrets
+    assert files.rotation.stale is None
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert line["settings"] == ["flora_api_key", "tracker_api_token"]
+    assert (line["tokens"], line["signing_secrets"]) == (1, 1)
 
 
 def test_a_file_that_is_away_for_a_moment_changes_nothing(files: _Files) -> None:

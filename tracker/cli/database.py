@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tracker.store.copy import Step
 
 _STATUS_SECONDS: Final = 2.0
+_WANT_RECOUNT: Final = ("0010", "0012", "0020")
+"""Migrations whose counts older processes do not keep."""
 _VARIABLE: Final = "TRACKER_DATABASE_URL"
 _age = partial(age_option, metavar="AGE")
 
@@ -45,6 +47,12 @@ def upgrade(as_json: JsonFlag = False) -> None:
         typer.echo(f"The database is at {after} already.")
     else:
         typer.echo(f"The database was migrated from {before or 'empty'} to {after}.")
+    if before and after and any(before < one <= after for one in _WANT_RECOUNT):
+        again = "`tracker reconcile --since 1d` and " if before < _WANT_RECOUNT[0] else ""
+        note(
+            f"After the last process of the version before has stopped, run {again}`tracker db "
+            "recount`: it counts nothing for the new dashboards."
+        )
 
 
 @app.command()

@@ -44,6 +44,8 @@ class Rotation:
         self._files: dict[Path, FileState] = loaded.files if loaded else {}
         self._failure: str | None = None
         """Why the last reload failed."""
+        self.stale: str | None = None
+        """Why settings in files are not in force in this process, if any are not."""
         self._followers: list[Callable[[Settings], None]] = []
 
     def follow(self, follower: Callable[[Settings], None]) -> None:
@@ -73,14 +75,16 @@ class Rotation:
         except SettingsError as error:
             self._files = now
             if str(error) != self._failure:
-                self._failure = str(error)
+                self._failure = self.stale = str(error)
                 log.error("settings.not_reloaded", reason=self._failure)
             return False
-        self._files, self._failure = loaded.files, None
+        self._files, self._failure, self.stale = loaded.files, None, None
         names = Settings.model_fields
         if left := [one for one in names if getattr(rotated, one) != getattr(loaded.settings, one)]:
             log.warning("settings.restart_needed", settings=left)
-        if rotated == self.settings:
+            self.stale = f"a restart is needed for {', '.join(left)}"
+        new = [one for one in names if getattr(rotated, one) != getattr(self.settings, one)]
+        if not new:
             return False
         self.settings = rotated
         self.tokens = rotated.access_tokens
@@ -88,8 +92,14 @@ class Rotation:
             try:
                 follower(rotated)
             except SettingsError as error:  # one unusable secret must not block the others
+                self.stale = str(error)
                 log.error("settings.not_reloaded", reason=str(error))
-        log.info("settings.reloaded")
+        log.info(
+            "settings.reloaded",
+            settings=new,
+            tokens=len(rotated.access_tokens),
+            signing_secrets=sum(len(one.clear_secrets) for one in rotated.all_workspaces),
+        )
         return True
 
     @asynccontextmanager

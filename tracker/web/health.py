@@ -59,7 +59,10 @@ class Health:
             raise unavailable(f"{str(error).partition(':')[0]}.") from error
         if self._access is None or await self._access.identify(request.scope) is None:
             return Json({"status": "ready"})
-        return Json({"status": "ready", "flora": self._flora()})
+        details = {"status": "ready", "flora": self._flora()}
+        if (stale := self._services.rotation.stale) is not None:
+            details["settings"] = f"not in force: {stale}"
+        return Json(details)
 
     async def _metrics(self, request: Request) -> Response:
         """Prometheus's text format. Always 200: a metric shows a database that does not answer."""

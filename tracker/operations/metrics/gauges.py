@@ -358,13 +358,14 @@ _REQUEST_LIMITS: Final = (
 class ProcessGauges(Collector):
     """Current values of this process.
 
-    `waiting` returns the number of entries not committed yet, `sweep_seconds` the longest time
-    between two scheduled sweeps.
+    `waiting` returns the number of entries not committed yet, `is_stale` whether settings in files
+    are not in force, `sweep_seconds` the longest time between two scheduled sweeps.
     """
 
     counters: Counters
     _: KW_ONLY
     waiting: Callable[[], int]
+    is_stale: Callable[[], bool]
     workspaces: Workspaces
     contacts: Contacts
     sweep_seconds: Callable[[], float]
@@ -372,6 +373,11 @@ class ProcessGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield labelled("build_info", "1, with the version.", {__version__: 1}, "version")
+        yield gauge(
+            "settings_stale",
+            "1 if settings in files have changed and are not in force.",
+            self.is_stale(),
+        )
         yield gauge("queue_entries", "Entries not committed yet.", self.waiting())
         yield gauge("worker_running", "1 in a process with a worker.", self.counters.worker_running)
         yield gauge(
