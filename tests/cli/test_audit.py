@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 
 from tests.cli.conftest import Commands, simulate
+from tracker.store.queries.audit import Action
 
 
 def test_what_commands_do_is_listed(tracker: Commands, stack: ExitStack) -> None:
@@ -31,5 +32,7 @@ def test_what_commands_do_is_listed(tracker: Commands, stack: ExitStack) -> None
     assert [one["actor"] for one in rest["entries"]] == ["cli:alice"]
     table = tracker("audit", "list").stdout
     assert "order-17" in table
+    help_text = tracker("audit", "list", "--help").stdout
+    assert all(action in help_text for action in Action)
     wrong = tracker("audit", "list", "--action", "dance")
     assert (wrong.returncode, "'dance' is not an action" in wrong.stderr) == (2, True)

@@ -100,6 +100,7 @@ async def test_refused_callbacks_are_counted_by_reason(small_site: Site) -> None
     old = signature(body, at=NOW - timedelta(days=400))
     refused = await small_site.client.post(PATH, content=body, headers={"Flora-Signature": old})
     assert refused.status_code == 401
+    assert refused.json()["error"]["message"] == "The signature is expired."
     assert await post(small_site, b"x" * (256 * 1024 + 1)) == 413
     found = (await scrape(small_site.client)).of("tracker_callbacks_refused_total")
     counts = {dict(labels)["reason"]: value for (_, labels), value in found.items()}

@@ -25,8 +25,8 @@ def list_(
     action: Annotated[
         str | None,
         typer.Option(
-            help="Filter by action: start, resolve, replay, acknowledge, forget, prune, sign_in, "
-            "sign_out or refused."
+            help="Filter by action: start, launch, stop, resolve, replay, acknowledge, forget, "
+            "resend, enable_endpoint, test_endpoint, prune, sign_in, sign_out or refused."
         ),
     ] = None,
     limit: LimitOption = 50,

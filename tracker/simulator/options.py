@@ -146,7 +146,9 @@ class Options:
     slow_starts: float = share("share of starts that are answered late")
     slow_seconds: float = number("delay of such an answer, in seconds", 25.0)
     slow_run: str = choice(
-        "whether the run of a slow start exists from its first moment or its last", "first", "last"
+        "whether the run of a slow start exists from its `first` moment or its `last`",
+        "first",
+        "last",
     )
     failed_starts: float = share("share of starts answered 500, in FLORA's shape, without a run")
     lost_starts: float = share(
@@ -160,20 +162,21 @@ class Options:
         "404",
     )
     idempotency: Literal["replay", "conflict"] = choice(
-        "a used key returns the original answer for 24 hours, or is refused with 409 for two hours",
+        "a used key returns the original answer for 24 hours (`replay`), or is refused with 409 "
+        "for two hours (`conflict`)",
         "replay",
         "conflict",
     )
     key_hours: float | None = number("hours after which a key is forgotten", None)
     key_source: str = choice(
-        "where a key is read: in body or header; or, by type, in the body for technique runs "
-        "and in the header for generations",
+        "where a key is read: in body or header (`either`); or in the body for technique runs and "
+        "in the header for generations (`by_type`)",
         "either",
         "by_type",
     )
     keys_known: str = choice(
-        "when a key counts as used: at once, or at the end of its request, so that two "
-        "simultaneous requests both start a run",
+        "when a key counts as used: `at_once`, or at the end of its request (`at_end`), so that "
+        "two simultaneous requests both start a run",
         "at_once",
         "at_end",
     )
@@ -207,7 +210,7 @@ class Options:
     late_outputs: float = share("share of completed runs that show no outputs at first")
     outputs_seconds: float = number("seconds between the end and the outputs", 60.0)
     signed_links: bool = flag("each read returns output links with a new signature")
-    time_unit: Literal["ms", "s"] = choice("unit of a run's times", "ms", "s")
+    time_unit: Literal["ms", "s"] = choice("unit of a run's times: `ms` or `s`", "ms", "s")
 
     # The bill
     quotes: float = share("share of runs that show a quote as `charged_cost` until they end")
@@ -227,7 +230,9 @@ class Options:
     )
     correction_seconds: float = number("seconds between the first cost and the final one", 60.0)
     late_refunds: float = share("share of failed runs that show their quote at first")
-    refund: str = choice("cost of a failed run after its refund: 0, or none", "zero", "absent")
+    refund: str = choice(
+        "cost of a failed run after its refund: 0 (`zero`), or none (`absent`)", "zero", "absent"
+    )
 
     # The history
     history_outputs: bool = flag("completed items of lists include outputs and cost", True)
@@ -246,7 +251,9 @@ class Options:
         "fields that are null in such an item, instead of an error"
     )
     max_offset: int | None = whole("offset from which pages are answered 400", None)
-    cursor_type: str = choice("JSON type of cursors", "text", "number", "object")
+    cursor_type: str = choice(
+        "JSON type of cursors: `text`, `number` or `object`", "text", "number", "object"
+    )
     opaque_cursors: bool = flag("cursors hide their offset")
     cursor_seconds: float | None = number(
         "age in seconds from which opaque cursors are refused", None

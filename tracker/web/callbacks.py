@@ -85,8 +85,9 @@ class Callbacks:
             failed = unavailable("The callback could not be stored.")  # FLORA's retry may be
             raise self._refused("not storable", failed, error) from error
         except SignatureError as error:
-            # No more details for the sender; "missing" points at a proxy that strips the header.
-            words = "missing" if error.reason == "missing" else "wrong"
+            # No more details for the sender; "missing" points at a proxy that strips the header,
+            # and "expired" is said only to one who knows the secret.
+            words = error.reason if error.reason in ("missing", "expired") else "wrong"
             forged = Fault(401, "unauthorized", f"The signature is {words}.")
             is_test = header(scope, b"flora-event") == TEST_DELIVERY.encode()
             reason = "test_delivery" if is_test else error.reason

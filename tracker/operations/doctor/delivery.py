@@ -102,11 +102,13 @@ class Reply:
         return self.status == 303 and path.endswith("/login") and "x-request-id" in self.headers
 
     @property
-    def signature(self) -> Literal["missing", "wrong"] | None:
+    def signature(self) -> Literal["missing", "expired", "wrong"] | None:
         """Why the tracker refused the signature, if it did."""
         if self.status != 401 or "signature is" not in self.error_message:
             return None
-        return "missing" if "missing" in self.error_message else "wrong"
+        if "missing" in self.error_message:
+            return "missing"
+        return "expired" if "expired" in self.error_message else "wrong"
 
     @property
     def outcome(self) -> str | None:
@@ -255,7 +257,13 @@ def _by_the_tracker(reply: Reply) -> Diagnosis:
                 seen,
                 f"{_SERVER} has another FLORA_WEBHOOK_SECRET than the doctor: restart it with the "
                 "same settings. If it has the same, the proxy in front changes the body (it must "
-                "forward the bytes unchanged), or that machine's clock is wrong.",
+                "forward the bytes unchanged).",
+            )
+        case 401 if reply.signature == "expired":
+            return Diagnosis(
+                seen,
+                f"The secret is right, but the clock of this machine or of that of {_SERVER} is "
+                "wrong: set both by NTP (`timedatectl`).",
             )
         case 303 | 401 | 403 | 404 | 405:
             # With a token, an unknown route looks like a protected one.

@@ -149,6 +149,9 @@ async def _read(
     return ok("key", f"{base_url} accepts the key{of}: {runs}{by}."), workspace.id or found
 
 
+_IN_FORCE: Final = "From a file it takes effect within a second; else restart."
+
+
 def _read_failed(error: FloraError, base_url: str, setting: str) -> Finding:
     """What a failed read means for the key, and what to do about it."""
     say = failed
@@ -156,12 +159,12 @@ def _read_failed(error: FloraError, base_url: str, setting: str) -> Finding:
         case KeyRefused():
             advice = (
                 f"Set {setting} to a key that is valid at FLORA (developer settings of the "
-                "workspace), whole and without quotes, and restart."
+                f"workspace), whole and without quotes. {_IN_FORCE}"
             )
         case Forbidden():
             advice = (
                 "The key is known but may not read runs: grant that at FLORA, or set "
-                f"{setting} to another key, and restart."
+                f"{setting} to another key. {_IN_FORCE}"
             )
         case RateLimited():
             say = warning
