@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,7 +46,7 @@ from tracker.starting.resolve import RunTracker, StartResolver
 from tracker.starting.sending import CallbackAddresses, StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
-from tracker.store.clock import ServerClock, shared_clock
+from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
 from tracker.store.signals import Signals
@@ -76,7 +76,7 @@ class Services:
 
     settings: Settings
     rotation: Rotation
-    clock: Clock
+    clock: SharedClock
     metrics: Metrics
     traced: Wrap
     database: Database
@@ -109,13 +109,6 @@ class Services:
     downloader: Downloader
     webhooks: Webhooks
 
-    def machine_clock_jumped(self, jump: timedelta) -> None:
-        """The clock of this machine was set. On PostgreSQL the server's counts: `ServerClock`
-        notices where that was set."""
-        if self.database.dialect == "sqlite":
-            for one in (self.poller, self.recovery, self.webhooks):
-                one.clock_jumped(jump)
-
     @property
     def recheck_every(self) -> timedelta:
         """How often settled runs whose bills are due are read again."""
@@ -127,7 +120,7 @@ class _Shared(TypedDict):
 
     database: Database
     workspaces: Workspaces
-    clock: Clock
+    clock: SharedClock
 
 
 @asynccontextmanager
@@ -136,7 +129,8 @@ async def open_services(
     *,
     background: bool = False,
     traces: bool | None = None,
-    clock: Clock | None = None,
+    wall: Clock | None = None,
+    seconds: Callable[[], float] | None = None,
     handlers: Sequence[Handler] = (),
 ) -> AsyncIterator[Services]:
     """Open what the settings name, and close it in order, within `CLOSE_SECONDS`. With a
@@ -144,8 +138,9 @@ async def open_services(
 
     `background` is true for a long-running process: it waits longer for FLORA, and is notified
     of other processes' work. `traces` is whether spans are recorded (default: `background`), which
-    only one block of a process can do. The default `clock` is the one that all processes on the
-    database share. `handlers` get events wherever a worker runs in this process.
+    only one block of a process can do. `wall` and `seconds` are clocks to use in place of those
+    that all processes on the database share (`SharedClock`). `handlers` get events wherever a
+    worker runs in this process.
 
     A SQLite database is migrated here; a PostgreSQL one that is too old raises `SchemaOutdated`.
     Raises `StoreUnavailable` if the database does not answer, and `SettingsError` if a handler has
@@ -171,8 +166,7 @@ async def open_services(
         )
         if background and (trouble := database.url.tls_trouble):
             log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
-        if clock is None:
-            clock = await stack.open("clock", shared_clock(database))
+        clock = await stack.open("clock", shared_clock(database, wall=wall, seconds=seconds))
         traced: Wrap = untraced
         if background if traces is None else traces:
             traced = await stack.open("tracing", tracing(database.engines))
@@ -207,7 +201,7 @@ async def open_services(
         workspaces = Workspaces(opened, database=database, clock=clock)
         shared: _Shared = {"database": database, "workspaces": workspaces, "clock": clock}
         contacts = await stack.open("contacts", Contacts(**shared, background=background))
-        durations = DurationBook(database, clock=clock)
+        durations = DurationBook(database, seconds=clock.seconds)
         signals = Signals(database)
         # These two before the writers, so that they are closed after them and see the last commits.
         webhooks = Webhooks(
@@ -287,7 +281,7 @@ async def open_services(
             process=process,
             doubt=settings.tracker_start_doubt,
         )
-        coalescer = Coalescer(clock)
+        coalescer = Coalescer(clock.seconds)
         poller = Poller(
             **shared,
             writer=writer,
@@ -319,8 +313,6 @@ async def open_services(
         batch_worker = BatchWorker(
             **shared, batches=batches, process=process, concurrency=settings.tracker_api_concurrency
         )
-        if isinstance(clock, ServerClock):
-            clock.on_jump += [one.clock_jumped for one in (poller, recovery, webhooks)]
         yield Services(
             **shared,
             settings=settings,

@@ -16,12 +16,13 @@ from tests.support.endpoint import SECRET, Got, Receiver
 from tests.support.waiting import eventually
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
-from tracker.core.events import WAITS, MessageState, RunFilter
+from tracker.core.events import MessageState, RunFilter
 from tracker.core.observation import Source
 from tracker.core.record import Observed
 from tracker.core.run import RunStatus
 from tracker.core.waiting import cancel
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
+from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
@@ -306,21 +307,23 @@ async def test_what_settles_after_days_of_sleep_is_sent(open_worker: OpenWorker)
 async def test_a_clock_that_is_set_back_puts_no_message_off(open_worker: OpenWorker) -> None:
     """Neither one that failed before, nor one that waits for claims of a worker that is gone."""
     clock = SetClock()
-    clock.ahead = timedelta(hours=1)
-    times = replace(PATIENT, lease=timedelta(minutes=4))
+    clock.ahead = timedelta(minutes=4)
+    times = replace(PATIENT, lease=timedelta(seconds=3))
     async with Receiver(silent=True) as receiver:
         died: Worker = await open_worker(endpoint(receiver), clock=clock, times=times)
+        shared = SharedClock(died.db, wall=clock)
+        await shared.check()
         await configured(died, "shop")
         await died.writer.submit(settled("claimed", at=clock()))
         await eventually(lambda: receiver.got)
         await die(died)
     async with Receiver(status=503) as receiver:
-        worker: Worker = await open_worker(endpoint(receiver), clock=clock, waits=WAITS)
+        worker: Worker = await open_worker(endpoint(receiver), clock=clock)
         await worker.writer.submit(settled("failed", at=clock()))
         await eventually(lambda: failed_once(worker.db, "failed"))
         clock.ahead = timedelta()
         receiver.status = 200
-        worker.webhooks.clock_jumped(timedelta(hours=-1))
+        await shared.check()
         await eventually(lambda: receiver.runs.keys() == {"claimed", "failed"})
 
 

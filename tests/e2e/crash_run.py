@@ -28,8 +28,7 @@ from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
-from tracker.store.schema import leases, techniques
-from tracker.store.writing.messages import make_due
+from tracker.store.schema import leases, messages, techniques
 
 FAULTS: dict[str, Any] = {
     "run_seconds": 4.0,
@@ -127,7 +126,8 @@ class CrashRun:
     async def settle(self) -> None:
         """A life in which nothing happens but what is left to do."""
         # A message that failed twice in a life with the tracker's own waits has five minutes left.
-        await make_due(self._database, ["shop"], now=utc_now())
+        pending = messages.update().where(messages.c.state == "pending")
+        await self._database.execute(pending.values(next_attempt_at=utc_now()))
         life, health = self._begin("serve")
         await life.ready(health)
         await self._calm_or_over(life)

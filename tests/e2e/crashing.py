@@ -36,7 +36,7 @@ COMMITS: Final = (
     # The start log.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
-    *("workspaces.keep_id", "workspaces.give_ids"),
+    *("workspaces.keep_id", "workspaces.give_ids", "clock.agree"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew"),
     *(
@@ -55,7 +55,6 @@ COMMITS: Final = (
 )
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
-    "messages.make_due",
     *("claims.release", "claims.check_writes"),
     "sweeps.forget_after",
     "statements.quarantine",

@@ -67,5 +67,5 @@ async def _open(stack: AsyncExitStack, name: str, database_url: str) -> Asks:
         flora_workspace_id=served.WORKSPACE,
         tracker_signature_tolerance=parsers.TOLERANCE,
     )
-    services = open_services(settings, clock=lambda: parsers.NOW)
+    services = open_services(settings, wall=lambda: parsers.NOW, seconds=lambda: 0.0)
     return SERVED[name](await stack.enter_async_context(services))

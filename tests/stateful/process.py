@@ -71,7 +71,7 @@ class Process:
             tracker_history_since="365d",
         )
         enter = process._stack.enter_async_context
-        services = await enter(open_services(settings, clock=clocks.ours))
+        services = await enter(open_services(settings, wall=clocks.ours, seconds=clocks.monotonic))
         database = services.database
         database._transactions = _CrashingWriter(database._transactions, process)  # type: ignore[assignment]
         services.starter.sleep = clocks.sleep

@@ -1,17 +1,24 @@
-"""The clock that all processes share: PostgreSQL's, whatever this machine's own one says."""
+"""The clock that all processes share: PostgreSQL's, whatever this machine's own one says, on SQLite
+the machine's; and what happens where either is set."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
 
+from tests.store.making import NOW
+from tests.support.clocks import HandClock
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
-from tracker.store import clock
-from tracker.store.clock import ServerClock, shared_clock
+from tracker.store import claims, clock
+from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
+from tracker.store.schema import leases, metadata
 
 NEAR = timedelta(seconds=1)
+SECOND = timedelta(seconds=1)
 
 
 class Seconds:
@@ -26,75 +33,217 @@ class Seconds:
         return self.now
 
 
-async def test_it_gives_the_servers_time(postgres_url: str) -> None:
+@pytest.fixture
+async def postgres(postgres_url: str) -> Any:
+    async with await Database.open(postgres_url) as db:
+        yield db
+
+
+async def test_it_gives_the_servers_time(postgres: Database) -> None:
     """The server's answer is carried on by seconds that pass here, and by nothing else."""
     seconds = Seconds()
-    async with await Database.open(postgres_url) as db:
-        told = ServerClock(db, seconds=seconds)
-        with pytest.raises(RuntimeError):
-            told()
-        before = datetime.now(UTC)
-        await told.ask()
-        first = told()
-        assert first.tzinfo is UTC
-        assert before <= first <= datetime.now(UTC)
-        seconds.now += 90
-        assert told() == first + timedelta(seconds=90)
+    told = SharedClock(postgres, seconds=seconds)
+    with pytest.raises(RuntimeError):
+        told()
+    before = datetime.now(UTC)
+    await told.check()
+    first = told()
+    assert first.tzinfo is UTC
+    assert before <= first <= datetime.now(UTC)
+    seconds.now += 90
+    assert told() == first + timedelta(seconds=90)
 
 
-async def test_it_is_put_right_by_the_next_answer(postgres_url: str) -> None:
+async def test_it_is_put_right_by_the_next_answer(postgres: Database) -> None:
     """A machine that counted seconds which the server did not is right again once it asks; what
     took too long to tell the time is not gone by."""
     seconds = Seconds()
-    async with await Database.open(postgres_url) as db:
-        told = ServerClock(db, seconds=seconds)
-        await told.ask()
-        seconds.now += 90
-        seconds.each = clock.SLOW + 1
-        await told.ask()
-        assert told() - datetime.now(UTC) > timedelta(seconds=80)
-        seconds.each = 0.0
-        before = datetime.now(UTC)
-        await told.ask()
-        assert before <= told() <= datetime.now(UTC)
+    told = SharedClock(postgres, seconds=seconds)
+    await told.check()
+    seconds.now += 90
+    seconds.each = clock.SLOW + 1
+    await told.check()
+    assert told() - datetime.now(UTC) > timedelta(seconds=80)
+    seconds.each = 0.0
+    before = datetime.now(UTC)
+    await told.check()
+    assert before <= told() <= datetime.now(UTC)
 
 
-async def test_a_server_whose_clock_is_set_is_told_of(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the difference, and before anyone gets a time after it; what the clocks drift apart is
-    no such thing."""
-    jumps: list[tuple[float, bool]] = []
-    async with await Database.open(postgres_url) as db:
-        told = ServerClock(db)
-        await told.ask()
-        told.on_jump.append(lambda jump: jumps.append((jump.total_seconds(), told() > soon())))
-        for seconds in (1, 3600, 3600, 0):
-            ahead = func.clock_timestamp() + timedelta(seconds=seconds)
-            monkeypatch.setattr(clock, "_ASK", select(ahead))
-            await told.ask()
-    assert [round(seconds, -1) for seconds, _ in jumps] == [3600, -3600]
-    assert [is_later for _, is_later in jumps] == [False, True]
-
-
-def soon() -> datetime:
-    return datetime.now(UTC) + timedelta(minutes=1)
-
-
-async def test_it_is_asked_for_as_long_as_it_is_used(postgres_url: str) -> None:
-    """Without anybody's doing the server is asked again, and a time when it does not answer only
-    means that the last answer is carried on."""
-    async with (
-        await Database.open(postgres_url) as db,
-        shared_clock(db, ask_every=0.01) as told,
-    ):
-        assert isinstance(told, ServerClock)
-        right, told._start = told._start, datetime(2020, 1, 1, tzinfo=UTC)
-        assert right is not None
+async def test_it_is_asked_for_as_long_as_it_is_used(postgres: Database) -> None:
+    """Without anybody's doing the server is asked again."""
+    async with shared_clock(postgres, every=0.01) as told:
+        assert told._at is not None
+        told._at = clock._Position(datetime(2020, 1, 1, tzinfo=UTC), 0.0)
         await eventually(lambda: abs(told() - datetime.now(UTC)) < NEAR)
 
 
 async def test_sqlite_goes_by_the_machines_clock(sqlite_url: str) -> None:
     """One machine uses a SQLite file, and it has one clock."""
     async with await Database.open(sqlite_url) as db, shared_clock(db) as told:
-        assert told is utc_now
+        assert not told.is_servers
+        before = utc_now()
+        assert before <= told() <= utc_now()
+
+
+async def test_a_server_whose_clock_is_set_is_noticed(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the clocks drift apart is no such thing."""
+    told = SharedClock(postgres)
+    await told.check()
+    with capture_logs() as lines:
+        for seconds in (1, 3600, 3600, 0):
+            ahead = func.clock_timestamp() + timedelta(seconds=seconds)
+            monkeypatch.setattr(clock, "_ASK", select(ahead))
+            await told.check()
+    assert [round(line["seconds"], -1) for line in lines] == [3600, -3600]
+
+
+async def until(db: Database, name: str) -> datetime:
+    found: datetime = await db.fetchval(select(leases.c.until).where(leases.c.name == name))
+    return found
+
+
+async def lease(db: Database, hand: HandClock) -> None:
+    """A lease of half a minute."""
+    assert await claims.take_lease(db, "one", "holder", hand(), 30 * SECOND)
+
+
+def of(db: Database, hand: HandClock) -> SharedClock:
+    return SharedClock(db, wall=hand, seconds=hand.seconds)
+
+
+@pytest.mark.parametrize("jump", [3, 200, -200, 86_400, -86_400])
+async def test_what_waits_is_moved_once(db: Database, other_db: Database, jump: float) -> None:
+    """By the first process that notices, of those that run and those that start later; until then
+    each goes on as it was."""
+    hand = HandClock()
+    one, two = of(db, hand), of(other_db, hand)
+    await one.check()
+    await two.check()
+    await lease(db, hand)
+    before = hand()
+    hand.set(jump)
+    assert (one(), two()) == (before, before)
+    fresh = of(other_db, hand)
+    with capture_logs() as lines:
+        for each in (fresh, one, two, one, of(db, hand)):
+            await each.check()
+            assert each() == hand()
+            assert await until(db, "one") == hand() + 30 * SECOND
+            assert each.jumped_at == hand.seconds()
+    assert [(line["seconds"], line["moved"]) for line in lines] == [(jump, 1), (jump, 0), (jump, 0)]
+
+
+async def test_what_is_set_once_more_is_moved_once_more(db: Database, other_db: Database) -> None:
+    """Also by a process that has not noticed the first time, of which another one moved."""
+    hand = HandClock()
+    one, two = of(db, hand), of(other_db, hand)
+    for each in (one, two):
+        await each.check()
+    await lease(db, hand)
+    hand.set(3600)
+    await one.check()
+    hand.set(-600)
+    await two.check()
+    assert await until(db, "one") == hand() + 30 * SECOND
+    await one.check()
+    assert await until(db, "one") == hand() + 30 * SECOND
+
+
+async def test_a_process_knows_when_the_clock_was_set_before_it_started(db: Database) -> None:
+    """On the same machine by its boot, on another by the database's time."""
+    hand = HandClock()
+    await of(db, hand).check()
+    hand.set(3600)
+    await of(db, hand).check()
+    hand.move(50)
+    here, elsewhere = of(db, hand), of(db, hand)
+    elsewhere._name, elsewhere.boot = "clock:another", "another"
+    for each in (here, elsewhere):
+        await each.check()
+        assert hand.seconds() - each.jumped_at == pytest.approx(50)
+
+
+async def test_a_machine_that_lost_seconds_moves_nothing_twice(
+    db: Database, other_db: Database
+) -> None:
+    """One that was paused, of several on one database, takes it for a clock that was set. The
+    others go on, and the processes agree."""
+    paused, other = HandClock(), HandClock()
+    one, two = of(db, paused), of(other_db, other)
+    two._name, two.boot = "clock:another", "another"
+    for each in (one, two):
+        await each.check()
+    other.move(3600)
+    paused.set(3600)
+    await lease(db, other)
+    with capture_logs() as lines:
+        for each in (one, two, one, two, one):
+            await each.check()
+    assert len(lines) == 1
+    assert one() == two() == other()
+
+
+async def test_it_goes_on_as_it_was_while_the_database_is_away(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what waits is moved as soon as that is possible, with no one's doing."""
+    hand = HandClock()
+    async with shared_clock(db, wall=hand, seconds=hand.seconds, every=60) as told:
+        write, is_down = Database.write, True
+
+        async def written(database: Database, work: Any) -> Any:
+            if is_down:
+                raise clock.StoreError("the database is away")
+            return await write(database, work)
+
+        monkeypatch.setattr(Database, "write", written)
+        await lease_by(write, db, hand)
+        before = hand()
+        hand.set(3600)
+        assert told() == before
+        is_down = False
+        await eventually(lambda: told() == hand())
+        assert await until(db, "one") == hand() + 30 * SECOND
+
+
+async def lease_by(write: Any, db: Database, hand: HandClock) -> None:
+    values = {"name": "one", "holder": "holder", "until": hand() + 30 * SECOND}
+    await write(db, lambda connection: connection.execute(leases.insert(), [values]))
+
+
+async def test_times_are_moved_exactly(db: Database) -> None:
+    """To the millisecond, in the form in which the database compares them."""
+    hand = HandClock()
+    one = of(db, hand)
+    await one.check()
+    exact = NOW.replace(microsecond=123_456)
+    values = {"name": "one", "holder": "holder", "until": exact}
+    await db.write(lambda connection: connection.execute(leases.insert(), [values]).rowcount)
+    hand.set(3.25)
+    await one.check()
+    assert abs(await until(db, "one") - exact - 3.25 * SECOND) <= timedelta(milliseconds=1)
+    earlier = select(leases.c.name).where(
+        leases.c.until < exact + 3 * SECOND, leases.c.name == "one"
+    )
+    assert await db.fetchval(earlier) is None
+
+
+WAITS = {
+    *("runs.next_check_at", "runs.recheck_at", "runs.missing_since", "runs.lease_until"),
+    *("starts.lease_until", "batches.launch_at", "batches.lease_until", "leases.until"),
+    *("messages.next_attempt_at", "messages.tried_since", "messages.lease_until"),
+    *("endpoints.failing_since", "history_coverage.retry_at"),
+}
+
+
+def test_every_time_that_something_waits_for_is_moved() -> None:
+    """The columns that say until when something lasts, or when it is due, by their names."""
+    moved = {str(column) for _, columns in clock._WAITS for column in columns}
+    assert moved == WAITS
+    for table in metadata.sorted_tables:
+        for column in table.columns:
+            if column.name.endswith(("_until", "until", "next_check_at", "retry_at", "launch_at")):
+                assert str(column) in moved

@@ -5,15 +5,26 @@ from datetime import UTC, datetime, timedelta
 
 
 class HandClock:
-    """A wall clock that stands still until it is moved."""
+    """A wall clock that stands still until it is moved or set, and one that only runs forward."""
 
     def __init__(self) -> None:
         self._now = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
+        self._passed = 1000.0
 
     def __call__(self) -> datetime:
         return self._now
 
+    def seconds(self) -> float:
+        """The one that only runs forward."""
+        return self._passed
+
     def move(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += timedelta(seconds=seconds)
+        self._passed += seconds
+
+    def set(self, seconds: float) -> None:
+        """Set the wall clock by so many seconds, forward or back; no time passes."""
         self._now += timedelta(seconds=seconds)
 
 

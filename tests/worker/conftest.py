@@ -68,7 +68,9 @@ async def open_on(clock: HandClock, database_url: str) -> AsyncIterator[OpenServ
                 "tracker_reconcile_cron": NO_SWEEPS,
             }
             settings = Settings(**(given | more))
-            return await stack.enter_async_context(open_services(settings, clock=clock))
+            return await stack.enter_async_context(
+                open_services(settings, wall=clock, seconds=clock.seconds)
+            )
 
         yield open_one
 

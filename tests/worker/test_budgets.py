@@ -44,11 +44,12 @@ async def all_bills(services: Services, clock: HandClock) -> None:
         await services.poller.recheck_due()
 
 
-async def test_beyond_a_budget_nothing_is_sent(open_on: OpenServices, flora: Simulator) -> None:
+async def test_beyond_a_budget_nothing_is_sent(
+    open_on: OpenServices, flora: Simulator, clock: HandClock
+) -> None:
     """The start is refused by name, what is left and when it begins anew; its key is not kept. The
     next day it is started."""
     services = await open_on(flora, tracker_budget_day="0.60")
-    clock = services.clock
     for key in ("a", "b"):
         await services.starter.start(request(key))
     with pytest.raises(BudgetExceeded) as refused:
@@ -58,7 +59,7 @@ async def test_beyond_a_budget_nothing_is_sent(open_on: OpenServices, flora: Sim
     assert "costs $0.25; it starts again at 2026-07-02T00:00:00Z" in told
     assert len(flora.world.runs) == 2
     assert await starts.get(services.database, "ws_simulator", "c") is None
-    clock.move(12 * 3600)  # type: ignore[attr-defined]
+    clock.move(12 * 3600)
     await services.starter.start(request("c"))
     assert len(flora.world.runs) == 3
 
@@ -153,7 +154,9 @@ async def test_what_flora_refuses_is_given_back(
         assert (await usage(services)).left == Decimal("0.25")
 
 
-async def test_tags_stay_with_start_and_run(open_on: OpenServices, flora: Simulator) -> None:
+async def test_tags_stay_with_start_and_run(
+    open_on: OpenServices, flora: Simulator, clock: HandClock
+) -> None:
     """They are kept with both and found by; the same key with other tags is another request."""
     services = await open_on(flora)
     tags = {"team": "red", "order": "a=b"}
@@ -168,7 +171,7 @@ async def test_tags_stay_with_start_and_run(open_on: OpenServices, flora: Simula
         found, _ = await read.list_runs(services.database, tag=tag)
         assert [one.run.run_id for one in found] == [run.run.run_id]
     project = flora.world.options.project_id
-    await poll_to_the_end(services, services.clock, within=900)  # type: ignore[arg-type]
+    await poll_to_the_end(services, clock, within=900)
     found, _ = await read.list_runs(services.database, tag="team=red", project_id=project)
     assert len(found) == 1
     assert (await read.list_runs(services.database, project_id="prj_other"))[0] == []

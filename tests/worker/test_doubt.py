@@ -38,11 +38,9 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
-from tracker.starting import recover
 from tracker.starting.sheet import sheet_of_objects
 from tracker.starting.start import StartRequest
 from tracker.store import clock as store_clock
-from tracker.store.clock import ServerClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts as start_log
 from tracker.store.schema import runs, starts
@@ -619,31 +617,24 @@ async def test_a_run_that_is_listed_within_a_minute_of_the_window_may_be_the_sta
 
 
 async def test_a_clock_that_is_set_lists_no_run(
-    make_flora: MakeFlora,
-    open_on: OpenServices,
-    clock: HandClock,
-    monkeypatch: pytest.MonkeyPatch,
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
     """The runs that a start may have become are known once the time has really passed."""
-    boot = recover.boot_seconds()
-    monkeypatch.setattr(recover, "boot_seconds", lambda: boot)
     async with make_flora(**LOST) as flora:
         services = await open_on(flora)
         assert await attempt(services) is None
-        clock.move(300)
-        services.recovery.clock_jumped(timedelta(seconds=300))
-        jumped = boot
+        began = clock.seconds()
+        clock.set(300)
 
         async def takes_long(_: list[str]) -> None:
-            nonlocal boot
-            boot += 19
+            clock.move(19)
 
         on_history(services, takes_long)
         all_runs = {*flora.world.runs}
         for passed, possible in ((100, None), (200, None), (225, None), (241, all_runs)):
-            boot = jumped + passed
-            clock.move(120)
+            clock.move(began + passed - clock.seconds())
             await services.recovery.recover()
+            clock.set(120)
             assert await _possible(services) == possible
 
 
@@ -1000,8 +991,8 @@ async def test_a_database_whose_clock_is_set_pays_nothing_twice(
         ahead = func.clock_timestamp() + timedelta(hours=1)
         monkeypatch.setattr(store_clock, "_ASK", select(ahead))
         for services in (two, one):
-            assert isinstance(services.clock, ServerClock)
-            await services.clock.ask()
+            assert services.clock.is_servers
+            await services.clock.check()
             await services.recovery.recover()
         assert (await starting).record.run.run_id in flora.world.runs
         assert (posts(flora), len(flora.world.runs)) == (1, 1)

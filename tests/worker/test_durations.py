@@ -19,7 +19,7 @@ async def test_they_are_read_with_one_statement(
 ) -> None:
     """A page of history may show many techniques; what was read lately is not read again."""
     async with await Database.open(database_url) as db:
-        book, reads, read = DurationBook(db, clock=clock), [], db.read
+        book, reads, read = DurationBook(db, seconds=clock.seconds), [], db.read
 
         def counted() -> Any:
             reads.append(1)

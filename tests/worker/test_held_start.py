@@ -7,6 +7,7 @@ from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.starting.sending import holding
+from tracker.store.clock import shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
@@ -27,12 +28,12 @@ async def reserved(db: Database, key: str) -> StartRow:
 
 async def test_whenever_it_is_broken_off_nobody_holds_the_start(database_url: str) -> None:
     """Also while the hold is being taken, and nobody knows yet whether it was."""
-    async with await Database.open(database_url) as db:
+    async with await Database.open(database_url) as db, shared_clock(db) as clock:
         for moment in range(40):
             row = await reserved(db, f"key-{moment}")
 
             async def hold(row: StartRow = row) -> None:
-                async with holding(db, row, "process", utc_now):
+                async with holding(db, row, "process", clock):
                     await asyncio.sleep(30)
 
             holds = asyncio.create_task(hold())
@@ -52,12 +53,12 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
 ) -> None:
     """Else the caller's next try would wait until it runs out, though nobody has it. Said once."""
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
-    async with await Database.open(sqlite_url) as db:
+    async with await Database.open(sqlite_url) as db, shared_clock(db) as clock:
         row = await reserved(db, "key")
         with capture_logs() as lines:
 
             async def hold() -> None:
-                async with holding(db, row, "process", utc_now) as held:
+                async with holding(db, row, "process", clock) as held:
                     assert held is not None
                     path.rename(away)
 
@@ -67,7 +68,7 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
             await holds
 
             async def given_back() -> bool:
-                async with holding(db, row, "process", utc_now) as again:
+                async with holding(db, row, "process", clock) as again:
                     return again is not None
 
             await eventually(given_back)

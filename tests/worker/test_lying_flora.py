@@ -103,7 +103,7 @@ async def services(
             flora_base_url=base_url, flora_api_key="sk_test_1", tracker_database_url=database_url
         )
 
-        async with open_services(settings, clock=clock) as services:
+        async with open_services(settings, wall=clock, seconds=clock.seconds) as services:
             yield services
 
 

@@ -304,7 +304,7 @@ async def test_a_new_key_reads_at_once_what_waited(
     }
     loaded = read_settings(environ)
     rotation = Rotation(loaded.settings, loaded, lambda: read_settings(environ))
-    async with open_services(rotation, clock=clock) as services:
+    async with open_services(rotation, wall=clock, seconds=clock.seconds) as services:
         [run_id] = await start(services)
         flora.world.change({"api_key": "sk_test_new"})
         [workspace] = services.workspaces

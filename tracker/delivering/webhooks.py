@@ -124,7 +124,6 @@ class Webhooks:
         self._stopping = False
         self._configured_at = float("-inf")
         self._configured_by: datetime | None = None
-        self._set_back = False
         # An event of this process has no message yet: the endpoints are woken when it has.
         self.signals.when_outbox_waits(self._woken.set, self.wake)
 
@@ -140,11 +139,6 @@ class Webhooks:
         self._woken.set()
         for sender in self._senders.values():
             sender.wake()
-
-    def clock_jumped(self, jump: timedelta) -> None:
-        """The clock was set. If it was set back, what waits for this process's endpoints is due."""
-        self._set_back |= jump < timedelta(0)
-        self._woken.set()
 
     async def start(self) -> None:
         self._stopping = False
@@ -271,25 +265,12 @@ class Webhooks:
         self._woken.clear()
         try:
             await self._configure()
-            if self._set_back:
-                await self._catch_up()
             if woken or await outbox_waits(self.database):
                 await self.drain()
         except BaseException:
             self._woken.set()
             raise
         await wait_for(self._woken, self.times.tick)
-
-    async def _catch_up(self) -> None:
-        """After the clock was set back: make due what was to wait until a time of the old clock."""
-        self._set_back = False  # before the write, during which it may be set back again
-        try:
-            own = [*self._endpoints, *self._handlers]
-            await messages.make_due(self.database, own, now=self.clock())
-        except BaseException:
-            self._set_back = True
-            raise
-        self.wake()
 
     async def _configure(self) -> None:
         """Note the endpoints of this process in the database, once a minute.

@@ -12,7 +12,6 @@ that brings a fresh end.
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -20,7 +19,6 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, Final
 
-from tracker.core.clock import Clock
 from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
@@ -48,16 +46,17 @@ LEASE: Final = timedelta(seconds=30)
 """How long a claim lasts if it is not released, because its process died."""
 RENEW_AFTER: Final = 10.0
 """Seconds after which a round that still goes on (FLORA is slow) renews its claims."""
-BACKOFF: Final = timedelta(seconds=1)
-LONGEST_BACKOFF: Final = timedelta(seconds=30)
-"""The pause of a workspace in which FLORA failed: doubling from the first to the second."""
+BACKOFF: Final = 1.0
+LONGEST_BACKOFF: Final = 30.0
+"""The pause of a workspace in which FLORA failed, in seconds: doubling from the first to the
+second."""
 SECONDS_A_READ: Final = 1.0
 """Seconds of pause after each shared read."""
 LONGEST_PAUSE: Final = 10.0
 """The longest pause, however many pages were read."""
-KEPT_FOR: Final = timedelta(minutes=5)
-"""How long learned durations are used without reading them again."""
-FEW_KEPT_FOR: Final = timedelta(seconds=5)
+KEPT_FOR: Final = 300.0
+"""For how many seconds learned durations are used without reading them again."""
+FEW_KEPT_FOR: Final = 5.0
 """The same if too few runs are known to learn from: a sweep may bring the rest at any moment."""
 
 log = get_logger(__name__)
@@ -76,10 +75,9 @@ class Poller(Service):
     renew_after: float = RENEW_AFTER
 
     def __post_init__(self) -> None:
-        self.backoff = Backoff(self.clock)
-        self.page_backoff = Backoff(self.clock)
+        self.backoff = Backoff(self.clock.seconds)
+        self.page_backoff = Backoff(self.clock.seconds)
         self._brought_near_at = -math.inf
-        self._set_back = False
 
     async def poll_due(self, *, coalesce: bool = False) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
@@ -103,25 +101,12 @@ class Poller(Service):
         """A workspace may have another key: no pause lasts any longer."""
         self.backoff.clear()
 
-    def clock_jumped(self, jump: timedelta) -> None:
-        """The clock was set: the next round searches for runs that are due too far ahead."""
-        self._brought_near_at = -math.inf
-        self._set_back |= jump < timedelta(0)
-
     async def _bring_near(self) -> None:
-        """Make what is due too far ahead due now, after the clock was set and now and then."""
-        if time.monotonic() - self._brought_near_at < BRING_NEAR_EVERY:
+        """Make what is due too far ahead due now, at first and now and then."""
+        if self.clock.seconds() - self._brought_near_at < BRING_NEAR_EVERY:
             return
-        # Before the write, during which the clock may be set again.
-        self._brought_near_at, set_back = time.monotonic(), self._set_back
-        self._set_back = False
-        try:
-            brought = await claims.reset_far_schedules(
-                self.database, self.policy, self.clock(), set_back=set_back
-            )
-        except BaseException:
-            self._brought_near_at, self._set_back = -math.inf, self._set_back or set_back
-            raise
+        brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
+        self._brought_near_at = self.clock.seconds()
         if brought:
             log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
 
@@ -134,14 +119,15 @@ class Poller(Service):
         times: list[datetime | None] = []
         for workspace in self._with_key():
             if wait := self.backoff.left(workspace.slot):
-                times.append(now + wait)
+                times.append(now + timedelta(seconds=wait))
                 continue
             among = self.workspaces.claimable(workspace)
             due = await claims.next_due_at(self.database, among, now=now)
-            until = self.coalescer.until(workspace.slot) if coalesce else None
+            pause = self.coalescer.left(workspace.slot) if coalesce else 0.0
             # If lists carry no details, known ends are read singly all the time.
-            pauses = due and until and workspace.lists_carry_details
-            times.append(max(due, until) if due and until and pauses else due)
+            if due and pause and workspace.lists_carry_details:
+                due = max(due, now + timedelta(seconds=pause))
+            times.append(due)
         return min((moment for moment in times if moment), default=None)
 
     def readable(self) -> list[Workspace]:
@@ -210,11 +196,11 @@ class Poller(Service):
         return report
 
     async def _poll(self, workspace: Workspace, *, coalesce: bool) -> PollReport:
-        began = self.clock()
-        pausing = coalesce and self.coalescer.until(workspace.slot) is not None
+        began = self.clock.seconds()
+        pausing = coalesce and self.coalescer.left(workspace.slot) > 0
         if pausing and workspace.lists_carry_details:
             return PollReport()
-        due, full = await self._claim(workspace, began, ended=pausing)
+        due, full = await self._claim(workspace, self.clock(), ended=pausing)
         if not due:
             return PollReport()
         poll_round = self._round(workspace, due)
@@ -306,26 +292,24 @@ class Poller(Service):
 
 
 class Backoff:
-    """Pauses by name, which grow with each failure in a row."""
+    """Pauses by name, which grow with each failure in a row. All times are in `seconds`."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._pauses: dict[str, tuple[int, datetime, timedelta]] = {}
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._pauses: dict[str, tuple[int, float]] = {}
 
-    def left(self, name: str) -> timedelta:
-        """What is left of the pause, if any; none after the clock was set back."""
-        now = self._clock()
-        _, since, length = self._pauses.get(name, (0, now, timedelta()))
-        return max(timedelta(), since + length - now) if since <= now else timedelta()
+    def left(self, name: str) -> float:
+        """The seconds that are left of the pause, if any."""
+        _, until = self._pauses.get(name, (0, -math.inf))
+        return max(0.0, until - self._seconds())
 
     def failed(self, name: str, *, least: float = 0.0) -> float:
         """Count a failure; the seconds of pause that follow, at least `least`."""
-        before, *_ = self._pauses.get(name, (0,))
-        failures = before + 1
-        length: timedelta = min(BACKOFF * 2 ** min(failures - 1, 10), LONGEST_BACKOFF)
-        length = max(length, timedelta(seconds=least))
-        self._pauses[name] = (failures, self._clock(), length)
-        return length.total_seconds()
+        failures = self._pauses.get(name, (0, 0.0))[0] + 1
+        length = min(BACKOFF * 2.0 ** min(failures - 1, 10), LONGEST_BACKOFF)
+        length = max(length, least)
+        self._pauses[name] = failures, self._seconds() + length
+        return length
 
     def succeeded(self, name: str) -> None:
         self._pauses.pop(name, None)
@@ -348,19 +332,17 @@ class Coalescer:
     second (`python -m bench.economy`).
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._pauses: dict[str, tuple[datetime, datetime]] = {}
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._ends: dict[str, float] = {}
         self._reads: dict[str, int] = {}
 
-    def until(self, slot: str) -> datetime | None:
-        """When the pause ends; `None` if there is none."""
-        began, end = self._pauses.get(slot, (None, None))
-        # A clock that was set back must not extend it.
-        return end if began and end and began <= self._clock() < end else None
+    def left(self, slot: str) -> float:
+        """The seconds that are left of the pause, if any."""
+        return max(0.0, self._ends.get(slot, -math.inf) - self._seconds())
 
-    def add(self, slot: str, reads: int, *, began: datetime, complete: bool) -> None:
-        """Count the shared reads of a round that began at `began`.
+    def add(self, slot: str, reads: int, *, began: float, complete: bool) -> None:
+        """Count the shared reads of a round that began at `began`, in `seconds`.
 
         The pause follows the first round that leaves nothing behind, for all reads until then.
         """
@@ -368,8 +350,7 @@ class Coalescer:
         if not complete:
             self._reads[slot] = reads
             return
-        seconds = min(reads * SECONDS_A_READ, LONGEST_PAUSE)
-        self._pauses[slot] = began, began + timedelta(seconds=seconds)
+        self._ends[slot] = began + min(reads * SECONDS_A_READ, LONGEST_PAUSE)
 
 
 class DurationBook:
@@ -379,10 +360,10 @@ class DurationBook:
     observations of a technique are submitted.
     """
 
-    def __init__(self, database: Database, *, clock: Clock) -> None:
+    def __init__(self, database: Database, *, seconds: Callable[[], float]) -> None:
         self._database = database
-        self._clock = clock
-        self._known: dict[str, tuple[datetime, Durations]] = {}
+        self._seconds = seconds
+        self._known: dict[str, tuple[float, Durations]] = {}
 
     def of(self, technique_id: str | None) -> Durations | None:
         """The durations of a technique; `None` if none are known yet."""
@@ -391,12 +372,12 @@ class DurationBook:
 
     async def learn(self, technique_ids: Iterable[str | None]) -> None:
         """Read the durations of these techniques, unless they were read recently."""
-        now = self._clock()
+        now = self._seconds()
         wanted = {one for one in technique_ids if one is not None and not self._is_fresh(one, now)}
         for technique_id, found in (await runs.durations_of(self._database, wanted)).items():
             self._known[technique_id] = now, found
 
-    def _is_fresh(self, technique_id: str, now: datetime) -> bool:
+    def _is_fresh(self, technique_id: str, now: float) -> bool:
         if technique_id not in self._known:
             return False
         read_at, known = self._known[technique_id]

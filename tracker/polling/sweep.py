@@ -188,12 +188,12 @@ class _Sweep:
         report = self.report
         report.error = "it was interrupted"
         # While the lease was waited for, another process may have finished its sweep.
-        self._started_at = self._clock()
+        self._started_at, began = self._clock(), self._sweeper.clock.seconds()
         try:
             await self._sweep_kind("technique")
             # These pages have shown what a round of polling would have read them for.
             self._sweeper.coalescer.add(
-                self._workspace.slot, report.pages, began=self._started_at, complete=True
+                self._workspace.slot, report.pages, began=began, complete=True
             )
             await self._sweep_generations()
             report.error = None

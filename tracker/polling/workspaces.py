@@ -24,6 +24,7 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.flora.caller import LONGEST_WAIT
 from tracker.flora.client import FloraClient
+from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import workspaces as stored
 
@@ -33,6 +34,7 @@ WAITS_SECONDS: Final = 1.0
 """How long the database may take to answer a question about waits."""
 CLOCK_MARGIN: Final = 1.0
 """Seconds by which the clocks of processes that share waits may differ."""
+_LATEST: Final = LONGEST_WAIT + CLOCK_MARGIN
 
 UNKNOWN: Final = "unknown"
 """In metrics and logs, a workspace whose id is not known."""
@@ -263,7 +265,7 @@ class Service:
 
     database: Database
     workspaces: Workspaces
-    clock: Clock
+    clock: SharedClock
 
 
 def _other_key(configured: str, ids: Sequence[str]) -> SettingsError:
@@ -328,12 +330,15 @@ class DatabaseWaits:
         if until is None:
             return 0.0
         left = (until - self.clock()).total_seconds()
-        # A wait beyond the longest was stored before the clock was set back.
-        return left if 0 < left <= LONGEST_WAIT + CLOCK_MARGIN else 0.0
+        # A wait beyond the longest was stored by another clock, before the machine was started.
+        return left if 0 < left <= _LATEST else 0.0
 
     async def share(self, seconds: float) -> None:
         """Store a wait of `seconds` from now on."""
-        until = self.clock() + timedelta(seconds=seconds)
+        now = self.clock()
+        until, latest = (now + timedelta(seconds=one) for one in (seconds, _LATEST))
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WAITS_SECONDS):
-                await stored.keep_wait(self.database, self.slot, until, told=self.process)
+                await stored.keep_wait(
+                    self.database, self.slot, until, told=self.process, latest=latest
+                )

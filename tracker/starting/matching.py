@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.core.clock import Clock
 from tracker.core.errors import FloraRefusal, FloraUnreadable, StartNotStored, StoreError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.polling import history
 from tracker.polling.workspaces import Workspace
+from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
@@ -43,9 +43,9 @@ log = get_logger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryRead:
     """The runs of a technique, or that may be, down to those that were surely known before some
-    time, by id; `begun_at` is when the read began, by our clock."""
+    time, by id; `begun` is when the read began, by `SharedClock.seconds`."""
 
-    begun_at: datetime
+    begun: float
     runs: dict[str, Observation]
 
 
@@ -55,7 +55,7 @@ class StartMatcher:
 
     database: Database
     writer: Writer
-    clock: Clock
+    clock: SharedClock
 
     def __post_init__(self) -> None:
         self._unfiltered: set[str] = set()
@@ -125,7 +125,7 @@ class StartMatcher:
 
         FLORA is read until the time `give_up` of `time.monotonic`. Raises `FloraError`.
         """
-        begun_at = self.clock()
+        begun = self.clock.seconds()
         known_until = await starts.newest_known(
             self.database, workspace.workspace_id, before=since - starts.SET_BACK
         )
@@ -142,7 +142,7 @@ class StartMatcher:
                 log.info("start.filter_refused", status=refusal.status, code=refusal.code)
                 self._unfiltered.add(workspace.slot)
             else:
-                return HistoryRead(begun_at=begun_at, runs=found)
+                return HistoryRead(begun=begun, runs=found)
 
     async def _read(
         self,

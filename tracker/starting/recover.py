@@ -7,14 +7,12 @@ whose that run is, a person decides. A key that FLORA says is in use (409, 422) 
 its run is searched for.
 """
 
-import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from tracker.core.clock import boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
@@ -55,19 +53,22 @@ class Recovery(Service):
     doubt: timedelta
 
     def __post_init__(self) -> None:
-        self._searched: dict[tuple[str, str], datetime] = {}
-        self._jumped_at = -math.inf
+        self._searched: dict[tuple[str, str], float] = {}
 
-    def clock_jumped(self, _: timedelta) -> None:
-        """The clock was set: the age of starts is unknown for a while."""
-        self._jumped_at = boot_seconds()
+    @property
+    def _is_paused(self) -> bool:
+        """Whether PostgreSQL's clock was just set: other processes notice that later, and until
+        they have renewed their leases, these seem to be over, or to last for long."""
+        since = self.clock.seconds() - self.clock.jumped_at
+        return self.clock.is_servers and since < HELD_FOR.total_seconds()
 
     async def recover(self) -> int:
         """Do what is due for each open start; how many became a run. Raises `StoreUnavailable`.
 
-        Nothing is done directly after the clock was set: first the senders renew their leases.
+        Nothing is done directly after PostgreSQL's clock was set.
         """
-        if boot_seconds() - self._jumped_at < HELD_FOR.total_seconds():
+        await self.clock.check()
+        if self._is_paused:
             return 0
         now = self.clock()
         rows = [row for row in await starts.open_starts(self.database) if not row.is_held(now)]
@@ -84,7 +85,8 @@ class Recovery(Service):
 
     async def recover_one(self, workspace: Workspace, row: StartRow) -> None:
         """Do what `recover` does, for one start."""
-        if row.state in (StartState.SENT, StartState.IN_DOUBT) and not row.is_held(self.clock()):
+        is_open = row.state in (StartState.SENT, StartState.IN_DOUBT)
+        if is_open and not row.is_held(self.clock()) and not self._is_paused:
             await self._recover(workspace, [row])
 
     async def _configured(self) -> dict[str, Workspace]:
@@ -112,9 +114,9 @@ class Recovery(Service):
         if not due:
             return 0
         for row in due:
-            self._searched[row.workspace_slot, row.idempotency_key] = self.clock()
-        since = min(row.first_sent for row in due)
-        read, since_jump = None, boot_seconds() - self._jumped_at
+            self._searched[row.workspace_slot, row.idempotency_key] = self.clock.seconds()
+        since = min(self._first_sent(row) for row in due)
+        read = None
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
             read = await self.matcher.read(workspace, technique_id, since, give_up=give_up)
@@ -124,46 +126,39 @@ class Recovery(Service):
         for row in due:
             async with holding(self.database, row, self.process, self.clock) as held:
                 if held is not None and held.row.state is StartState.IN_DOUBT:
-                    found += await self._end_doubt(workspace, held, read, since_jump)
+                    found += await self._end_doubt(workspace, held, read)
         return found
 
     async def _end_doubt(
-        self, workspace: Workspace, held: HeldStart, read: HistoryRead | None, since_jump: float
+        self, workspace: Workspace, held: HeldStart, read: HistoryRead | None
     ) -> bool:
-        """End the doubt about one start, if possible now; whether it became a run.
-
-        `since_jump` is how many seconds before the read the clock was last set.
-        """
-        row = held.row
-        read_after = read is not None and read.begun_at >= self._window_ends(row)
-        if row.is_known_to_flora:
-            listed = read is not None and read.begun_at >= self._looked_for_from(row)
-            run = await self.matcher.find(row, read) if read is not None and listed else None
+        """End the doubt about one start, if possible now; whether it became a run."""
+        row = replace(held.row, in_use_since=self._first_sent(held.row), set_back=None)
+        window, runs = self._window(row), {} if read is None else read.runs
+        ahead = None if read is None else workspace.require_client().clock_offset
+        passed = timedelta.min if read is None else self._passed(row, read.begun)
+        if row.is_known_to_flora and read is not None and passed >= LISTED_WITHIN:
+            run = await self.matcher.find(row, read)
             if run:
                 await self.matcher.adopt(row, run.run_id, run)
                 log.info("start.found", key=held.key, run_id=run.run_id)
                 return True
-        runs = {} if read is None else read.runs
         possible = await starts.possible(self.database, row, row.possible_runs or runs)
         shown = [runs.get(run_id) for run_id in possible]
-        since_jump = min(since_jump, boot_seconds() - self._jumped_at)  # it was set meanwhile
-        is_over = read_after and since_jump >= self.doubt.total_seconds()
-        all_listed_at = self._all_listed_at(row)
         error = row.error
-        if (
-            possible
-            and read is not None
-            and read.begun_at >= all_listed_at
-            and since_jump >= (all_listed_at - row.last_sent).total_seconds()
-        ):
+        if possible and passed >= window + LISTED_WITHIN:
             error = row.with_possible(possible)  # what is listed later was started by someone else
-        if self._is_forgotten(row) or (read_after and self._nothing_tells(row, shown)):
+        if self._is_forgotten(row, ahead) or (passed >= window and self._nothing_tells(row, shown)):
             await self._leave_to_a_person(held, error, possible)
             return False
         if error != row.error:
             await held.record(StartState.IN_DOUBT, error)
-        if row.is_known_to_flora or possible or not is_over:
+        if row.is_known_to_flora or possible or passed < window:
             return False  # unless it is over, FLORA may be at work on it
+        if row.sent_by(self.clock.boot) is None:
+            await self.clock.settle()
+            if read is None or self._passed(row, read.begun) < window:
+                return False
         log.info("start.sent_again", key=held.key, technique_id=row.technique_id)
         try:
             await self.sender.send(workspace, held, deadline=SEARCH_SECONDS)
@@ -183,53 +178,70 @@ class Recovery(Service):
             advice="tracker starts resolve",
         )
 
-    def _looked_for_from(self, row: StartRow) -> datetime:
-        """From when on the history helps: the run of a known key is listed then; of another key,
-        FLORA is done with the request."""
-        wait = LISTED_WITHIN if row.is_known_to_flora else self.doubt
-        return row.last_sent + wait
+    def _passed(self, row: StartRow, until: float) -> timedelta:
+        """How long it has surely been from the last sending until then, by `SharedClock.seconds`.
 
-    def _window_ends(self, row: StartRow) -> datetime:
-        """Until when FLORA may be at work on the last request, or be about to list its run."""
-        window = max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
-        return row.last_sent + window
+        Where these do not tell, the clock does, but not for longer than since it was last set.
+        """
+        sent = row.sent_by(self.clock.boot)
+        if sent is not None:
+            return timedelta(seconds=until - sent.seconds)
+        by_clock = (self.clock.at(until) - row.last_sent).total_seconds()
+        return timedelta(seconds=min(by_clock, until - self.clock.jumped_at))
 
-    def _all_listed_at(self, row: StartRow) -> datetime:
-        """From when on the history lists every run that the start can have become."""
-        return self._window_ends(row) + LISTED_WITHIN
+    def _first_sent(self, row: StartRow) -> datetime:
+        """When it was first sent, rather too early, by the clock as it is set now."""
+        sent = row.sent_by(self.clock.boot)
+        return row.first_sent if sent is None else min(row.first_sent, self.clock.at(sent.seconds))
+
+    def _window(self, row: StartRow) -> timedelta:
+        """How long FLORA may be at work on the last request, or be about to list its run."""
+        return max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
 
     def _nothing_tells(self, row: StartRow, possible: Sequence[Observation | None]) -> bool:
         """Whether FLORA knows it and shows no run that it may have become, or it may have become
         one of these and their callbacks come no more; `None` is one that is not listed any more."""
         if not possible:
             return row.is_known_to_flora
-        age = self.clock() - row.last_sent
-        return age >= CALLBACKS_WITHIN and all(map(_callback_is_over, possible))
+        passed = self._passed(row, self.clock.seconds())
+        return passed >= CALLBACKS_WITHIN and all(map(_callback_is_over, possible))
 
-    def _is_forgotten(self, row: StartRow) -> bool:
-        """Whether FLORA may have forgotten the key; assumed if the clock was set back, since the
-        age of the start is unknown then."""
-        age = self.clock() - row.first_sent
+    def _is_forgotten(self, row: StartRow, ahead: timedelta | None) -> bool:
+        """Whether FLORA may have forgotten the key; assumed if the age of the start is unknown.
+
+        A virtual machine that is paused counts no seconds, so the clock may be right where it shows
+        a longer time; not where FLORA's, which is `ahead` of it now, shows a shorter one.
+        """
+        age, sent = self.clock() - row.first_sent, row.sent_by(self.clock.boot)
+        if sent is not None and sent.flora_ahead is not None and ahead is not None:
+            age = min(age, age + ahead - timedelta(seconds=sent.flora_ahead))
+        age = max(age, self._passed(row, self.clock.seconds()))
         return age >= KEY_KEPT or self._is_ahead(row)
 
     def _is_ahead(self, row: StartRow) -> bool:
-        """Whether it was sent at what is the future since the clock was set back."""
-        return row.last_sent > self.clock() + starts.SET_BACK
+        """Whether it was sent at what is the future since the clock was set back, and it is not
+        known how long ago that was."""
+        is_known = row.sent_by(self.clock.boot) is not None
+        return not is_known and row.last_sent > self.clock() + starts.SET_BACK
 
     def _is_due(self, row: StartRow) -> bool:
         """Whether the history may help now, and was not read for it a moment ago."""
-        now = self.clock()
         if self._is_ahead(row):
             return True
-        if now < self._looked_for_from(row):
-            return False  # until then only a callback helps
+        now = self.clock.seconds()
+        passed = self._passed(row, now)
+        # From then on the run of a known key is listed; of another key, FLORA is done with the
+        # request. Until then only a callback helps.
+        if passed < (LISTED_WITHIN if row.is_known_to_flora else self.doubt):
+            return False
         searched = self._searched.get((row.workspace_slot, row.idempotency_key))
-        if searched is None or searched > now:
+        if searched is None:
             return True
-        if any(searched < at <= now for at in (self._window_ends(row), self._all_listed_at(row))):
+        since, window = timedelta(seconds=now - searched), self._window(row)
+        if any(passed - since < end <= passed for end in (window, window + LISTED_WITHIN)):
             return True
         least, most = SEARCH_WAITS
-        return now - searched >= min(max((now - row.last_sent) / 6, least), most)
+        return since >= min(max(passed / 6, least), most)
 
 
 def naming(error: dict[str, Any] | None, possible: Collection[str]) -> dict[str, Any]:

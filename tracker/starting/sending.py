@@ -37,9 +37,10 @@ from tracker.core.waiting import repeat
 from tracker.flora.client import FloraClient, start_body
 from tracker.polling.workspaces import Workspace
 from tracker.starting.matching import StartMatcher
+from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.queries.starts import StartRow, StartState
+from tracker.store.queries.starts import SentClock, StartRow, StartState
 
 HELD_FOR: Final = timedelta(seconds=30)
 """How long the lease of a process that died lasts; a living one renews it."""
@@ -161,13 +162,14 @@ class StartSender:
         body = row.request_body if in_doubt else None
         if not body:
             body = start_body(row.inputs, idempotency_key=held.key, callback_url=url)
+        client = workspace.require_client()
         try:
-            seen = await workspace.require_client().start_run(
+            seen = await client.start_run(
                 row.technique_id,
                 body=body,
                 idempotency_key=held.key,
                 deadline=deadline,
-                fence=partial(held.let_through, url, body),
+                fence=partial(held.let_through, client, url, body),
             )
         except FloraError as error:
             if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
@@ -247,7 +249,7 @@ class HeldStart:
     """
 
     database: Database
-    clock: Clock
+    clock: SharedClock
     row: StartRow
     holder: str
     valid_until: float
@@ -261,19 +263,24 @@ class HeldStart:
     def _id(self) -> tuple[str, str]:
         return self.row.workspace_slot, self.key
 
-    async def let_through(self, callback_url: str | None, request_body: str) -> None:
+    async def let_through(
+        self, client: FloraClient, callback_url: str | None, request_body: str
+    ) -> None:
         """The fence, awaited directly before a request is written.
 
         Raises `StartPending` if the lease has expired, however long this process or the machine was
         suspended, and `StoreError` if that is unknown.
         """
+        ahead, seconds = client.clock_offset, self.clock.seconds()
         row = await starts.mark_sent(
             self.database,
             *self._id,
             holder=self.holder,
-            at=self.clock(),
+            at=self.clock.at(seconds),
             callback_url=callback_url,
             request_body=request_body,
+            boot=self.clock.boot,
+            sent=SentClock(seconds, None if ahead is None else ahead.total_seconds()),
         )
         # Checked last: the machine may have been suspended after the database answered.
         if row is None or boot_seconds() >= self.valid_until:
@@ -305,7 +312,7 @@ class HeldStart:
 
 
 def holding(
-    database: Database, row: StartRow, process: str, clock: Clock
+    database: Database, row: StartRow, process: str, clock: SharedClock
 ) -> AbstractAsyncContextManager[HeldStart | None]:
     """Hold the lease of a stored start. Raises `StoreUnavailable`; else as `held_by`."""
     workspace_id, key = row.workspace_slot, row.idempotency_key
@@ -322,7 +329,7 @@ async def held_by(
     database: Database,
     start: tuple[str, str],
     process: str,
-    clock: Clock,
+    clock: SharedClock,
 ) -> AsyncIterator[HeldStart | None]:
     """Hold the lease of a start; `None` if another caller has it, or the start became a run.
 

@@ -172,30 +172,25 @@ def due_runs(
     return statement.where(_ENDED) if ended else statement
 
 
-async def reset_far_schedules(
-    db: Database, policy: Policy, now: datetime, *, set_back: bool = False
-) -> int:
-    """Make runs due that are scheduled later than any wait allows, as after the clock was set back;
-    returns how many.
+async def reset_far_schedules(db: Database, policy: Policy, now: datetime) -> int:
+    """Make runs due that are scheduled later than any wait allows, as where the machine was started
+    with its clock set back (while it runs, `SharedClock` moves what waits); returns how many.
 
     Waits for bills are longer than a clock is usually set back. So a bill is due too if it was last
-    read in what is the future now, or if the clock is known to have been `set_back`. What was read
-    then counts as the latest until that time has come: the timeline says the same of the run.
+    read in what is the future now. What was read then counts as the latest until that time has
+    come: the timeline says the same of the run.
     """
     due = runs.c.next_check_at
     lost = runs.c.tracking == word(Tracking.LOST)
     far = and_(due > now + policy.longest_wait, or_(not_(lost), due > now + LOST_READ_EVERY))
-    bill_due = runs.c.recheck_at > now
     read_at = runs.c.cost_read_at, runs.c.outputs_read_at
     by_old_clock = (and_(at > now + _APART, runs.c.recheck_at > at) for at in read_at)
-    if not set_back:
-        is_ahead = or_(runs.c.recheck_at > now + policy.cost_give_up, *by_old_clock)
-        bill_due = and_(bill_due, is_ahead)
+    bill_due = or_(runs.c.recheck_at > now + policy.cost_give_up, *by_old_clock)
     statements = (
         update(runs)
         .where(_in_order(db, far))
         .values(next_check_at=now, next_check_reason=PollReason.CLOCK_SET),
-        update(runs).where(_in_order(db, bill_due)).values(recheck_at=now),
+        update(runs).where(_in_order(db, runs.c.recheck_at > now, bill_due)).values(recheck_at=now),
     )
     return await db.write(lambda connection: _count_updated(connection, *statements))
 

@@ -1,97 +1,347 @@
-"""The clock that all processes on one database share: on PostgreSQL the server's.
+"""The clock that all processes on one database share: PostgreSQL's, on SQLite the machine's.
 
 Leases, and the times at which runs are due, are written by one process and compared by another. If
 each used the clock of its machine, two clocks that differ by more than a lease lasts would let both
-processes take it. So the server is asked for its time, and a monotonic clock carries the answer on
-until it is asked again.
+processes take it. So PostgreSQL is asked for its time, and a clock that only runs forward carries
+the answer on until it is asked again.
+
+Either clock may be set. A clock that only runs forward shows by how much, and the database keeps
+where both were, for each boot of a machine: so a process also notices what happened before it
+started. The first that does moves all times that something waits for by as much, in one
+transaction. What was to last so many seconds lasts so many seconds, and nothing else has to know.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import math
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
+from uuid import uuid4
 
-from sqlalchemy import func, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    DateTime,
+    Interval,
+    Update,
+    and_,
+    delete,
+    func,
+    literal,
+    not_,
+    select,
+    tuple_,
+    type_coerce,
+    update,
+)
 
-from tracker.core.clock import Clock, boot_seconds, utc_now
+from tracker.core.clock import Clock, boot_id, boot_seconds, utc_now
 from tracker.core.log import get_logger
-from tracker.core.waiting import cancel, repeat
+from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.store.engine import Database
+from tracker.store.queries.starts import LISTED, UNKNOWN, is_in
+from tracker.store.schema import (
+    batches,
+    endpoints,
+    history_coverage,
+    leases,
+    messages,
+    runs,
+    starts,
+    word,
+)
 
 ASK_EVERY: Final = 10.0
-"""Seconds between two questions: the drift in between does not matter, but a machine may be
-suspended, and the server replaced."""
+"""Seconds between two comparisons of PostgreSQL's clock with one that only runs forward."""
 SLOW: Final = 1.0
 """Seconds after which an answer is too imprecise."""
+JUMP: Final = timedelta(seconds=2)
+"""A clock that differs by more from one that only runs forward was set; below, they drift."""
+DRIFT: Final = timedelta(seconds=0.5)
+"""From how much on it is stored that they have drifted apart."""
 LOGGED_FROM: Final = timedelta(seconds=5)
 """A machine's clock that is off by more is logged."""
+KEPT: Final = timedelta(days=60)
+"""How long after a machine was started its clock is kept."""
 
 _ASK: Final = select(func.clock_timestamp())
+_JUMPS: Final = "clock"
+"""The lease whose `holder` is by how many seconds the clock was set in all, `until` when last."""
+_BOOT: Final = "clock:"
+"""The beginning of the lease for each boot of a machine: `until` is the clock's time when its
+`boot_seconds` were 0, less what it was set by in all."""
+_NEVER: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 log = get_logger(__name__)
 
 
-class ServerClock:
-    """A `Clock` of the server's time; `ask` has to be called once before it is read.
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """`start` is the clock's time when `boot_seconds` were 0, `total` the seconds that it was set
+    by in all until then."""
 
-    `on_jump` are called where the server's clock was set, with the difference, before any time
-    after that is given.
+    start: datetime
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """What the processes agree on: the position, what the clock was set by last, when, and how
+    many rows were moved for that by this process."""
+
+    position: _Position
+    jumped_at: datetime
+    jump: timedelta | None = None
+    moved: int | None = None
+
+
+class SharedClock:
+    """A `Clock` that all processes on `db` share. `check` has to be called once before it is read.
+
+    `wall` is used in place of the machine's clock, and of PostgreSQL's, with `seconds` to match.
+    After the clock was set, it goes on as it was until what waits in the database was moved.
     """
 
-    def __init__(self, db: Database, *, seconds: Callable[[], float] = boot_seconds) -> None:
+    def __init__(
+        self, db: Database, *, wall: Clock | None = None, seconds: Callable[[], float] | None = None
+    ) -> None:
         self._db = db
-        self._seconds = seconds
-        self._start: datetime | None = None
-        self.on_jump: list[Callable[[timedelta], None]] = []
+        self._wall = wall
+        if wall is None and db.dialect == "sqlite":
+            self._wall = utc_now
+        self.seconds: Callable[[], float] = seconds or boot_seconds
+        """A clock that only runs forward, through a suspended machine too."""
+        self.boot = boot_id() or uuid4().hex
+        """What `seconds` counts from, the same in all processes that may compare theirs."""
+        self.jumped_at = -math.inf
+        """When the clock was last set, by `seconds`."""
+        self._name = _BOOT + self.boot
+        self._at: _Position | None = None
+        self._since = self.seconds()
+        self._checking = asyncio.Lock()
+        self._was_set = asyncio.Event()
+
+    @property
+    def is_servers(self) -> bool:
+        """Whether it is PostgreSQL's."""
+        return self._wall is None
 
     def __call__(self) -> datetime:
-        """The present moment by the server's clock, aware, in UTC."""
-        if self._start is None:
-            raise RuntimeError("the server has not been asked for its time yet")
-        return self._start + timedelta(seconds=self._seconds())
+        """The present moment, aware, in UTC."""
+        if self._wall is None:
+            return self.at(self.seconds())
+        before, now, after = self.seconds(), self._wall(), self.seconds()
+        if self._at is None:
+            return now
+        if after - before > SLOW:
+            return self.at(after)
+        start = now - timedelta(seconds=after)
+        if abs(start - self._at.start) > JUMP:
+            self._was_set.set()
+            return self.at(after)
+        self._at = _Position(start, self._at.total)
+        return now
 
-    async def ask(self) -> None:
-        """Ask the server for its time. Raises `StoreUnavailable`."""
+    def at(self, seconds: float) -> datetime:
+        """The time when `seconds` were so many, by the clock as it is set now."""
+        if self._at is None:
+            raise RuntimeError("the clock has not been compared with its source yet")
+        return self._at.start + timedelta(seconds=seconds)
+
+    async def check(self) -> None:
+        """Compare the clock with its source. If that was set, move what waits, unless another
+        process has. Raises `StoreUnavailable`."""
+        async with self._checking:
+            start, rows = await self._read()
+            if start is None:
+                return
+            agreed = _compare(self._at, start, rows, self._name)
+            if agreed is None:
+                agreed = await self._db.write(
+                    partial(_agree, self._db, self._name, self._at, start, self.seconds())
+                )
+            self._at, seconds = agreed.position, self.seconds()
+            age = (self.at(seconds) - agreed.jumped_at).total_seconds()
+            if age >= -JUMP.total_seconds():  # else by a clock that nobody knows
+                self.jumped_at = max(self.jumped_at, seconds - max(age, 0.0))
+            if agreed.jump is not None:
+                self.jumped_at = seconds
+                log.warning(
+                    "clock.set", seconds=round(agreed.jump.total_seconds(), 1), moved=agreed.moved
+                )
+
+    async def settle(self) -> None:
+        """Return when other processes have noticed whether PostgreSQL's clock was set before this
+        one was started, at once where it is the machine's. Raises `StoreUnavailable`."""
+        rest = self._since + 1.2 * ASK_EVERY - self.seconds()
+        if self.is_servers and rest > 0:
+            await asyncio.sleep(rest)
+            await self.check()
+
+    async def _read(self) -> tuple[datetime | None, dict[str, Any]]:
+        """The start that the source shows now, `None` if it took too long, and what is stored."""
+        wanted = select(leases).where(leases.c.name.in_([_JUMPS, self._name]))
         async with self._db.read() as connection:
-            before = self._seconds()
-            answer = (await connection.execute(_ASK)).scalar_one().astimezone(UTC)
-            after = self._seconds()
-        if self._start is not None and after - before > SLOW:
-            return
+            if self._wall is None:
+                before = self.seconds()
+                now = (await connection.execute(_ASK)).scalar_one().astimezone(UTC)
+                after = self.seconds()
+            rows = {row.name: row for row in await connection.execute(wanted)}
+        if self._wall is not None:
+            before, now, after = self.seconds(), self._wall(), self.seconds()
+        if after - before > SLOW and self._at is not None:
+            return None, rows
         # The answer was made at some time between the two.
-        earliest, latest = answer - timedelta(seconds=after), answer - timedelta(seconds=before)
-        if self._start is None or not earliest <= self._start <= latest:
-            start = earliest + (latest - earliest) / 2
-            if self._start is not None and abs(jump := start - self._start) > LOGGED_FROM:
-                log.warning("clock.server_jumped", seconds=round(jump.total_seconds(), 1))
-                for jumped in self.on_jump:
-                    jumped(jump)
-            self._start = start
+        earliest, latest = now - timedelta(seconds=after), now - timedelta(seconds=before)
+        if self._at is not None and earliest <= self._at.start <= latest:
+            return self._at.start, rows
+        return earliest + (latest - earliest) / 2, rows
 
-    async def ask_after(self, seconds: float) -> None:
-        """Ask in so many seconds; while there is no answer, the last one is used."""
-        await asyncio.sleep(seconds)
-        await self.ask()
+    async def check_after(self, seconds: float) -> None:
+        """Check in so many seconds, or at once where the clock was found to be set. Raises
+        `StoreUnavailable`; then the clock goes on as it was."""
+        await wait_for(self._was_set, seconds)
+        self._was_set.clear()
+        await self.check()
+
+
+def _total(row: Any) -> float:
+    return 0.0 if row is None else float(row.holder)
+
+
+def _known(at: _Position | None, rows: dict[str, Any], name: str) -> _Position | None:
+    """Where the clock was, as this process or the last on this machine knows; `None` if none."""
+    if at is not None or name not in rows:
+        return at
+    total = _total(rows.get(_JUMPS))
+    return _Position(rows[name].until + timedelta(seconds=total), total)
+
+
+def _compare(
+    at: _Position | None, start: datetime, rows: dict[str, Any], name: str
+) -> _Agreed | None:
+    """What is agreed on already; `None` if something is to be written."""
+    known, stored = _known(at, rows, name), _known(None, rows, name)
+    if boot_id() is None:
+        stored = known
+    if known is None or stored is None or known.total != stored.total or _JUMPS not in rows:
+        return None
+    if abs(start - known.start) > JUMP or abs(start - stored.start) > DRIFT:
+        return None
+    return _Agreed(_Position(start, known.total), rows[_JUMPS].until)
+
+
+def _agree(
+    db: Database,
+    name: str,
+    at: _Position | None,
+    start: datetime,
+    seconds: float,
+    connection: Connection,
+) -> _Agreed:
+    """Store where the clock is. If it was set, and no other process has done so, move what waits.
+
+    What others did is the difference between the total that is stored and the one known here.
+    """
+    first = db.insert(leases).values(name=_JUMPS, holder="0.0", until=_NEVER)
+    connection.execute(first.on_conflict_do_nothing(index_elements=["name"]))
+    locked = select(leases).where(leases.c.name.in_([_JUMPS, name])).order_by(leases.c.name)
+    rows = {row.name: row for row in connection.execute(locked.with_for_update())}
+    known, total, jumped_at = _known(at, rows, name), _total(rows[_JUMPS]), rows[_JUMPS].until
+    jump = moved = None
+    if known is not None and abs(start - known.start) > JUMP:
+        jump, moved = start - known.start, 0
+        left = jump - timedelta(seconds=total - known.total)
+        if abs(left) > JUMP:
+            moved = sum(connection.execute(one).rowcount for one in _moves(db.dialect, left))
+            total = round(total + left.total_seconds(), 6)
+            jumped_at = start + timedelta(seconds=seconds)
+            stored = update(leases).where(leases.c.name == _JUMPS)
+            connection.execute(stored.values(holder=repr(total), until=jumped_at))
+    if boot_id() is not None:
+        if name not in rows:
+            long_ago = start + timedelta(seconds=seconds) - KEPT
+            is_old = and_(leases.c.name.startswith(_BOOT), leases.c.until < long_ago)
+            connection.execute(delete(leases).where(is_old))
+        values = {"holder": socket.gethostname(), "until": start - timedelta(seconds=total)}
+        connection.execute(db.upsert(leases, {"name": name}, values))
+    return _Agreed(_Position(start, total), jumped_at, jump, moved)
+
+
+_WAITS: Final[Sequence[tuple[ColumnElement[bool], Sequence[Column[Any]]]]] = (
+    (
+        runs.c.next_check_at.is_not(None),
+        (runs.c.next_check_at, runs.c.missing_since, runs.c.lease_until),
+    ),
+    (runs.c.recheck_at.is_not(None), (runs.c.recheck_at, runs.c.lease_until)),
+    *((is_in(state), (starts.c.lease_until,)) for state in LISTED),
+    (
+        and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None)),
+        (batches.c.launch_at, batches.c.lease_until),
+    ),
+    (
+        messages.c.state == word("pending"),
+        (messages.c.next_attempt_at, messages.c.tried_since, messages.c.lease_until),
+    ),
+    (endpoints.c.failing_since.is_not(None), (endpoints.c.failing_since,)),
+    (history_coverage.c.retry_at.is_not(None), (history_coverage.c.retry_at,)),
+    (not_(leases.c.name.startswith(_JUMPS)), (leases.c.until,)),
+)
+"""What waits until a time, or for as long since one: the rows, and these times."""
+
+
+def _moves(dialect: str, jump: timedelta) -> Iterator[Update]:
+    """The statements that move what waits by `jump`."""
+    for which, columns in _WAITS:
+        yield _move(dialect, which, columns, jump)
+    if jump < timedelta(0):
+        back = func.coalesce(starts.c.set_back, 0.0) - jump.total_seconds()
+        for state in UNKNOWN:
+            yield update(starts).where(is_in(state)).values(set_back=back)
+
+
+def _move(
+    dialect: str, which: ColumnElement[bool], columns: Sequence[Column[Any]], jump: timedelta
+) -> Update:
+    table = columns[0].table
+    if dialect == "postgresql":  # in one order, as other transactions lock them
+        keys = tuple_(*table.primary_key.columns)
+        rows = select(*table.primary_key.columns).where(which)
+        which = keys.in_(rows.order_by(*table.primary_key.columns).with_for_update())
+    return update(table).where(which).values({one: _moved(dialect, one, jump) for one in columns})
+
+
+def _moved(dialect: str, column: Column[Any], jump: timedelta) -> ColumnElement[Any]:
+    if dialect == "postgresql":
+        return type_coerce(column, DateTime(timezone=True)) + literal(jump, Interval)
+    by = f"{jump.total_seconds():+.3f} seconds"
+    return func.strftime("%Y-%m-%d %H:%M:%f", column, by).concat("000")
 
 
 @asynccontextmanager
-async def shared_clock(db: Database, *, ask_every: float = ASK_EVERY) -> AsyncIterator[Clock]:
+async def shared_clock(
+    db: Database,
+    *,
+    wall: Clock | None = None,
+    seconds: Callable[[], float] | None = None,
+    every: float = ASK_EVERY,
+) -> AsyncIterator[SharedClock]:
     """The clock shared by all processes on `db`, for as long as the block lasts.
 
-    SQLite is used on one machine, whose clock it is. Raises `StoreUnavailable`.
+    `wall` and `seconds` are as in `SharedClock`. Raises `StoreUnavailable`.
     """
-    if db.dialect == "sqlite":
-        yield utc_now
-        return
-    clock = ServerClock(db)
-    await clock.ask()
+    clock = SharedClock(db, wall=wall, seconds=seconds)
+    await clock.check()
     off = utc_now() - clock()
-    if abs(off) > LOGGED_FROM:
+    if wall is None and abs(off) > LOGGED_FROM:
         log.warning("clock.off", seconds=round(off.total_seconds(), 1))
     keeping = asyncio.create_task(
-        repeat("server clock", partial(clock.ask_after, ask_every)), name="server-clock"
+        repeat("shared clock", partial(clock.check_after, every)), name="shared-clock"
     )
     try:
         yield clock

@@ -455,6 +455,11 @@ starts: Final = Table(
     Column("reserved_at", UtcDateTime),
     Column("reserved_cost", Money),
     Column("reserved_runs", Integer),
+    # When it was last sent by a clock that only runs forward (`boot`, `seconds`), by how many
+    # seconds FLORA's clock was ahead (`flora_ahead`), and the `sent_at` that this is about.
+    Column("sent_clock", Json),
+    # By how many seconds the clock was set back since its key was first sent, in all.
+    Column("set_back", Double),
     _one_of("state", START_STATES),
     CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
     _partial("ix_starts_open", "created_at", "state IN ('stored', 'sent')"),

@@ -280,7 +280,6 @@ class Worker:
     def _clock_jumped(self, jump: timedelta, now: datetime) -> None:
         """Shift the jobs: intervals continue, cron expressions refer to the new time, and no job
         that was due is skipped."""
-        self._services.machine_clock_jumped(jump)
         self._poll_anyway_at = 0.0
         self._services.signals.wake_due()
         for job in self._scheduler.get_jobs():

@@ -20,7 +20,7 @@ and writes the state. Keys belong to a workspace id.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -74,6 +74,15 @@ MOST_POSSIBLE: Final = 100
 """How many runs that a start may have become are stored."""
 
 
+@dataclass(frozen=True, slots=True)
+class SentClock:
+    """When a start was sent, by `SharedClock.seconds`, and by how many seconds FLORA's clock was
+    ahead of ours then, if known."""
+
+    seconds: float
+    flora_ahead: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRow:
     """One start.
@@ -83,7 +92,8 @@ class StartRow:
     fields; `conflict` in it says that FLORA knows the key, `possible` which runs the start may
     have become, `excluded` which a person says it has not. Each of `reserved_runs` runs takes
     `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
-    first run and those not observed yet.
+    first run and those not observed yet. `sent_clock` is when it was sent by a clock that only runs
+    forward (`sent_by`), `set_back` by how many seconds the clock was set back since the first time.
     """
 
     workspace_slot: str
@@ -108,16 +118,27 @@ class StartRow:
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
     reserved_runs: int | None = None
+    sent_clock: dict[str, Any] | None = None
+    set_back: float | None = None
 
     @property
     def first_sent(self) -> datetime:
-        """When its key was first sent; when it was stored, if that is unknown."""
-        return self.in_use_since or self.created_at
+        """When its key was first sent, rather too early, by the clock as it is set now; when it was
+        stored, if that is unknown."""
+        return (self.in_use_since or self.created_at) - timedelta(seconds=self.set_back or 0.0)
 
     @property
     def last_sent(self) -> datetime:
         """When its key was last sent; when it was stored, if that is unknown."""
         return self.sent_at or self.created_at
+
+    def sent_by(self, boot: str) -> "SentClock | None":
+        """When its key was last sent, by the seconds of this boot; `None` if it was sent by another
+        machine, before this one was started, or by a version that did not store it."""
+        found = self.sent_clock or {}
+        if found.get("boot") != boot or found.get("sent_at") != self.last_sent.isoformat():
+            return None
+        return SentClock(found["seconds"], found["flora_ahead"])
 
     @property
     def is_fresh(self) -> bool:
@@ -352,19 +373,24 @@ async def mark_sent(
     at: datetime,
     callback_url: str | None,
     request_body: str,
+    boot: str | None = None,
+    sent: SentClock | None = None,
 ) -> StartRow | None:
     """Store that a request is about to be sent, and return the row.
 
     `None` if `holder` lost the start: its lease expired, another holds it, or it became a run. The
     callback address and the body are stored with the first request of a key; a repetition changes
-    neither, and leaves a start in doubt.
+    neither, and leaves a start in doubt. `sent` says of `at` what the seconds of `boot` were.
     """
+    sent_clock = sent and {"boot": boot, "sent_at": at.isoformat(), **asdict(sent)}
     fresh = starts.c.state.in_([word("stored"), word("refused")])
     open_ones = starts.c.state.in_([word(one) for one in ("stored", "refused", "sent", "in_doubt")])
     held = and_(starts.c.lease_holder == holder, starts.c.lease_until > at)
     statement = _update(workspace_id, key, open_ones, held).values(
         state=case((fresh, word("sent")), else_=starts.c.state),
         sent_at=at,
+        sent_clock=sent_clock,
+        set_back=case((fresh, null()), else_=starts.c.set_back),
         in_use_since=case((fresh, at), else_=starts.c.in_use_since),
         callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
         request_body=case((fresh, request_body), else_=starts.c.request_body),

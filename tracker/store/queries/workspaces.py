@@ -8,7 +8,7 @@ import json
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, exists, select, tuple_, update
+from sqlalchemy import Connection, Row, and_, exists, or_, select, tuple_, update
 
 from tracker.core.contact import ContactState, OngoingTrouble, Trouble, joined
 from tracker.core.run import known
@@ -109,11 +109,16 @@ async def give_ids(db: Database, workspace_id: str) -> None:
     await db.execute(batched)
 
 
-async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> None:
-    """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then."""
+async def keep_wait(
+    db: Database, slot: str, until: datetime, *, told: str, latest: datetime
+) -> None:
+    """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then.
+
+    A wait beyond `latest`, the longest from now on, was stored by another clock, and is replaced.
+    """
     key, values = {"name": _WAIT + slot}, {"holder": told, "until": until}
-    statement = db.upsert(leases, key, values, leases.c.until < until)
-    await db.execute(statement)
+    replaced = or_(leases.c.until < until, leases.c.until > latest)
+    await db.execute(db.upsert(leases, key, values, replaced))
 
 
 async def waits_until(db: Database, slot: str) -> datetime | None:

@@ -496,22 +496,6 @@ async def enable(db: Database, endpoint_id: str, *, now: datetime) -> bool:
     return await db.write(partial(_catch_up, endpoint_id, now, entry, fresh))
 
 
-async def make_due(db: Database, endpoint_ids: Sequence[str], *, now: datetime) -> int:
-    """Make due what waits for these endpoints, after the clock was set back; returns how many."""
-    wanted = select(endpoints.c.endpoint_id).where(endpoints.c.endpoint_id.in_(endpoint_ids))
-    wanted = wanted.order_by(endpoints.c.endpoint_id).with_for_update()
-    waiting = and_(
-        messages.c.endpoint_id.in_(endpoint_ids), _PENDING, messages.c.next_attempt_at > now
-    )
-
-    def work(connection: Connection) -> int:
-        connection.execute(wanted)
-        due = update(messages).where(waiting).values(next_attempt_at=now)
-        return connection.execute(due).rowcount
-
-    return await db.write(work)
-
-
 def _catch_up(
     endpoint_id: str,
     now: datetime,

@@ -1,0 +1,306 @@
+"""A clock that is set while the machine runs, forward or back, costs nothing: no start is sent
+again early or late, no run is lost early or late, and no lease or wait lasts longer or shorter.
+
+Each test has real services, in a process that runs when the clock is set, and in one that starts
+after that. None has a worker.
+"""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+import tracker.store.clock
+from tests.support.clocks import HandClock
+from tests.support.waiting import eventually
+from tests.worker.conftest import MakeFlora, OpenServices, the_run
+from tests.worker.test_clocks import Wall
+from tests.worker.test_doubt import GATEWAY, LOST, attempt, change, posts, request, state_of
+from tests.worker.test_poll import start
+from tests.worker.test_waits import client_of
+from tracker.core.run import Tracking
+from tracker.core.schedule import Policy
+from tracker.polling.workspaces import DatabaseWaits
+from tracker.services import Services, open_services
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+from tracker.store import claims
+from tracker.store.queries import starts as start_log
+
+DAY = 86_400.0
+STEPS = [200.0, 3600.0, DAY, -30.0, -200.0, -3600.0, -DAY]
+DOUBT = 180.0
+LEASE = timedelta(seconds=30)
+
+step = pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step:+.0f}s")
+fresh = pytest.mark.parametrize("fresh", [False, True], ids=["running", "fresh"])
+"""Whether a process starts after the clock was set, or runs since before."""
+
+
+async def set_clock(clock: HandClock, flora: Simulator, seconds: float) -> None:
+    """Set the tracker's clock; FLORA's goes on as it was."""
+    clock.set(seconds)
+    options = flora.world.options
+    flora.world.change({"clock_offset": options.clock_offset - seconds})
+
+
+@step
+@fresh
+async def test_a_start_in_doubt_is_sent_again_when_flora_is_done_with_it(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
+) -> None:
+    """Not before, and not later, and nobody has to decide."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        await set_clock(clock, flora, step)
+        if fresh:
+            services = await open_on(flora)
+        for seconds in (0, 2, 29, 60, 80):
+            clock.move(seconds)
+            await services.recovery.recover()
+            assert posts(flora) == 1
+        clock.move(20)
+        found = await services.recovery.recover()
+        assert (found, posts(flora), len(flora.world.runs)) == (1, 2, 1)
+        assert await state_of(services.database) == "started"
+
+
+async def test_a_machine_that_was_paused_for_a_day_sends_no_start_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """It counts no seconds meanwhile, as if its clock were set. FLORA's shows that it is right, and
+    that FLORA may have forgotten the key."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        clock.set(DAY)
+        clock.move(200)
+        await services.recovery.recover()
+        assert (posts(flora), await state_of(services.database)) == (1, "unresolved")
+
+
+@step
+@fresh
+async def test_a_start_that_made_a_run_is_not_paid_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
+) -> None:
+    """FLORA lists its run, which becomes known here after the clock was set: by a clock that was
+    set back, before the start was sent."""
+    async with make_flora(**LOST) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        await set_clock(clock, flora, step)
+        if fresh:
+            services = await open_on(flora)
+        [workspace] = services.workspaces
+        assert (await services.sweeper.sweep(workspace)).discovered == 1
+        for _ in range(12):
+            clock.move(60)
+            await services.recovery.recover()
+        assert (posts(flora), len(flora.world.runs)) == (1, 1)
+        [row] = await start_log.of_key(services.database, "key-1")
+        assert row.possible_runs == {*flora.world.runs}
+
+
+@pytest.mark.parametrize("again", [200.0, -200.0, -3600.0], ids=lambda step: f"{step:+.0f}s")
+@step
+async def test_a_clock_that_is_set_twice_is_as_good_as_one_that_never_was(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, again: float
+) -> None:
+    """Also where no process ran between, and where each is seen by a process that starts then."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        await set_clock(clock, flora, step)
+        clock.move(90)
+        await (await open_on(flora)).recovery.recover()
+        await set_clock(clock, flora, again)
+        services = await open_on(flora)
+        clock.move(85)
+        await services.recovery.recover()
+        assert posts(flora) == 1
+        clock.move(6)
+        await services.recovery.recover()
+        assert posts(flora) == 2
+
+
+@step
+@fresh
+async def test_a_start_that_waits_for_its_answer_is_left_alone(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
+) -> None:
+    """Its lease lasts, whatever the clock shows; its answer is stored."""
+    options = {"slow_starts": 1.0, "slow_seconds": 3.0, "slow_run": "last", "keys_known": "at_end"}
+    async with make_flora(**options) as flora:
+        one, two = await open_on(flora), await open_on(flora)
+        starting = asyncio.create_task(one.starter.start(request()))
+
+        async def is_sent() -> bool:
+            return await state_of(two.database) == "sent"
+
+        await eventually(is_sent)
+        await set_clock(clock, flora, step)
+        if fresh:
+            two = await open_on(flora)
+        for _ in range(3):
+            [workspace] = two.workspaces
+            [row] = await start_log.open_starts(two.database)
+            await two.recovery.recover_one(workspace, row)
+            await two.recovery.recover()
+            assert await state_of(two.database) == "sent"
+            clock.move(2)
+        assert (await starting).record.run.run_id in flora.world.runs
+        assert (posts(flora), len(flora.world.runs)) == (1, 1)
+
+
+@step
+@fresh
+async def test_a_run_is_lost_after_an_hour(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
+) -> None:
+    """An hour in which FLORA has denied it, whatever the clock shows."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        [run_id] = await start(services)
+        flora.start()  # another, which FLORA does not deny
+        flora.world.delete([run_id])
+        began = clock.seconds()
+
+        async def poll_until(seconds: float) -> Tracking:
+            while clock.seconds() - began < seconds:
+                clock.move(20)
+                await services.poller.poll_due()
+            return (await the_run(services, run_id)).tracking
+
+        assert await poll_until(100) is Tracking.ACTIVE
+        assert (await the_run(services, run_id)).missing >= 3
+        await set_clock(clock, flora, step)
+        if fresh:
+            services = await open_on(flora)
+        await services.clock.check()
+        assert await poll_until(3500) is Tracking.ACTIVE
+        assert (await the_run(services, run_id)).missing >= 5
+        assert await poll_until(4000) is Tracking.LOST
+
+
+@step
+@fresh
+async def test_a_wait_that_flora_asks_for_lasts_as_long(
+    flora: Simulator, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
+) -> None:
+    """For all processes, and each process stores the next as it did before."""
+    one, two = await open_on(flora), await open_on(flora)
+    await waits_of(one).share(30)
+    clock.move(10)
+    await set_clock(clock, flora, step)
+    if fresh:
+        two = await open_on(flora)
+    await two.clock.check()
+    assert await waits_of(two).left() == pytest.approx(20, abs=0.01)
+    await one.clock.check()
+    await waits_of(one).share(40)
+    assert await waits_of(two).left() == pytest.approx(40, abs=0.01)
+    clock.move(40)
+    assert await waits_of(two).left() == 0
+
+
+def waits_of(services: Services) -> DatabaseWaits:
+    shared = client_of(services)._caller.request_limit.shared
+    assert isinstance(shared, DatabaseWaits)
+    return shared
+
+
+async def test_a_wait_of_another_clock_is_replaced(
+    flora: Simulator, open_on: OpenServices, clock: HandClock
+) -> None:
+    """One of before the machine was started, by a clock that was an hour ahead."""
+    services = await open_on(flora)
+    await waits_of(services).share(30)
+    clock.move(-3600)  # as for a process to which nothing tells that it was set
+    await waits_of(services).share(30)
+    assert await waits_of(services).left() == 30
+
+
+@step
+@fresh
+async def test_no_lease_is_lost_and_none_is_held(
+    flora: Simulator, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
+) -> None:
+    """Of a name, and of a due run, by a process that lives or has died."""
+    one, two = await open_on(flora), await open_on(flora)
+    [run_id] = await start(one)
+    clock.move(6)
+
+    async def claim(services: Services, holder: str) -> list[str]:
+        found = await claims.claim_due(
+            services.database, holder=holder, now=services.clock(), lease=LEASE, limit=1
+        )
+        return [record.run.run_id for record in found]
+
+    async def take(services: Services, holder: str) -> bool:
+        now = services.clock()
+        return await claims.take_lease(services.database, "sweep:default", holder, now, LEASE)
+
+    assert await claim(one, "one") == [run_id]
+    assert await take(one, "one")
+    await set_clock(clock, flora, step)
+    if fresh:
+        two = await open_on(flora)
+    await two.clock.check()
+    clock.move(29)
+    assert not await claim(two, "two")
+    assert not await take(two, "two")
+    clock.move(2)
+    assert await claim(two, "two") == [run_id]
+    assert await take(two, "two")
+
+
+@step
+async def test_polls_keep_their_times(
+    flora: Simulator, open_on: OpenServices, clock: HandClock, step: float
+) -> None:
+    """A run is read when it would have been, and not before."""
+    services = await open_on(flora)
+    await start(services)
+    await set_clock(clock, flora, step)
+    await services.clock.check()
+    clock.move(4.9)
+    assert (await services.poller.poll_due()).claimed == 0
+    clock.move(0.2)
+    assert (await services.poller.poll_due()).claimed == 1
+    assert Policy().interval == timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("seconds", [200, 3600, -3600])
+async def test_a_process_without_a_worker_notices_that_the_machines_clock_is_set(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """As `batch`, `runs start --wait`, `poll`, `serve --no-worker` and `Tracker(worker=False)` are:
+    they recover starts themselves. So does one that starts within seconds of that."""
+    wall = Wall()
+    monkeypatch.setattr(tracker.store.clock, "utc_now", wall)
+    options = Options(failures=0.0, **GATEWAY)  # type: ignore[arg-type]
+    async with running(options) as flora:
+        settings = Settings(
+            flora_base_url=flora.base_url,
+            flora_api_key=options.api_key,
+            flora_webhook_secret=options.webhook_secret,
+            tracker_database_url=sqlite_url,
+        )
+        async with open_services(settings) as services:
+            assert await attempt(services) is None
+            wall.offset = timedelta(seconds=seconds)
+            async with open_services(settings) as later:
+                for _ in range(3):
+                    for one in (later, services):
+                        await one.recovery.recover()
+                        [row] = await start_log.of_key(one.database, "key-1")
+                        await one.recovery.recover_one(next(iter(one.workspaces)), row)
+                    await asyncio.sleep(0.3)
+            assert posts(flora) == 1
+            assert await state_of(services.database) == "in_doubt"
+            assert abs(services.clock() - wall()) < timedelta(seconds=1)
