@@ -191,7 +191,7 @@ class WaitTimeout(TrackerError, TimeoutError):
         self.runs: tuple[RunFields, ...] = tuple(runs)
 
     @classmethod
-    def of(
+    def _of(
         cls, runs: "Sequence[RunFields]", timeout: float, reason: str | None = None
     ) -> "WaitTimeout":
         """The error for these runs; `reason` is why they could not be read."""

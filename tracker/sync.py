@@ -161,6 +161,7 @@ class Tracker:
     _inherits_sqlite: ClassVar[bool] = False
 
     def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
+        """A tracker with these settings, by default those of `from_env`; opens nothing."""
         self._tracker = AsyncTracker(settings, worker=worker)
         self.settings: Settings = self._tracker.settings
         self._lock = threading.Lock()
@@ -238,7 +239,11 @@ class Tracker:
         *,
         raise_on_failure: bool = True,
     ) -> "Run | list[Run]":
-        """Wait until one run, or each of several, has ended; return them as they are then."""
+        """Wait until one run, or each of several, has ended; return them as they are then.
+
+        See `tracker.Tracker.wait`. Raises `RunFailed` and `RunLost` unless `raise_on_failure` is
+        false, `WaitTimeout` after `timeout` seconds, `RunUnknown` and `StoreUnavailable`.
+        """
         if isinstance(runs, Run | str):
             one = self._tracker.wait(
                 following.id_of(runs), timeout, raise_on_failure=raise_on_failure
@@ -289,7 +294,7 @@ class Tracker:
         return decorate
 
     def _event(self, claim: "Claim") -> "RunEvent":
-        return RunEvent.of(claim, lambda shown: _copied(Run, RunFields.from_json(shown), self))
+        return RunEvent._of(claim, lambda shown: _copied(Run, RunFields.from_json(shown), self))
 
     def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
         """The callback in a request that an application received itself; stores nothing."""
@@ -397,6 +402,10 @@ class _Steps(Generic[T]):
         """Close the generator."""
         async with self._lock:
             await self._items.aclose()
+
+
+def __dir__() -> list[str]:
+    return [name for name in globals() if name.startswith("__") or name in __all__]
 
 
 def _after_fork() -> None:

@@ -197,7 +197,7 @@ def simulate(tracker: Commands, stack: ExitStack, *arguments: str) -> None:
     )
     stack.callback(simulator.join, timeout=15)
     stack.callback(simulator.send_signal, signal.SIGTERM)
-    while not (text := output.read_text()).endswith("\n}\n"):
+    while not (text := output.read_text()).endswith("}}\n"):
         assert simulator.returncode is None, errors.read_text()
         time.sleep(0.01)
     tracker.environ |= json.loads(text)["environment"]

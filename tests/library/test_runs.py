@@ -224,6 +224,11 @@ async def test_a_run_is_a_value(small_tracker: Tracker) -> None:
     done = await run.wait(timeout=30)
     assert repr(done) == f"<Run {run.run_id} · completed · tech_icon-pack · 4 outputs · $0.25>"
     assert "secret" not in repr(run)
+    assert (
+        repr(Run.from_json({"run_id": "run_1", "status": "running"}))
+        == "<Run run_1 · running · 0 %>"
+    )
+    assert not [name for name in ("of", "bound") if name in dir(Run)]
     with pytest.raises(dataclasses.FrozenInstanceError):
         done.status = "failed"  # type: ignore[misc]
 

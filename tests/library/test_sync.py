@@ -81,8 +81,7 @@ def public(kind: type) -> dict[str, Any]:
     parts = ("Calls", "OpenedTracker")
     classes = [base for base in kind.__mro__ if base is kind or base.__name__.endswith(parts)]
     found = {name: member for base in classes for name, member in vars(base).items()}
-    members = {name: member for name, member in found.items() if not name.startswith("_")}
-    return {name: member for name, member in members.items() if name != "bound"}
+    return {name: member for name, member in found.items() if not name.startswith("_")}
 
 
 def plain(member: Any) -> str:

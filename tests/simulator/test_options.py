@@ -93,7 +93,7 @@ def _simulate(folder: Path, *arguments: str) -> Iterator[Forked]:
 async def _shown(folder: Path) -> dict[str, Any]:
     """What `tracker simulate --json` prints once it answers."""
     output = folder / "stdout"
-    await eventually(lambda: output.exists() and output.read_text().rstrip().endswith("}\n}"))
+    await eventually(lambda: output.exists() and output.read_text().endswith("}}\n"))
     return json.loads(output.read_text())  # type: ignore[no-any-return]
 
 

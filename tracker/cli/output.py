@@ -54,9 +54,9 @@ def show_status(text: str) -> None:
         typer.echo(f"{_CLEAR_LINE}{plain(text)[:width]}\r", err=True, nl=False)
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """Print `value` as ASCII JSON, which survives every locale."""
-    typer.echo(json.dumps(value, indent=2))
+def print_json(value: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Print `value` as ASCII JSON, which survives every locale; without `indent` on one line."""
+    typer.echo(json.dumps(value, indent=indent))
 
 
 def print_table(

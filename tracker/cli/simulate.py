@@ -79,7 +79,8 @@ def simulate(
 
     def print_environment(simulator: "Simulator") -> None:
         if as_json:
-            print_json({"url": simulator.root, "environment": simulator.environment})
+            shown = {"url": simulator.root, "environment": simulator.environment}
+            print_json(shown, indent=None)  # for `readline`: the command goes on
             return
         typer.echo(f"A local FLORA is at {simulator.root}. To use it:\n")
         for name, value in simulator.environment.items():

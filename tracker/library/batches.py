@@ -43,7 +43,7 @@ class BatchResult(Generic[AnyRun]):
     idempotency_key: str
 
     @classmethod
-    def of(cls, row: "RowState", bound: Callable[[Record], AnyRun]) -> Self:
+    def _of(cls, row: "RowState", bound: Callable[[Record], AnyRun]) -> Self:
         """The value of a stored row; `bound` makes its run."""
         return cls(
             row=row.entry.position,
@@ -87,7 +87,7 @@ class BatchFields:
     quoted: Decimal
 
     @classmethod
-    def of(cls, batch: "BatchRow", counts: "BatchCounts") -> Self:
+    def _of(cls, batch: "BatchRow", counts: "BatchCounts") -> Self:
         """The value of a stored batch."""
         values = batch_columns(batch, counts)
         return cls(**{one.name: values[one.name] for one in fields(cls)})
@@ -118,9 +118,9 @@ class Batch(BatchFields, Owned["BatchCalls"]):
     __slots__ = ("_owner",)
 
     @classmethod
-    def bound(cls, batch: "BatchRow", counts: "BatchCounts", owner: "BatchCalls") -> Self:
+    def _bound(cls, batch: "BatchRow", counts: "BatchCounts", owner: "BatchCalls") -> Self:
         """The value of a stored batch, with the tracker that read it."""
-        return cls.of(batch, counts)._given_to(owner)
+        return cls._of(batch, counts)._given_to(owner)
 
     async def wait(self, timeout: float | None = None) -> "Batch":
         """The batch when each row was tried and its runs have ended.
@@ -132,7 +132,7 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         from tracker.library.launching import ended
 
         services = self._tracker._launching_batches()
-        return Batch.bound(*await ended(services, self.batch_id, timeout), self._tracker)
+        return Batch._bound(*await ended(services, self.batch_id, timeout), self._tracker)
 
     async def refresh(self) -> "Batch":
         """The batch as it is stored now."""
@@ -142,7 +142,7 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         """Each row with its run, in order."""
         services = self._tracker._services()
         rows = await services.batches.rows(await self._stored(services))
-        return [BatchResult[Run].of(row, self._tracker._run) for row in rows]
+        return [BatchResult[Run]._of(row, self._tracker._run) for row in rows]
 
     async def stop(self) -> "Batch":
         """Start no further row; runs that are started go on."""
@@ -236,7 +236,7 @@ class BatchCalls(RunCalls):
         """A stored batch. Raises `BatchUnknown`."""
         from tracker.library.launching import found
 
-        return Batch.bound(*await found(self._services(), batch_id), self)
+        return Batch._bound(*await found(self._services(), batch_id), self)
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """All stored batches, newest first, read in pages as the loop goes on."""
@@ -248,7 +248,7 @@ class BatchCalls(RunCalls):
             rows, cursor = await stored.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
             counts = await stored.batch_counts(database, [one.batch_id for one in rows])
             for one in rows:
-                yield Batch.bound(one, counts[one.batch_id], self)
+                yield Batch._bound(one, counts[one.batch_id], self)
             if cursor is None:
                 return
 
@@ -257,4 +257,4 @@ class BatchCalls(RunCalls):
         with acting_here():
             placed = await services.batch_orders.place(plan, order)
         counts = await services.batches.counts(placed.batch)
-        return Batch.bound(placed.batch, counts, self)
+        return Batch._bound(placed.batch, counts, self)

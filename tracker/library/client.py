@@ -170,7 +170,7 @@ class Tracker(BatchCalls):
         Raises `SettingsError` for a wrong argument, a name that is taken, and an open tracker.
         """
         return self._register(
-            lambda claim: RunEvent.of(claim, self._run),
+            lambda claim: RunEvent._of(claim, self._run),
             events=events or ("run.settled",),
             name=name,
             workspace_id=workspace_id,

@@ -65,8 +65,8 @@ async def as_settled(
             except StopAsyncIteration:
                 raise RunUnknown(list(active)) from None
             except TimeoutError as error:
-                still = [RunFields.of(one) for one in active.values()]
-                raise WaitTimeout.of(still, timeout or 0.0, reason) from error
+                still = [RunFields._of(one) for one in active.values()]
+                raise WaitTimeout._of(still, timeout or 0.0, reason) from error
             active |= {one.record.run.run_id: one.record for one in changed}
             for record, _ in changed:
                 if record.tracking is not Tracking.ACTIVE:

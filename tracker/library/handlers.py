@@ -29,7 +29,7 @@ class RunEventFields:
     attempt: int
 
     @classmethod
-    def of(cls, claim: "Claim", run_of: Callable[[Mapping[str, Any]], object]) -> Self:
+    def _of(cls, claim: "Claim", run_of: Callable[[Mapping[str, Any]], object]) -> Self:
         """The event of a message; `run_of` makes the run of its JSON."""
         body = json.loads(claim.body)
         values: dict[str, Any] = {

@@ -29,6 +29,7 @@ class OpenedTracker:
     """The part of `Tracker` that opens and closes it."""
 
     def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
+        """A tracker with these settings, by default those of `from_env`; opens nothing."""
         from tracker.settings import read_settings
 
         self._loaded: Loaded | None = read_settings() if settings is None else None

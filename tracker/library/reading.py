@@ -145,7 +145,7 @@ class RunCalls(OpenedTracker):
         events = await read.events(self._services().database, run_id)
         if not events:
             await self.get(run_id)
-        return [Event.of(event) for event in events]
+        return [Event._of(event) for event in events]
 
     async def events(
         self,
@@ -174,7 +174,7 @@ class RunCalls(OpenedTracker):
         )
         async with aclosing(services.changes.follow(wanted, after)) as changes:
             async for change in changes:
-                yield RunChange.of(change, self._run)
+                yield RunChange._of(change, self._run)
 
     async def spending(
         self,
@@ -238,7 +238,7 @@ class RunCalls(OpenedTracker):
         return report
 
     def _run(self, record: Record | Mapping[str, Any]) -> Run:
-        return Run.bound(record, self)
+        return Run._bound(record, self)
 
 
 def _day_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:

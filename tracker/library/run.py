@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from tracker.store.queries.spending import Spending, Usage
 
 
+_UNKNOWN: Final[Mapping[str, Any]] = {
+    "tracking": Tracking.ACTIVE.value,
+    "progress": 0.0,
+    "checks": 0,
+    "tags": {},
+    "cost_final": False,
+    "conflict": False,
+}
+"""The fields of a run that are never `None`, where its JSON leaves them out."""
+
 Owner = TypeVar("Owner")
 AnyRun = TypeVar("AnyRun", bound="RunFields")
 """The runs of `tracker.Tracker` or of `tracker.sync.Tracker`."""
@@ -81,7 +91,7 @@ class Event:
     detail: Mapping[str, Any]
 
     @classmethod
-    def of(cls, event: "read.TimelineEvent") -> Self:
+    def _of(cls, event: "read.TimelineEvent") -> Self:
         """The value of a stored event."""
         return cls(**plain_values(event._asdict()))
 
@@ -93,8 +103,17 @@ class RunFields:
     Times are aware, in UTC; costs are USD; `progress` is 0 to 100. `status` is FLORA's (`pending`,
     `running`, `completed`, `failed`, or one that this version does not know), `tracking` the
     tracker's: `active`, `settled` when end and details are stored, `lost` when FLORA has no such
-    run. `charged_cost` is FLORA's bill and `None` until it was read. The `url` of an output of type
-    `text` is the text itself.
+    run. `charged_cost` is FLORA's bill and `None` until it was read; `cost_final` says that it does
+    not change any more, `quoted_cost` is FLORA's quote, `reserved_cost` what budgets reserved. The
+    `url` of an output of type `text` is the text itself.
+
+    `created_at`, `started_at` and `completed_at` are FLORA's times. The others are the tracker's:
+    `settled_at`, `first_seen_at`, `callback_at` (its callback came), `cost_read_at`, `reserved_at`,
+    `next_check_at` (its next poll). `source` is how the run was first heard of (`start`, `track`,
+    `callback`, `history`), `ended_via` how its end became known. `conflict` is set where callback
+    and API disagreed. `checks` counts the API reads made for it, `last_error` is why the last one
+    failed. `retry_advice` of a failed run is `retry_now`, `retry_later`, `change_input` or
+    `not_retryable`.
     """
 
     run_id: str
@@ -133,7 +152,7 @@ class RunFields:
     last_error: str | None
 
     @classmethod
-    def of(cls, record: Record) -> Self:
+    def _of(cls, record: Record) -> Self:
         """The value of a stored run."""
         values = plain_values(run_columns(record))
         values["inputs"] = tuple(record.inputs or ())
@@ -141,9 +160,12 @@ class RunFields:
 
     @classmethod
     def from_json(cls, shown: Mapping[str, Any]) -> Self:
-        """The value of a run as `views.run_json` shows it; what an older version left out is
-        `None`."""
+        """The value of a run as `/api/runs/{run_id}` and messages show it, without a tracker.
+
+        What is missing is unknown: a test names the fields that it needs.
+        """
         values: dict[str, Any] = {one.name: shown.get(one.name) for one in fields(cls)}
+        values |= {name: value for name, value in _UNKNOWN.items() if values[name] is None}
         for name, value in values.items():
             if value is None:
                 continue
@@ -208,7 +230,7 @@ class RunChange(Generic[AnyRun]):
     run: AnyRun
 
     @classmethod
-    def of(cls, change: "Change", bound: Callable[[Record], AnyRun]) -> "RunChange[AnyRun]":
+    def _of(cls, change: "Change", bound: Callable[[Record], AnyRun]) -> "RunChange[AnyRun]":
         """The value of a change; `bound` makes its run."""
         event = change.event
         return RunChange(
@@ -247,9 +269,9 @@ class Run(RunFields, Owned["RunCalls"]):
     __slots__ = ("_owner",)
 
     @classmethod
-    def bound(cls, record: Record | Mapping[str, Any], owner: "RunCalls") -> Self:
+    def _bound(cls, record: Record | Mapping[str, Any], owner: "RunCalls") -> Self:
         """The value of a stored run, or of one as JSON, with the tracker that read it."""
-        run = cls.of(record) if isinstance(record, Record) else cls.from_json(record)
+        run = cls._of(record) if isinstance(record, Record) else cls.from_json(record)
         return run._given_to(owner)
 
     async def wait(self, timeout: float | None = None, *, raise_on_failure: bool = True) -> "Run":
