@@ -15,7 +15,7 @@ from tracker.core.run import Tracking
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
-from tracker.store.queries import attention, spending
+from tracker.store.queries import attention, runs, spending
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 HOUR = 3600.0
@@ -64,6 +64,33 @@ def assert_billed(found: Sequence[Record], flora: Simulator) -> None:
         assert record.cost_final
         assert record.recheck_at is None
         assert not run.conflict
+
+
+async def test_pages_that_show_nothing_new_of_a_run_add_nothing_to_its_timeline(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """While other runs are polled, each page lists the ended ones, whose bills are not final yet.
+    Only what changes is stored: the bill is final in time, and on the way nothing is written."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        [run_id] = await start(services, 1)
+        await settle_all(services, clock)
+        assert not (await the_run(services, run_id)).cost_final
+        [workspace] = services.workspaces
+        await services.sweeper.sweep(workspace)  # the list names its project
+        before = len(await runs.events(services.database, run_id))
+        for _ in range(20):
+            await start(services, 3)
+            clock.move(2)
+            await services.poller.poll_due()
+            await services.sweeper.sweep(workspace)
+        assert reads_of(flora)["runs.list"] > 20
+        assert not (await the_run(services, run_id)).cost_final
+        assert len(await runs.events(services.database, run_id)) == before
+        clock.move(60)
+        await services.sweeper.sweep(workspace)
+        assert_billed([await the_run(services, run_id)], flora)
+        assert len(await runs.events(services.database, run_id)) == before + 1
 
 
 async def test_a_quote_is_not_the_bill(

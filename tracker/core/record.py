@@ -71,7 +71,8 @@ class Observed:
     under which it was made, and which it releases. The other fields come with the answer to our own
     start, whose row in the start log (`slot`, `idempotency_key`) is closed in the same transaction;
     `reserved_cost` is the price of this run in USD. `counted_before` says that the run's end was
-    counted before retention removed the run.
+    counted before retention removed the run. An `incidental` observation, from a list that was read
+    for other runs, is not written if it shows nothing new.
     """
 
     observation: Observation
@@ -85,6 +86,7 @@ class Observed:
     slot: str | None = None
     idempotency_key: str | None = None
     counted_before: bool = False
+    incidental: bool = False
 
     @property
     def run_id(self) -> str:
@@ -208,8 +210,6 @@ def apply(
     seen = entry.observation
     old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)
-    if old.cost_final and run is not old.run and shows_the_same(old.run, run):
-        run = old.run  # no write for each page that shows the same bill and outputs
     wants_read = seen.source in _WANTS_READ or (record is None and bool(seen.lacks_status))
     just_ended = run.precedence.ended and run.precedence > old.run.precedence
     polled = _counts_as_poll(record, entry, run)
@@ -240,6 +240,10 @@ def apply(
         cost_final = shown and (old.cost_final or late_enough)
         if run.settled and not _billed_whole(run, cost_final):
             recheck_at = _recheck_at(old, entry, since, policy)
+    # Each page that shows the bill of a settled run would write the run again.
+    is_idle = old.cost_final or (entry.incidental and not cost_final)
+    if is_idle and run is not old.run and shows_the_same(old.run, run):
+        run = old.run
     callback_at = old.callback_at
     if seen.source is Source.CALLBACK:  # the first; they may be applied in another order
         callback_at = seen.at if callback_at is None else min(callback_at, seen.at)

@@ -221,6 +221,7 @@ class PollRound:
                     observation=item,
                     claim=self._reader.holder if item.run_id in answered else None,
                     counted_before=item.run_id in again,
+                    incidental=item.run_id not in self.remaining,
                 )
                 for item in kept
             ]

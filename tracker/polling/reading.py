@@ -88,7 +88,7 @@ class RunReader:
             if found.others:
                 others = attributed_page(workspace, found.others)
                 others = await without_removed(self.database, others)
-                entries += [Observed(observation=item) for item in others]
+                entries += [Observed(observation=item, incidental=True) for item in others]
             if found.observation is None:
                 found.missing = found.missing and await self._can_read()
                 entries.append(

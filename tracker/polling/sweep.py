@@ -414,7 +414,7 @@ class _Sweep:
         await sweeper.durations.learn(item.technique_id for item in open_runs)
         late = False
         for result in await sweeper.writer.submit_all(
-            [Observed(observation=item) for item in kept]
+            [Observed(observation=item, incidental=True) for item in kept]
         ):
             report.count(result)
             late |= plan.is_late(result)
