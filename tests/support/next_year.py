@@ -38,7 +38,7 @@ NEW: Final = "nextyear"
 """What stands wherever a word is expected."""
 RUNS: Final = ("run_ended", "run_open", "run_failed")
 NOW: Final = datetime.now(UTC).replace(microsecond=0)
-_HOUR: Final = NOW - timedelta(hours=1)
+_LONG_AGO: Final = NOW - timedelta(days=8)
 _OUTPUT: Final = ["out_1", NEW, "https://cdn.example/1", "a fourth value"]
 
 
@@ -51,7 +51,7 @@ def _run(run_id: str, **more: Any) -> dict[str, Any]:
         "technique_id": "tech_1",
         "status": NEW,
         "progress": 100,
-        "created_at": _HOUR,
+        "created_at": _LONG_AGO,
         "created_at_known": True,
         "completed_at": NOW if ended else None,
         "cost_final": False,
@@ -62,13 +62,13 @@ def _run(run_id: str, **more: Any) -> dict[str, Any]:
         "precedences": 0,
         "conflict": True,
         "source": NEW,
-        "first_seen_at": _HOUR,
+        "first_seen_at": _LONG_AGO,
         "callback_expected": True,
         "ended_via": NEW if ended else None,
         "end_seen_at": NOW if ended else None,
         "tracking": NEW,
         "settled_at": NOW if ended else None,
-        "next_check_at": None if ended else _HOUR,
+        "next_check_at": None if ended else _LONG_AGO,
         "next_check_reason": None if ended else NEW,
         "polls": 1,
         "checks": 1,
@@ -96,7 +96,7 @@ def _start(key: str, **more: Any) -> dict[str, Any]:
         "fingerprint": "",
         "inputs": [{"id": "prompt", "type": NEW, "value": "x"}],
         "state": NEW,
-        "created_at": _HOUR,
+        "created_at": _LONG_AGO,
         "error": {"code": NEW, NEW: {}},
         **more,
     }
@@ -108,7 +108,7 @@ def _endpoint(endpoint_id: str, **more: Any) -> dict[str, Any]:
         "url": "https://hooks.example/",
         "events": [NEW, "run.settled"],
         "filters": {},
-        "since": _HOUR,
+        "since": _LONG_AGO,
         "configured_at": NOW,
         "state": "enabled",
         **more,
@@ -117,12 +117,12 @@ def _endpoint(endpoint_id: str, **more: Any) -> dict[str, Any]:
 
 def _counted(**key: Any) -> dict[str, Any]:
     empty = dict.fromkeys(("workspace_id", "technique_id", "status"), "")
-    return empty | {"since": _HOUR, "word": NEW, "bucket": 10_000, "runs": 1, "amount": 1} | key
+    return empty | {"since": _LONG_AGO, "word": NEW, "bucket": 10_000, "runs": 1, "amount": 1} | key
 
 
 _MEASURES: Final = (NEW, "state", "end", "callback", "seen", "settled", "cost", "spent")
 _ENDED: Final = {"error": {"code": "x", "message": "y", NEW: "z"}, "outputs": [_OUTPUT]}
-_CONTACT: Final = {"trouble": NEW, "since": _HOUR.isoformat(), "reason": "a reason", NEW: 1}
+_CONTACT: Final = {"trouble": NEW, "since": _LONG_AGO.isoformat(), "reason": "a reason", NEW: 1}
 ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
     runs: [
         _run("run_ended"),
@@ -150,7 +150,7 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
             "delivery_id": "whd_1",
             "run_id": "run_ended",
             "event_type": NEW,
-            "received_at": _HOUR,
+            "received_at": _LONG_AGO,
             "last_received_at": NOW,
             "receipts": 1,
             "outcome": NEW,
@@ -166,7 +166,7 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
     sweeps: [
         {
             "workspace_id": "ws_1",
-            "started_at": _HOUR,
+            "started_at": _LONG_AGO,
             "finished_at": NOW,
             **dict.fromkeys(("pages", "items", "discovered", "repaired", "unreadable"), 1),
         }
@@ -175,7 +175,7 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
         {
             "workspace_id": "ws_1",
             "run_type": NEW,
-            "from_at": _HOUR,
+            "from_at": _LONG_AGO,
             "to_at": NOW,
             "read_at": NOW,
             "failures": 0,
@@ -197,7 +197,7 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
             "workspace_slot": "ws_1",
             "technique_id": "tech_1",
             "name": "sheet.csv",
-            "created_at": _HOUR,
+            "created_at": _LONG_AGO,
             "mapping": [["prompt", "Prompt", NEW]],
             "source": NEW,
             "columns": ["Prompt"],
@@ -225,7 +225,7 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
         {"name": "contact:third", "holder": "[1]", "until": NOW},
         {"name": NEW, "holder": NEW, "until": NOW + timedelta(minutes=1)},
     ],
-    retention: [{"what": NEW, "workspace_id": "ws_1", "through": _HOUR}],
+    retention: [{"what": NEW, "workspace_id": "ws_1", "through": _LONG_AGO}],
     outbox: [{"event_id": "evt_1", "event": NEW, "run_id": "run_ended", "at": NOW}],
     endpoints: [
         _endpoint("hook"),
@@ -239,8 +239,8 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
             "event": NEW,
             "run_id": "run_ended",
             "body": json.dumps({"type": NEW, "timestamp": NOW.isoformat(), "data": {}}),
-            "event_at": _HOUR,
-            "created_at": _HOUR,
+            "event_at": _LONG_AGO,
+            "created_at": _LONG_AGO,
             "state": NEW,
             "attempts": 1,
         }

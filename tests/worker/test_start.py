@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from tests.support.clocks import HandClock
+from tests.support.logs import capture_logs
+from tests.support.waiting import eventually
 from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.errors import (
     FloraError,
@@ -246,3 +248,21 @@ async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
     started = await services.starter.start(request())
     assert not started.replayed
     assert started.record.run.run_id != foreign.run_id
+
+
+async def test_a_fault_is_logged_when_the_caller_has_gone(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would know of it; the caller of a start that is still waited for is told."""
+    gone = asyncio.Event()
+
+    async def send(*given: Any, **more: Any) -> None:
+        await gone.wait()
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(services.starter.sender, "send", send)
+    with capture_logs() as lines:
+        with pytest.raises(StartPending):
+            await services.starter.start(request("key-1"), wait=0.05)
+        gone.set()
+        await eventually(lambda: [line for line in lines if line["event"] == "start.broken"])

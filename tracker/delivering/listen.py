@@ -136,7 +136,10 @@ class TrackerStream:
                     self.notice(f"Listening{'' if first else ' again'} to {self.url}.")
                 if frame.get("event") == "reset":
                     self.notice("The tracker counts its events anew; some may be missing.")
-                elif "data" in frame and (found := await self._event(client, frame["data"])):
+                # All others are a newer version's.
+                elif frame.get("event") == "run" and (
+                    found := await self._event(client, frame["data"])
+                ):
                     yield found
                 self._position = frame.get("id", self._position)
 

@@ -178,6 +178,11 @@ def _check(held: HeldStart | None, row: StartRow) -> HeldStart:
 
 
 def _check_state(row: StartRow) -> None:
+    if not isinstance(row.state, StartState):
+        raise _fault(
+            f"the start {row.idempotency_key!r} is left to a newer version of the tracker, which "
+            f"calls it {row.state}"
+        )
     if row.state not in UNKNOWN and not (row.is_fresh and row.is_known_to_flora):
         raise _fault(f"the outcome of the start {row.idempotency_key!r} is known: {row.state}")
 
