@@ -331,7 +331,7 @@ async def open_services(
                 inbox=inbox,
                 workspaces=workspaces,
                 tolerance=settings.tracker_signature_tolerance,
-                clock=clock,
+                clock=clock.shown,
                 find_new_secrets=rotation.check,
             ),
             pruner=Pruner(database=database, clock=clock),

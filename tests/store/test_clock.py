@@ -126,6 +126,7 @@ async def test_what_waits_is_moved_once(db: Database, other_db: Database, jump: 
     before = hand()
     hand.set(jump)
     assert (one(), two()) == (before, before)
+    assert one.shown() == hand()
     fresh = of(other_db, hand)
     with capture_logs() as lines:
         for each in (fresh, one, two, one, of(db, hand)):

@@ -147,6 +147,11 @@ class SharedClock:
         self._at = _Position(start, self._at.total)
         return now
 
+    def shown(self) -> datetime:
+        """What its source shows, also before what waits was moved: what others sign is checked by
+        this."""
+        return self() if self._wall is None else self._wall()
+
     def at(self, seconds: float) -> datetime:
         """The time when `seconds` were so many, by the clock as it is set now."""
         if self._at is None:
