@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger
@@ -21,13 +21,11 @@ from tracker.core.run import RunStatus
 from tracker.core.waiting import run_all
 from tracker.polling import history
 from tracker.polling.history import PAGE_SIZE, attributed_page, counted_before, without_removed
+from tracker.polling.pauses import Backoff
 from tracker.polling.reading import RunReader
 from tracker.polling.workspaces import Workspaces
 from tracker.store import claims
 from tracker.store.writing.writer import Writer
-
-if TYPE_CHECKING:
-    from tracker.polling.poll import Backoff
 
 SINGLE_READS: Final = 16
 """Single reads of a round, half of them for fresh ends; other runs are released and due in the
@@ -87,7 +85,7 @@ class PollRound:
         *,
         workspaces: Workspaces,
         writer: Writer,
-        page_backoff: "Backoff",
+        page_backoff: Backoff,
         recheck: bool = False,
     ) -> None:
         self.remaining = {record.run.run_id: record for record in due}

@@ -43,7 +43,8 @@ from tracker.polling.history import (
     attributed_page,
     without_removed,
 )
-from tracker.polling.poll import Coalescer, DurationBook
+from tracker.polling.pauses import Coalescer
+from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.queries import runs, sweeps
