@@ -3,9 +3,9 @@
 import os
 
 from tracker.cli import main
-from tracker.polling import poll
+from tracker.polling import pauses
 
 if __name__ == "__main__":
     if "BENCH_LONGEST_GATHER" in os.environ:
-        poll.LONGEST_PAUSE = float(os.environ["BENCH_LONGEST_GATHER"])  # type: ignore[misc]
+        pauses.LONGEST_PAUSE = float(os.environ["BENCH_LONGEST_GATHER"])  # type: ignore[misc]
     main()
