@@ -25,19 +25,23 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tracker.core.errors import StoreUnavailable
+from tracker.core.log import get_logger
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
+
+log = get_logger(__name__)
 
 _DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
 
 
 @contextmanager
 def only_service(url: str) -> Iterator[None]:
-    """Hold the SQLite file at `url` for this long-running process; with PostgreSQL, do nothing.
+    """Log a warning if another long-running process works on the SQLite file at `url`: each of them
+    waits for the other's commits. With PostgreSQL, do nothing.
 
-    Raises `StoreUnavailable` if another one holds it. A file beside it is locked, because closing
-    the database's own would drop SQLite's locks. The lock ends with the process, however it ends.
+    A file beside it is locked, because closing the database's own would drop SQLite's locks. The
+    lock ends with the process, however it ends.
     """
     parsed = DatabaseUrl.parse(url)
     with ExitStack() as stack:
@@ -46,10 +50,12 @@ def only_service(url: str) -> Iterator[None]:
                 lock = stack.enter_context(open(f"{parsed.path}.lock", "ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StoreUnavailable(
-                    f"another `tracker serve` or `tracker worker` runs on {parsed.path}: stop it "
-                    "first, or use PostgreSQL for more than one"
-                ) from None
+                log.warning(
+                    "database.shared",
+                    path=str(parsed.path),
+                    advice="another `tracker serve` or `tracker worker` works on this file: stop "
+                    "one of them, or use PostgreSQL",
+                )
             except OSError:  # no such folder, or none to write to: opening the database says so
                 pass
         yield
