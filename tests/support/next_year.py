@@ -223,6 +223,7 @@ ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
         {"name": "contact:default", "holder": json.dumps(_CONTACT), "until": NOW},
         {"name": "contact:other", "holder": "neither JSON nor a process", "until": NOW},
         {"name": "contact:third", "holder": "[1]", "until": NOW},
+        {"name": "clock", "holder": NEW, "until": NOW},
         {"name": NEW, "holder": NEW, "until": NOW + timedelta(minutes=1)},
     ],
     retention: [{"what": NEW, "workspace_id": "ws_1", "through": _LONG_AGO}],

@@ -165,6 +165,10 @@ class SharedClock:
             start, rows = await self._read()
             if start is None:
                 return
+            if not _is_known(rows.get(_JUMPS)):
+                # A newer version stores it in another form: its processes move what waits.
+                self._at = _Position(start, 0.0)
+                return
             agreed = _compare(self._at, start, rows, self._name)
             if agreed is None:
                 agreed = await self._db.write(
@@ -213,6 +217,13 @@ class SharedClock:
         await wait_for(self._was_set, seconds)
         self._was_set.clear()
         await self.check()
+
+
+def _is_known(row: Any) -> bool:
+    try:
+        return math.isfinite(_total(row))
+    except ValueError:
+        return False
 
 
 def _total(row: Any) -> float:
