@@ -100,6 +100,26 @@ async def test_a_server_whose_clock_is_set_is_noticed(
     assert [round(line["seconds"], -1) for line in lines] == [3600, -3600]
 
 
+async def test_a_new_process_waits_for_others_to_notice(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine it learns from them that the server's clock was set before it started."""
+    monkeypatch.setattr(clock, "ASK_EVERY", 0.2)
+    hand = HandClock()
+    told = SharedClock(postgres, seconds=hand.seconds)
+    await told.check()
+    noted = leases.update().where(leases.c.name == "clock")
+    await postgres.execute(noted.values(holder="3600.0", until=told()))
+    assert told.jumped_at < 0
+    await told.settle()
+    assert told.jumped_at == pytest.approx(hand.seconds(), abs=1)
+    hand.move(1)
+    before = told.jumped_at
+    await postgres.close()
+    await told.settle()  # asks nothing any more
+    assert told.jumped_at == before
+
+
 async def until(db: Database, name: str) -> datetime:
     found: datetime = await db.fetchval(select(leases.c.until).where(leases.c.name == name))
     return found

@@ -81,6 +81,29 @@ async def test_a_machine_that_was_paused_for_a_day_sends_no_start_again(
         assert (posts(flora), await state_of(services.database)) == (1, "unresolved")
 
 
+@pytest.mark.parametrize("step", [200.0, 3600.0])
+async def test_on_another_machine_the_doubt_begins_anew(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float
+) -> None:
+    """It cannot compare seconds, and knows from the database when the clock was set."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        await set_clock(clock, flora, step)
+        await services.clock.check()
+        clock.move(10)
+        elsewhere = await open_on(flora)
+        elsewhere.clock.boot = "another"
+        for seconds in (0, 60, 60, 49):
+            clock.move(seconds)
+            await elsewhere.recovery.recover()
+            assert posts(flora) == 1
+        clock.move(2)
+        assert await elsewhere.recovery.recover() == 1
+        assert posts(flora) == 2
+
+
 @step
 @fresh
 async def test_a_start_that_made_a_run_is_not_paid_again(
