@@ -109,16 +109,21 @@ class Site:
         """Where it is reached."""
         return f"https://localhost:{self.port}"
 
-    def nginx(self, text: str, upstream: int) -> str:
+    def nginx(self, text: str, *upstreams: int) -> str:
         """An example for nginx."""
-        return _replaced(
+        text = _replaced(
             text,
             (r"listen \S*\b443 ssl;.*", f"listen 127.0.0.1:{self.port} ssl;"),
             (r"server_name \S+;", "server_name localhost;"),
             (r"ssl_certificate +\S+;", f"ssl_certificate {self.certificate};"),
             (r"ssl_certificate_key +\S+;", f"ssl_certificate_key {self.key};"),
-            (r"server 127\.0\.0\.1:\d+;", f"server 127.0.0.1:{upstream};"),
         )
+        ports = iter(upstreams)
+        text, found = re.subn(
+            r"(?<= server )[\d.]+:\d+", lambda _: f"127.0.0.1:{next(ports)}", text
+        )
+        assert found == len(upstreams)
+        return text
 
     def caddy(self, text: str, upstream: int) -> str:
         """An example for Caddy."""

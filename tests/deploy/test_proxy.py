@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,29 @@ def kind(request: pytest.FixtureRequest) -> str:
     elif CADDY is None:
         pytest.skip("Caddy is not installed")
     return kind
+
+
+async def test_the_example_with_several_receivers_asks_the_next(tmp_path: Path) -> None:
+    """A receiver that is away, or says 503, costs no callback: another one gets it whole."""
+    require_nginx()
+
+    async def stopping(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse({}, 503)(scope, receive, send)
+
+    for number, other in enumerate((None, stopping)):
+        async with serving(echo) as live, AsyncExitStack() as stack:
+            away = free_port()
+            if other is not None:
+                away = port_of(await stack.enter_async_context(serving(other)))
+            site = Site(tmp_path, free_port())
+            text = site.nginx(example("nginx", "several receivers"), away, port_of(live))
+            await stack.enter_async_context(nginx(tmp_path / f"{number}", text, site.port))
+            client = await stack.enter_async_context(site.client())
+            for _ in range(CALLBACKS):
+                answer = await client.post("/callbacks/flora/token", content=b"the body")
+                assert answer.status_code == 200
+                assert answer.json()["body"] == "the body"
+            only_callbacks_pass({"/": await client.get("/")})
 
 
 async def test_the_example_passes_callbacks_alone(kind: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.deploy.commands import assert_taken
 from tests.deploy.conftest import ROOT
+from tests.docs.pages import DOCS, blocks
 from tracker.settings import load_settings
 
 UNIT = ROOT / "deploy/systemd/tracker.service"
@@ -52,6 +53,19 @@ def test_the_unit_starts_a_real_command() -> None:
     (command,) = re.findall(rf"^ExecStart={PROGRAM} (.*)$", UNIT.read_text(), re.MULTILINE)
     assert_taken(command.split())
     assert "--callbacks-port 8081" in command  # docs/proxy.md leads proxies there
+
+
+def test_the_drop_ins_start_real_commands() -> None:
+    """Those of docs/production.md for several machines: each empties the unit's command first, and
+    every process has a port to scrape."""
+    drop_ins = [one.text for one in blocks(DOCS / "production.md", "ini")]
+    assert len(drop_ins) == 2
+    for text in drop_ins:
+        emptied, command = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+        assert emptied == ""
+        assert command.startswith(f"{PROGRAM} ")
+        assert_taken(command.split()[1:])
+        assert " --port " in command
 
 
 def test_the_units_settings_load(tmp_path: Path) -> None:
