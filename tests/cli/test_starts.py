@@ -78,6 +78,7 @@ def test_what_a_person_compares(tracker: Commands, stack: ExitStack) -> None:
         assert {run_id for run_id in runs if run_id in table} == {*left}
         assert table.count("prj_simulator") == len(left)
         assert f"tracker starts resolve {key} --run RUN_ID" in table
+        assert "a person has to decide from 20" in table
         tracker("starts", "resolve", "a", "--run", runs[0])
     done = tracker.json("starts", "exclude", runs[1])["starts"]
     assert sorted(one["idempotency_key"] for one in done) == ["b", "c"]

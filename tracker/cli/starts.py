@@ -210,7 +210,13 @@ def _print_possible(row: "StartRow", possible: "PossibleRuns") -> None:
     else:
         typer.echo(f"None was: {resolve} --none")
     if not is_unresolved:
-        typer.echo("Nothing has to be done while it is in doubt: its callback may tell.")
+        from tracker.starting.recover import KEY_KEPT
+
+        typer.echo(
+            "Nothing has to be done while it is in doubt: its callback may tell. If none does, a "
+            f"person has to decide from {row.first_sent + KEY_KEPT:%Y-%m-%d %H:%M} UTC on, at the "
+            "latest."
+        )
 
 
 def _stored(record: "Record | None") -> list[object]:
