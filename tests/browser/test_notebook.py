@@ -24,7 +24,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NOW = utc_now()
 RUN = replace(
-    RunFields.of(Record(run=Run(run_id="run_1"), source=Source.START, first_seen_at=NOW)),
+    RunFields._of(Record(run=Run(run_id="run_1"), source=Source.START, first_seen_at=NOW)),
     technique_name="Icon Pack",
     tags={"campaign": "spring"},
 )
