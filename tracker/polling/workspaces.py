@@ -154,8 +154,11 @@ class Workspaces:
             return
         workspace.secrets = secrets
         self.signers = self._signers()
-        if workspace.client is not None and api_key is not None:
-            workspace.client.rotate_key(api_key)
+        if (client := workspace.client) is not None and api_key is not None:
+            before = client.key_fingerprint
+            client.rotate_key(api_key)
+            if client.key_fingerprint != before:  # which may be of another workspace
+                workspace.workspace_id = workspace.configured_id
 
     def _signers(self) -> dict[str, list[Workspace]]:
         signers: dict[str, list[Workspace]] = {}
