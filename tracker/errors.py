@@ -157,8 +157,7 @@ class RunFailed(_RunError):
 
     `code` and `message` are FLORA's; `retry_advice` says whether to start it again (`None` for a
     status that this version does not know). Of several runs that were waited for, `run` is the
-    first that did not complete, and `runs` are all of them, in the order asked for: values, so that
-    `tracker.get(run.run_id)` is the run to refresh.
+    first that did not complete, and `runs` are all of them, in the order asked for.
     """
 
     def __init__(self, run: "RunFields", runs: "Sequence[RunFields]" = ()) -> None:

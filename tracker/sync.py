@@ -244,15 +244,12 @@ class Tracker:
         See `tracker.Tracker.wait`. Raises `RunFailed` and `RunLost` unless `raise_on_failure` is
         false, `WaitTimeout` after `timeout` seconds, `RunUnknown` and `StoreUnavailable`.
         """
-        if isinstance(runs, Run | str):
-            one = self._tracker.wait(
-                following.id_of(runs), timeout, raise_on_failure=raise_on_failure
-            )
-            return _run_of(self, self._call(one))
-        all_of = self._tracker.wait(
-            map(following.id_of, runs), timeout, raise_on_failure=raise_on_failure
-        )
-        return RunList(map(partial(_run_of, self), self._call(all_of)))
+        wanted = [runs] if isinstance(runs, Run | str) else list(runs)
+        ending = self._tracker.wait(map(following.id_of, wanted), timeout, raise_on_failure=False)
+        ended = RunList(map(partial(_run_of, self), self._call(ending)))
+        if raise_on_failure:  # here: the error's runs are of this tracker
+            following.raise_failures(ended)
+        return ended[0] if isinstance(runs, Run | str) else ended
 
     def on(
         self,

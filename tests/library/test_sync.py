@@ -23,6 +23,7 @@ from tests.support.waiting import NO_SWEEPS, eventually
 from tests.web.callbacks import event, signed
 from tracker.errors import (
     InvalidRequest,
+    RunFailed,
     RunUnknown,
     SettingsError,
     SignatureError,
@@ -161,6 +162,20 @@ async def test_runs_are_started_and_awaited_by_many_threads(
         assert copied == done[0]
         with pytest.raises(TrackerNotOpen, match="belongs to no tracker"):
             copied.refresh()
+
+    await asyncio.to_thread(work)
+
+
+async def test_the_run_of_an_error_blocks_too(blocking: Tracker, flora: Simulator) -> None:
+    """A run that failed can be refreshed where it is caught."""
+    flora.world.change({"failures": 1.0})
+
+    def work() -> None:
+        with pytest.raises(RunFailed) as failed:
+            blocking.start("icon-pack", INPUTS).wait(timeout=30)
+        run = failed.value.run
+        assert isinstance(run, Run)
+        assert run.refresh().status == "failed"
 
     await asyncio.to_thread(work)
 
