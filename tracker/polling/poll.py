@@ -119,7 +119,7 @@ class Poller(Service):
             pause = self.coalescer.left(workspace.slot) if coalesce else 0.0
             # If lists carry no details, known ends are read singly all the time.
             if due and pause and workspace.lists_carry_details:
-                due = max(due, now + timedelta(seconds=pause))
+                due = max(due, self.clock() + timedelta(seconds=pause))
             times.append(due)
         return min((moment for moment in times if moment), default=None)
 
