@@ -47,7 +47,6 @@ class Contacts(Service):
         self._keeping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        await self.workspaces.recall()
         if self.background:
             keeping = repeat("contacts", self._keep_next)
             self._keeping = asyncio.create_task(keeping, name="contacts")
