@@ -397,3 +397,23 @@ def test_no_poll_lies_further_ahead_than_the_longest_wait(
         )
         assert due is not None
         assert START <= due.at <= START + policy.longest_wait
+
+
+def test_a_link_that_was_read_for_its_run_replaces_the_one_before() -> None:
+    """Whatever differs, in either order. A page that was read for other runs does not write a run
+    again for the queries of its links, which may be signatures."""
+    first, second = (
+        polled(
+            RunStatus.COMPLETED,
+            at=at,
+            completed_at=START,
+            charged_cost=Decimal(1),
+            outputs=(replace(PICTURE, url=f"{PICTURE.url}?signature={at}"),),
+        )
+        for at in (7200, 9000)
+    )
+    settled = after([started(), first])
+    assert settled.cost_final
+    assert after([second], settled).run.outputs == second.observation.outputs
+    assert after([started(), second, first]).run.outputs == second.observation.outputs
+    assert after([replace(second, reads=0, incidental=True)], settled) is settled

@@ -99,3 +99,20 @@ async def test_a_cancelled_pause_ends_it() -> None:
     await asyncio.sleep(0.01)
     await assert_takes_less(1, lambda: cancel(task))
     assert task.cancelled()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_step_that_hides_a_cancellation_ends_it(fails: bool) -> None:
+    """By an error of its own, as one of the database on the way out, or by none."""
+
+    async def step() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if fails:
+                raise StoreUnavailable("no answer") from None
+
+    task = asyncio.create_task(repeat("work", step, pauses=PAUSES))
+    await asyncio.sleep(0.01)
+    await assert_takes_less(1, lambda: cancel(task, seconds=2))
+    assert task.cancelled()

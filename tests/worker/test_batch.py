@@ -206,13 +206,14 @@ async def test_a_refused_key_ends_a_batch(services: Services, flora: Simulator) 
     assert begun(flora) == []
 
 
-def rotate_after_one(services: Services, flora: Simulator) -> None:
-    """As soon as one start is answered the key is that of another workspace than the settings
-    name."""
+def rotate_after_one(
+    services: Services, flora: Simulator, configured_id: str | None = "ws_simulator"
+) -> None:
+    """As soon as one start is answered the key is that of another workspace."""
     begin, (workspace,) = services.starter.start, services.workspaces
     other = SimulatedWorkspace(workspace_id="ws_other", api_key="sk_test_other", webhook_secret="w")
     flora.world.options = replace(flora.world.options, more_workspaces=(other,))
-    workspace.configured_id = "ws_simulator"
+    workspace.configured_id = configured_id
 
     async def begin_and_rotate(*order: Any, **more: Any) -> Started:
         started = await begin(*order, **more)
@@ -222,11 +223,13 @@ def rotate_after_one(services: Services, flora: Simulator) -> None:
     services.starter.start = begin_and_rotate  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("configured_id", ["ws_simulator", None])
 async def test_a_key_of_another_workspace_ends_a_batch(
-    services: Services, flora: Simulator
+    services: Services, flora: Simulator, configured_id: str | None
 ) -> None:
-    """Rotated while rows are started: no further one is, and it says why."""
-    rotate_after_one(services, flora)
+    """Rotated while rows are started: no further one is, and it says why, whether the settings name
+    the workspace or not."""
+    rotate_after_one(services, flora, configured_id)
     outcome = await start(services, await plan(services, *"abc"), concurrency=1)
     assert isinstance(outcome.stopped, SettingsError)
     assert "is of workspace ws_other" in str(outcome.stopped)

@@ -1,5 +1,6 @@
 """A database that was restored from a backup: what was started since then is not paid again."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,18 @@ async def test_two_keys_have_two_addresses(flora: Simulator, open_on: OpenServic
     rows: list[Any] = [await services.resolver.find(key) for key in ("key-1", "key-2")]
     assert len({row.callback_token for row in rows}) == 2
     assert all(len(row.callback_token) == 32 for row in rows)
+
+
+async def test_a_caller_that_waits_beside_it_does_not_send_such_a_key_either(
+    make_flora: MakeFlora, open_on: OpenServices, backup_url: str
+) -> None:
+    """Of five at the same moment one asks FLORA, and all hear that the key is in use."""
+    async with make_flora() as flora:
+        url = "http://127.0.0.1:10"
+        run_id, services = await start_restore_and_sweep(flora, open_on, backup_url, url)
+        answers = await asyncio.gather(
+            *(services.starter.start(request()) for _ in range(5)), return_exceptions=True
+        )
+        assert {type(one) for one in answers} == {IdempotencyConflict}
+        assert flora.world.counts["runs.start", 422] == 1
+        assert set(flora.world.runs) == {run_id}

@@ -28,6 +28,7 @@ from tracker.settings import WorkspaceSettings
 from tracker.simulator import SimulatedWorkspace, Simulator
 from tracker.store import claims
 from tracker.store.queries import runs as read
+from tracker.store.queries import sweeps as coverage
 from tracker.store.schema import leases, sweeps
 
 A_LOOK = 1
@@ -288,6 +289,21 @@ async def test_a_workspace_learns_its_id(services: Services, flora: Simulator) -
     [workspace] = services.workspaces
     assert workspace.workspace_id == flora.world.options.workspace_id
     assert [row.workspace_id for row in await sweep_rows(services)] == [workspace.workspace_id]
+
+
+async def test_a_key_that_is_replaced_and_comes_back_is_of_the_same_workspace(
+    services: Services, flora: Simulator
+) -> None:
+    """The id is known again, also where nothing is listed, and coverage is stored under it."""
+    [workspace] = services.workspaces
+    known = await services.workspaces.id_of(workspace)
+    for key in ("sk_test_wrong", flora.world.options.api_key):
+        services.workspaces.rotate("default", api_key=key, secrets=())
+        assert workspace.workspace_id is None
+    assert await services.workspaces.id_of(workspace) == known
+    await sweep(services)
+    covered = await coverage.everything(services.database)
+    assert {workspace_id for workspace_id, _ in covered} == {known}
 
 
 async def test_sweeps_before_the_id_is_known_become_those_of_the_workspace(

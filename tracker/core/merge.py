@@ -113,14 +113,16 @@ def merge(run: Run | None, observation: Observation) -> Run:
     return Run(**dict(zip(_FIELDS, _VALUES(run), strict=True)) | new)
 
 
-def shows_the_same(run: Run, other: Run) -> bool:
-    """Whether two states of a run differ only in when cost and outputs were last read, and in the
-    signatures of links, which may be new with each read."""
-    same_outputs = _without_signatures(run) == _without_signatures(other)
+def shows_the_same(run: Run, other: Run, *, signed: bool = False) -> bool:
+    """Whether two states of a run differ only in when cost and outputs were last read; if `signed`
+    also in the queries of links, whose signatures may be new with each read."""
+    outputs = other.outputs
+    if signed and _without_queries(run) == _without_queries(other):
+        outputs = run.outputs
     return run == replace(
         other,
         cost_read_at=run.cost_read_at,
-        outputs=run.outputs if same_outputs else other.outputs,
+        outputs=outputs,
         outputs_read_at=run.outputs_read_at,
         precedences=other.precedences._replace(
             charged_cost=run.precedences.charged_cost, outputs=run.precedences.outputs
@@ -128,7 +130,7 @@ def shows_the_same(run: Run, other: Run) -> bool:
     )
 
 
-def _without_signatures(run: Run) -> list[tuple[str, str, str]]:
+def _without_queries(run: Run) -> list[tuple[str, str, str]]:
     return [
         (one.output_id, one.type, one.url if one.type == "text" else one.url.partition("?")[0])
         for one in run.outputs or ()

@@ -242,7 +242,7 @@ def apply(
             recheck_at = _recheck_at(old, entry, since, policy)
     # Each page that shows the bill of a settled run would write the run again.
     is_idle = old.cost_final or (entry.incidental and not cost_final)
-    if is_idle and run is not old.run and shows_the_same(old.run, run):
+    if is_idle and run is not old.run and shows_the_same(old.run, run, signed=entry.incidental):
         run = old.run
     callback_at = old.callback_at
     if seen.source is Source.CALLBACK:  # the first; they may be applied in another order

@@ -44,23 +44,28 @@ async def repeat(
     of the database are expected; all others are faults of the tracker, and logged with a traceback.
     """
     limit, (pause, longest) = LogRateLimit(), pauses
+    task = asyncio.current_task()
     while not is_over():
+        failed = True
         try:
             await step()
-            pause = pauses[0]
-            continue
+            failed = False
         except StoreError as error:
             if count := limit.count("down", now=time.monotonic()):
                 log.warning("loop.database_down", loop=name, error=str(error), count=count)
         except (Exception, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
+            # Unless this task is cancelled, something was that the step waited for.
             if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
                 raise
-            # Else something was cancelled that the step waited for, and not this task.
             if count := limit.count("failed", now=time.monotonic()):
                 log.exception("loop.failed", loop=name, count=count)
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, longest)
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # the step made another error of it
+        if failed:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+        else:
+            pause = pauses[0]
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None) -> None:

@@ -48,7 +48,7 @@ class Workspace:
 
     `slot` is its place in the settings, which never changes; `is_top` marks the workspace of the
     top-level settings. `configured_id` is the id in the settings, `workspace_id` the one in use;
-    `on_named` is called when that becomes known.
+    `on_named` is called when that becomes known, or unknown with another key.
     """
 
     slot: str
@@ -159,6 +159,7 @@ class Workspaces:
             client.rotate_key(api_key)
             if client.key_fingerprint != before:  # which may be of another workspace
                 workspace.workspace_id = workspace.configured_id
+                workspace.on_named(workspace)
 
     def _signers(self) -> dict[str, list[Workspace]]:
         signers: dict[str, list[Workspace]] = {}
@@ -212,19 +213,35 @@ class Workspaces:
                 return one
         return None
 
-    async def id_of(self, workspace: Workspace, *, deadline: float = ASK_SECONDS) -> str:
+    async def id_of(
+        self,
+        workspace: Workspace,
+        *,
+        wanted: str | None = None,
+        deadline: float = ASK_SECONDS,
+    ) -> str:
         """The id of the workspace that its key belongs to. `deadline` is in seconds.
 
-        Raises `SettingsError` if there is no key, if the settings name another workspace, or if
-        FLORA does not say and FLORA_WORKSPACE_ID is not set; the `FloraError` of a FLORA that
-        cannot be asked now, if nothing else gives the id; and `StoreUnavailable`.
+        Raises `SettingsError` if there is no key, if the caller (`wanted`) or the settings name
+        another workspace, or if FLORA does not say and FLORA_WORKSPACE_ID is not set; the
+        `FloraError` of a FLORA that cannot be asked now, if nothing else gives the id; and
+        `StoreUnavailable`.
         """
         client = workspace.require_client()
         fingerprint = client.key_fingerprint
-        if (known := self._ids.get((workspace.slot, fingerprint))) is not None:
-            return known
+        workspace_id = self._ids.get((workspace.slot, fingerprint))
+        if workspace_id is None:
+            workspace_id = await self._find_id(workspace, client, min(deadline, ASK_SECONDS))
+            self._ids[workspace.slot, fingerprint] = workspace_id
+        workspace.learn(workspace_id)
+        workspace.workspace_id = workspace_id  # that of a new key may be another
+        if wanted not in (None, workspace_id):
+            raise _other_key(wanted, [workspace_id])
+        return workspace_id
+
+    async def _find_id(self, workspace: Workspace, client: FloraClient, seconds: float) -> str:
+        fingerprint = client.key_fingerprint
         async with self._asking:
-            seconds = min(deadline, ASK_SECONDS)
             workspace_id = await stored.workspace_of(self._database, fingerprint)
             if workspace_id is None:
                 workspace_id = await self._learn(workspace, client, fingerprint, seconds)
@@ -234,11 +251,8 @@ class Workspaces:
                 if not await client.sees(configured, deadline=seconds):
                     raise _other_key(configured, [workspace_id])
                 workspace_id = configured
-            workspace.learn(workspace_id)
-            workspace.workspace_id = workspace_id  # that of a new key may be another
             if workspace.is_top:
                 await stored.give_ids(self._database, workspace_id)
-            self._ids[workspace.slot, fingerprint] = workspace_id
         return workspace_id
 
     async def _learn(

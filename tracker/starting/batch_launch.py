@@ -300,16 +300,17 @@ class BatchLaunch:
         self._charges_read_at = time.monotonic()
 
     async def _start(self, row: RowState) -> None:
-        key = row.entry.key
+        key, workspace_id = row.entry.key, self.plan.batch.workspace_slot
         request = StartRequest(
             technique=self.plan.technique.technique_id,
             inputs=row.entry.inputs or [],
-            workspace_id=self.workspace.workspace_id,
+            workspace_id=workspace_id,
             idempotency_key=key,
             started_by=self.order.started_by,
             tags=row.entry.tags,
         )
         try:
+            await self.starter.workspaces.id_of(self.workspace, wanted=workspace_id)
             started = await self.starter.start(request, wait_in_doubt=False)
         except RateLimited:
             self._queue.appendleft(row)

@@ -123,11 +123,11 @@ class Starter(Service):
         workspace.require_client()
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)
-        workspace_id = await self.workspaces.id_of(workspace, deadline=self.deadline)
+        workspace_id = await self.workspaces.id_of(
+            workspace, wanted=request.workspace_id, deadline=self.deadline
+        )
         row = await starts.get(self.database, workspace_id, key)
         replayed = row is not None and not row.is_fresh
-        if row is not None and row.is_fresh and row.is_known_to_flora:
-            raise known_to_flora(key)
         if row is not None and replayed:
             # Its inputs are not checked: its answer stands, whatever the definition is by now.
             technique_id = await self.catalogue.technique_id(workspace, request.technique)
@@ -135,6 +135,8 @@ class Starter(Service):
             await self.durations.learn([technique_id])
         pause = FIRST_PAUSE
         while row is None or row.state is not StartState.STARTED:
+            if row is not None and row.is_fresh and row.is_known_to_flora:
+                raise known_to_flora(key)
             if row is None or row.is_fresh:
                 # Checked before the key is kept, so that wrong inputs can be corrected.
                 definition = await self.catalogue.checked(

@@ -142,9 +142,12 @@ class Counters:
                 self._counters["sweeps"].labels(workspace.workspace_id, result)
 
     def named(self, workspace: Workspace) -> None:
-        """The id of the workspace without one is known: what was counted for it moves there."""
+        """The id of the workspace without one is known: what was counted for it moves there. Or it
+        is unknown again, with another key."""
         self._unknown = workspace.name
         self._stored.clear()
+        if workspace.workspace_id is None:
+            return
         self.create_series([workspace], ())
         for name, _, *labels in _COUNTERS:
             if "workspace_id" not in labels:

@@ -255,7 +255,7 @@ async def reserve(
         row = _found(connection.execute(existing).first())
         if row is not None:
             is_free = row.is_fresh and row.fingerprint == fingerprint and not row.is_held(at)
-            if holder is None or not is_free:
+            if holder is None or not is_free or row.is_known_to_flora:
                 return row
         price = None if cost is None else cost * runs
         spending.check_room(connection, budgets, price=price, now=at)
