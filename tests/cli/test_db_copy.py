@@ -145,10 +145,9 @@ def test_a_backup_can_be_restored(
         full.json("db", "copy", "--to", "sqlite:///backup.db")
     backup = f"sqlite:///{full.folder / 'backup.db'}"
     saved = background.run(everything(backup))
-    assert {name: len(rows) for name, rows in saved.items() if "tall" not in name} == {
-        name: 3
-        for name in saved
-        if "tall" not in name  # which are compacted when it starts
-    }
+    # Rollups are compacted when it starts, and the clock keeps rows of its own beside the leases.
+    counts = {name: len(rows) for name, rows in saved.items() if "tall" not in name}
+    assert counts.pop("leases") >= 3
+    assert counts == dict.fromkeys(counts, 3)
     full.json("db", "copy", "--to", empty_postgres_url, TRACKER_DATABASE_URL=backup)
     assert background.run(everything(empty_postgres_url)) == saved

@@ -214,7 +214,7 @@ def test_browsers_keep_to_https() -> None:
         for site in re.findall(r"^[\w{][^\n]* \{\n.*?^\}", text, re.DOTALL | re.MULTILINE)
     ]
     sites = [site for site in sites if not site.startswith("http://")] + nginx
-    assert len(sites) == 5
+    assert len(sites) == 6
     for site in sites:
         assert re.search(r'Strict-Transport-Security "max-age=31536000"', site), site
 
