@@ -108,12 +108,14 @@ class Switch:
         write, statement = Database.write, Database.send
         send = httpx.AsyncHTTPTransport.handle_async_request
 
-        async def watched_write(database: Database, work: Callable[[Connection], T]) -> T:
+        async def watched_write(
+            database: Database, work: Callable[[Connection], T], *, seconds: float | None = None
+        ) -> T:
             if _applies(work):
                 return await watched_apply(database, work)
             name = self._reached(names_of(work))
             if name is None:
-                return await write(database, work)
+                return await write(database, work, seconds=seconds)
 
             def written(connection: Connection) -> T:
                 done = work(connection)
@@ -121,7 +123,7 @@ class Switch:
                 return done
 
             with self._next_one_if_it_fails():
-                committed = await write(database, written)
+                committed = await write(database, written, seconds=seconds)
             self._die("after", name)
             return committed
 

@@ -1,21 +1,24 @@
 """The clock that all processes share: PostgreSQL's, whatever this machine's own one says, on SQLite
 the machine's; and what happens where either is set."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from tests.store.making import NOW
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
+from tracker.core.errors import StoreUnavailable
 from tracker.store import claims, clock
 from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
-from tracker.store.schema import leases, metadata
+from tracker.store.schema import LONGEST_LEASE, endpoints, leases, metadata
+from tracker.store.url import DatabaseTimes
 
 NEAR = timedelta(seconds=1)
 SECOND = timedelta(seconds=1)
@@ -73,8 +76,7 @@ async def test_it_is_put_right_by_the_next_answer(postgres: Database) -> None:
 async def test_it_is_asked_for_as_long_as_it_is_used(postgres: Database) -> None:
     """Without anybody's doing the server is asked again."""
     async with shared_clock(postgres, every=0.01) as told:
-        assert told._at is not None
-        told._at = clock._Position(datetime(2020, 1, 1, tzinfo=UTC), 0.0)
+        told._start = datetime(2020, 1, 1, tzinfo=UTC)
         await eventually(lambda: abs(told() - datetime.now(UTC)) < NEAR)
 
 
@@ -187,11 +189,27 @@ async def test_a_process_knows_when_the_clock_was_set_before_it_started(db: Data
         assert hand.seconds() - each.jumped_at == pytest.approx(50)
 
 
+@pytest.mark.parametrize("expired", [True, False])
+async def test_a_lease_is_not_revived(db: Database, expired: bool) -> None:
+    """One that had expired when the clock was set stays so."""
+    hand = HandClock()
+    one = of(db, hand)
+    await one.check()
+    await lease(db, hand)
+    last = hand() + 30 * SECOND
+    if expired:
+        hand.move(31)
+    hand.set(20)
+    await one.check()
+    assert await until(db, "one") == last + (0 if expired else 20) * SECOND
+
+
 async def test_a_machine_that_lost_seconds_moves_nothing_twice(
     db: Database, other_db: Database
 ) -> None:
     """One that was paused, of several on one database, takes it for a clock that was set. The
-    others go on, and the processes agree."""
+    others go on, the processes agree, a lease lasts no longer than any does, and nothing fails
+    since a time to come."""
     paused, other = HandClock(), HandClock()
     one, two = of(db, paused), of(other_db, other)
     two._name, two.boot = "clock:another", "another"
@@ -200,39 +218,98 @@ async def test_a_machine_that_lost_seconds_moves_nothing_twice(
     other.move(3600)
     paused.set(3600)
     await lease(db, other)
+    timers = [{"name": name, "holder": "h", "until": other() + SECOND} for name in TIMERS]
+    await db.write(lambda connection: connection.execute(leases.insert(), timers).rowcount)
+    times = dict.fromkeys(("since", "configured_at", "failing_since"), other() - 60 * SECOND)
+    failing = {"endpoint_id": "shop", "url": "", "events": [], "filters": {}, "state": "enabled"}
+    await db.execute(endpoints.insert().values(failing | times))
     with capture_logs() as lines:
         for each in (one, two, one, two, one):
             await each.check()
     assert len(lines) == 1
+    assert await until(db, "one") == other() + LONGEST_LEASE
+    assert await db.fetchval(select(endpoints.c.failing_since)) == other()
+    for name in TIMERS:
+        assert await until(db, name) == other() + SECOND
     assert one() == two() == other()
 
 
-async def test_it_goes_on_as_it_was_while_the_database_is_away(
-    db: Database, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("jump", [3600, -3600])
+async def test_what_cannot_be_moved_stops_no_process(
+    db: Database, other_db: Database, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """Then what waits is moved as soon as that is possible, with no one's doing."""
+    """One that runs, and one that starts, go by the new time, and what waits is moved as soon as
+    that is possible, with no one's doing."""
     hand = HandClock()
     async with shared_clock(db, wall=hand, seconds=hand.seconds, every=60) as told:
-        write, is_down = Database.write, True
+        await lease(db, hand)
+        before, write, tried, is_down = hand(), Database.write, 0, True
 
-        async def written(database: Database, work: Any) -> Any:
+        async def written(database: Database, work: Any, **options: Any) -> Any:
+            nonlocal tried
             if is_down:
-                raise clock.StoreError("the database is away")
-            return await write(database, work)
+                tried += 1
+                raise StoreUnavailable("the database takes too long")
+            return await write(database, work, **options)
 
         monkeypatch.setattr(Database, "write", written)
-        await lease_by(write, db, hand)
-        before = hand()
-        hand.set(3600)
+        hand.set(jump)
         assert told() == before
-        is_down = False
-        await eventually(lambda: told() == hand())
+        await told.check()
+        async with shared_clock(other_db, wall=hand, seconds=hand.seconds, every=60) as fresh:
+            for each in (told, fresh):
+                await each.check()
+                assert each() == hand()
+                assert each.jumped_at == hand.seconds()
+            assert await until(db, "one") == before + 30 * SECOND
+            tried = 0
+            await eventually(lambda: tried >= 2)
+            is_down = False
+
+            async def is_moved() -> bool:
+                return await until(db, "one") == hand() + 30 * SECOND
+
+            await eventually(is_moved)
+            assert told() == fresh() == hand()
+
+
+async def test_a_move_may_take_longer_than_other_statements(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a large backlog does."""
+    hand, moves = HandClock(), clock._moves
+    times = DatabaseTimes(statement=0.3, answer=0.6)
+
+    def slow(*given: Any) -> Iterator[Any]:
+        yield text("SELECT pg_sleep(1)")
+        yield from moves(*given)
+
+    async with await Database.open(postgres_url, times=times) as db:
+        one = of(db, hand)
+        await one.check()
+        await lease(db, hand)
+        hand.set(-3600)
+        monkeypatch.setattr(clock, "_moves", slow)
+        await one.check()
+        assert one() == hand()
         assert await until(db, "one") == hand() + 30 * SECOND
+        with pytest.raises(StoreUnavailable):  # others have their limit as before
+            await db.execute(text("SELECT pg_sleep(1)"))
 
 
-async def lease_by(write: Any, db: Database, hand: HandClock) -> None:
-    values = {"name": "one", "holder": "holder", "until": hand() + 30 * SECOND}
-    await write(db, lambda connection: connection.execute(leases.insert(), [values]))
+async def test_machines_that_run_for_years_keep_their_clocks(
+    db: Database, other_db: Database
+) -> None:
+    """One that starts removes no clock of another that runs."""
+    hand, other = HandClock(), HandClock()
+    other.move(2 * 365 * 86_400)
+    hand.set((other() - hand()).total_seconds())
+    one, two = of(db, hand), of(other_db, other)
+    two._name, two.boot = "clock:another", "another"
+    for each in (two, one):
+        await each.check()
+    kept = select(leases.c.name).where(leases.c.name.startswith("clock:"))
+    assert {*await db.fetchcol(kept)} == {one._name, two._name}
 
 
 async def test_times_are_moved_exactly(db: Database) -> None:
@@ -240,7 +317,7 @@ async def test_times_are_moved_exactly(db: Database) -> None:
     hand = HandClock()
     one = of(db, hand)
     await one.check()
-    exact = NOW.replace(microsecond=123_456)
+    exact = hand() + timedelta(seconds=30, microseconds=123_456)
     values = {"name": "one", "holder": "holder", "until": exact}
     await db.write(lambda connection: connection.execute(leases.insert(), [values]).rowcount)
     hand.set(3.25)
@@ -252,6 +329,11 @@ async def test_times_are_moved_exactly(db: Database) -> None:
     assert await db.fetchval(earlier) is None
 
 
+TIMERS = ("wait:shop", "contact:shop", "recheck:shop", "generations:shop", "catalogue:scheduled")
+DUE = {
+    *("runs.next_check_at", "runs.recheck_at", "batches.launch_at", "messages.next_attempt_at"),
+    "history_coverage.retry_at",
+}
 WAITS = {
     *("runs.next_check_at", "runs.recheck_at", "runs.missing_since", "runs.lease_until"),
     *("starts.lease_until", "batches.launch_at", "batches.lease_until", "leases.until"),
@@ -262,9 +344,23 @@ WAITS = {
 
 def test_every_time_that_something_waits_for_is_moved() -> None:
     """The columns that say until when something lasts, or when it is due, by their names."""
-    moved = {str(column) for _, columns in clock._WAITS for column in columns}
+    moved = {str(column) for waits in clock._WAITS for column in waits.columns}
     assert moved == WAITS
+    assert {str(one) for waits in clock._WAITS for one in waits.due} - {"leases.until"} == DUE
     for table in metadata.sorted_tables:
         for column in table.columns:
             if column.name.endswith(("_until", "until", "next_check_at", "retry_at", "launch_at")):
                 assert str(column) in moved
+
+
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_a_clock_that_is_set_forward_puts_nothing_off(jump: float) -> None:
+    """What is due is moved back, and never forward."""
+    statements = [str(one) for one in clock._moves("sqlite", jump * SECOND, NOW)]
+    for table, _, column in (name.partition(".") for name in DUE):
+        found = [
+            one.partition(" WHERE ")[0]
+            for one in statements
+            if one.startswith(f"UPDATE {table} SET ")
+        ]
+        assert any(f"{column}=" in one for one in found) == (jump < 0)

@@ -7,8 +7,12 @@ the answer on until it is asked again.
 
 Either clock may be set. A clock that only runs forward shows by how much, and the database keeps
 where both were, for each boot of a machine: so a process also notices what happened before it
-started. The first that does moves all times that something waits for by as much, in one
-transaction. What was to last so many seconds lasts so many seconds, and nothing else has to know.
+started. The first that does moves what waits, in one transaction.
+
+A clock that was set back would delay everything, so all times are moved back by as much. One that
+was set forward makes some reads come early, which is harmless. A machine that was paused looks the
+same, and must delay nothing on others. So only what protects from acting too early is moved
+forward: leases, by at most their length, and since when something fails, at most to now.
 """
 
 import asyncio
@@ -30,10 +34,11 @@ from sqlalchemy import (
     Interval,
     Update,
     and_,
+    case,
     delete,
     func,
     literal,
-    not_,
+    or_,
     select,
     tuple_,
     type_coerce,
@@ -41,11 +46,13 @@ from sqlalchemy import (
 )
 
 from tracker.core.clock import Clock, boot_id, boot_seconds, utc_now
+from tracker.core.errors import StoreUnavailable
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.store.engine import Database
 from tracker.store.queries.starts import LISTED, UNKNOWN, is_in
 from tracker.store.schema import (
+    LONGEST_LEASE,
     batches,
     endpoints,
     history_coverage,
@@ -66,8 +73,10 @@ DRIFT: Final = timedelta(seconds=0.5)
 """From how much on it is stored that they have drifted apart."""
 LOGGED_FROM: Final = timedelta(seconds=5)
 """A machine's clock that is off by more is logged."""
-KEPT: Final = timedelta(days=60)
-"""How long after a machine was started its clock is kept."""
+KEPT: Final = timedelta(days=5 * 365)
+"""How long after a machine was started its clock is kept: for longer than any runs."""
+MOVE_SECONDS: Final = 600.0
+"""How long moving what waits may take: a large backlog is many rows."""
 
 _ASK: Final = select(func.clock_timestamp())
 _JUMPS: Final = "clock"
@@ -104,7 +113,8 @@ class SharedClock:
     """A `Clock` that all processes on `db` share. `check` has to be called once before it is read.
 
     `wall` is used in place of the machine's clock, and of PostgreSQL's, with `seconds` to match.
-    After the clock was set, it goes on as it was until what waits in the database was moved.
+    After the clock was set, it goes on as it was until what waits in the database was moved, or
+    that failed; then it is tried again.
     """
 
     def __init__(
@@ -121,7 +131,8 @@ class SharedClock:
         self.jumped_at = -math.inf
         """When the clock was last set, by `seconds`."""
         self._name = _BOOT + self.boot
-        self._at: _Position | None = None
+        self._start: datetime | None = None  # by which the time is told
+        self._at: _Position | None = None  # what was agreed on
         self._since = self.seconds()
         self._checking = asyncio.Lock()
         self._was_set = asyncio.Event()
@@ -136,15 +147,15 @@ class SharedClock:
         if self._wall is None:
             return self.at(self.seconds())
         before, now, after = self.seconds(), self._wall(), self.seconds()
-        if self._at is None:
+        if self._start is None:
             return now
         if after - before > SLOW:
             return self.at(after)
         start = now - timedelta(seconds=after)
-        if abs(start - self._at.start) > JUMP:
+        if abs(start - self._start) > JUMP:
             self._was_set.set()
             return self.at(after)
-        self._at = _Position(start, self._at.total)
+        self._start = start
         return now
 
     def shown(self) -> datetime:
@@ -154,27 +165,38 @@ class SharedClock:
 
     def at(self, seconds: float) -> datetime:
         """The time when `seconds` were so many, by the clock as it is set now."""
-        if self._at is None:
+        if self._start is None:
             raise RuntimeError("the clock has not been compared with its source yet")
-        return self._at.start + timedelta(seconds=seconds)
+        return self._start + timedelta(seconds=seconds)
 
     async def check(self) -> None:
         """Compare the clock with its source. If that was set, move what waits, unless another
-        process has. Raises `StoreUnavailable`."""
+        process has. If that fails, it shows the new time, and `check_after` tries again at once.
+        Raises `StoreUnavailable` if the source does not answer."""
+        await self._check()
+
+    async def _check(self) -> StoreUnavailable | None:
+        """As `check`; why what waits could not be moved."""
         async with self._checking:
             start, rows = await self._read()
             if start is None:
-                return
+                return None
             if not _is_known(rows.get(_JUMPS)):
                 # A newer version stores it in another form: its processes move what waits.
-                self._at = _Position(start, 0.0)
-                return
+                self._at, self._start = _Position(start, 0.0), start
+                return None
             agreed = _compare(self._at, start, rows, self._name)
             if agreed is None:
-                agreed = await self._db.write(
-                    partial(_agree, self._db, self._name, self._at, start, self.seconds())
-                )
-            self._at, seconds = agreed.position, self.seconds()
+                work = partial(_agree, self._db, self._name, self._at, start, self.seconds())
+                try:
+                    agreed = await self._db.write(work, seconds=MOVE_SECONDS)
+                except StoreUnavailable as error:
+                    if self._start is None or abs(start - self._start) > JUMP:
+                        self.jumped_at = self.seconds()
+                    self._start = start
+                    self._was_set.set()
+                    return error
+            self._at, self._start, seconds = agreed.position, start, self.seconds()
             age = (self.at(seconds) - agreed.jumped_at).total_seconds()
             if age >= -JUMP.total_seconds():  # else by a clock that nobody knows
                 self.jumped_at = max(self.jumped_at, seconds - max(age, 0.0))
@@ -183,6 +205,7 @@ class SharedClock:
                 log.warning(
                     "clock.set", seconds=round(agreed.jump.total_seconds(), 1), moved=agreed.moved
                 )
+        return None
 
     async def settle(self) -> None:
         """Return when other processes have noticed whether PostgreSQL's clock was set before this
@@ -190,7 +213,8 @@ class SharedClock:
         rest = self._since + 1.2 * ASK_EVERY - self.seconds()
         if self.is_servers and rest > 0:
             await asyncio.sleep(rest)
-            await self.check()
+            if error := await self._check():
+                raise error
 
     async def _read(self) -> tuple[datetime | None, dict[str, Any]]:
         """The start that the source shows now, `None` if it took too long, and what is stored."""
@@ -203,20 +227,21 @@ class SharedClock:
             rows = {row.name: row for row in await connection.execute(wanted)}
         if self._wall is not None:
             before, now, after = self.seconds(), self._wall(), self.seconds()
-        if after - before > SLOW and self._at is not None:
+        if after - before > SLOW and self._start is not None:
             return None, rows
         # The answer was made at some time between the two.
         earliest, latest = now - timedelta(seconds=after), now - timedelta(seconds=before)
-        if self._at is not None and earliest <= self._at.start <= latest:
-            return self._at.start, rows
+        if self._start is not None and earliest <= self._start <= latest:
+            return self._start, rows
         return earliest + (latest - earliest) / 2, rows
 
     async def check_after(self, seconds: float) -> None:
         """Check in so many seconds, or at once where the clock was found to be set. Raises
-        `StoreUnavailable`; then the clock goes on as it was."""
+        `StoreUnavailable`, also if what waits could not be moved."""
         await wait_for(self._was_set, seconds)
         self._was_set.clear()
-        await self.check()
+        if error := await self._check():
+            raise error
 
 
 def _is_known(row: Any) -> bool:
@@ -274,9 +299,10 @@ def _agree(
         jump, moved = start - known.start, 0
         left = jump - timedelta(seconds=total - known.total)
         if abs(left) > JUMP:
-            moved = sum(connection.execute(one).rowcount for one in _moves(db.dialect, left))
-            total = round(total + left.total_seconds(), 6)
             jumped_at = start + timedelta(seconds=seconds)
+            moves = _moves(db.dialect, left, jumped_at)
+            moved = sum(connection.execute(one).rowcount for one in moves)
+            total = round(total + left.total_seconds(), 6)
             stored = update(leases).where(leases.c.name == _JUMPS)
             connection.execute(stored.values(holder=repr(total), until=jumped_at))
     if boot_id() is not None:
@@ -289,32 +315,69 @@ def _agree(
     return _Agreed(_Position(start, total), jumped_at, jump, moved)
 
 
-_WAITS: Final[Sequence[tuple[ColumnElement[bool], Sequence[Column[Any]]]]] = (
-    (
-        runs.c.next_check_at.is_not(None),
-        (runs.c.next_check_at, runs.c.missing_since, runs.c.lease_until),
-    ),
-    (runs.c.recheck_at.is_not(None), (runs.c.recheck_at, runs.c.lease_until)),
-    *((is_in(state), (starts.c.lease_until,)) for state in LISTED),
-    (
-        and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None)),
-        (batches.c.launch_at, batches.c.lease_until),
-    ),
-    (
-        messages.c.state == word("pending"),
-        (messages.c.next_attempt_at, messages.c.tried_since, messages.c.lease_until),
-    ),
-    (endpoints.c.failing_since.is_not(None), (endpoints.c.failing_since,)),
-    (history_coverage.c.retry_at.is_not(None), (history_coverage.c.retry_at,)),
-    (not_(leases.c.name.startswith(_JUMPS)), (leases.c.until,)),
+@dataclass(frozen=True, slots=True)
+class _Waits:
+    """Rows, and their times: when something is `due`, until when a `lease` lasts, and `since` when
+    something fails, which is given up after a while."""
+
+    which: ColumnElement[bool]
+    due: Sequence[Column[Any]] = ()
+    lease: Sequence[Column[Any]] = ()
+    since: Sequence[Column[Any]] = ()
+
+    @property
+    def columns(self) -> Sequence[Column[Any]]:
+        return *self.due, *self.lease, *self.since
+
+
+_TIMERS: Final = or_(
+    *map(leases.c.name.startswith, ("wait:", "contact:", "recheck:", "generations:", "catalogue:"))
 )
-"""What waits until a time, or for as long since one: the rows, and these times."""
+"""Rows of `leases` that say when something is due, or was last done."""
+
+_WAITS: Final = (
+    _Waits(
+        runs.c.next_check_at.is_not(None),
+        due=[runs.c.next_check_at],
+        lease=[runs.c.lease_until],
+        since=[runs.c.missing_since],
+    ),
+    _Waits(runs.c.recheck_at.is_not(None), due=[runs.c.recheck_at], lease=[runs.c.lease_until]),
+    *(_Waits(is_in(state), lease=[starts.c.lease_until]) for state in LISTED),
+    _Waits(
+        and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None)),
+        due=[batches.c.launch_at],
+        lease=[batches.c.lease_until],
+    ),
+    _Waits(
+        messages.c.state == word("pending"),
+        due=[messages.c.next_attempt_at],
+        lease=[messages.c.lease_until],
+        since=[messages.c.tried_since],
+    ),
+    _Waits(endpoints.c.failing_since.is_not(None), since=[endpoints.c.failing_since]),
+    _Waits(history_coverage.c.retry_at.is_not(None), due=[history_coverage.c.retry_at]),
+    _Waits(_TIMERS, due=[leases.c.until]),
+    _Waits(~or_(leases.c.name.startswith(_JUMPS), _TIMERS), lease=[leases.c.until]),
+)
+"""What waits until a time, or for as long since one."""
 
 
-def _moves(dialect: str, jump: timedelta) -> Iterator[Update]:
-    """The statements that move what waits by `jump`."""
-    for which, columns in _WAITS:
-        yield _move(dialect, which, columns, jump)
+def _moves(dialect: str, jump: timedelta, now: datetime) -> Iterator[Update]:
+    """The statements that move what waits where the clock was set by `jump`, and is `now`."""
+    for waits in _WAITS:
+        since = [one.is_not(None) for one in waits.since]
+        if jump < timedelta(0):
+            values = {one: _moved(dialect, one, jump) for one in waits.columns}
+            ahead = [one > now for one in (*waits.due, *waits.lease)]
+        else:
+            latest = dict.fromkeys(waits.lease, now + LONGEST_LEASE) | dict.fromkeys(
+                waits.since, now
+            )
+            values = {one: _forward(dialect, one, jump, most) for one, most in latest.items()}
+            ahead = [one > now - jump for one in waits.lease]
+        if values:
+            yield _move(dialect, and_(waits.which, or_(*since, *ahead)), values)
     if jump < timedelta(0):
         back = func.coalesce(starts.c.set_back, 0.0) - jump.total_seconds()
         for state in UNKNOWN:
@@ -322,14 +385,22 @@ def _moves(dialect: str, jump: timedelta) -> Iterator[Update]:
 
 
 def _move(
-    dialect: str, which: ColumnElement[bool], columns: Sequence[Column[Any]], jump: timedelta
+    dialect: str, which: ColumnElement[bool], values: dict[Column[Any], ColumnElement[Any]]
 ) -> Update:
-    table = columns[0].table
+    table = next(iter(values)).table
     if dialect == "postgresql":  # in one order, as other transactions lock them
         keys = tuple_(*table.primary_key.columns)
         rows = select(*table.primary_key.columns).where(which)
         which = keys.in_(rows.order_by(*table.primary_key.columns).with_for_update())
-    return update(table).where(which).values({one: _moved(dialect, one, jump) for one in columns})
+    return update(table).where(which).values(values)
+
+
+def _forward(
+    dialect: str, column: Column[Any], jump: timedelta, latest: datetime
+) -> ColumnElement[Any]:
+    """Moved by `jump`, at most to `latest`; one that is later stays."""
+    moved, most = _moved(dialect, column, jump), literal(latest, column.type)
+    return case((column >= most, column), (moved > most, most), else_=moved)
 
 
 def _moved(dialect: str, column: Column[Any], jump: timedelta) -> ColumnElement[Any]:

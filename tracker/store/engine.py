@@ -172,14 +172,17 @@ class Database:
         async with self.read() as connection:
             return (await connection.execute(query)).scalar()
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` over a connection, in one transaction, and return its result.
+    async def write(self, work: Callable[[Connection], T], *, seconds: float | None = None) -> T:
+        """Run `work` over a connection, in one transaction, and return its result. On PostgreSQL
+        it may take `seconds`, in place of `DatabaseTimes.answer`.
 
         Whatever `work` raises rolls the transaction back. After a conflict with another transaction
         (`WriteConflict`, a deadlock) it is run again, so it must change nothing but the database.
         Raises as `read` does.
         """
-        return await self._retry(partial(self._transactions.run, work))
+        if seconds is not None and self.dialect == "postgresql":
+            work = partial(_at_length, seconds, work)
+        return await self._retry(partial(self._transactions.run, work), seconds)
 
     async def execute(self, statement: Executable) -> int:
         """Execute one statement in a transaction of its own; how many rows it changed. Raises as
@@ -198,17 +201,17 @@ class Database:
         """
         return await self._retry(partial(self._transactions.send, statement, values))
 
-    async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, attempt: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
         try:
-            done = await self._attempts(attempt)
+            done = await self._attempts(attempt, seconds)
         except StoreUnavailable as error:
             self.refuses_writes = not isinstance(error, StoreBusy | StoreClosed)
             raise
         self.refuses_writes = False
         return done
 
-    async def _attempts(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        async with self._guarded():
+    async def _attempts(self, attempt: Callable[[], Awaitable[T]], seconds: float | None) -> T:
+        async with self._guarded(seconds):
             for number in range(1, ATTEMPTS + 1):
                 try:
                     return await attempt()
@@ -222,8 +225,9 @@ class Database:
             ) from conflict
 
     @asynccontextmanager
-    async def _guarded(self) -> AsyncIterator[None]:
-        """Limit the time, and raise the tracker's own errors in place of foreign ones.
+    async def _guarded(self, seconds: float | None = None) -> AsyncIterator[None]:
+        """Limit the time, on PostgreSQL, to `seconds` or `DatabaseTimes.answer`, and raise the
+        tracker's own errors in place of foreign ones.
 
         A task that is cancelled meanwhile ends as cancelled: if the server does not answer, closing
         the connection fails too, and that error would hide the cancellation.
@@ -234,8 +238,8 @@ class Database:
         cancelled_before = task.cancelling() if task else 0
         try:
             # On SQLite a write runs in a thread, and its waits end by themselves.
-            seconds = self.url.times.answer if self.dialect == "postgresql" else None
-            async with asyncio.timeout(seconds):
+            limit = seconds or self.url.times.answer if self.dialect == "postgresql" else None
+            async with asyncio.timeout(limit):
                 yield
         except self._foreign as exc:
             if task and task.cancelling() > cancelled_before:
@@ -249,6 +253,12 @@ class Database:
                 await self.fetchval(select(1))
         except TimeoutError as exc:
             raise translate(exc) from exc
+
+
+def _at_length(seconds: float, work: Callable[[Connection], T], connection: Connection) -> T:
+    """`work`, each of whose statements may take so many seconds on PostgreSQL."""
+    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
+    return work(connection)
 
 
 class _PostgresPool:
