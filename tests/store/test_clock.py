@@ -14,10 +14,13 @@ from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
+from tracker.polling import poll, sweep
+from tracker.starting import sending
 from tracker.store import claims, clock
 from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
-from tracker.store.schema import LONGEST_LEASE, endpoints, leases, metadata
+from tracker.store.queries import batches
+from tracker.store.schema import endpoints, leases, metadata
 from tracker.store.url import DatabaseTimes
 
 NEAR = timedelta(seconds=1)
@@ -227,7 +230,7 @@ async def test_a_machine_that_lost_seconds_moves_nothing_twice(
         for each in (one, two, one, two, one):
             await each.check()
     assert len(lines) == 1
-    assert await until(db, "one") == other() + LONGEST_LEASE
+    assert await until(db, "one") == other() + clock.NAMED
     assert await db.fetchval(select(endpoints.c.failing_since)) == other()
     for name in TIMERS:
         assert await until(db, name) == other() + SECOND
@@ -351,6 +354,12 @@ def test_every_time_that_something_waits_for_is_moved() -> None:
         for column in table.columns:
             if column.name.endswith(("_until", "until", "next_check_at", "retry_at", "launch_at")):
                 assert str(column) in moved
+
+
+def test_no_lease_is_longer_than_it_may_be_moved() -> None:
+    """Else another process takes it early where the clock is set forward."""
+    assert max(poll.LEASE, sending.HELD_FOR, batches.LEASE) <= clock.HELD
+    assert sweep.LEASE <= clock.NAMED
 
 
 @pytest.mark.parametrize("jump", [3600, -3600])

@@ -18,9 +18,9 @@ forward: leases, by at most their length, and since when something fails, at mos
 import asyncio
 import math
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -75,6 +75,10 @@ LOGGED_FROM: Final = timedelta(seconds=5)
 """A machine's clock that is off by more is logged."""
 KEPT: Final = timedelta(days=5 * 365)
 """How long after a machine was started its clock is kept: for longer than any runs."""
+HELD: Final = timedelta(seconds=30)
+"""The longest lease of a run, a start or a batch."""
+NAMED: Final = timedelta(minutes=1)
+"""The longest lease with a name; one of ten minutes is renewed with every page."""
 MOVE_SECONDS: Final = 600.0
 """How long moving what waits may take: a large backlog is many rows."""
 
@@ -317,12 +321,12 @@ def _agree(
 
 @dataclass(frozen=True, slots=True)
 class _Waits:
-    """Rows, and their times: when something is `due`, until when a `lease` lasts, and `since` when
-    something fails, which is given up after a while."""
+    """Rows, and their times: when something is `due`, until when a `lease` lasts, and for how long
+    at most, and `since` when something fails, which is given up after a while."""
 
     which: ColumnElement[bool]
     due: Sequence[Column[Any]] = ()
-    lease: Sequence[Column[Any]] = ()
+    lease: Mapping[Column[Any], timedelta] = field(default_factory=dict)
     since: Sequence[Column[Any]] = ()
 
     @property
@@ -339,26 +343,28 @@ _WAITS: Final = (
     _Waits(
         runs.c.next_check_at.is_not(None),
         due=[runs.c.next_check_at],
-        lease=[runs.c.lease_until],
+        lease={runs.c.lease_until: HELD},
         since=[runs.c.missing_since],
     ),
-    _Waits(runs.c.recheck_at.is_not(None), due=[runs.c.recheck_at], lease=[runs.c.lease_until]),
-    *(_Waits(is_in(state), lease=[starts.c.lease_until]) for state in LISTED),
+    _Waits(
+        runs.c.recheck_at.is_not(None), due=[runs.c.recheck_at], lease={runs.c.lease_until: HELD}
+    ),
+    *(_Waits(is_in(state), lease={starts.c.lease_until: HELD}) for state in LISTED),
     _Waits(
         and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None)),
         due=[batches.c.launch_at],
-        lease=[batches.c.lease_until],
+        lease={batches.c.lease_until: HELD},
     ),
     _Waits(
         messages.c.state == word("pending"),
         due=[messages.c.next_attempt_at],
-        lease=[messages.c.lease_until],
+        lease={messages.c.lease_until: LONGEST_LEASE - 2 * JUMP},
         since=[messages.c.tried_since],
     ),
     _Waits(endpoints.c.failing_since.is_not(None), since=[endpoints.c.failing_since]),
     _Waits(history_coverage.c.retry_at.is_not(None), due=[history_coverage.c.retry_at]),
     _Waits(_TIMERS, due=[leases.c.until]),
-    _Waits(~or_(leases.c.name.startswith(_JUMPS), _TIMERS), lease=[leases.c.until]),
+    _Waits(~or_(leases.c.name.startswith(_JUMPS), _TIMERS), lease={leases.c.until: NAMED}),
 )
 """What waits until a time, or for as long since one."""
 
@@ -371,9 +377,8 @@ def _moves(dialect: str, jump: timedelta, now: datetime) -> Iterator[Update]:
             values = {one: _moved(dialect, one, jump) for one in waits.columns}
             ahead = [one > now for one in (*waits.due, *waits.lease)]
         else:
-            latest = dict.fromkeys(waits.lease, now + LONGEST_LEASE) | dict.fromkeys(
-                waits.since, now
-            )
+            latest = {one: now + longest for one, longest in waits.lease.items()}
+            latest |= dict.fromkeys(waits.since, now)
             values = {one: _forward(dialect, one, jump, most) for one, most in latest.items()}
             ahead = [one > now - jump for one in waits.lease]
         if values:
