@@ -26,6 +26,7 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.store import claims
+from tracker.store.errors import StoreBusy
 from tracker.store.queries import starts as start_log
 
 DAY = 86_400.0
@@ -80,6 +81,38 @@ async def test_a_machine_that_was_paused_for_a_day_sends_no_start_again(
         clock.move(200)
         await services.recovery.recover()
         assert (posts(flora), await state_of(services.database)) == (1, "unresolved")
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["running", "fresh"])
+async def test_starts_wait_while_leases_cannot_be_moved(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh: bool,
+) -> None:
+    """The database has no time for it: nobody takes a start over that is being sent, whose lease
+    would seem to be over by the clock as it is set."""
+
+    def busy(*_: object) -> None:
+        raise StoreBusy("the database has no time")
+
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker.store.clock, "_agree", busy)
+            await set_clock(clock, flora, 3600.0)
+            if fresh:
+                services = await open_on(flora)
+            clock.move(DOUBT + 20)
+            assert await services.recovery.recover() == 0
+            assert posts(flora) == 1
+        change(flora, gateway_starts=0.0)
+        await services.clock.check()
+        clock.move(30)
+        assert await services.recovery.recover() == 1
+        assert posts(flora) == 2
 
 
 @pytest.mark.parametrize("step", [200.0, 3600.0])

@@ -57,15 +57,17 @@ class Recovery(Service):
 
     @property
     def _is_paused(self) -> bool:
-        """Whether PostgreSQL's clock was just set: other processes notice that later, and until
-        they have renewed their leases, these seem to be over, or to last for long."""
+        """Whether leases may seem to be over, or to last for long: they could not be moved yet
+        after the clock was set; or PostgreSQL's was just set, which other processes notice later.
+        """
         since = self.clock.seconds() - self.clock.jumped_at
-        return self.clock.is_servers and since < HELD_FOR.total_seconds()
+        is_recent = self.clock.is_servers and since < HELD_FOR.total_seconds()
+        return self.clock.move_failed or is_recent
 
     async def recover(self) -> int:
         """Do what is due for each open start; how many became a run. Raises `StoreUnavailable`.
 
-        Nothing is done directly after PostgreSQL's clock was set.
+        Nothing is done while leases may seem to be over because a clock was set.
         """
         await self.clock.check()
         if self._is_paused:

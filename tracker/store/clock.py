@@ -79,8 +79,10 @@ HELD: Final = timedelta(seconds=30)
 """The longest lease of a run, a start or a batch."""
 NAMED: Final = timedelta(minutes=1)
 """The longest lease with a name; one of ten minutes is renewed with every page."""
-MOVE_SECONDS: Final = 600.0
+MOVE_SECONDS: Final = 60.0
 """How long moving what waits may take: a large backlog is many rows."""
+MOVE_AGAIN_AFTER: Final = (1.0, 30.0)
+"""The first and the longest pause, in seconds, before a move that failed is tried again."""
 
 _ASK: Final = select(func.clock_timestamp())
 _JUMPS: Final = "clock"
@@ -117,8 +119,8 @@ class SharedClock:
     """A `Clock` that all processes on `db` share. `check` has to be called once before it is read.
 
     `wall` is used in place of the machine's clock, and of PostgreSQL's, with `seconds` to match.
-    After the clock was set, it goes on as it was until what waits in the database was moved, or
-    that failed; then it is tried again.
+    After the clock was set, it goes on as it was until what waits in the database was moved; if
+    that fails, it is tried again.
     """
 
     def __init__(
@@ -134,6 +136,8 @@ class SharedClock:
         """What `seconds` counts from, the same in all processes that may compare theirs."""
         self.jumped_at = -math.inf
         """When the clock was last set, by `seconds`."""
+        self.move_failed = False
+        """Whether what waits could not be moved yet: leases may end too early or too late."""
         self._name = _BOOT + self.boot
         self._start: datetime | None = None  # by which the time is told
         self._at: _Position | None = None  # what was agreed on
@@ -175,7 +179,7 @@ class SharedClock:
 
     async def check(self) -> None:
         """Compare the clock with its source. If that was set, move what waits, unless another
-        process has. If that fails, it shows the new time, and `check_after` tries again at once.
+        process has. If that fails, the clock goes on as it was, and `check_after` tries again.
         Raises `StoreUnavailable` if the source does not answer."""
         await self._check()
 
@@ -195,11 +199,13 @@ class SharedClock:
                 try:
                     agreed = await self._db.write(work, seconds=MOVE_SECONDS)
                 except StoreUnavailable as error:
-                    if self._start is None or abs(start - self._start) > JUMP:
-                        self.jumped_at = self.seconds()
-                    self._start = start
+                    self.move_failed = True
+                    if self._start is None:
+                        known = _known(None, rows, self._name)
+                        self._start = known.start if known else start
                     self._was_set.set()
                     return error
+            self.move_failed = False
             self._at, self._start, seconds = agreed.position, start, self.seconds()
             age = (self.at(seconds) - agreed.jumped_at).total_seconds()
             if age >= -JUMP.total_seconds():  # else by a clock that nobody knows
@@ -433,7 +439,8 @@ async def shared_clock(
     if wall is None and abs(off) > LOGGED_FROM:
         log.warning("clock.off", seconds=round(off.total_seconds(), 1))
     keeping = asyncio.create_task(
-        repeat("shared clock", partial(clock.check_after, every)), name="shared-clock"
+        repeat("shared clock", partial(clock.check_after, every), pauses=MOVE_AGAIN_AFTER),
+        name="shared-clock",
     )
     try:
         yield clock

@@ -174,7 +174,8 @@ class Database:
 
     async def write(self, work: Callable[[Connection], T], *, seconds: float | None = None) -> T:
         """Run `work` over a connection, in one transaction, and return its result. On PostgreSQL
-        it may take `seconds`, in place of `DatabaseTimes.answer`.
+        it may take `seconds`, in place of `DatabaseTimes.answer`, and each of its statements a
+        second more than `DatabaseTimes.statement`.
 
         Whatever `work` raises rolls the transaction back. After a conflict with another transaction
         (`WriteConflict`, a deadlock) it is run again, so it must change nothing but the database.
