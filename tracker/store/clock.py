@@ -208,7 +208,7 @@ class SharedClock:
             self.move_failed = False
             self._at, self._start, seconds = agreed.position, start, self.seconds()
             age = (self.at(seconds) - agreed.jumped_at).total_seconds()
-            if age >= -JUMP.total_seconds():  # else by a clock that nobody knows
+            if age >= -JUMP.total_seconds():  # else by an unknown clock
                 self.jumped_at = max(self.jumped_at, seconds - max(age, 0.0))
             if agreed.jump is not None:
                 self.jumped_at = seconds
