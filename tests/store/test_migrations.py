@@ -121,6 +121,19 @@ async def test_an_upgrade_from_nothing_and_once_more(empty_database_url: str) ->
         await migrate.check(db)
 
 
+async def test_processes_may_open_a_new_file_at_once(tmp_path: Path) -> None:
+    """All but one wait while the file is changed to write-ahead logging, which SQLite does not."""
+    for number in range(10):
+        url = f"sqlite:///{tmp_path}/{number}.db"
+        modes = await asyncio.gather(*(on(url, journal_mode) for _ in range(4)))
+        assert modes == ["wal"] * 4
+
+
+def journal_mode(connection: Connection) -> str:
+    """How the file is written."""
+    return str(connection.scalar(text("PRAGMA journal_mode")))
+
+
 async def test_checking_creates_nothing(empty_sqlite_url: str, tmp_path: Path) -> None:
     """Asking for the revision of a file that is not there does not make it."""
     assert await migrate.current(empty_sqlite_url) is None

@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -252,7 +253,20 @@ def _set_up(connection: sqlite3.Connection, busy_seconds: float, pragmas: Sequen
     """Set the options of a new connection."""
     connection.isolation_level = None  # see `_begin`
     for pragma in (f"PRAGMA busy_timeout={int(busy_seconds * 1000)}", *pragmas):
-        connection.execute(pragma).close()
+        _set(connection, pragma, time.monotonic() + busy_seconds)
+
+
+def _set(connection: sqlite3.Connection, pragma: str, give_up: float) -> None:
+    """Set one option. SQLite itself does not wait where several processes change a new file to
+    write-ahead logging at once: all but one are told at once that it is locked."""
+    while True:
+        try:
+            return connection.execute(pragma).close()
+        except sqlite3.OperationalError as error:
+            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY  # of whichever kind
+            if not is_busy or time.monotonic() >= give_up:
+                raise
+        time.sleep(0.01)
 
 
 def _begin(engine: Engine, begin: str) -> None:
