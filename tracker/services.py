@@ -271,6 +271,7 @@ async def open_services(
         matcher = StartMatcher(database=database, writer=writer, clock=clock)
         stack.on_close("matcher", matcher.aclose)
         sender = StartSender(
+            workspaces=workspaces,
             matcher=matcher,
             addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
             clock=clock,

@@ -232,6 +232,8 @@ class Workspaces:
         workspace_id = self._ids.get((workspace.slot, fingerprint))
         if workspace_id is None:
             workspace_id = await self._find_id(workspace, client, min(deadline, ASK_SECONDS))
+            if client.key_fingerprint != fingerprint:
+                return await self.id_of(workspace, wanted=wanted, deadline=deadline)
             self._ids[workspace.slot, fingerprint] = workspace_id
         workspace.learn(workspace_id)
         workspace.workspace_id = workspace_id  # that of a new key may be another
@@ -260,6 +262,8 @@ class Workspaces:
     ) -> str:
         """Ask FLORA and store its answer; without one, the id in the settings."""
         found = await _ask_flora(client, workspace.configured_id, deadline)
+        if found is not None and client.key_fingerprint != fingerprint:
+            return found  # not stored: it may be that of the key which has replaced this one
         if found is None:
             if workspace.configured_id is None:
                 raise SettingsError(

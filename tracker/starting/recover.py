@@ -164,7 +164,7 @@ class Recovery(Service):
         log.info("start.sent_again", key=held.key, technique_id=row.technique_id)
         try:
             await self.sender.send(workspace, held, deadline=SEARCH_SECONDS)
-        except (FloraError, StartError) as error:
+        except (FloraError, SettingsError, StartError) as error:
             log.warning("start.recovery_failed", key=held.key, error=str(error))
             return False
         return True

@@ -35,7 +35,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.core.waiting import repeat
 from tracker.flora.client import FloraClient, start_body
-from tracker.polling.workspaces import Workspace
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.matching import StartMatcher
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
@@ -83,7 +83,7 @@ class StartVerdict(Enum):
 def verdict_of(error: FloraError) -> StartVerdict:
     """What `error` says about the start that it answered."""
     match error:
-        case FloraUnreachable(may_have_acted=False):
+        case FloraUnreachable(may_have_acted=False) | _KeyReplaced():
             return StartVerdict.NOT_NOW
         case FloraRefusal(from_flora=False):
             return StartVerdict.DOUBT
@@ -105,6 +105,10 @@ def callback_token(client: FloraClient, workspace_id: str, key: str) -> str:
     content = json.dumps([workspace_id, key]).encode()
     digest = hmac.digest(client.key_fingerprint.encode(), content, "sha256")
     return base64.urlsafe_b64encode(digest[:24]).decode()
+
+
+class _KeyReplaced(FloraError):
+    """The API key was replaced, perhaps by another workspace's: nothing was sent with it."""
 
 
 class CallbackAddresses:
@@ -144,6 +148,7 @@ class CallbackAddresses:
 class StartSender:
     """Sends starts whose lease the caller holds."""
 
+    workspaces: Workspaces
     matcher: StartMatcher
     addresses: CallbackAddresses
     clock: Clock
@@ -151,10 +156,22 @@ class StartSender:
     async def send(self, workspace: Workspace, held: "HeldStart", *, deadline: float) -> Record:
         """Send a start, or send it again exactly as before; the run that it became.
 
-        `deadline` is in seconds, until the request is written. Raises `FloraError` or
-        `IdempotencyConflict` if nothing was started, `StartPending` if that is unknown, and
-        `StoreError`; the state is recorded before.
+        `deadline` is in seconds, until the request is written. If the API key is replaced
+        meanwhile, the new one is used, provided that it is of the same workspace. Raises
+        `FloraError` or `IdempotencyConflict` if nothing was started, `StartPending` if that is
+        unknown, `SettingsError` if the key is of another workspace, and `StoreError`; the state is
+        recorded before.
         """
+        while True:
+            try:
+                return await self._send(workspace, held, deadline)
+            except _KeyReplaced:
+                log.info("start.key_replaced", key=held.key)
+
+    async def _send(self, workspace: Workspace, held: "HeldStart", deadline: float) -> Record:
+        client = workspace.require_client()
+        api_key = client.key_fingerprint
+        await self.workspaces.id_of(workspace, wanted=held.row.workspace_slot, deadline=deadline)
         row = held.row
         in_doubt = not row.is_fresh
         url = row.callback_url if in_doubt else await self.addresses.of(row.callback_token)
@@ -162,14 +179,13 @@ class StartSender:
         body = row.request_body if in_doubt else None
         if not body:
             body = start_body(row.inputs, idempotency_key=held.key, callback_url=url)
-        client = workspace.require_client()
         try:
             seen = await client.start_run(
                 row.technique_id,
                 body=body,
                 idempotency_key=held.key,
                 deadline=deadline,
-                fence=partial(held.let_through, client, url, body),
+                fence=partial(held.let_through, client, api_key, url, body),
             )
         except FloraError as error:
             if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
@@ -264,13 +280,16 @@ class HeldStart:
         return self.row.workspace_slot, self.key
 
     async def let_through(
-        self, client: FloraClient, callback_url: str | None, request_body: str
+        self, client: FloraClient, api_key: str, callback_url: str | None, request_body: str
     ) -> None:
         """The fence, awaited directly before a request is written.
 
-        Raises `StartPending` if the lease has expired, however long this process or the machine was
+        Raises `_KeyReplaced` if the client's key is not the one with that fingerprint any more,
+        `StartPending` if the lease has expired, however long this process or the machine was
         suspended, and `StoreError` if that is unknown.
         """
+        if client.key_fingerprint != api_key:
+            raise _KeyReplaced("the API key was replaced while a start was sent")
         ahead, seconds = client.clock_offset, self.clock.seconds()
         row = await starts.mark_sent(
             self.database,
