@@ -9,7 +9,7 @@ item that shows no run leaves a hole in its page.
 """
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -108,7 +108,129 @@ def pages(
 
 def oldest(items: Sequence[Observation]) -> datetime | None:
     """The creation time of the oldest item, UTC; `None` if no item has one."""
-    return min((item.created_at for item in items if item.created_at), default=None)
+    return min(_times(items), default=None)
+
+
+class _Position:
+    """Where the next page begins, and how many items are asked for."""
+
+    def __init__(self) -> None:
+        self.cursor: str | None = None
+        self.offset: int | None = 0  # None if FLORA's cursors are no offsets
+        self.limit = PAGE_SIZE
+        self.shared: set[str] = set()
+        """Ids of the page before, if the next one must overlap it."""
+        self._skips = self._shifts = 0
+        self._passed: set[str] = set()
+        """Cursors that were followed, so that a circle shows."""
+        self._passed_before = 0
+        """How many there were when a cursor was refused."""
+
+    def move_to(self, offset: int) -> None:
+        self.cursor, self.offset = cursor_at(offset), offset
+
+    def follow(self, cursor: str | None) -> None:
+        """Read on at a cursor of FLORA's that is no offset."""
+        self.cursor, self.offset = cursor, None
+
+    def may_have_expired(self, error: FloraError) -> bool:
+        """Whether FLORA refuses the cursor itself; twice in one place, the page is bad."""
+        return (
+            self.offset is None
+            and len(self._passed) > self._passed_before
+            and isinstance(error, FloraRefusal)
+            and any(one.field == "cursor" for one in error.fields)
+        )
+
+    def restart(self) -> None:
+        """Go to the top of the list."""
+        self.move_to(0)
+        self.limit = PAGE_SIZE
+        self._passed_before = len(self._passed)
+        self._passed.clear()
+
+    def read_less(self) -> bool:
+        """Ask for half as many items; false where one alone was asked for."""
+        is_one = self.limit == 1
+        self.limit = max(1, self.limit // 2)
+        return not is_one
+
+    def skip_items(self, at_most: int) -> bool:
+        """Go past an unreadable item; false where there is no way, or after `at_most` in a row."""
+        if self.offset is None or self._skips == at_most:
+            return False
+        self._skips += 1
+        self.move_to(self.offset + (1 if self._skips <= 10 else 2 ** (self._skips - 10)))
+        self.shared = set()
+        return True
+
+    def step_back(self) -> None:
+        """Go up to where the items of the page before are now that the list has shifted."""
+        self._shifts += 1
+        if self._shifts > SHIFTS:
+            raise FloraUnreadable("the list changes faster than it can be read")
+        self.move_to(max(0, (self.offset or 0) - PAGE_SIZE * 2 ** (self._shifts - 1)))
+
+    def advance(self, page: HistoryPage, next_cursor: str) -> None:
+        """Go to what follows a page, or to its last items where the next page can overlap it."""
+        self._skips, self._shifts, self.shared = 0, 0, set()
+        following = offset_of(next_cursor)
+        if following is None or self.offset is None:
+            if next_cursor in self._passed:
+                raise flora.circular()
+            self._passed.add(next_cursor)
+            self.follow(next_cursor)
+        elif following <= self.offset:
+            raise flora.circular()
+        elif self.limit > 2 * OVERLAP and following - OVERLAP > self.offset:
+            self.shared = {item.run_id for item in page.items}
+            self.move_to(following - OVERLAP)
+        else:
+            self.move_to(following)
+        self.limit = min(2 * self.limit, PAGE_SIZE)
+
+
+class _Seam:
+    """How the next items join what was read."""
+
+    def __init__(self, *, from_top: bool) -> None:
+        self._edge: deque[datetime] = deque(maxlen=EDGE)
+        self._hole: Hole | None = None
+        self._unreadable: list[str] = []
+        self.begin(from_top=from_top)
+
+    def begin(self, *, from_top: bool) -> None:
+        """What follows joins nothing that was read; at the top of the list nothing is above it."""
+        self._from_top = from_top
+        self._edge.clear()
+
+    def open_hole(self, error: str, cursor: str | None) -> Hole:
+        """Something between what was read and what follows cannot be read."""
+        self._hole = self._hole or Hole(error=error, cursor=cursor)
+        self.begin(from_top=False)
+        return self._hole
+
+    def join(self, page: HistoryPage, shared: set[str], cursor: str | None) -> Iterator[WalkedPage]:
+        """The parts of the page to which `cursor` led, parted at what is unreadable."""
+        for part, reason in _parts(page, shared):
+            is_last = reason is None and page.next_cursor is None
+            if part or is_last:
+                times = _times(part)
+                self._edge.extend(times)
+                yield WalkedPage(
+                    items=part,
+                    unreadable=self._unreadable,
+                    floor=max(self._edge, default=None),
+                    is_last=is_last,
+                    from_top=self._from_top,
+                    ceiling=min(times[:EDGE]) - _INSTANT if self._hole and times else None,
+                    hole=self._hole,
+                    cursor=cursor if reason else page.next_cursor,
+                )
+                self._hole, self._unreadable = None, []
+            if reason is not None:
+                self._unreadable.append(reason)
+                self.open_hole(f"an item of the list cannot be read: {reason}", cursor)
 
 
 class HistoryWalk:
@@ -123,8 +245,7 @@ class HistoryWalk:
         self._client = client
         self._kind: RunType = kind
         self._stubborn = stubborn
-        self._cursor: str | None = None
-        self._offset: int | None = 0  # of the next page; None if cursors are no offsets
+        self._at = _Position()
 
     async def pages(
         self, *, below: datetime | None = None, cursor: str | None = None
@@ -136,92 +257,38 @@ class HistoryWalk:
         `FloraUnreadable` if cursors form a circle or the list changes faster than it is read, and
         what the client raises.
         """
+        at = self._at
         placed = below is not None and await self._go_to(below, cursor)
-        from_top, limit, skips, shifts = not placed, PAGE_SIZE, 0, 0
-        edge: deque[datetime] = deque(maxlen=EDGE)
-        hole: Hole | None = None
-        unreadable: list[str] = []
-        shared: set[str] = set()  # ids of the previous page, if this one must overlap it
-        cursors: set[str] = set()
-        restarted_after = 0  # so many cursors before the one that was refused
+        seam = _Seam(from_top=not placed)
         any_read = False
         while True:
             try:
-                page = await self._read(limit)
+                page = await self._read(at.limit)
             except FloraError as error:
                 if not self._concerns_page(error):
                     raise
-                refused = len(cursors) > restarted_after and _names_cursor(error)
-                if self._offset is None and (placed or refused):
-                    # The cursor has expired, perhaps. A second time in one place, the page is bad.
-                    self._offset, self._cursor, limit = 0, None, PAGE_SIZE
-                    placed, from_top, restarted_after = False, True, len(cursors)
-                    cursors.clear()
-                    edge.clear()
-                elif limit > 1:
-                    limit //= 2
-                else:
-                    hole = hole or Hole(error=str(error), cursor=self._cursor)
-                    if self._offset is None or skips == (SKIPS if any_read else FIRST_SKIPS):
+                if (placed and at.offset is None) or at.may_have_expired(error):
+                    at.restart()
+                    placed = False
+                    seam.begin(from_top=True)
+                elif not at.read_less():
+                    hole = seam.open_hole(str(error), at.cursor)
+                    if not at.skip_items(SKIPS if any_read else FIRST_SKIPS):
                         raise PageUnreadable(hole, error) from error
-                    skips += 1
-                    self._move_to(self._offset + (1 if skips <= 10 else 2 ** (skips - 10)))
-                    from_top = False
-                    shared.clear()
-                    edge.clear()
                 continue
-            times = [item.created_at for item in page.items if item.created_at]
-            if placed and below and self._offset and times and min(times[:EDGE]) < below:
-                self._move_to(0)  # the page begins too far down after all
-                placed, from_top = False, True
-                continue
-            ids = {item.run_id for item in page.items}
-            if shared and self._offset and shared.isdisjoint(ids) and not page.unreadable:
-                shifts += 1
-                if shifts > SHIFTS:
-                    raise FloraUnreadable("the list changes faster than it can be read")
-                self._move_to(max(0, self._offset - PAGE_SIZE * 2 ** (shifts - 1)))
-                continue
-            placed, any_read = False, True
-            cursor = self._cursor
-            for part, reason in _parts(page, shared):
-                is_last = reason is None and page.next_cursor is None
-                if part or is_last:
-                    times = [item.created_at for item in part if item.created_at]
-                    edge.extend(times)
-                    yield WalkedPage(
-                        items=part,
-                        unreadable=unreadable,
-                        floor=max(edge, default=None),
-                        is_last=is_last,
-                        from_top=from_top,
-                        ceiling=min(times[:EDGE]) - _INSTANT if hole and times else None,
-                        hole=hole,
-                        cursor=cursor if reason else page.next_cursor,
-                    )
-                    hole, unreadable = None, []
-                if reason is not None:
-                    unreadable.append(reason)
-                    why = f"an item of the list cannot be read: {reason}"
-                    hole = hole or Hole(error=why, cursor=cursor)
-                    from_top = False
-                    edge.clear()
-            if page.next_cursor is None:
-                return
-            skips, shifts, shared = 0, 0, set()
-            following = offset_of(page.next_cursor)
-            if following is None or self._offset is None:
-                if page.next_cursor in cursors:
-                    raise flora.circular()
-                cursors.add(page.next_cursor)
-                self._offset, self._cursor = None, page.next_cursor
-            elif following <= self._offset:
-                raise flora.circular()
+            if placed and below and at.offset and _begins_below(page, below):
+                at.move_to(0)
+                placed = False
+                seam.begin(from_top=True)
+            elif at.offset and at.shared and _has_shifted(page, at.shared):
+                at.step_back()
             else:
-                overlaps = limit > 2 * OVERLAP and following - OVERLAP > self._offset
-                shared = ids if overlaps else set()
-                self._move_to(following - OVERLAP if overlaps else following)
-            limit = min(2 * limit, PAGE_SIZE)
+                placed, any_read = False, True
+                for part in seam.join(page, at.shared, at.cursor):
+                    yield part
+                if page.next_cursor is None:
+                    return
+                at.advance(page, page.next_cursor)
 
     async def _go_to(self, below: datetime, cursor: str | None) -> bool:
         """Go to the newest run older than `below`; false if the walk has to begin at the top.
@@ -230,7 +297,7 @@ class HistoryWalk:
         """
         guess = 0 if cursor is None else offset_of(cursor)
         if guess is None:
-            self._offset, self._cursor = None, cursor
+            self._at.follow(cursor)
             return True
         low, high, step = 0, None, PAGE_SIZE
         at = max(0, guess - 2 * EDGE)
@@ -248,22 +315,19 @@ class HistoryWalk:
                 raise
             if cursor is None:
                 low = 0  # FLORA's cursors may not be offsets
-        self._move_to(max(0, low - EDGE))
-        return self._offset != 0
+        self._at.move_to(max(0, low - EDGE))
+        return self._at.offset != 0
 
     async def _is_newer(self, offset: int, moment: datetime) -> bool:
-        self._move_to(offset)
+        self._at.move_to(offset)
         page = await self._read(1)
         created_at = page.items[0].created_at if page.items else None
         return created_at is not None and created_at > moment
 
-    def _move_to(self, offset: int) -> None:
-        self._offset, self._cursor = offset, cursor_at(offset)
-
     async def _read(self, limit: int) -> HistoryPage:
         page = await self._client.history(
             kind=self._kind,
-            cursor=self._cursor,
+            cursor=self._at.cursor,
             limit=limit,
             deadline=RETRY_SECONDS if self._stubborn else None,
         )
@@ -278,9 +342,19 @@ class HistoryWalk:
         return isinstance(error, FloraUnreadable) or stubborn
 
 
-def _names_cursor(error: FloraError) -> bool:
-    """Whether FLORA refuses the cursor itself, as one that has expired."""
-    return isinstance(error, FloraRefusal) and any(one.field == "cursor" for one in error.fields)
+def _begins_below(page: HistoryPage, moment: datetime) -> bool:
+    """Whether a page begins too far down after all."""
+    first = _times(page.items)[:EDGE]
+    return bool(first) and min(first) < moment
+
+
+def _has_shifted(page: HistoryPage, shared: set[str]) -> bool:
+    """Whether a page lacks all that it should share with the page before."""
+    return shared.isdisjoint(item.run_id for item in page.items) and not page.unreadable
+
+
+def _times(items: Iterable[Observation]) -> list[datetime]:
+    return [item.created_at for item in items if item.created_at]
 
 
 def _parts(page: HistoryPage, shared: set[str]) -> list[tuple[list[Observation], str | None]]:
