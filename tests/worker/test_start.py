@@ -17,6 +17,7 @@ from tracker.core.errors import (
     IdempotencyConflict,
     StartPending,
     StartUnresolved,
+    StoreUnavailable,
 )
 from tracker.core.observation import Source
 from tracker.flora.client import start_body
@@ -248,6 +249,27 @@ async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
     started = await services.starter.start(request())
     assert not started.replayed
     assert started.record.run.run_id != foreign.run_id
+
+
+async def test_a_refusal_that_is_not_stored_is_not_told(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in doubt in the database is sent again: who heard that nothing was started could
+    start it anew, and would pay twice."""
+    flora.world.options = replace(flora.world.options, credits=0.0)
+
+    async def mark(*given: Any, **named: Any) -> None:
+        raise StoreUnavailable("the database does not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(starts, "mark", mark)
+        with pytest.raises(StartPending):
+            await services.starter.start(request(), wait_in_doubt=False)
+    flora.world.options = replace(flora.world.options, credits=None)
+    clock.move(200)
+    assert await services.recovery.recover() == 1
+    again = await services.starter.start(request())
+    assert (again.replayed, list(flora.world.runs)) == (True, [again.record.run.run_id])
 
 
 async def test_a_fault_is_logged_when_the_caller_has_gone(

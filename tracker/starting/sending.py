@@ -202,16 +202,18 @@ class StartSender:
             return error
         kept, verdict = _as_kept(error), verdict_of(error)
         if not in_doubt:
+            state: StartState | None = None
+            outcome: Exception = error
             match verdict:
                 case StartVerdict.REFUSED:
-                    await held.record(StartState.REFUSED, kept)
-                    return error
+                    state = StartState.REFUSED
                 case StartVerdict.NOT_NOW:
-                    await held.record(StartState.STORED, kept)
-                    return error
+                    state = StartState.STORED
                 case StartVerdict.KEY_KNOWN if kept.get("status") == 422:
-                    await held.record(StartState.REFUSED, kept)
-                    return known_to_flora(held.key)
+                    state, outcome = StartState.REFUSED, known_to_flora(held.key)
+            if state is not None:
+                # One that is not stored leaves the start in doubt, and it is sent again later.
+                return outcome if await held.record(state, kept) else pending(held.key)
         if verdict is StartVerdict.KEY_KNOWN or held.row.is_known_to_flora:
             kept |= {"conflict": True}
         if held.row.excluded_runs:
