@@ -23,6 +23,7 @@ from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting.batch_launch import Order
 from tracker.starting.sheet import read_csv
+from tracker.starting.start import Started
 from tracker.store import schema
 from tracker.store.queries import audit, batches
 from tracker.worker.scheduler import Worker
@@ -309,6 +310,45 @@ async def test_a_launch_goes_on_when_the_key_is_right_again(serve: Serve, sqlite
         await eventually(waits, timeout=30)
         flora.world.options = replace(flora.world.options, api_key=key)
         await passed.sleep(600)  # longer than a refused key is held back
+
+        async def goes_on() -> bool:
+            await works.launch_due()
+            return not (await shown(site, made["batch_id"]))["launching"]
+
+        await eventually(goes_on, timeout=30)
+        done = await shown(site, made["batch_id"])
+        assert (done["started"], done["stopped"], len(flora.world.runs)) == (5, None, 5)
+
+
+@pytest.mark.both_databases
+async def test_rows_that_met_a_refused_key_are_started_too(serve: Serve, database_url: str) -> None:
+    """The key is replaced while rows are started: with the new one all of them are."""
+    passed = PassedTime()
+    async with (
+        working(serve, database_url, worker=False) as (site, flora),
+        client_by(passed, flora) as client,
+    ):
+        (workspace,) = site.services.workspaces
+        works, begin = site.services.batch_worker, site.services.starter.start
+        works.go_on_after, works.concurrency = timedelta(seconds=0.2), 1
+        made = await create(site, 201)
+        workspace.client = client
+
+        async def begin_and_replace(*order: Any, **more: Any) -> Started:
+            started = await begin(*order, **more)
+            flora.world.options = replace(flora.world.options, api_key="sk_test_new")
+            return started
+
+        site.services.starter.start = begin_and_replace  # type: ignore[method-assign]
+
+        async def waits() -> bool:
+            await works.launch_due()
+            return "401" in str((await shown(site, made["batch_id"]))["stopped"])
+
+        await eventually(waits, timeout=30)
+        site.services.starter.start = begin  # type: ignore[method-assign]
+        assert [one["status"] for one in await rows_of(site, made["batch_id"])][1] == "refused"
+        client.rotate_key("sk_test_new")
 
         async def goes_on() -> bool:
             await works.launch_due()

@@ -33,7 +33,7 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.polling.workspaces import Service
 from tracker.starting.batch import Batches
-from tracker.starting.batch_launch import BatchLaunch, Order
+from tracker.starting.batch_launch import ABOUT_THE_ROW, BatchLaunch, Order
 from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.store.queries import batches
 from tracker.store.queries.audit import Principal, acting
@@ -210,12 +210,12 @@ def _is_passing(stopped: TrackerError) -> bool:
 
 
 def _was_tried(row: RowState, *, since: datetime) -> bool:
-    """Whether a row could not be started since then."""
+    """Whether a row could not be started since then, for a reason of its own."""
     start = row.start
-    refused = start is not None and start.state is StartState.REFUSED
-    return row.error is not None or (
-        refused and start is not None and start.sent_at is not None and start.sent_at >= since
-    )
+    if row.error is not None or start is None or start.state is not StartState.REFUSED:
+        return row.error is not None
+    refused = (start.error or {}).get("status") in ABOUT_THE_ROW
+    return refused and start.sent_at is not None and start.sent_at >= since
 
 
 def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
