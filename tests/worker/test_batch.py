@@ -15,6 +15,7 @@ from tests.support.clocks import HandClock, PassedTime
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, client_by, reads_of
 from tests.worker.test_poll import poll_to_the_end
+from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import (
     DefinitionChanged,
     FloraRefusal,
@@ -30,7 +31,7 @@ from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.batch import BatchOutcome, BatchProgress
 from tracker.starting.batch_rows import BatchPlan, Retry, RowState
-from tracker.starting.sheet import SheetRefused, read_csv
+from tracker.starting.sheet import SheetRefused, read_csv, sheet_of_objects
 from tracker.starting.start import Started, fingerprint
 from tracker.store import schema as tables
 from tracker.store.queries import batches, starts
@@ -416,6 +417,60 @@ async def test_a_batch_stops_where_quotes_reach_the_most_it_may_cost(
     )
     assert isinstance(outcome.stopped, MaxCostReached)
     assert len(begun(flora)) == (8 if quote == 1.0 else 2)
+
+
+async def test_a_start_that_was_in_doubt_counts_towards_the_most_it_may_cost(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Once it is a run, and if nobody knows what it became."""
+    async with make_flora(gateway_starts=1.0, gateway_works=0.0, keys_released=True) as flora:
+        services = await open_on(flora)
+        services.batches.budget_every = timedelta(seconds=0.1)
+        budgets, fits = Budgets(others=(Budget(usd=Decimal("0.5"), period=Period.DAY),)), Budgets()
+        services.starter.budgets = budgets
+        planned = await plan(services, *(f"icon {number}" for number in range(5)))
+        seen: list[BatchProgress] = []
+        working = asyncio.create_task(
+            services.batches.run(
+                planned,
+                concurrency=1,
+                wait=True,
+                on_progress=seen.append,
+                max_cost=Decimal("2.0"),
+                wait_for_budget=True,
+            )
+        )
+        # Two starts are in doubt, and the others wait for the budget.
+        await eventually(lambda: seen and (seen[-1].doubt, seen[-1].left) == (2, 3))
+        flora.world.options = replace(
+            flora.world.options, gateway_starts=0.0, quotes=1.0, quote_factor=4.0
+        )
+        clock.move(200)
+        await eventually(lambda: seen[-1].doubt == 0 and seen[-1].counts.started == 2)
+        services.starter.budgets = fits
+        clock.move(1)
+        await poll_to_the_end(services, clock, within=600)
+        outcome = await working
+        assert isinstance(outcome.stopped, MaxCostReached)
+        assert len(flora.world.runs) == 2
+
+
+async def test_each_run_of_a_start_counts_towards_the_most_it_may_cost(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """FLORA's answer names the first alone, with its quote."""
+    async with make_flora(run_per_value=True, quotes=1.0, quote_factor=2.0) as flora:
+        services = await open_on(flora)
+        link = "https://a.example/{}.png".format
+        rows = [{"image": [link(n), link("b"), link("c")], "reference": link(0)} for n in range(4)]
+        sheet = sheet_of_objects(enumerate(rows, start=1))
+        planned, _ = await services.batches.plan("color-transfer", sheet, name="colours")
+        assert planned.cost == Decimal("1.2")
+        outcome = await services.batches.run(
+            planned, concurrency=1, wait=False, on_progress=silent, max_cost=Decimal("1.3")
+        )
+        assert isinstance(outcome.stopped, MaxCostReached)
+        assert (outcome.counts.started, len(flora.world.runs)) == (2, 6)
 
 
 async def test_an_input_of_several_values_is_several_runs(

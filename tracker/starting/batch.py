@@ -7,7 +7,7 @@ all have ended. After an interruption the next plan of the same sheet resumes th
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -79,11 +79,12 @@ class Batches(BatchPlanner):
         order: Order,
         *,
         concurrency: int,
-        spent: Mapping[str, Decimal] | None = None,
+        counted: Sequence[RowState] = (),
         wait: bool = True,
     ) -> BatchLaunch:
-        """The launch of a plan. `concurrency` is how many rows are started at a time, `spent` what
-        counts against the order's maximum already, in USD by run; `wait` waits for starts in doubt.
+        """The launch of a plan. `concurrency` is how many rows are started at a time, `counted`
+        are rows whose runs count against the order's maximum already; `wait` waits for starts in
+        doubt.
 
         Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
         and the price could not be read.
@@ -102,7 +103,7 @@ class Batches(BatchPlanner):
             clock=self.clock,
             sleep=self.sleep,
             concurrency=concurrency,
-            spent=spent,
+            counted=counted,
             wait=wait,
             budget_every=self.budget_every,
         )

@@ -13,7 +13,7 @@ others are started, and its outcome is waited for at the end.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -38,6 +38,8 @@ from tracker.core.errors import (
 )
 from tracker.core.formatting import money
 from tracker.core.log import get_logger
+from tracker.core.record import Record
+from tracker.flora.technique import runs_of
 from tracker.polling.workspaces import Workspace
 from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.starting.recover import Recovery
@@ -118,8 +120,8 @@ class Order:
 class BatchLaunch:
     """Starts the missing rows of a plan, for a command or in a worker.
 
-    `spent` counts against the order's maximum already, in USD by run. `wait` waits for starts in
-    doubt. `errors` are why rows could not be started, by position; `stopped` is what ended the
+    `counted` are rows whose runs count against the order's maximum already. `wait` waits for starts
+    in doubt. `errors` are why rows could not be started, by position; `stopped` is what ended the
     launch early; `over_budget` is why no row begins now, if it is to wait for a budget.
     """
 
@@ -132,12 +134,12 @@ class BatchLaunch:
     recovery: Recovery
     concurrency: int
     clock: Clock
-    spent: InitVar[Mapping[str, Decimal] | None] = None
+    counted: InitVar[Sequence[RowState]] = ()
     wait: bool = True
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     budget_every: timedelta = BUDGET_EVERY
 
-    def __post_init__(self, spent: Mapping[str, Decimal] | None) -> None:
+    def __post_init__(self, counted: Sequence[RowState]) -> None:
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
         self._queue: deque[RowState] = deque()
@@ -146,12 +148,16 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._spent = dict(spent or {})
+        self._spent: dict[str, Decimal] = {}
+        self._rows: dict[str, RowState] = {}
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self.broken_off = False
         self.errors: dict[int, str] = {}
         self.stopped: TrackerError | None = None
+        for row in counted:
+            if row.record is not None:
+                self._count(row, row.record)
         for row in self.plan.missing:
             if row.start is not None and row.start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
@@ -243,9 +249,13 @@ class BatchLaunch:
                 if not self._over:
                     self._queue.append(row)
             elif found.state is StartState.STARTED:
-                del self._doubt[key]
+                started = await read.get_run(self.database, found.run_id or "")
+                row = self._doubt.pop(key)
+                if started is not None:
+                    self._count(row, started)
             elif found.state is StartState.UNRESOLVED:
                 row = self._doubt.pop(key)
+                self._spent[key] = self.plan.cost_of(row) or Decimal(0)  # it may have been paid
                 self.errors[row.entry.position] = "it is not known whether it was started"
 
     async def _work(self) -> None:
@@ -294,10 +304,23 @@ class BatchLaunch:
         """Read what the runs of this command were charged so far."""
         if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
             return
-        for run_id, record in (await read.get_runs(self.database, list(self._spent))).items():
-            if record.cost_final or record.run.charged_cost is not None:
-                self._spent[run_id] = record.run.charged_cost or Decimal(0)
+        for run_id, record in (await read.get_runs(self.database, list(self._rows))).items():
+            self._count(self._rows[run_id], record)
         self._charges_read_at = time.monotonic()
+
+    def _count(self, row: RowState, record: Record) -> None:
+        """Count what a row costs by its first run: its charge, or what it may cost until then.
+
+        FLORA's answer to a start of several runs names no other; these count as much, at least
+        their price.
+        """
+        run, price = record.run, record.reserved_cost or self.plan.technique.run_cost or Decimal(0)
+        cost = run.charged_cost
+        if cost is None:
+            cost = Decimal(0) if record.cost_final else max(run.quoted_cost or price, price)
+        others = runs_of(self.plan.technique, row.inputs or []) - 1
+        self._spent[run.run_id] = cost + others * max(cost, price)
+        self._rows[run.run_id] = row
 
     async def _start(self, row: RowState) -> None:
         key, workspace_id = row.entry.key, self.plan.batch.workspace_slot
@@ -339,9 +362,7 @@ class BatchLaunch:
             self.over_budget = None
             self._worked_at = time.monotonic()
             self._silent.clear()
-            quoted = started.record.run.quoted_cost or Decimal(0)
-            cost = self.plan.cost_of(row) or Decimal(0)
-            self._spent[started.record.run.run_id] = max(quoted, cost)
+            self._count(row, started.record)
 
     def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""

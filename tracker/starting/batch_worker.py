@@ -14,7 +14,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from decimal import Decimal
 from typing import Final
 
 from tracker.core.clock import boot_seconds
@@ -146,7 +145,7 @@ class BatchWorker(Service):
                     plan,
                     order,
                     concurrency=self.concurrency,
-                    spent=_spent(plan, order.ordered_at),
+                    counted=_started(plan, order.ordered_at),
                 )
                 log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
                 await self._run(batch, launch)
@@ -218,15 +217,10 @@ def _was_tried(row: RowState, *, since: datetime) -> bool:
     return refused and start.sent_at is not None and start.sent_at >= since
 
 
-def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
-    """The prices or charges of the rows that were started since then, in USD by run."""
-    found = {}
-    for row in plan.rows:
-        if row.start is None or row.record is None or (row.start.sent_at or since) < since:
-            continue
-        run = row.record.run
-        cost = run.charged_cost
-        if cost is None and not row.record.cost_final:
-            cost = max(run.quoted_cost or Decimal(0), row.record.reserved_cost or Decimal(0))
-        found[run.run_id] = cost or Decimal(0)
-    return found
+def _started(plan: BatchPlan, since: datetime) -> list[RowState]:
+    """The rows that were started since then."""
+    return [
+        row
+        for row in plan.rows
+        if row.start is not None and row.started and (row.start.sent_at or since) >= since
+    ]
