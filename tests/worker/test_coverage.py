@@ -519,6 +519,25 @@ async def test_generations_that_are_refused_stop_nothing_else(
             assert len(looked) == 1, "it is read once a day"
 
 
+@pytest.mark.both_databases
+@pytest.mark.parametrize("code", ["paid_plan_required", "not_found", "internal_error"])
+async def test_technique_runs_that_are_refused_stop_no_generations(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry, code: str
+) -> None:
+    """Where FLORA lists no technique runs, generations are swept, and the sweep has the error."""
+    async with make_flora(history_generations=1) as flora:
+        services = await open_on(flora)
+        hurry(services, flora)
+        assert (await sweep(services)).discovered == 1
+        flora.world.change({"refuse": {"runs.list": code}})
+        clock.move(300)
+        generation = flora.start_generation()
+        report = await sweep(services)
+        assert code in str(report.error)
+        assert (report.discovered, report.generations_error) == (1, None)
+        assert generation.run_id in await known(services)
+
+
 WRONG = [{"clock_offset": 21_600}, {"date_offset": 21_600}, {"date_offset": 251_619_393_000}]
 
 

@@ -25,6 +25,9 @@ from tracker.core.errors import (
     FloraError,
     FloraRefusal,
     FloraUnreachable,
+    FloraUnreadable,
+    KeyRefused,
+    RateLimited,
     ServerFault,
     SettingsError,
     StoreError,
@@ -190,14 +193,20 @@ class _Sweep:
         report.error = "it was interrupted"
         # While the lease was waited for, another process may have finished its sweep.
         self._started_at, began = self._clock(), self._sweeper.clock.seconds()
+        refused = None
         try:
-            await self._sweep_kind("technique")
-            # These pages have shown what a round of polling would have read them for.
-            self._sweeper.coalescer.add(
-                self._workspace.slot, report.pages, began=began, complete=True
-            )
+            try:
+                await self._sweep_kind("technique")
+                # These pages have shown what a round of polling would have read them for.
+                self._sweeper.coalescer.add(
+                    self._workspace.slot, report.pages, began=began, complete=True
+                )
+            except FloraError as failure:
+                if not _concerns_list(failure):
+                    raise
+                refused = str(failure)
             await self._sweep_generations()
-            report.error = None
+            report.error = refused
         except (FloraError, SettingsError, StoreError) as failure:
             report.error = str(failure)
         except Exception as failure:
@@ -441,6 +450,13 @@ class _Sweep:
         except StoreError as failure:
             report.error = report.error or str(failure)
             log.error("sweep.log_failed", workspace_id=report.workspace_id, error=str(failure))
+
+
+def _concerns_list(error: FloraError) -> bool:
+    """Whether the error is about the list that was asked for, so that the other can be read."""
+    if isinstance(error, FloraRefusal):
+        return error.from_flora and not isinstance(error, KeyRefused | RateLimited)
+    return isinstance(error, FloraUnreadable) and not error.silent
 
 
 @dataclass(slots=True, kw_only=True)
