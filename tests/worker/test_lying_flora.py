@@ -267,6 +267,37 @@ async def test_a_poll_url_of_another_run_does_not_hide_this_one(
     assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
 
 
+ELSEWHERE = {
+    "a page for people": _http(b"<html>a run</html>"),
+    "no such page": _http(b"<html>404</html>", status="404 Not Found"),
+    "a redirect": _http(b"", status="302 Found\r\nlocation: /login"),
+    "a fault": _http({"error": {"code": "internal_error"}}, status="500 Internal Server Error"),
+    "no session": _http({"error": {"code": "unauthorized"}}, status="401 Unauthorized"),
+    "no access": _http({"error": {"code": "forbidden"}}, status="403 Forbidden"),
+}
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+async def test_a_poll_url_that_leads_past_the_api_hides_no_run(
+    services: Services, liar: Liar, clock: HandClock, elsewhere: str
+) -> None:
+    """Whatever answers a `poll_url` on FLORA's origin in place of the API, the run is read another
+    way, and neither the key nor FLORA is blamed."""
+
+    def answer(path: str) -> bytes:
+        liar.asked.append(path)
+        return ELSEWHERE[elsewhere] if path.startswith("/app/") else _http(ENDED)
+
+    liar.answer = answer  # type: ignore[method-assign]
+    await services.tracker.track("run_1", technique="tech_1", poll_url="/app/runs/run_1")
+    record = await look(services, clock)
+    assert liar.asked[0] == "/app/runs/run_1"
+    assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
+    [workspace] = services.workspaces
+    assert not workspace.require_client().breaker.open
+    assert services.poller.readable() == [workspace]
+
+
 async def test_a_rate_limit_of_minutes_costs_nothing_but_the_minutes(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:

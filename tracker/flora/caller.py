@@ -111,7 +111,8 @@ class FloraCall:
 
     `endpoint` is the pattern of the URL, for people and metrics. `spends` marks a call that costs
     money; `lists` an unfiltered list, which any good key may read at the right base URL; `fresh` a
-    read of a run that has just ended. `fence` is awaited after every wait, directly before the
+    read of a run that has just ended; `is_foreign` a URL from outside, which is tried once, and
+    whose 401 need not be about the key. `fence` is awaited after every wait, directly before the
     request is written, and prevents that by raising; the answer is then waited for
     `answer_seconds`, whatever the deadline of the call.
     """
@@ -124,6 +125,7 @@ class FloraCall:
     spends: bool = False
     lists: bool = False
     fresh: bool = False
+    is_foreign: bool = False
     fence: Callable[[], Awaitable[None]] | None = None
     answer_seconds: float | None = None
 
@@ -399,7 +401,7 @@ class Caller:
             self.breaker.accepted()
             if was_open:
                 log.info("flora.key_accepted")
-        elif isinstance(refusal, KeyRefused):
+        elif isinstance(refusal, KeyRefused) and not call.is_foreign:
             self.breaker.refused(refusal)
             if not was_open:
                 log.error(
@@ -417,7 +419,8 @@ def _repeatable(call: FloraCall, error: FloraError) -> bool:
         case FloraUnreachable():
             return not (call.spends and error.may_have_acted)
         case FloraRefusal():
-            return not call.spends and (error.status >= 500 or error.status == 408)
+            once = call.spends or call.is_foreign  # what that shows is read another way
+            return not once and (error.status >= 500 or error.status == 408)
     return False
 
 

@@ -34,8 +34,10 @@ from tracker.core.contact import ContactState, OngoingTrouble, Trouble
 from tracker.core.errors import (
     FieldFault,
     FloraError,
+    FloraRefusal,
     FloraUnreadable,
     InvalidRequest,
+    KeyRefused,
     NotFound,
     SettingsError,
 )
@@ -303,10 +305,19 @@ class FloraClient:
         """The run of a `poll_url`.
 
         Raises `PollUrlRefused`, before anything is sent, if that is on another origin than the base
-        URL: it comes from outside, and the request carries the key.
+        URL: it comes from outside, and the request carries the key. It may lead to something else
+        than the API: a 5xx, a 401 and what is not FLORA's answer say nothing about FLORA or the
+        key, and raise `FloraUnreadable`.
         """
         url = self._urls.follow(poll_url)
-        return await self._read_run("GET poll_url", url, run_id, deadline, fresh)
+        try:
+            return await self._read_run(
+                "GET poll_url", url, run_id, deadline, fresh, is_foreign=True
+            )
+        except (FloraRefusal, FloraUnreadable) as error:
+            if not (error.silent or isinstance(error, KeyRefused)):
+                raise
+            raise FloraUnreadable(f"the poll_url does not show the run: {error}") from error
 
     async def history(
         self,
@@ -366,8 +377,9 @@ class FloraClient:
         fresh: bool,
         *,
         run_type: str | None = None,
+        is_foreign: bool = False,
     ) -> Observation:
-        call = FloraCall(endpoint=endpoint, url=url, fresh=fresh)
+        call = FloraCall(endpoint=endpoint, url=url, fresh=fresh, is_foreign=is_foreign)
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(
             self._reader(answer, source=Source.POLL, expect_run_id=run_id, run_type=run_type)
