@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import sqlite3
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,34 @@ async def test_another_file_in_its_place_is_the_database_from_then_on(
         (tmp_path / "new.db").rename(path)
         await writer.submit(callback("run_after"))
         assert set(await receipts(db)) == {"whd_run_before", "whd_run_after"}
+
+
+async def test_the_log_of_the_file_before_is_not_written_into_another(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """SQLite finds the log by its name: it would make a mixture of both files, and a backup that
+    was put back would be lost. It is kept, since commits may be in it alone."""
+    path, old, backup = (tmp_path / f"{name}.db" for name in ("tracker", "old", "backup"))
+    async with await Database.open(sqlite_url) as db, open_writer(db) as writer:
+        for number in range(40):
+            await writer.submit(callback(f"run_gone_{number}"))
+        await db.execute(text("DELETE FROM run_events"))
+        with closing(sqlite3.connect(path)) as one:
+            one.execute("DELETE FROM deliveries")
+            one.commit()
+            one.execute(f"VACUUM INTO '{backup}'")  # other pages than in the log
+        await writer.submit(callback("run_last"))
+        await asyncio.gather(*(receipts(db) for _ in range(3)))  # readers with connections
+        path.rename(old)
+        backup.rename(path)
+        await writer.submit(callback("run_after"))
+        for _ in range(4):
+            assert set(await receipts(db)) == {"whd_run_after"}
+        assert await db.fetchval(text("PRAGMA integrity_check")) == "ok"
+    (log,) = tmp_path.glob("tracker.db-wal.*")
+    log.rename(tmp_path / "old.db-wal")
+    async with await Database.open(f"sqlite:///{old}") as db:
+        assert set(await receipts(db)) == {"whd_run_last"}
 
 
 async def test_a_file_that_is_exchanged_again_and_again_is_unavailable(

@@ -36,6 +36,7 @@ from tracker.store.errors import (
 )
 from tracker.store.postgres import connect_postgres
 from tracker.store.sqlite import (
+    SqliteFile,
     SqliteThread,
     check_connections,
     sqlite_migration_engine,
@@ -92,8 +93,9 @@ class Database:
         if times is not None:
             parsed = replace(parsed, times=times)
         if parsed.dialect == "sqlite":
-            reading = sqlite_read_engine(parsed, **_COMMON)
-            return cls(parsed, reading, SqliteThread(parsed, **_COMMON))
+            file = SqliteFile(parsed.path)
+            reading = sqlite_read_engine(parsed, file, **_COMMON)
+            return cls(parsed, reading, SqliteThread(parsed, file, **_COMMON))
         # A pool each, so that reads leave connections for writes. `send` keeps one.
         # A write finds rows by their keys: its statements are planned once, and a plan for a small
         # table would go on to read all of it when it is large. Reads join by keys alone: for a

@@ -3,6 +3,9 @@
 A file can be removed or replaced while connections to it are open; they would go on writing where
 nothing is read any more. So a connection is used only while the path still names the file that it
 opened, and a commit counts only if it still does afterwards. Only migrations create a file.
+
+The write-ahead log beside it is found by its name alone, and belongs to the file that is gone:
+SQLite would write its pages into the new one. So it is moved away first.
 """
 
 import asyncio
@@ -15,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 from weakref import WeakSet
@@ -62,13 +65,62 @@ def only_service(url: str) -> Iterator[None]:
         yield
 
 
+FileId = tuple[int, int] | None
+"""The file that a path names at one moment, by device and number; `None` for none."""
+
+
+class SqliteFile:
+    """The file at `path`, which may be replaced by another, and the log beside it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = Lock()
+        self._used: FileId = None
+        self._log: FileId = None  # of the file in use
+        self._log_path = ""
+
+    def now(self) -> FileId:
+        """The file that is there now."""
+        return _file_id(self.path)
+
+    def used(self, opened: FileId) -> None:
+        """Note the log of a file that was just used."""
+        found = _file_id(self._log_path)
+        with self._lock:
+            if opened is not None and self.now() == opened:
+                self._used, self._log = opened, found
+
+    def about_to_open(self) -> FileId:
+        """The file that is there, without the log of the one that was there before. Raises
+        `OSError` if that cannot be moved away."""
+        with self._lock:
+            found = self.now()
+            if found is None or found == self._used:
+                return found
+            path = self._log_path = f"{os.path.realpath(self.path)}-wal"
+            if self._log is not None and _file_id(path) == self._log:
+                away = f"{path}.{self._log[1]}"
+                os.rename(path, away)
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{path.removesuffix('wal')}shm")  # the index of that log
+                log.warning("database.replaced", path=self.path, log=away, advice=_REPLACED)
+            self._used, self._log = found, None
+            return found
+
+
+_REPLACED: Final = (
+    "the last commits to the file that was there before may be in this log alone: keep both "
+    "together, or delete both. Stop the tracker before you replace its file"
+)
+
+
 class SqliteThread:
     """Runs write transactions in one thread, over one connection: SQLite has a single writer."""
 
-    def __init__(self, url: DatabaseUrl, **options: Any) -> None:
-        self._path = url.path
+    def __init__(self, url: DatabaseUrl, file: SqliteFile, **options: Any) -> None:
+        self._file = file
         self._times = url.times
-        self.engine = _write_engine(url, **options)
+        self.engine = _write_engine(url, file, **options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
 
     async def run(self, work: Callable[[Connection], T]) -> T:
@@ -105,8 +157,8 @@ class SqliteThread:
         return rows
 
     def _check_file(self, opened: object) -> None:
-        if _file_id(self._path) != opened:
-            raise StoreUnavailable(f"the database's file is not at {self._path} any more")
+        if self._file.now() != opened:
+            raise StoreUnavailable(f"the database's file is not at {self._file.path} any more")
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
@@ -135,7 +187,7 @@ def driver_execute(connection: Connection) -> Callable[[str, Sequence[Any]], Any
     return execute
 
 
-def sqlite_read_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
+def sqlite_read_engine(url: DatabaseUrl, file: SqliteFile, **options: Any) -> AsyncEngine:
     """An engine whose connections cannot write."""
     engine = create_async_engine(
         _file_url("sqlite+aiosqlite", url),
@@ -144,7 +196,7 @@ def sqlite_read_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
         **options,
     )
     _begin(engine.sync_engine, "BEGIN")
-    _check_file(engine.sync_engine, url.path)
+    _check_file(engine.sync_engine, file)
     return engine
 
 
@@ -220,7 +272,7 @@ def _create(file: Path) -> None:
         os.close(descriptor)
 
 
-def _write_engine(url: DatabaseUrl, **options: Any) -> Engine:
+def _write_engine(url: DatabaseUrl, file: SqliteFile, **options: Any) -> Engine:
     engine = create_engine(_file_url("sqlite", url), pool_size=1, max_overflow=0, **options)
     pragmas = (
         *_DURABLE,
@@ -238,7 +290,7 @@ def _write_engine(url: DatabaseUrl, **options: Any) -> Engine:
 
     # Take the lock at once: a transaction that reads before it writes may fail.
     _begin(engine, "BEGIN IMMEDIATE")
-    _check_file(engine, url.path)
+    _check_file(engine, file)
     return engine
 
 
@@ -277,22 +329,25 @@ def _begin(engine: Engine, begin: str) -> None:
         driver_execute(connection)(begin, ())
 
 
-def _check_file(engine: Engine, path: str) -> None:
-    """Use no connection to a file that is not at `path` any more."""
+def _check_file(engine: Engine, file: SqliteFile) -> None:
+    """Use no connection to a file that is not at its path any more."""
 
     @event.listens_for(engine, "do_connect")
     def connecting(_dialect: object, record: Any, *_: object) -> None:
         # Before it is opened: if it is replaced meanwhile, the connection is made again.
-        record.info["file"] = _file_id(path)
+        record.info["file"] = file.about_to_open()
+
+    @event.listens_for(engine, "checkin")
+    def used(_: object, record: Any) -> None:
+        file.used(record.info.get("file"))
 
     def is_the_file(_: object, record: Any) -> bool:
-        return bool(record.info["file"] == _file_id(path))
+        return bool(record.info["file"] == file.now())
 
-    check_connections(engine, is_the_file, f"there is another file at {path} each time")
+    check_connections(engine, is_the_file, f"there is another file at {file.path} each time")
 
 
-def _file_id(path: str) -> tuple[int, int] | None:
-    """The file that a path names at this moment; `None` for none."""
+def _file_id(path: str) -> FileId:
     try:
         found = os.stat(path)
     except OSError:
