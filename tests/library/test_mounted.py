@@ -25,6 +25,7 @@ from tests.support.forked import ForkedPython
 from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tests.web.callbacks import event, signed
 from tests.web.mounting import plain_uvicorn
+from tracker import Tracker
 from tracker.errors import TrackerNotOpen
 from tracker.simulator import Simulator
 
@@ -363,3 +364,26 @@ async def test_several_processes_of_uvicorn_share_a_database(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert "Traceback" not in output
+
+
+async def test_a_token_that_is_taken_out_of_its_file_opens_nothing(
+    tmp_path: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `tracker serve`: nobody has to send a wrong token first."""
+    token, config = tmp_path / "token", tmp_path / "tracker.toml"
+    token.write_text("the-token-that-leaked")
+    config.write_text(f'tracker_api_token = "file:token"\ntracker_database_url = "{sqlite_url}"\n')
+    monkeypatch.setenv("TRACKER_CONFIG", str(config))
+    tracker = Tracker.from_env(worker=False)
+    app = host(Mount("/flora", tracker.asgi()), lifespan=tracker.lifespan)
+    async with client_of(app) as client:
+        path, leaked = "/flora/api/runs", {"Authorization": "Bearer the-token-that-leaked"}
+        assert (await client.get(path, headers=leaked)).status_code == 200
+        token.write_text("the-one-that-follows-it")
+
+        async def is_refused() -> bool:
+            return (await client.get(path, headers=leaked)).status_code == 401
+
+        await eventually(is_refused)
+        follows = {"Authorization": "Bearer the-one-that-follows-it"}
+        assert (await client.get(path, headers=follows)).status_code == 200

@@ -184,9 +184,10 @@ async def test_what_was_wrong_is_tried_again(files: _Files) -> None:
 
 async def test_a_service_looks_by_itself_and_at_a_signal(files: _Files) -> None:
     """Once a second whether a file has changed, and on SIGHUP at everything."""
-    async with files.rotation.watched():
-        files.write(secret="whsec_4")
-        await eventually(lambda: "whsec_4" in files.secrets)
+    with files.rotation.reloaded_on_hangup():
+        async with files.rotation.watched():
+            files.write(secret="whsec_4")
+            await eventually(lambda: "whsec_4" in files.secrets)
         files.environ["FLORA_WEBHOOK_SECRET"] = "whsec_5"  # no file names it
         assert not files.rotation.check()
         os.kill(os.getpid(), signal.SIGHUP)

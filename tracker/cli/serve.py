@@ -153,6 +153,6 @@ async def _opened(rotation: "Rotation") -> "AsyncIterator[Services]":
     from tracker.services import open_services
     from tracker.store.sqlite import only_service
 
-    with only_service(rotation.settings.tracker_database_url):
+    with only_service(rotation.settings.tracker_database_url), rotation.reloaded_on_hangup():
         async with rotation.watched(), open_services(rotation, background=True) as services:
             yield services

@@ -69,6 +69,7 @@ class OpenedTracker:
         for unknown in rotation.unknown:
             log.warning("settings.unknown", error=unknown)
         try:
+            await stack.enter_async_context(rotation.watched())
             services = await stack.enter_async_context(
                 open_services(rotation, background=background, traces=False, handlers=handlers)
             )

@@ -6,8 +6,8 @@ Access tokens, API keys and signing secrets that come from files (`"file:PATH"`,
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -104,18 +104,26 @@ class Rotation:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Check once a second, and reload on SIGHUP, until the block ends."""
-        loop = asyncio.get_running_loop()
+        """Check once a second until the block ends."""
         task = asyncio.create_task(repeat("settings", self._check_next), name="rotation")
-        if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self.reload)
         try:
             yield
         finally:
-            if hasattr(signal, "SIGHUP"):
-                loop.remove_signal_handler(signal.SIGHUP)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # no reload while the process ends
             await cancel(task)
+
+    @contextmanager
+    def reloaded_on_hangup(self) -> Iterator[None]:
+        """Reload on SIGHUP until the block ends; for a process that is the tracker's own."""
+        if not hasattr(signal, "SIGHUP"):
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # no reload while the process ends
 
     async def _check_next(self) -> None:
         await asyncio.sleep(CHECK_SECONDS)
