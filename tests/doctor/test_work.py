@@ -18,6 +18,7 @@ from tracker.store.engine import Database
 from tracker.store.inspection import remove_test_deliveries, stored_test_deliveries
 from tracker.store.queries import attention, sweeps
 from tracker.store.queries.attention import SweepHealth, read_gauges
+from tracker.store.queries.endpoints import Backlog, EndpointRow
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SWEEP = SweepHealth(
@@ -137,6 +138,38 @@ async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
     assert not any("outcome of every start" in one.seen for one in doubted)
     few = replace(state.gauges, callbacks={("ws_1", "missed"): 9})
     assert work.check_backlog(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
+
+
+def test_endpoints_that_get_nothing_are_named(state: work.WorkState) -> None:
+    """A test event would be answered all the same: what counts is what the worker does."""
+    shop = EndpointRow(
+        endpoint_id="shop",
+        url="https://shop.example.com",
+        events=("run.settled",),
+        filters={},
+        since=NOW - timedelta(days=9),
+        configured_at=NOW,
+        state="enabled",
+    )
+    backlogs = {"shop": Backlog(pending=1, oldest_at=NOW - timedelta(minutes=50))}
+    used = replace(state, endpoints=[shop], backlogs=backlogs)
+
+    def found(state: work.WorkState, *wanted: str) -> tuple[Level, str]:
+        (finding,) = work.check_messages(state, wanted)
+        return finding.level, finding.seen
+
+    assert work.check_messages(state, []) == []
+    assert found(used, "shop") == (Level.OK, "Messages are sent to every endpoint.")
+    assert found(used, "shop", "new")[0] is Level.FAILED
+    assert "to new: the worker's settings" in found(used, "shop", "new")[1]
+    later = replace(used, now=NOW + timedelta(minutes=20))
+    assert "has waited 1 h 10 min for shop" in found(later)[1]
+    gone = replace(used, now=NOW + timedelta(days=2))
+    assert work.check_messages(gone, []) == [], "it was removed from all settings"
+    assert found(gone, "shop")[0] is Level.FAILED
+    over = replace(shop, state="disabled", disabled_at=NOW, disabled_reason="it answered 410 Gone")
+    level, seen = found(replace(used, endpoints=[over]), "shop")
+    assert (level, "disabled: it answered 410 Gone" in seen) == (Level.FAILED, True)
 
 
 async def test_old_test_deliveries_are_deleted_and_nothing_else_is(

@@ -48,6 +48,7 @@ Name = Literal[
     "starts",
     "conflicts",
     "bills",
+    "messages",
 ]
 """The lines of a report, in their order; docs/doctor.md has a section for each."""
 

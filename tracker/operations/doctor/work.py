@@ -4,7 +4,7 @@ Judged by what is done, not by which processes exist: one may be there and stuck
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -17,8 +17,9 @@ from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
 from tracker.settings.values import longest_wait
 from tracker.store.engine import Database
-from tracker.store.queries import attention, sweeps
+from tracker.store.queries import attention, endpoints, sweeps
 from tracker.store.queries.attention import BOUND, LATE_AFTER, Gauges, SweepHealth
+from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.sweeps import UnreadSpan
 from tracker.store.queries.workspaces import stored_contacts
 
@@ -31,6 +32,8 @@ MIN_CALLBACKS: Final = 10
 MISSED: Final = 0.1
 BEHIND: Final = timedelta(seconds=60)
 """How long a stored callback may wait to be applied."""
+SENT_WITHIN: Final = timedelta(hours=1)
+"""How long a message may wait for its endpoint."""
 NAMED: Final = 3
 _START: Final = (
     "Start `tracker serve` (without --no-worker) or `tracker worker` with the same settings; if "
@@ -59,6 +62,8 @@ class WorkState:
     unread: Sequence[UnreadSpan] = ()
     conflicts: Sequence[str] = ()
     contacts: Mapping[str, ContactState] = field(default_factory=dict)
+    endpoints: Sequence[EndpointRow] = ()
+    backlogs: Mapping[str, Backlog] = field(default_factory=dict)
 
 
 async def check(settings: Settings, ids: Sequence[str | None], now: datetime) -> list[Finding]:
@@ -78,6 +83,8 @@ async def check(settings: Settings, ids: Sequence[str | None], now: datetime) ->
                 unread=sweeps.unread(await sweeps.everything(database)),
                 conflicts=await attention.conflicts(database),
                 contacts=await stored_contacts(database, now=now),
+                endpoints=await endpoints.list_endpoints(database),
+                backlogs=await endpoints.backlogs(database),
             )
     except StoreError as error:
         advice = "Fix the database first, and run the doctor again."
@@ -96,7 +103,8 @@ async def check(settings: Settings, ids: Sequence[str | None], now: datetime) ->
         if workspace.api_key is not None:  # without one there are no sweeps
             own = _of_workspace(state, workspace_id, is_only=len(workspaces) == 1)
             findings.append(replace(check_sweeps(own), workspace=label_of(settings, workspace)))
-    return [*findings, *check_backlog(state.gauges, state.conflicts, now=now)]
+    findings += check_backlog(state.gauges, state.conflicts, now=now)
+    return findings + check_messages(state, [one.id for one in settings.endpoints])
 
 
 def _of_workspace(state: WorkState, workspace_id: str | None, *, is_only: bool) -> WorkState:
@@ -248,6 +256,44 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
             "costs once more; TRACKER_COST_GIVE_UP sets how long that is retried.",
         ),
     ]
+
+
+def check_messages(state: WorkState, wanted: Collection[str]) -> list[Finding]:
+    """Whether events are sent to the endpoints in use, and to those that are `wanted` by the
+    settings here. A test event that is answered shows nothing of that."""
+    used = {one.endpoint_id: one for one in state.endpoints if one.is_configured(state.now)}
+    if unused := sorted(set(wanted) - used.keys()):
+        return [
+            failed(
+                "messages",
+                f"No process sends events to {', '.join(unused)}: the worker's settings lack it.",
+                "Restart the processes with a worker, with the settings of the doctor. What ends "
+                "before an endpoint is first in use is never sent to it.",
+            )
+        ]
+    if disabled := next((one for one in used.values() if not one.enabled), None):
+        name = disabled.endpoint_id
+        return [
+            failed(
+                "messages",
+                f"Nothing is sent to {name}, which is disabled: {disabled.disabled_reason}.",
+                f"Correct that, and run `tracker endpoints enable {name}`: its messages wait.",
+            )
+        ]
+    for name, one in used.items():
+        oldest_at = state.backlogs.get(name, Backlog()).oldest_at
+        if oldest_at is not None and state.now - oldest_at > SENT_WITHIN:
+            error = f" Last error: {one.last_error}." if one.failing_since is not None else ""
+            waited = duration(state.now - oldest_at)
+            return [
+                warning(
+                    "messages",
+                    f"A message has waited {waited} for {name}.{error}",
+                    f"`tracker messages list --endpoint {name}` shows the attempts. Check that a "
+                    "worker runs; messages are retried for three days.",
+                )
+            ]
+    return [ok("messages", "Messages are sent to every endpoint.")] if used else []
 
 
 def _none_wait(name: Name, count: int, fine: str, seen: str, advice: str) -> Finding:
