@@ -99,7 +99,7 @@ class CrashRun:
 
         `flora_fails` lets FLORA answer nothing but errors for parts of it.
         """
-        await self._let_the_catalogue_age()
+        await self._let_time_pass()
         if self._lives % 2:
             await self._key.exchange()  # whose workspace has to be learnt
         if flora_fails:
@@ -245,9 +245,10 @@ class CrashRun:
             return False
         return not await unsent_runs(self._database, self._receiver)
 
-    async def _let_the_catalogue_age(self) -> None:
+    async def _let_time_pass(self) -> None:
         """What was read of the techniques is old by now, and what is known of one's inputs is wrong
-        without being old: all of it has to be read again."""
+        without being old: all of it has to be read again. The machine was started again as well:
+        its clock is compared with the database's anew."""
         now = utc_now()
         stale = sa.update(techniques).values(defined_at=now - timedelta(hours=2))
         wrong = (
@@ -260,9 +261,10 @@ class CrashRun:
             )
         )
         unscheduled = sa.delete(leases).where(leases.c.name == "catalogue:scheduled")
+        restarted = sa.delete(leases).where(leases.c.name.startswith("clock:"))
 
         def work(connection: sa.Connection) -> None:
-            for statement in (stale, wrong, unscheduled):
+            for statement in (stale, wrong, unscheduled, restarted):
                 connection.execute(statement)
 
         await self._database.write(work)
