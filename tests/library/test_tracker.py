@@ -160,6 +160,22 @@ async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simul
             tracker.verify_callback(body, {})
 
 
+def test_a_signing_secret_that_is_rotated_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open or not: the new one from the first callback on, the old one no longer."""
+    secret, config = tmp_path / "secret", tmp_path / "tracker.toml"
+    secret.write_text("whsec_old")
+    config.write_text('flora_webhook_secret = "file:secret"')
+    monkeypatch.setenv("TRACKER_CONFIG", str(config))
+    tracker, body = Tracker.from_env(), event("run_1")
+    assert tracker.verify_callback(body, signed(body, "whsec_old")).run_id == "run_1"
+    secret.write_text("whsec_newer")
+    assert tracker.verify_callback(body, signed(body, "whsec_newer")).run_id == "run_1"
+    with pytest.raises(errors.SignatureError):
+        tracker.verify_callback(body, signed(body, "whsec_old"))
+
+
 async def test_outputs_are_downloaded(
     make_tracker: MakeTracker, tmp_path: Path, flora: Simulator
 ) -> None:

@@ -189,7 +189,8 @@ class Tracker(BatchCalls):
         """
         from tracker.library.callbacks import verified
 
-        return verified(self.settings, body, headers)
+        self._verifying.check()
+        return verified(self._verifying.settings, body, headers)
 
     async def receive_callback(
         self, body: bytes, headers: Mapping[str, str], *, token: str | None = None

@@ -30,10 +30,12 @@ class OpenedTracker:
 
     def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
         """A tracker with these settings, by default those of `from_env`; opens nothing."""
-        from tracker.settings import read_settings
+        from tracker.settings import Rotation, read_settings
 
         self._loaded: Loaded | None = read_settings() if settings is None else None
         self.settings: Settings = settings or cast("Loaded", self._loaded).settings
+        # Of its own, since callbacks are verified in any thread, whether or not this is open.
+        self._verifying = Rotation(self.settings, self._loaded, self._loaded and read_settings)
         self._worker = worker
         self._works = False
         self._application: Mounted | None = None
