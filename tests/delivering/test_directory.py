@@ -1,6 +1,8 @@
 """The folder and its manifest."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,37 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         DownloadDirectory(tmp_path / "file"),
     ):
         pass
+
+
+FULL = """
+import asyncio, resource, sys
+from pathlib import Path
+from tracker.core.clock import utc_now
+from tracker.core.run import Output
+from tracker.delivering.files import DownloadDirectory
+from tracker.delivering.saving import DownloadJob, OutputSaver
+
+async def save_three(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+    with DownloadDirectory(folder) as directory:
+        saver = OutputSaver(directory, None, utc_now)
+        for name in ("a", "b", "c" * 20):
+            output = Output(output_id=name, type="text", url="a text")
+            job = DownloadJob(run_id="run_1", position=0, output=output, row=None, name=name)
+            print((await saver.save(job, None)).outcome)
+
+asyncio.run(save_three(Path(sys.argv[1])))
+"""
+
+
+def test_a_full_disk_is_a_result_and_leaves_no_half_line(tmp_path: Path) -> None:
+    """Here the manifest may not grow: what does not fit is not written again when it is closed."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "folder")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (
+        *(0, ["fetched", "fetched", "failed"]),
+        "",
+    )
+    lines = (tmp_path / "folder" / MANIFEST).read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["file"] for line in lines] == ["a.txt", "b.txt"]
+    assert lines[-1].endswith(b"\n")

@@ -4,15 +4,18 @@ Others may write to the directory, so a link, pipe or second name in place of on
 replaced or refused, never followed.
 """
 
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 from tracker.core.errors import DownloadDirectoryError
 
@@ -60,16 +63,17 @@ class DownloadDirectory:
         self.folder = folder
         self._entries: dict[FileKey, ManifestEntry] = {}
         self._owners: dict[str, FileKey | None] = {}
-        self._manifest: IO[bytes] | None = None
+        self._manifest: io.FileIO | None = None
 
     def __enter__(self) -> Self:
         path = self.folder / MANIFEST
         try:
             _make_private_folder(self.folder)
-            manifest = os.fdopen(_open_own(path) if os.path.lexists(path) else _create(path), "a+b")
+            descriptor = _open_own(path) if os.path.lexists(path) else _create(path)
+            # Unbuffered: what a full disk does not take must not be written again at the end.
+            manifest = io.FileIO(descriptor, "a+b")
         except OSError as exc:
-            why = exc.strerror or exc
-            raise DownloadDirectoryError(f"{self.folder} cannot be written to: {why}") from exc
+            raise self._unwritable(exc) from exc
         try:
             fcntl.flock(manifest.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
@@ -80,13 +84,21 @@ class DownloadDirectory:
             ) from exc
         except OSError:
             pass  # the file system has no locks
+        try:
+            self._read(manifest)
+        except OSError as exc:
+            manifest.close()
+            raise self._unwritable(exc) from exc
         self._manifest = manifest
-        self._read(manifest)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._manifest is not None:
             self._manifest.close()
+
+    def _unwritable(self, error: OSError) -> DownloadDirectoryError:
+        why = error.strerror or error
+        return DownloadDirectoryError(f"{self.folder} cannot be written to: {why}")
 
     def find(self, key: FileKey) -> ManifestEntry | None:
         """The entry of a complete file; `None` if the file is missing or has another size."""
@@ -112,18 +124,25 @@ class DownloadDirectory:
         return renamed
 
     def add(self, entry: ManifestEntry) -> None:
-        """Append the entry of a file that is complete and gets its name next."""
+        """Append the entry of a file that is complete and gets its name next. Raises `OSError`,
+        and appends nothing, if the disk does not take it."""
         if self._manifest is None:
             raise DownloadDirectoryError("the folder is not open")
-        line = json.dumps(asdict(entry), separators=(",", ":"))
-        self._manifest.write(f"{line}\n".encode())
-        self._manifest.flush()
-        os.fsync(self._manifest.fileno())
+        line = f"{json.dumps(asdict(entry), separators=(',', ':'))}\n".encode()
+        end = self._manifest.seek(0, os.SEEK_END)
+        try:
+            if self._manifest.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._manifest.fileno())
+        except OSError:
+            with suppress(OSError):
+                self._manifest.truncate(end)
+            raise
         self._entries[entry.key] = entry
 
-    def _read(self, manifest: IO[bytes]) -> None:
+    def _read(self, manifest: io.FileIO) -> None:
         manifest.seek(0)
-        text = manifest.read()
+        text = manifest.readall()
         if text and not text.endswith(b"\n"):
             manifest.write(b"\n")  # a crash tore the last line
         for line in text.splitlines():

@@ -147,16 +147,19 @@ class OutputSaver:
     def _write_text(self, job: DownloadJob, name: str, text: bytes) -> ManifestEntry:
         """Save a text, which FLORA shows in place of a link."""
         part = PartialFile(self._directory.folder, name)
-        part.start(None)
-        part.write(text)
-        file = FetchedFile(
-            path=self._directory.folder / f"{name}.txt",
-            size=part.size,
-            sha256=part.sha256,
-            content_type="text/plain; charset=utf-8",
-        )
-        entry = self._add(job, file)
-        part.finish(file.path)
+        try:
+            part.start(None)
+            part.write(text)
+            file = FetchedFile(
+                path=self._directory.folder / f"{name}.txt",
+                size=part.size,
+                sha256=part.sha256,
+                content_type="text/plain; charset=utf-8",
+            )
+            entry = self._add(job, file)
+            part.finish(file.path)
+        finally:
+            part.close()
         return entry
 
     def _add(self, job: DownloadJob, file: FetchedFile) -> ManifestEntry:
