@@ -231,15 +231,7 @@ def apply(
     end_seen_at = old.end_seen_at or (seen.at if run.precedence.ended else None)
     cost_final, recheck_at = False, None
     if end_seen_at is not None and run.precedence.ended_at_api:
-        since = since_end(run, end_seen_at, seen.read_at, seen.clock_skew or 0.0)
-        # A read that is older than the one that showed the cost, by a clock that was set back, says
-        # nothing about it.
-        is_latest = run.cost_read_at is None or seen.read_at >= run.cost_read_at
-        late_enough = seen.shows_bill and is_latest and since >= policy.cost_recheck
-        shown = run.charged_cost is not None or run.status is RunStatus.FAILED
-        cost_final = shown and (old.cost_final or late_enough)
-        if run.settled and not _billed_whole(run, cost_final):
-            recheck_at = _recheck_at(old, entry, since, policy)
+        cost_final, recheck_at = _bill_of(run, old, entry, end_seen_at, policy)
     # Each page that shows the bill of a settled run would write the run again.
     is_idle = old.cost_final or (entry.incidental and not cost_final)
     if is_idle and run is not old.run and shows_the_same(old.run, run, signed=entry.incidental):
@@ -283,6 +275,28 @@ def apply(
     return record if record is not None and after == record else after
 
 
+def _bill_of(
+    run: Run, old: Record, entry: Observed, end_seen_at: datetime, policy: Policy
+) -> tuple[bool, datetime | None]:
+    """Whether the cost of a run is final, and when to read the run again if it lacks something."""
+    seen = entry.observation
+    since = since_end(run, end_seen_at, seen.read_at, seen.clock_skew or 0.0)
+    # A read that is older than the one that showed the cost, by a clock that was set back, says
+    # nothing about it.
+    is_latest = run.cost_read_at is None or seen.read_at >= run.cost_read_at
+    late_enough = seen.shows_bill and is_latest and since >= policy.cost_recheck
+    shown = run.charged_cost is not None or run.status is RunStatus.FAILED
+    cost_final = shown and (old.cost_final or late_enough)
+    if not run.settled or _billed_whole(run, cost_final):
+        return cost_final, None
+    # Only a read made for this run moves that time: a page read for others may leave costs out.
+    for_this_run = bool(entry.reads or entry.claim)
+    open_before = old.run.settled and not old.billed_whole
+    if open_before and (old.recheck_at is None or not for_this_run):
+        return cost_final, old.recheck_at
+    return cost_final, next_recheck(policy, since_end=since, now=seen.read_at)
+
+
 _DATE_BEHIND: Final = timedelta(seconds=30)
 """How far FLORA's clock may seem to be behind itself: `Date` is cut to seconds, and compared with
 ours when the answer has come."""
@@ -320,17 +334,6 @@ def _billed_whole(run: Run, cost_final: bool) -> bool:
     """
     refund_due = run.status is RunStatus.FAILED and bool(run.charged_cost)
     return cost_final and not run.lacks_outputs and not refund_due
-
-
-def _recheck_at(old: Record, entry: Observed, since: timedelta, policy: Policy) -> datetime | None:
-    """When to read an incomplete settled run again.
-
-    Only a read made for this run moves that time: a page read for others may leave costs out.
-    """
-    open_before = old.run.settled and not old.billed_whole
-    if open_before and (old.recheck_at is None or not (entry.reads or entry.claim)):
-        return old.recheck_at
-    return next_recheck(policy, since_end=since, now=entry.observation.read_at)
 
 
 def _counts_as_poll(before: Record | None, entry: Observed, run: Run) -> bool:
