@@ -1,6 +1,6 @@
 """The state of each workspace, and what on the overview needs attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
@@ -42,7 +42,6 @@ _TROUBLES: Final[dict[str, tuple[str, str]]] = {
 }
 """What each is called, and its section in the runbook."""
 _PERIODS: Final = {Period.DAY: "a day", Period.MONTH: "a month", Period.TOTAL: "in total"}
-_BEYOND: Final = {False: "Beyond it no run is started", True: "No run that it covers is started"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,106 +138,41 @@ def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
     )
 
 
-def alerts(
-    workspaces: list[WorkspaceHealth],
-    counts: AttentionCounts,
-    callbacks: CallbackHealth,
-    *,
-    unread: int,
-    overdue: bool,
-    unpriced: int,
-    budgets: Sequence[Usage],
-    hooks: Sequence[tuple[EndpointRow, Backlog]],
-    callback_url: str | None,
-    now: datetime,
-) -> Iterator[Alert]:
-    """What else needs attention."""
-    for one in workspaces:
-        if alert := _sweeps(one, now, alone=len(workspaces) == 1):
-            yield alert
-    if unread:
-        yield Alert(
-            title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
-            advice="The tracker tries again. Runs that others started in that time may be missing.",
-            href="/health",
-            link="Show coverage",
-            section="trackerhistorygap",
-        )
-    if overdue:
-        silent = any(one.trouble and one.trouble.silent for one in workspaces)
-        yield Alert(
-            kind="bad",
-            title="Runs are overdue",
-            advice="They wait for FLORA to answer and are retried; none is lost."
-            if silent
-            else "Is a worker running, and does FLORA answer it?",
-            href="/runs?state=open",
-            link="Show open runs",
-            section="trackerrunsoverdue",
-        )
-    waiting_since = counts.oldest_waiting_at
-    if waiting_since is not None and now - waiting_since > APPLIED_WITHIN:
-        yield Alert(
-            title=f"{_are(counts.waiting, 'callback')} not applied yet",
-            advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
-            "version running?",
-            href="/deliveries?outcome=waiting",
-            link="Show callbacks",
-            section="trackerinboxbehind",
-        )
-    if counts.quarantined:
-        yield Alert(
-            title=f"{_are(counts.quarantined, 'callback')} quarantined",
-            advice="FLORA signed them, but they were not understood. Fix the cause, then "
-            "replay them.",
-            href="/deliveries?outcome=quarantined",
-            link="Show callbacks",
-            section="trackerquarantine",
-        )
-    if counts.unresolved_starts:
-        yield Alert(
-            title=f"{_are(counts.unresolved_starts, 'start')} unresolved",
-            advice="FLORA may or may not have started a run, and nothing is sent again. Check "
-            "at FLORA, then use the command tracker starts resolve.",
-            href="/starts?state=unresolved",
-            link="Show starts",
-            section="trackerstartsunresolved",
-        )
-    if unpriced:
-        yield Alert(
-            title=f"FLORA never billed {counted(unpriced, 'run')}",
-            advice="Their cost is unknown, so totals of the last 7 days may be too low. "
-            "Compare with FLORA's billing page.",
-            section="trackerrunsunpriced",
-        )
-    if counts.lost:
-        yield Alert(
-            title=f"{_are(counts.lost, 'run')} lost",
-            advice="FLORA answers that they do not exist, and is asked again once a day. Were they "
-            "removed there, or has the key or its workspace changed?",
-            href="/runs?state=lost",
-            link="Show lost runs",
-        )
-    rate = callbacks.miss_rate
-    if rate is not None and rate >= MISS_RATE and callbacks.expected >= MIN_CALLBACKS:
-        check = f"Can FLORA reach {callback_url}? " if callback_url else ""
-        yield Alert(
-            title=f"{percent(rate)} of the expected callbacks are missing",
-            advice=f"{check}No results lost: polling found them.",
-            section="trackercallbacksmissed",
-        )
-    for endpoint, backlog in hooks:
-        if alert := _endpoint(endpoint, backlog, now):
-            yield alert
-    for usage in budgets:
-        if usage.share >= BUDGET_SHARE:
-            yield Alert(
-                title=_budget(usage),
-                advice=f"{_BEYOND[usage.share >= 1]} until it renews or is raised.",
-                href="/spending",
-                link="Show spending",
-                section="trackerbudgetnearlyused" if usage.share < 1 else "trackerbudgetused",
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What is known when the overview is shown. `unread` counts the gaps of the history that could
+    not be read, `overdue` whether a run is, `unpriced` the runs that FLORA never billed."""
+
+    workspaces: Sequence[WorkspaceHealth]
+    counts: AttentionCounts
+    callbacks: CallbackHealth
+    unread: int
+    overdue: bool
+    unpriced: int
+    budgets: Sequence[Usage]
+    endpoints: Sequence[tuple[EndpointRow, Backlog]]
+    callback_url: str | None
+    now: datetime
+
+
+def alerts(found: Findings) -> list[Alert]:
+    """What else needs attention, what is bad first."""
+    workspaces, counts, now = found.workspaces, found.counts, found.now
+    silent = any(one.trouble and one.trouble.silent for one in workspaces)
+    needed = [
+        *(_sweeps(one, now, alone=len(workspaces) == 1) for one in workspaces),
+        _gaps(found.unread),
+        _overdue(silent=silent) if found.overdue else None,
+        _waiting(counts.waiting, counts.oldest_waiting_at, now),
+        _quarantined(counts.quarantined),
+        _unresolved(counts.unresolved_starts),
+        _unpriced(found.unpriced),
+        _lost(counts.lost),
+        _missed(found.callbacks, found.callback_url),
+        *(_endpoint(endpoint, backlog, now) for endpoint, backlog in found.endpoints),
+        *(_budget(usage) for usage in found.budgets),
+    ]
+    return sorted((one for one in needed if one is not None), key=lambda one: one.kind != "bad")
 
 
 def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None:
@@ -266,6 +200,106 @@ def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None
             section="trackersweeplate",
         )
     return None
+
+
+def _gaps(unread: int) -> Alert | None:
+    if not unread:
+        return None
+    return Alert(
+        title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
+        advice="The tracker tries again. Runs that others started in that time may be missing.",
+        href="/health",
+        link="Show coverage",
+        section="trackerhistorygap",
+    )
+
+
+def _overdue(*, silent: bool) -> Alert:
+    """Runs have not been read in time; `silent` is whether FLORA does not answer."""
+    return Alert(
+        kind="bad",
+        title="Runs are overdue",
+        advice="They wait for FLORA to answer and are retried; none is lost."
+        if silent
+        else "Is a worker running, and does FLORA answer it?",
+        href="/runs?state=open",
+        link="Show open runs",
+        section="trackerrunsoverdue",
+    )
+
+
+def _waiting(count: int, since: datetime | None, now: datetime) -> Alert | None:
+    """Acknowledged callbacks wait to be applied, the oldest `since` then."""
+    if since is None or now - since <= APPLIED_WITHIN:
+        return None
+    return Alert(
+        title=f"{_are(count, 'callback')} not applied yet",
+        advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
+        "version running?",
+        href="/deliveries?outcome=waiting",
+        link="Show callbacks",
+        section="trackerinboxbehind",
+    )
+
+
+def _quarantined(count: int) -> Alert | None:
+    if not count:
+        return None
+    return Alert(
+        title=f"{_are(count, 'callback')} quarantined",
+        advice="FLORA signed them, but they were not understood. Fix the cause, then replay them.",
+        href="/deliveries?outcome=quarantined",
+        link="Show callbacks",
+        section="trackerquarantine",
+    )
+
+
+def _unresolved(count: int) -> Alert | None:
+    if not count:
+        return None
+    return Alert(
+        title=f"{_are(count, 'start')} unresolved",
+        advice="FLORA may or may not have started a run, and nothing is sent again. Check "
+        "at FLORA, then use the command tracker starts resolve.",
+        href="/starts?state=unresolved",
+        link="Show starts",
+        section="trackerstartsunresolved",
+    )
+
+
+def _unpriced(count: int) -> Alert | None:
+    if not count:
+        return None
+    return Alert(
+        title=f"FLORA never billed {counted(count, 'run')}",
+        advice="Their cost is unknown, so totals of the last 7 days may be too low. "
+        "Compare with FLORA's billing page.",
+        section="trackerrunsunpriced",
+    )
+
+
+def _lost(count: int) -> Alert | None:
+    if not count:
+        return None
+    return Alert(
+        title=f"{_are(count, 'run')} lost",
+        advice="FLORA answers that they do not exist, and is asked again once a day. Were they "
+        "removed there, or has the key or its workspace changed?",
+        href="/runs?state=lost",
+        link="Show lost runs",
+    )
+
+
+def _missed(callbacks: CallbackHealth, callback_url: str | None) -> Alert | None:
+    rate = callbacks.miss_rate
+    if rate is None or rate < MISS_RATE or callbacks.expected < MIN_CALLBACKS:
+        return None
+    check = f"Can FLORA reach {callback_url}? " if callback_url else ""
+    return Alert(
+        title=f"{percent(rate)} of the expected callbacks are missing",
+        advice=f"{check}No results lost: polling found them.",
+        section="trackercallbacksmissed",
+    )
 
 
 def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Alert | None:
@@ -309,15 +343,28 @@ def _requests(client: FloraClient) -> str:
     return ", ".join(parts)
 
 
-def _budget(usage: Usage) -> str:
+def _budget(usage: Usage) -> Alert | None:
     """How much of a budget is used, and which one it is."""
+    if usage.share < BUDGET_SHARE:
+        return None
     budget = usage.budget
     words = {"workspace_id": "workspace", "technique_id": "technique", "tag": "tag"}
     covers = ", ".join(f"{words[name]} {value}" for name, value in budget.scope.items())
     limit = f"{money(budget.usd)} {_PERIODS[budget.period]} for {covers or 'all runs'}"
+    amount = f"{money(usage.used)} of {limit}"
     if usage.share < 1:
-        return f"{percent(usage.share)} of a budget is used: {money(usage.used)} of {limit}"
-    return f"A budget is used up: {money(usage.used)} of {limit}"
+        title = f"{percent(usage.share)} of a budget is used: {amount}"
+        effect, section = "Beyond it no run is started", "trackerbudgetnearlyused"
+    else:
+        title, section = f"A budget is used up: {amount}", "trackerbudgetused"
+        effect = "No run that it covers is started"
+    return Alert(
+        title=title,
+        advice=f"{effect} until it renews or is raised.",
+        href="/spending",
+        link="Show spending",
+        section=section,
+    )
 
 
 def _are(count: int, what: str) -> str:

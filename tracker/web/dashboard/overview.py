@@ -21,6 +21,7 @@ from tracker.store.queries.endpoints import Backlog
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
 from tracker.web.dashboard.alerts import (
     Alert,
+    Findings,
     WorkspaceHealth,
     alerts,
     connection,
@@ -61,7 +62,6 @@ class OverviewPage(PageGroup):
         period = period if period in PERIODS else "24h"
         period_name, hours = PERIODS[period]
         workspaces = await workspace_health(services, now=now)
-        counts = await attention.counts(db, now=now)
         callbacks = await overview.callback_health(db, now=now, hours=hours)
         costs = await overview.costs(db, now=now)
         billed = await overview.costs(db, now=now, days=BILL_DAYS)
@@ -75,10 +75,10 @@ class OverviewPage(PageGroup):
         backlogs = await endpoints.backlogs(db)
         techniques = {one.technique_id for one in open_batches}
         techniques |= {one.run.technique_id for one in newest if one.run.technique_id}
-        attention_needed = alerts(
-            workspaces,
-            counts,
-            callbacks,
+        found = Findings(
+            workspaces=workspaces,
+            counts=await attention.counts(db, now=now),
+            callbacks=callbacks,
             unread=sum(
                 services.workspaces.of(one.workspace_id) is not None
                 for one in sweeps.unread(await sweeps.everything(db))
@@ -86,7 +86,7 @@ class OverviewPage(PageGroup):
             overdue=bool(overdue),
             unpriced=sum(one.unpriced for one in billed),
             budgets=await services.budgets.usages(),
-            hooks=[
+            endpoints=[
                 (one, backlogs.get(one.endpoint_id, Backlog()))
                 for one in await endpoints.list_endpoints(db)
             ],
@@ -97,7 +97,7 @@ class OverviewPage(PageGroup):
             request,
             "overview.html",
             connections=_connections(workspaces),
-            alerts=sorted(attention_needed, key=lambda alert: alert.kind != "bad"),
+            alerts=alerts(found),
             answered_at=min(
                 (one.answered_at for one in workspaces if one.answered_at), default=None
             ),
