@@ -257,10 +257,10 @@ def progress_text(
     return text
 
 
-def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> int:
+def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> bool:
     """A line for each cause of failure, and the totals, on stderr.
 
-    The exit status: 0 where all rows completed (not `waited`: were started), else 1.
+    Whether a row did not complete (not `waited`: was not started).
     """
     counts = outcome.counts
     not_started = counts.unstarted - counts.unresolved - counts.doubt
@@ -294,7 +294,7 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         f"Batch {outcome.batch.batch_id}: {', '.join(parts)}, {cost_text(counts)}, "
         f"{duration(seconds)}."
     )
-    return 1 if bad or outcome.stopped is not None else 0
+    return bool(bad) or outcome.stopped is not None
 
 
 def _causes(rows: "Iterable[RowState]") -> list[str]:

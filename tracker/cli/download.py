@@ -187,8 +187,11 @@ def _summary(report: "DownloadReport", to: Path) -> str:
     return ", ".join(parts)
 
 
-def report_files(report: "DownloadReport", to: Path) -> None:
-    """The files of a batch that are there, and a line for each cause of failure, on stderr."""
+def report_files(report: "DownloadReport", to: Path) -> bool:
+    """The files of a batch that are there, and a line for each cause of failure, on stderr.
+
+    Whether a download failed.
+    """
     from tracker.delivering.saving import DownloadOutcome
 
     causes: defaultdict[str, set[int]] = defaultdict(set)
@@ -199,6 +202,7 @@ def report_files(report: "DownloadReport", to: Path) -> None:
     entries = [one.entry for one in report.results if one.entry is not None]
     size = size_text(sum(entry.size for entry in entries))
     note(f"{counted(len(entries), 'file')} in {to} ({size}).")
+    return bool(causes)
 
 
 def _report_absent(report: "DownloadReport", *, named: bool) -> None:
