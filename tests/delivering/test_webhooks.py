@@ -30,7 +30,7 @@ from tracker.store.queries.audit import list_audit
 from tracker.store.queries.endpoints import MessageRow
 from tracker.store.queries.runs import get_run
 from tracker.store.schema import endpoints
-from tracker.store.writing.messages import Attempt, record_and_claim
+from tracker.store.writing.messages import Attempt, Sending, record_and_claim
 
 
 def settled(
@@ -449,7 +449,8 @@ async def test_two_outcomes_of_one_message_are_stored_together(db: Database) -> 
     outcomes are attempts; the success counts."""
     await add_endpoint(db, "shop")
     await add_message(db, "msg_1", "shop", next_attempt_at=utc_now())
-    turn = partial(record_and_claim, endpoint_id="shop", holder="me", lease=timedelta(seconds=25))
+    mine = Sending(endpoint_id="shop", holder="me", lease=timedelta(seconds=25))
+    turn = partial(record_and_claim, sending=mine)
     claimed = await db.write(partial(turn, outcomes=[], most=20, now=utc_now()))
     assert [claim.message_id for claim in claimed.claims] == ["msg_1"]
     good = Attempt(at=utc_now(), seconds=0.1, status=200)

@@ -25,6 +25,7 @@ from tracker.store.writing.messages import (
     LEFT_FOR,
     Attempt,
     Claimed,
+    Sending,
     enable,
     fan_out,
     next_due_at,
@@ -34,7 +35,7 @@ from tracker.store.writing.messages import (
 )
 from tracker.views import message_body
 
-LEASE = timedelta(seconds=25)
+SENDING = Sending(endpoint_id="a", holder="one", lease=timedelta(seconds=25))
 SECOND = timedelta(seconds=1)
 
 
@@ -162,15 +163,10 @@ async def turn(
     holder: str = "one",
 ) -> Claimed:
     """One turn of a worker for the endpoint "a"."""
+    sending = replace(SENDING, holder=holder)
     return await db.write(
         lambda connection: record_and_claim(
-            connection,
-            endpoint_id="a",
-            outcomes=outcomes,
-            most=most,
-            holder=holder,
-            now=now,
-            lease=LEASE,
+            connection, sending, outcomes=outcomes, most=most, now=now
         )
     )
 
@@ -193,7 +189,7 @@ async def test_claims_are_bounded_and_exclusive(db: Database) -> None:
     claimed = {claim.message_id for claim in first.claims + second.claims}
     assert (len(first.claims), len(second.claims), len(claimed)) == (12, 8, 20)
     assert (await turn(db, now=NOW, holder="three")).claims == []
-    later = await turn(db, now=NOW + LEASE, holder="three")
+    later = await turn(db, now=NOW + SENDING.lease, holder="three")
     assert len(later.claims) == MOST_OPEN
 
 
@@ -217,7 +213,7 @@ async def test_the_last_failure_is_final(db: Database) -> None:
         count += 1
     assert count == 10
     assert last.disabled == "every attempt failed for 3 days; last: it answered HTTP 500"
-    assert await next_due_at(db, "a", now=now + 30 * FAILING_FOR, lease=LEASE) is None
+    assert await next_due_at(db, SENDING, now=now + 30 * FAILING_FOR) is None
     assert (await turn(db, now=now + FAILING_FOR)).claims == []
     again = now + 2 * FAILING_FOR
     assert await enable(db, "a", now=again)
@@ -236,7 +232,7 @@ async def test_a_late_outcome_counts_as_far_as_it_is_true(db: Database) -> None:
     for message_id in ("msg_1", "msg_2"):
         await add_message(db, message_id, "a", next_attempt_at=NOW)
     await turn(db, now=NOW)
-    late = NOW + LEASE
+    late = NOW + SENDING.lease
     assert len((await turn(db, now=late, holder="two")).claims) == 2
     outcomes = [("msg_1", success(late)), ("msg_2", failure(late))]
     await turn(db, now=late, outcomes=outcomes, most=0)
@@ -303,7 +299,7 @@ async def test_recovering_takes_pages(db: Database) -> None:
     await known(db, "a")
     for number in range(5):
         await add_message(db, f"msg_{number}", "a", 500, state="failed", next_attempt_at=None)
-    await add_message(db, "old", "a", 500, state="failed", created_at=NOW - LEASE)
+    await add_message(db, "old", "a", 500, state="failed", created_at=NOW - SENDING.lease)
     await add_message(db, "done", "a", 200)
     assert await recover(db, "a", since=NOW, now=NOW, page=2) == 5
     assert len((await turn(db, now=NOW)).claims) == 5

@@ -32,9 +32,16 @@ from tracker.store.queries.endpoints import delays, list_attempts, list_messages
 from tracker.store.queries.search import SearchFilters, search_runs
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.url import DatabaseUrl
-from tracker.store.writing.messages import Attempt, enable, next_due_at, record_and_claim
+from tracker.store.writing.messages import (
+    Attempt,
+    Sending,
+    enable,
+    next_due_at,
+    record_and_claim,
+)
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
 
+SENDING = Sending(endpoint_id="point_1", holder="h", lease=timedelta(seconds=25))
 RUNS = 6_000
 """Of these a hundred are active, half of them due; there are twenty techniques and workspaces."""
 _MANY = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {RUNS}) "
@@ -239,7 +246,7 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         "ix_messages_newest_of_endpoint",
     ),
     "when a message is due": (
-        lambda db: next_due_at(db, "point_1", now=NOW, lease=timedelta(seconds=25)),
+        lambda db: next_due_at(db, SENDING, now=NOW),
         "ix_messages_due",
     ),
     "open starts": (starts.open_starts, "ix_starts_open"),
@@ -435,11 +442,10 @@ async def test_sending_finds_what_is_due(full: Database) -> None:
 
     async def take(db: Database) -> None:
         for outcomes in ([], [("msg_101", Attempt(at=NOW, seconds=1, status=200))]):
-            one = {"endpoint_id": "point_1", "holder": "h", "now": NOW, "most": 5}
-            one |= {"outcomes": outcomes, "lease": timedelta(seconds=25)}
-            await db.write(partial(record_and_claim, **one))
+            turn = partial(record_and_claim, sending=SENDING, outcomes=outcomes, now=NOW, most=5)
+            await db.write(turn)
         assert await enable(db, "point_1", now=NOW)
-        assert (await db.write(partial(record_and_claim, **one))).claims
+        assert (await db.write(turn)).claims
 
     told = await plans(full, take)
     assert "ix_messages_due" in told

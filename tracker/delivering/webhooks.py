@@ -34,6 +34,7 @@ from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import (
     Attempt,
     Claim,
+    Sending,
     Shown,
     fan_out,
     next_due_at,
@@ -159,14 +160,18 @@ class Webhooks:
             self._open_sender(name, target, handler.lease)
 
     def _open_sender(self, endpoint_id: str, target: Target, lease: timedelta) -> None:
-        self._senders[endpoint_id] = _Sender(
-            endpoint_id,
-            target,
+        sending = Sending(
+            endpoint_id=endpoint_id,
+            holder=self.process,
             lease=lease,
-            database=self.database,
-            process=self.process,
-            clock=self.clock,
+            most_open=target.most_open,
             waits=self.waits,
+        )
+        self._senders[endpoint_id] = _Sender(
+            sending,
+            target,
+            database=self.database,
+            clock=self.clock,
             times=self.times,
             on_attempt=self.on_attempt,
         )
@@ -308,14 +313,11 @@ async def _end(task: asyncio.Task[None], seconds: float) -> None:
 class _Sender:
     """Sends the messages of one endpoint, from when it is made until `stop`."""
 
-    endpoint_id: str
+    sending: Sending
     target: Target
     _: KW_ONLY
-    lease: timedelta
     database: Database
-    process: str
     clock: Clock
-    waits: tuple[timedelta, ...]
     times: DeliveryTimes
     on_attempt: Sequence[OnAttempt]
 
@@ -324,7 +326,8 @@ class _Sender:
         self._stopping = False
         self._open: dict[asyncio.Task[None], str] = {}
         self._outcomes: list[tuple[Claim, Attempt]] = []
-        name = f"endpoint {self.endpoint_id}"
+        self._endpoint_id = self.sending.endpoint_id
+        name = f"endpoint {self._endpoint_id}"
         sending = repeat(name, self._send_next, is_over=lambda: self._stopping)
         self._task = asyncio.create_task(sending, name=name)
 
@@ -354,10 +357,14 @@ class _Sender:
                     await self._record_and_claim(0)
                 if interrupted:
                     await self.database.write(
-                        partial(messages.release, holder=self.process, message_ids=interrupted)
+                        partial(
+                            messages.release, holder=self.sending.holder, message_ids=interrupted
+                        )
                     )
         except (StoreError, TimeoutError):
-            log.warning("endpoint.claims_kept", endpoint_id=self.endpoint_id, advice="they run out")
+            log.warning(
+                "endpoint.claims_kept", endpoint_id=self._endpoint_id, advice="they run out"
+            )
         await self.target.aclose()
 
     async def _record_and_claim(self, free: int) -> float:
@@ -366,7 +373,7 @@ class _Sender:
         if not self._outcomes:
             due = None
             if free > 0:
-                due = await next_due_at(self.database, self.endpoint_id, now=now, lease=self.lease)
+                due = await next_due_at(self.database, self.sending, now=now)
             if due is None or due > now:
                 tick = self.times.tick
                 return tick if due is None else min(tick, (due - now).total_seconds())
@@ -375,14 +382,10 @@ class _Sender:
             claimed = await self.database.write(
                 partial(
                     record_and_claim,
-                    endpoint_id=self.endpoint_id,
+                    sending=self.sending,
                     outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
                     most=free,
-                    holder=self.process,
                     now=now,
-                    lease=self.lease,
-                    waits=self.waits,
-                    most_open=self.target.most_open,
                 )
             )
         except BaseException:
@@ -394,13 +397,13 @@ class _Sender:
             task.add_done_callback(self._ended)
         for claim, attempt in outcomes:
             for hook in self.on_attempt:
-                call_hook(hook, self.endpoint_id, claim, attempt)
+                call_hook(hook, self._endpoint_id, claim, attempt)
         if claimed.disabled:
             log.error(
                 "endpoint.disabled",
-                endpoint_id=self.endpoint_id,
+                endpoint_id=self._endpoint_id,
                 reason=claimed.disabled,
-                advice=f"correct it, then run `tracker endpoints enable {self.endpoint_id}`",
+                advice=f"correct it, then run `tracker endpoints enable {self._endpoint_id}`",
             )
         # Without a claim, other processes have all requests open, or lock the rows.
         return 0.0 if claimed.claims or outcomes else RETRY_SECONDS
@@ -409,7 +412,7 @@ class _Sender:
         try:
             attempt = await self.target.send(claim)
         except Exception as error:  # a fault of the tracker must not stop this endpoint
-            log.exception("endpoint.send_failed", endpoint_id=self.endpoint_id)
+            log.exception("endpoint.send_failed", endpoint_id=self._endpoint_id)
             failure = f"it could not be sent: {type(error).__name__}"
             attempt = Attempt(at=self.clock(), seconds=0.0, error=failure)
         self._outcomes.append((claim, attempt))

@@ -234,16 +234,29 @@ class _Health:
     catch_up_to: datetime | None
 
 
-async def next_due_at(
-    db: Database, endpoint_id: str, *, now: datetime, lease: timedelta
-) -> datetime | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sending:
+    """How a process, the `holder` of leases, sends the messages of an endpoint.
+
+    A message is claimed for `lease`. At most `most_open` are claimed by all processes together.
+    Failed attempts are repeated after `waits`.
+    """
+
+    endpoint_id: str
+    holder: str
+    lease: timedelta
+    most_open: int = MOST_OPEN
+    waits: tuple[timedelta, ...] = WAITS
+
+
+async def next_due_at(db: Database, sending: Sending, *, now: datetime) -> datetime | None:
     """When a message of the endpoint can be claimed, in the past if one is due; `None` if there is
-    none, or the endpoint is disabled. `lease` is how long claims last."""
+    none, or the endpoint is disabled."""
     first = select(func.min(messages.c.next_attempt_at)).where(
-        messages.c.endpoint_id == endpoint_id, _PENDING, _free(now, lease)
+        messages.c.endpoint_id == sending.endpoint_id, _PENDING, _free(now, sending.lease)
     )
     statement = select(endpoints.c.catch_up_from, first.scalar_subquery()).where(
-        endpoints.c.endpoint_id == endpoint_id, endpoints.c.state == "enabled"
+        endpoints.c.endpoint_id == sending.endpoint_id, endpoints.c.state == "enabled"
     )
     row = await db.fetchrow(statement)
     return None if row is None else row[0] or row[1]
@@ -251,21 +264,16 @@ async def next_due_at(
 
 def record_and_claim(
     connection: Connection,
+    sending: Sending,
     *,
-    endpoint_id: str,
     outcomes: Sequence[tuple[str, Attempt]],
     most: int,
-    holder: str,
     now: datetime,
-    lease: timedelta,
-    waits: tuple[timedelta, ...] = WAITS,
-    most_open: int = MOST_OPEN,
 ) -> Claimed:
-    """Store the outcomes of attempts, by message, and claim up to `most` further messages, of which
-    at most `most_open` are claimed by all processes together."""
+    """Store the outcomes of attempts, by message, and claim up to `most` further messages."""
+    mine = endpoints.c.endpoint_id == sending.endpoint_id
     columns = (*_Health.__slots__, "configured_at")
-    wanted = select(*(endpoints.c[name] for name in columns))
-    wanted = wanted.where(endpoints.c.endpoint_id == endpoint_id).with_for_update()
+    wanted = select(*(endpoints.c[name] for name in columns)).where(mine).with_for_update()
     row = connection.execute(wanted).one_or_none()
     if row is None:
         return Claimed([])
@@ -275,19 +283,16 @@ def record_and_claim(
         # This process has slept for as long, and is about to note it (`configure`).
         after = replace(after, failing_since=None, enabled_at=now)
     if outcomes:
-        _store(connection, outcomes, holder, waits, after.enabled_at)
+        _store(connection, sending, outcomes, after.enabled_at)
         for _, attempt in outcomes:
-            after = _judged(after, attempt, waits[0])
+            after = _judged(after, attempt, sending.waits[0])
     claims: list[Claim] = []
     if after.state == "enabled":
-        claims, is_caught_up = _claim(
-            connection, endpoint_id, after, most, most_open, holder, now, lease
-        )
+        claims, is_caught_up = _claim(connection, sending, after, most, now)
         if is_caught_up:
             after = replace(after, catch_up_from=None, catch_up_to=None)
     if after != before:
         changed = {name: getattr(after, name) for name in _Health.__slots__}
-        mine = endpoints.c.endpoint_id == endpoint_id
         connection.execute(update(endpoints).where(mine).values(changed))
     return Claimed(claims, after.disabled_reason if after.state != before.state else None)
 
@@ -337,16 +342,11 @@ _FINISH: Final = (
 
 def _store(
     connection: Connection,
+    sending: Sending,
     outcomes: Sequence[tuple[str, Attempt]],
-    holder: str,
-    waits: tuple[timedelta, ...],
     enabled_at: datetime | None,
 ) -> None:
-    """Store attempts, and what they make of their messages.
-
-    A success counts also when the lease has expired meanwhile; a failure then only counts as an
-    attempt, since another process has the message.
-    """
+    """Store attempts, and what they make of their messages."""
     wanted = select(*(messages.c[name] for name in ("message_id", *_CHANGED)))
     wanted = wanted.where(messages.c.message_id.in_([message_id for message_id, _ in outcomes]))
     wanted = wanted.order_by(messages.c.message_id).with_for_update()
@@ -355,9 +355,7 @@ def _store(
     for message_id, attempt in outcomes:
         if (row := found.get(message_id)) is None:
             continue
-        row["attempts"] += 1
-        row["last_attempt_at"] = attempt.at
-        row["last_status"], row["last_error"] = attempt.status, attempt.error
+        row |= _changes(row, attempt, sending, enabled_at)
         attempts.append(
             {
                 "message_id": message_id,
@@ -369,76 +367,84 @@ def _store(
                 "error": attempt.error,
             }
         )
-        is_mine, is_pending = row["lease_holder"] == holder, row["state"] == "pending"
-        if is_pending and attempt.delivered:
-            row |= {"state": "delivered", "delivered_at": attempt.at, "next_attempt_at": None}
-        elif is_pending and is_mine:
-            since = row["tried_since"]
-            if since is None or (enabled_at is not None and since < enabled_at):
-                since = attempt.at
-            since = min(since, attempt.at)  # the clock may have been set back
-            due = (
-                None
-                if attempt.final
-                else next_attempt(
-                    message_id,
-                    since=since,
-                    now=attempt.at,
-                    retry_after=attempt.retry_after,
-                    waits=waits,
-                )
-            )
-            state = "pending" if due else "failed"
-            row |= {"tried_since": since, "next_attempt_at": due, "state": state}
-        if is_mine or row["state"] == "delivered":
-            row |= {"lease_until": None, "lease_holder": None}
     if attempts:
         connection.execute(insert(message_attempts), attempts)
         changes = [{f"as_{name}": value for name, value in row.items()} for row in found.values()]
         connection.execute(_FINISH, changes)
 
 
+def _changes(
+    row: Mapping[str, Any], attempt: Attempt, sending: Sending, enabled_at: datetime | None
+) -> dict[str, Any]:
+    """What an attempt changes of its message's `row`.
+
+    A success counts also when the lease has expired meanwhile; a failure then only counts as an
+    attempt, since another process has the message. The schedule begins anew at `enabled_at`.
+    """
+    after: dict[str, Any] = {
+        "attempts": row["attempts"] + 1,
+        "last_attempt_at": attempt.at,
+        "last_status": attempt.status,
+        "last_error": attempt.error,
+    }
+    is_mine, is_pending = row["lease_holder"] == sending.holder, row["state"] == "pending"
+    if is_pending and attempt.delivered:
+        after |= {"state": "delivered", "delivered_at": attempt.at, "next_attempt_at": None}
+    elif is_pending and is_mine:
+        since = row["tried_since"]
+        if since is None or (enabled_at is not None and since < enabled_at):
+            since = attempt.at
+        since = min(since, attempt.at)  # the clock may have been set back
+        due = next_attempt(
+            row["message_id"],
+            since=since,
+            now=attempt.at,
+            retry_after=attempt.retry_after,
+            waits=sending.waits,
+        )
+        if attempt.final or due is None:
+            after |= {"state": "failed", "next_attempt_at": None, "tried_since": since}
+        else:
+            after |= {"next_attempt_at": due, "tried_since": since}
+    if is_mine or after.get("state", row["state"]) == "delivered":
+        after |= {"lease_until": None, "lease_holder": None}
+    return after
+
+
 def _claim(
-    connection: Connection,
-    endpoint_id: str,
-    health: _Health,
-    most: int,
-    most_open: int,
-    holder: str,
-    now: datetime,
-    lease: timedelta,
+    connection: Connection, sending: Sending, health: _Health, most: int, now: datetime
 ) -> tuple[list[Claim], bool]:
     """Claim due messages, then those that failed during an outage that is over; whether none of
     the latter is left."""
-    mine = messages.c.endpoint_id == endpoint_id
-    free = _free(now, lease)
+    mine = messages.c.endpoint_id == sending.endpoint_id
+    free = _free(now, sending.lease)
     is_open = and_(mine, messages.c.lease_holder.is_not(None), not_(free))
     count = select(func.count()).select_from(messages).where(is_open)
-    room = min(most, most_open - connection.execute(count).scalar_one())
+    room = min(most, sending.most_open - connection.execute(count).scalar_one())
     if room <= 0:
         return [], False
     waiting = select(messages.c.message_id).where(mine, _PENDING, free)
     due = waiting.where(messages.c.next_attempt_at <= now)
-    claims = _take(connection, due, room, holder, now + lease)
+    claims = _take(connection, sending, due, room, now)
     if health.catch_up_from is None or len(claims) == room:
         return claims, False
     failed = waiting.where(
         messages.c.next_attempt_at > now,
         messages.c.last_attempt_at.between(health.catch_up_from, health.catch_up_to),
     )
-    more = _take(connection, failed, room - len(claims), holder, now + lease)
+    more = _take(connection, sending, failed, room - len(claims), now)
     return claims + more, not more
 
 
 def _take(
-    connection: Connection, wanted: Select[Any], most: int, holder: str, until: datetime
+    connection: Connection, sending: Sending, wanted: Select[Any], most: int, now: datetime
 ) -> list[Claim]:
     some = wanted.order_by(messages.c.next_attempt_at).limit(most)
     some = some.with_for_update(skip_locked=True)
     statement = (
         update(messages)
         .where(messages.c.message_id.in_(some))
-        .values(lease_until=until, lease_holder=holder)
+        .values(lease_until=now + sending.lease, lease_holder=sending.holder)
         .returning(*(messages.c[name] for name in Claim.__slots__))
     )
     claims = [Claim(*row) for row in connection.execute(statement)]
