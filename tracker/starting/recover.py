@@ -19,8 +19,9 @@ from tracker.core.observation import Observation
 from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.matching import HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
+from tracker.store.clock import SharedClock
 from tracker.store.queries import starts
-from tracker.store.queries.starts import StartRow, StartState
+from tracker.store.queries.starts import SentClock, StartRow, StartState
 
 KEY_KEPT: Final = timedelta(minutes=115)
 """How long FLORA surely remembers a key: two hours, the shorter of its two accounts, less a
@@ -41,6 +42,93 @@ MOST_SHOWN: Final = 5
 _MAY_BE: Final = "; it may have become "
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DoubtTimes:
+    """The times of a start in doubt. `doubt` is how long FLORA may be at work on a request.
+
+    They are measured in `SharedClock.seconds` where it is known when it was sent by these, else by
+    the clock as it is set now.
+    """
+
+    row: StartRow
+    clock: SharedClock
+    doubt: timedelta
+
+    @property
+    def sent(self) -> SentClock | None:
+        return self.row.sent_by(self.clock.boot)
+
+    @property
+    def first_sent(self) -> datetime:
+        """When it was first sent, rather too early, by the clock as it is set now."""
+        by_clock, sent = self.row.first_sent, self.sent
+        return by_clock if sent is None else min(by_clock, self.clock.at(sent.seconds))
+
+    @property
+    def window(self) -> timedelta:
+        """How long FLORA may be at work on the last request, or be about to list its run."""
+        return max(self.doubt, LISTED_WITHIN) if self.row.is_known_to_flora else self.doubt
+
+    @property
+    def listed_by(self) -> timedelta:
+        """After this long a run of the last request is listed: what comes later is another's."""
+        return self.window + LISTED_WITHIN
+
+    def passed(self, until: float) -> timedelta:
+        """How long it has surely been from the last sending until then, by `SharedClock.seconds`.
+
+        Where these do not tell, the clock does, but not for longer than since it was last set.
+        """
+        if (sent := self.sent) is not None:
+            return timedelta(seconds=until - sent.seconds)
+        by_clock = (self.clock.at(until) - self.row.last_sent).total_seconds()
+        return timedelta(seconds=min(by_clock, until - self.clock.jumped_at))
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it was sent at what is the future since the clock was set back, and it is not
+        known how long ago that was."""
+        return self.sent is None and self.row.last_sent > self.clock() + starts.SET_BACK
+
+    def is_forgotten(self, flora_ahead: timedelta | None) -> bool:
+        """Whether FLORA may have forgotten the key; assumed if the age of the start is unknown.
+
+        A virtual machine that is paused counts no seconds, so the clock may be right where it shows
+        a longer time; not where FLORA's, which is `flora_ahead` of it now, shows a shorter one.
+        """
+        age, sent = self.clock() - self.first_sent, self.sent
+        if sent is not None and sent.flora_ahead is not None and flora_ahead is not None:
+            age = min(age, age + flora_ahead - timedelta(seconds=sent.flora_ahead))
+        age = max(age, self.passed(self.clock.seconds()))
+        return age >= KEY_KEPT or self.is_ahead
+
+    def is_due(self, searched: float | None) -> bool:
+        """Whether the history may help now, and was not read for it a moment ago (`searched`)."""
+        if self.is_ahead:
+            return True
+        now = self.clock.seconds()
+        passed = self.passed(now)
+        # From then on the run of a known key is listed; of another key, FLORA is done with the
+        # request. Until then only a callback helps.
+        if passed < (LISTED_WITHIN if self.row.is_known_to_flora else self.doubt):
+            return False
+        if searched is None:
+            return True
+        since = timedelta(seconds=now - searched)
+        if any(passed - since < end <= passed for end in (self.window, self.listed_by)):
+            return True
+        least, most = SEARCH_WAITS
+        return since >= min(max(passed / 6, least), most)
+
+    def nothing_tells(self, possible: Sequence[Observation | None]) -> bool:
+        """Whether FLORA knows it and shows no run that it may have become, or it may have become
+        one of these and their callbacks come no more; `None` is one that is not listed any more."""
+        if not possible:
+            return self.row.is_known_to_flora
+        passed = self.passed(self.clock.seconds())
+        return passed >= CALLBACKS_WITHIN and all(map(_callback_is_over, possible))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -111,13 +199,14 @@ class Recovery(Service):
                         error = held.row.error or {"message": NO_ANSWER}
                         await held.record(StartState.IN_DOUBT, error)
                         row = held.row
-            if row.state is StartState.IN_DOUBT and self._is_due(row):
+            searched = self._searched.get((row.workspace_slot, row.idempotency_key))
+            if row.state is StartState.IN_DOUBT and self._times(row).is_due(searched):
                 due.append(row)
         if not due:
             return 0
         for row in due:
             self._searched[row.workspace_slot, row.idempotency_key] = self.clock.seconds()
-        since = min(self._first_sent(row) for row in due)
+        since = min(self._times(row).first_sent for row in due)
         read = None
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
@@ -131,37 +220,52 @@ class Recovery(Service):
                     found += await self._end_doubt(workspace, held, read)
         return found
 
+    def _times(self, row: StartRow) -> DoubtTimes:
+        return DoubtTimes(row, self.clock, self.doubt)
+
     async def _end_doubt(
         self, workspace: Workspace, held: HeldStart, read: HistoryRead | None
     ) -> bool:
         """End the doubt about one start, if possible now; whether it became a run."""
-        row = replace(held.row, in_use_since=self._first_sent(held.row), set_back=None)
-        window, runs = self._window(row), {} if read is None else read.runs
-        ahead = None if read is None else workspace.require_client().clock_offset
-        passed = timedelta.min if read is None else self._passed(row, read.begun)
-        if row.is_known_to_flora and read is not None and passed >= LISTED_WITHIN:
+        first_sent = self._times(held.row).first_sent
+        row = replace(held.row, in_use_since=first_sent, set_back=None)
+        times = self._times(row)
+        if read is None:
+            if times.is_forgotten(None):
+                possible = await starts.possible(self.database, row, row.possible_runs or ())
+                await self._leave_to_a_person(held, row.error, possible)
+            return False
+        passed = times.passed(read.begun)
+        if row.is_known_to_flora and passed >= LISTED_WITHIN:
             run = await self.matcher.find(row, read)
             if run:
                 await self.matcher.adopt(row, run.run_id, run)
                 log.info("start.found", key=held.key, run_id=run.run_id)
                 return True
-        possible = await starts.possible(self.database, row, row.possible_runs or runs)
-        shown = [runs.get(run_id) for run_id in possible]
+        possible = await starts.possible(self.database, row, row.possible_runs or read.runs)
         error = row.error
-        if possible and passed >= window + LISTED_WITHIN:
-            error = row.with_possible(possible)  # what is listed later was started by someone else
-        if self._is_forgotten(row, ahead) or (passed >= window and self._nothing_tells(row, shown)):
+        if possible and passed >= times.listed_by:
+            error = row.with_possible(possible)
+        is_over = passed >= times.window
+        shown = [read.runs.get(run_id) for run_id in possible]
+        ahead = workspace.require_client().clock_offset
+        if times.is_forgotten(ahead) or (is_over and times.nothing_tells(shown)):
             await self._leave_to_a_person(held, error, possible)
             return False
         if error != row.error:
             await held.record(StartState.IN_DOUBT, error)
-        if row.is_known_to_flora or possible or passed < window:
+        if row.is_known_to_flora or possible or not is_over:
             return False  # unless it is over, FLORA may be at work on it
-        if row.sent_by(self.clock.boot) is None:
+        return await self._send_again(workspace, held, read)
+
+    async def _send_again(self, workspace: Workspace, held: HeldStart, read: HistoryRead) -> bool:
+        """Send a start of which nothing came, if that is sure; whether it became a run."""
+        times = self._times(held.row)
+        if times.sent is None:
             await self.clock.settle()
-            if read is None or self._passed(row, read.begun) < window:
+            if times.passed(read.begun) < times.window:
                 return False
-        log.info("start.sent_again", key=held.key, technique_id=row.technique_id)
+        log.info("start.sent_again", key=held.key, technique_id=held.row.technique_id)
         try:
             await self.sender.send(workspace, held, deadline=SEARCH_SECONDS)
         except (FloraError, SettingsError, StartError) as error:
@@ -179,71 +283,6 @@ class Recovery(Service):
             technique_id=held.row.technique_id,
             advice="tracker starts resolve",
         )
-
-    def _passed(self, row: StartRow, until: float) -> timedelta:
-        """How long it has surely been from the last sending until then, by `SharedClock.seconds`.
-
-        Where these do not tell, the clock does, but not for longer than since it was last set.
-        """
-        sent = row.sent_by(self.clock.boot)
-        if sent is not None:
-            return timedelta(seconds=until - sent.seconds)
-        by_clock = (self.clock.at(until) - row.last_sent).total_seconds()
-        return timedelta(seconds=min(by_clock, until - self.clock.jumped_at))
-
-    def _first_sent(self, row: StartRow) -> datetime:
-        """When it was first sent, rather too early, by the clock as it is set now."""
-        sent = row.sent_by(self.clock.boot)
-        return row.first_sent if sent is None else min(row.first_sent, self.clock.at(sent.seconds))
-
-    def _window(self, row: StartRow) -> timedelta:
-        """How long FLORA may be at work on the last request, or be about to list its run."""
-        return max(self.doubt, LISTED_WITHIN) if row.is_known_to_flora else self.doubt
-
-    def _nothing_tells(self, row: StartRow, possible: Sequence[Observation | None]) -> bool:
-        """Whether FLORA knows it and shows no run that it may have become, or it may have become
-        one of these and their callbacks come no more; `None` is one that is not listed any more."""
-        if not possible:
-            return row.is_known_to_flora
-        passed = self._passed(row, self.clock.seconds())
-        return passed >= CALLBACKS_WITHIN and all(map(_callback_is_over, possible))
-
-    def _is_forgotten(self, row: StartRow, ahead: timedelta | None) -> bool:
-        """Whether FLORA may have forgotten the key; assumed if the age of the start is unknown.
-
-        A virtual machine that is paused counts no seconds, so the clock may be right where it shows
-        a longer time; not where FLORA's, which is `ahead` of it now, shows a shorter one.
-        """
-        age, sent = self.clock() - row.first_sent, row.sent_by(self.clock.boot)
-        if sent is not None and sent.flora_ahead is not None and ahead is not None:
-            age = min(age, age + ahead - timedelta(seconds=sent.flora_ahead))
-        age = max(age, self._passed(row, self.clock.seconds()))
-        return age >= KEY_KEPT or self._is_ahead(row)
-
-    def _is_ahead(self, row: StartRow) -> bool:
-        """Whether it was sent at what is the future since the clock was set back, and it is not
-        known how long ago that was."""
-        is_known = row.sent_by(self.clock.boot) is not None
-        return not is_known and row.last_sent > self.clock() + starts.SET_BACK
-
-    def _is_due(self, row: StartRow) -> bool:
-        """Whether the history may help now, and was not read for it a moment ago."""
-        if self._is_ahead(row):
-            return True
-        now = self.clock.seconds()
-        passed = self._passed(row, now)
-        # From then on the run of a known key is listed; of another key, FLORA is done with the
-        # request. Until then only a callback helps.
-        if passed < (LISTED_WITHIN if row.is_known_to_flora else self.doubt):
-            return False
-        searched = self._searched.get((row.workspace_slot, row.idempotency_key))
-        if searched is None:
-            return True
-        since, window = timedelta(seconds=now - searched), self._window(row)
-        if any(passed - since < end <= passed for end in (window, window + LISTED_WITHIN)):
-            return True
-        least, most = SEARCH_WAITS
-        return since >= min(max(passed / 6, least), most)
 
 
 def naming(error: dict[str, Any] | None, possible: Collection[str]) -> dict[str, Any]:
