@@ -10,6 +10,7 @@ again with the same key.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -126,36 +127,22 @@ class Starter(Service):
         workspace_id = await self.workspaces.id_of(
             workspace, wanted=request.workspace_id, deadline=self.deadline
         )
+        call = _Call(workspace, workspace_id, key, request, give_up)
         row = await starts.get(self.database, workspace_id, key)
-        replayed = row is not None and not row.is_fresh
-        if row is not None and replayed:
+        if row is not None and not row.is_fresh:
             # Its inputs are not checked: its answer stands, whatever the definition is by now.
             technique_id = await self.catalogue.technique_id(workspace, request.technique)
             _compare(row, technique_id, request)
             await self.durations.learn([technique_id])
-        pause = FIRST_PAUSE
+        sent, pause = False, FIRST_PAUSE
         while row is None or row.state is not StartState.STARTED:
-            if row is not None and row.is_fresh and row.is_known_to_flora:
-                raise known_to_flora(key)
             if row is None or row.is_fresh:
-                # Checked before the key is kept, so that wrong inputs can be corrected.
-                definition = await self.catalogue.checked(
-                    workspace, request.technique, request.inputs, deadline=self.deadline
-                )
-                await self.durations.learn([definition.technique_id])
-                attempt = self._attempt(workspace, workspace_id, key, definition, request)
-                try:
-                    record = await self._within(give_up, key, attempt)
-                except StartPending:
-                    record = None
-                else:
-                    if record is not None:
-                        return Started(record=record, replayed=False)
-                    replayed = True  # another caller sends it, or has
-                row = await starts.get(self.database, workspace_id, key)
-                if row is None:
-                    raise pending(key)
-                _compare(row, definition.technique_id, request)
+                if row is not None and row.is_known_to_flora:
+                    raise known_to_flora(key)
+                result, sent = await self._send_fresh(call)
+                if isinstance(result, Record):
+                    return Started(record=result, replayed=False)
+                row = result
                 if row.state is StartState.STARTED:
                     break
             elif row.state is StartState.UNRESOLVED:
@@ -178,18 +165,41 @@ class Starter(Service):
             raise StartUnresolved(
                 f"idempotency key {key!r} started run {row.run_id}, which is no longer kept"
             )
-        return Started(record=started, replayed=replayed)
+        return Started(record=started, replayed=not sent)
+
+    async def _send_fresh(self, call: "_Call") -> tuple[Record | StartRow, bool]:
+        """Send a start of which no request can have taken effect.
+
+        Its run; without an answer, or if another caller sends it, the start as it is stored. And
+        whether this call sent it, or may have.
+        """
+        # Checked before the key is kept, so that wrong inputs can be corrected.
+        definition = await self.catalogue.checked(
+            call.workspace, call.request.technique, call.request.inputs, deadline=self.deadline
+        )
+        await self.durations.learn([definition.technique_id])
+        sent = True
+        with suppress(StartPending):
+            record = await self._within(call, self._attempt(call, definition))
+            if record is not None:
+                return record, True
+            sent = False
+        row = await starts.get(self.database, call.workspace_id, call.key)
+        if row is None:
+            raise pending(call.key)
+        _compare(row, definition.technique_id, call.request)
+        return row, sent
 
     async def _within(
-        self, give_up: float, key: str, sending: Coroutine[Any, Any, Record | None]
+        self, call: "_Call", sending: Coroutine[Any, Any, Record | None]
     ) -> Record | None:
         """The result of `sending`, which goes on if the caller has no more time or is gone."""
         task = asyncio.create_task(sending, name="start")
         self._sending.add(task)
         task.add_done_callback(self._sent)
-        await asyncio.wait([task], timeout=max(give_up - self.monotonic(), 0.0))
+        await asyncio.wait([task], timeout=max(call.give_up - self.monotonic(), 0.0))
         if not task.done():
-            raise pending(key)
+            raise pending(call.key)
         return task.result()
 
     def _sent(self, task: "asyncio.Task[Record | None]") -> None:
@@ -199,16 +209,10 @@ class Starter(Service):
         if failure is not None and not isinstance(failure, TrackerError):
             log.exception("start.broken", exc_info=failure)
 
-    async def _attempt(
-        self,
-        workspace: Workspace,
-        workspace_id: str,
-        key: str,
-        definition: Technique,
-        request: StartRequest,
-    ) -> Record | None:
+    async def _attempt(self, call: "_Call", definition: Technique) -> Record | None:
         """Keep the key, reserve the price and send the start; `None` if another caller holds it, or
         it is of another request."""
+        workspace_id, key, request = call.workspace_id, call.key, call.request
         technique_id, tags = definition.technique_id, request.tags or {}
 
         async def reserve(holder: str, lease: timedelta) -> StartRow | None:
@@ -220,7 +224,7 @@ class Starter(Service):
                 fingerprint=fingerprint(technique_id, request.inputs),
                 inputs=request.inputs,
                 at=self.clock(),
-                callback_token=callback_token(workspace.require_client(), workspace_id, key),
+                callback_token=callback_token(call.workspace.require_client(), workspace_id, key),
                 started_by=request.started_by,
                 tags=tags,
                 holder=holder,
@@ -237,7 +241,7 @@ class Starter(Service):
             ) as held:
                 if held is None:
                     return None
-                return await self.sender.send(workspace, held, deadline=self.deadline)
+                return await self.sender.send(call.workspace, held, deadline=self.deadline)
         except BudgetExceeded as error:
             log.warning("start.over_budget", key=key, budget=error.budget, left=float(error.left))
             self.on_over_budget(error.budget)
@@ -245,6 +249,18 @@ class Starter(Service):
         except FloraRefusal as refusal:
             await self.catalogue.refused(technique_id, refusal)
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A request to start a run, with its workspace and key; it waits until `give_up`, by the
+    monotonic clock."""
+
+    workspace: Workspace
+    workspace_id: str
+    key: str
+    request: StartRequest
+    give_up: float
 
 
 def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
