@@ -30,12 +30,12 @@ from tests.support.deliveries import applied
 from tracker.core.clock import utc_now
 from tracker.core.rollup import STATE
 from tracker.operations.retention import Ages, Pruner
-from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.receiving.apply import Applier
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.schema import runs
 from tracker.store.writing import rollups
+from tracker.workspaces import Workspace, Workspaces
 
 DAYS: Final = 30
 FLORA_WAITS: Final = 10.0

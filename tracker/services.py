@@ -31,7 +31,6 @@ from tracker.polling.pauses import Coalescer
 from tracker.polling.poll import DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
-from tracker.polling.workspaces import DatabaseWaits, Workspace, Workspaces
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Inbox, Receiver
 from tracker.receiving.replay import Replayer
@@ -55,6 +54,7 @@ from tracker.store.url import TLS_ADVICE
 from tracker.store.writing.rollups import RollupCompactor
 from tracker.store.writing.writer import MergeRules, Writer
 from tracker.views import message_body
+from tracker.workspaces import DatabaseWaits, Workspace, Workspaces
 
 log = get_logger(__name__)
 

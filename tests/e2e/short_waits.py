@@ -17,12 +17,12 @@ from tracker.cli import main
 from tracker.delivering.webhooks import DeliveryTimes
 from tracker.polling import poll
 from tracker.polling.pauses import Backoff
-from tracker.polling.workspaces import DatabaseWaits
 from tracker.starting import recover, sending
 from tracker.store.queries import batches, starts
 from tracker.web.http import server
 from tracker.worker import scheduler
 from tracker.worker.scheduler import WorkerTimes
+from tracker.workspaces import DatabaseWaits
 
 SPEED = 50.0
 KEYS_KEPT = 16.0

@@ -16,9 +16,9 @@ from tests.stateful.clocks import Clocks
 from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun, inputs_for
 from tests.stateful.process import Crashed, Process
 from tests.stateful.promises import Memory, check, snapshot
-from tracker.polling.workspaces import Workspace
 from tracker.store.engine import Database
 from tracker.store.schema import metadata
+from tracker.workspaces import Workspace
 
 T = TypeVar("T")
 

@@ -37,7 +37,6 @@ from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.waiting import cancel
 from tracker.flora.parse import digest_id
-from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_waiting
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
@@ -47,6 +46,7 @@ from tracker.store.schema import deliveries, run_events, runs
 from tracker.store.url import DatabaseTimes
 from tracker.store.writing.statements import MAX_LARGE, SMALL_BODY, requeue, statements_for
 from tracker.store.writing.writer import WriteOutcome
+from tracker.workspaces import Workspace, Workspaces
 
 LATER = NOW + timedelta(hours=2)
 

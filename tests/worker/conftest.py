@@ -10,9 +10,9 @@ import pytest
 
 from tests.support.clocks import HandClock, PassedTime
 from tests.support.waiting import NO_SWEEPS
+from tracker import workspaces
 from tracker.core.record import Record
 from tracker.flora.client import FloraClient
-from tracker.polling import workspaces
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running

@@ -21,13 +21,13 @@ from tests.worker.test_poll import start
 from tests.worker.test_waits import client_of
 from tracker.core.run import Tracking
 from tracker.core.schedule import Policy
-from tracker.polling.workspaces import DatabaseWaits
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.store import claims
 from tracker.store.errors import StoreBusy
 from tracker.store.queries import starts as start_log
+from tracker.workspaces import DatabaseWaits
 
 DAY = 86_400.0
 STEPS = [200.0, 3600.0, DAY, -30.0, -200.0, -3600.0, -DAY]

@@ -14,10 +14,10 @@ from tracker.core.schedule import Durations, Policy, PollReason
 from tracker.explaining.timeline import Sentence, SentenceKind, moment, source_name, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import Service
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries.deliveries import list_deliveries
+from tracker.workspaces import Service
 
 DELIVERIES: Final = 100
 """Callbacks of one run that are explained, the newest ones."""

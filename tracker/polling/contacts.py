@@ -17,8 +17,8 @@ from tracker.core.errors import FloraError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat
 from tracker.polling.history import attributed_page
-from tracker.polling.workspaces import Service, Workspace
 from tracker.store.queries import workspaces
+from tracker.workspaces import Service, Workspace
 
 PROBE_FAILING_AFTER: Final = 15.0
 """Seconds after the last request after which a FLORA that failed is asked again."""

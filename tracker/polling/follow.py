@@ -20,10 +20,10 @@ from tracker.core.record import Record
 from tracker.core.run import Run, Tracking
 from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
-from tracker.polling.workspaces import Service
 from tracker.store.errors import StoreClosed
 from tracker.store.queries import runs
 from tracker.store.signals import Signals
+from tracker.workspaces import Service
 
 T = TypeVar("T")
 

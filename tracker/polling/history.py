@@ -27,10 +27,10 @@ from tracker.core.record import Record
 from tracker.core.run import RunStatus, RunType
 from tracker.flora import client as flora
 from tracker.flora.client import FloraClient, HistoryPage, cursor_at, offset_of
-from tracker.polling.workspaces import Workspace
 from tracker.store.engine import Database
 from tracker.store.writing import retention
 from tracker.store.writing.retention import ListedRun
+from tracker.workspaces import Workspace
 
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""

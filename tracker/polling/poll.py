@@ -29,11 +29,11 @@ from tracker.core.waiting import repeat, run_all
 from tracker.polling.pauses import Backoff, Coalescer
 from tracker.polling.poll_round import PollReport, PollRound
 from tracker.polling.reading import RunReader, SingleRead
-from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import runs
 from tracker.store.writing.writer import Writer
+from tracker.workspaces import Service, Workspace
 
 CLAIM: Final = 100
 """Due runs that one round claims: as many as one history page can show."""

@@ -23,9 +23,9 @@ from tracker.polling import history
 from tracker.polling.history import PAGE_SIZE, attributed_page, counted_before, without_removed
 from tracker.polling.pauses import Backoff
 from tracker.polling.reading import RunReader
-from tracker.polling.workspaces import Workspaces
 from tracker.store import claims
 from tracker.store.writing.writer import Writer
+from tracker.workspaces import Workspaces
 
 SINGLE_READS: Final = 16
 """Single reads of a round, half of them for fresh ends; other runs are released and due in the

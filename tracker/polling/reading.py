@@ -19,8 +19,8 @@ from tracker.polling.history import (
     counted_before,
     without_removed,
 )
-from tracker.polling.workspaces import Workspace
 from tracker.store.engine import Database
+from tracker.workspaces import Workspace
 
 CALL_SECONDS: Final = 20.0
 """How long a single read may take, repetitions included; what fails is tried at the next poll."""

@@ -48,11 +48,11 @@ from tracker.polling.history import (
 )
 from tracker.polling.pauses import Coalescer
 from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.queries import runs, sweeps
 from tracker.store.queries.sweeps import Gap, Interval
 from tracker.store.writing.writer import Writer, WriteResult
+from tracker.workspaces import Service, Workspace
 
 LISTED_WITHIN: Final = timedelta(minutes=2)
 """How late a run may appear in FLORA's list, counted from its creation."""

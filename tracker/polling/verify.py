@@ -24,8 +24,8 @@ from tracker.polling.history import (
     attributed_page,
     without_removed,
 )
-from tracker.polling.workspaces import Service, Workspace
 from tracker.store.queries import runs
+from tracker.workspaces import Service, Workspace
 
 SETTLES_WITHIN: Final = timedelta(minutes=10)
 """A run that was created or ended less long ago may not be complete on either side."""

@@ -30,7 +30,6 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import TEST_DELIVERY, Delivery, Observed
 from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.flora import parse
-from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.queries import starts
@@ -39,6 +38,7 @@ from tracker.store.signals import INBOX
 from tracker.store.writing.group_commit import OnWrite, call_hook, reported
 from tracker.store.writing.statements import Statements, quarantine, statements_for
 from tracker.store.writing.writer import MergeRules, OnCommit, WriteBatch, WriteOutcome
+from tracker.workspaces import Workspaces
 
 SAMPLE_SECONDS: Final = 0.01
 """How long arriving callbacks are counted between two groups."""

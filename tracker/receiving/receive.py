@@ -17,10 +17,10 @@ from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.core.run import fast_dataclass, known
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
-from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
 from tracker.store.writing.group_commit import GroupCommit
 from tracker.store.writing.statements import Receipt, statements_for
+from tracker.workspaces import Workspaces
 
 Positions = list[tuple[int, Delivery]]
 

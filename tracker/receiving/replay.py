@@ -18,7 +18,6 @@ from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.flora import parse
-from tracker.polling.workspaces import Service
 from tracker.receiving.apply import Applier, parse_stored
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
@@ -26,6 +25,7 @@ from tracker.store.queries.deliveries import DeliveryRow, get_delivery
 from tracker.store.queries.runs import get_run
 from tracker.store.writing import retention, statements
 from tracker.store.writing.retention import AROUND, ListedRun
+from tracker.workspaces import Service
 
 APPLIED_BEFORE: Final = "it had been applied before"
 ACKNOWLEDGED_AT_ONCE: Final = 500

@@ -40,7 +40,6 @@ from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.flora.technique import runs_of
-from tracker.polling.workspaces import Workspace
 from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter, StartRequest
@@ -49,6 +48,7 @@ from tracker.store.queries import runs as read
 from tracker.store.queries import starts
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN, StartState
+from tracker.workspaces import Workspace
 
 ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
 """Statuses of refusals that the next row may not meet."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
 from tracker.flora.technique import ports
-from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.batch_rows import (
     BatchPlan,
     Retry,
@@ -29,6 +28,7 @@ from tracker.starting.columns import (
 from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
 from tracker.store.queries import sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.workspaces import Service, Workspace
 
 
 @dataclass(kw_only=True, eq=False)

@@ -30,7 +30,6 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.polling.workspaces import Service
 from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import ABOUT_THE_ROW, BatchLaunch, Order
 from tracker.starting.batch_rows import BatchPlan, RowState
@@ -38,6 +37,7 @@ from tracker.store.queries import batches
 from tracker.store.queries.audit import Principal, acting
 from tracker.store.queries.batches import BatchRow, LaunchEnd
 from tracker.store.queries.starts import StartState
+from tracker.workspaces import Service
 
 log = get_logger(__name__)
 

@@ -32,10 +32,10 @@ from tracker.core.inputs import Port, Technique, check, typed
 from tracker.core.log import get_logger
 from tracker.flora.client import pages as pages_of
 from tracker.flora.technique import ports
-from tracker.polling.workspaces import Service, Workspace
 from tracker.store import claims
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
+from tracker.workspaces import Service, Workspace
 
 FRESH: Final = timedelta(hours=1)
 """How long a definition is used without reading it again."""

@@ -21,12 +21,12 @@ from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.polling import history
-from tracker.polling.workspaces import Workspace
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
 from tracker.store.writing.writer import Writer
+from tracker.workspaces import Workspace
 
 STORE_AGAIN: Final = (0.2, 5.0)
 """The first and the longest wait before an answer is stored again, in seconds."""

@@ -16,12 +16,12 @@ from typing import Any, Final
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
-from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.matching import HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.clock import SharedClock
 from tracker.store.queries import starts
 from tracker.store.queries.starts import SentClock, StartRow, StartState
+from tracker.workspaces import Service, Workspace
 
 KEY_KEPT: Final = timedelta(minutes=115)
 """How long FLORA surely remembers a key: two hours, the shorter of its two accounts, less a

@@ -19,7 +19,6 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.core.run import Run
 from tracker.polling.poll import Poller
-from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import naming
@@ -29,6 +28,7 @@ from tracker.store.queries.audit import Action
 from tracker.store.queries.starts import UNKNOWN, StartRow, StartState
 from tracker.store.writing.statements import ShownByFlora, forget_run
 from tracker.store.writing.writer import Writer
+from tracker.workspaces import Service, Workspace
 
 NOTHING_STARTED: Final = "a person says that nothing was started; the key may be used again"
 

@@ -35,12 +35,12 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.core.waiting import repeat
 from tracker.flora.client import FloraClient, start_body
-from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.matching import StartMatcher
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import SentClock, StartRow, StartState
+from tracker.workspaces import Workspace, Workspaces
 
 HELD_FOR: Final = timedelta(seconds=30)
 """How long the lease of a process that died lasts; a living one renews it."""

@@ -32,7 +32,6 @@ from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.technique import runs_of
 from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import Service, Workspace
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
 from tracker.starting.sending import StartSender, callback_token, held_by, known_to_flora, pending
@@ -40,6 +39,7 @@ from tracker.store.queries import runs, spending, starts
 from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
 from tracker.store.queries.starts import StartRow, StartState
+from tracker.workspaces import Service, Workspace
 
 NO_BUDGETS: Final = Budgets()
 LAST_SECONDS: Final = 3.0

@@ -24,7 +24,7 @@ from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.core.waiting import cancel, repeat
-from tracker.polling.workspaces import Workspace
+from tracker.workspaces import Workspace
 
 if TYPE_CHECKING:
     from tracker.services import Services

@@ -20,9 +20,9 @@ from tracker.core.run import RunStatus, is_known
 from tracker.flora.signature import Reason
 from tracker.polling.poll_round import PollReport
 from tracker.polling.sweep import SweepReport
-from tracker.polling.workspaces import UNKNOWN, Workspace
 from tracker.receiving.receive import Received
 from tracker.store.errors import StoreBusy
+from tracker.workspaces import UNKNOWN, Workspace
 
 if TYPE_CHECKING:
     from tracker.store.writing.messages import Attempt, Claim

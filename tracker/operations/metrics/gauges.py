@@ -24,13 +24,13 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.operations.metrics.counters import Counters
 from tracker.polling.contacts import Contacts
-from tracker.polling.workspaces import UNKNOWN, Service, Workspaces
 from tracker.starting.start import BudgetReader
 from tracker.store import claims
 from tracker.store.queries import endpoints, starts, sweeps
 from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
 from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.spending import Usage
+from tracker.workspaces import UNKNOWN, Service, Workspaces
 
 KEEP_SECONDS: Final = 5.0
 """How long a reading of the database, or its failure, is reused."""

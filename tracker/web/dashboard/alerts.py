@@ -10,13 +10,13 @@ from tracker.core.budget import Period
 from tracker.core.contact import ContactState, Trouble
 from tracker.core.formatting import counted, duration, money, number, percent
 from tracker.flora.client import FloraClient
-from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store.queries import attention
 from tracker.store.queries.attention import AttentionCounts, SweepHealth
 from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.spending import Usage
+from tracker.workspaces import Workspace
 
 SWEPT_WITHIN: Final = timedelta(minutes=30)
 """An alert is shown where the last complete sweep of a workspace is older."""
