@@ -22,11 +22,11 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
-from tracker.core.inputs import Port
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.starts.inputs import Port
 from tracker.flora import parse
 from tracker.flora.parse import decode
 from tracker.flora.technique import ports, technique

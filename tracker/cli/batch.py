@@ -36,7 +36,7 @@ from tracker.cli.setup import (
 )
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import parse_usd
-from tracker.core.inputs import check_tag_key
+from tracker.core.starts.tags import check_tag_key
 from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from tracker.cli.setup import (
 )
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
-from tracker.core.inputs import parse_tag
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
+from tracker.core.starts.tags import parse_tag
 
 if TYPE_CHECKING:
     from tracker.core.record import Record

@@ -14,7 +14,7 @@ import typer
 from tracker.cli.output import note, print_json, print_table, showing_waits
 from tracker.core.clock import utc_now
 from tracker.core.errors import FloraUnreachable
-from tracker.core.inputs import parse_tags
+from tracker.core.starts.tags import parse_tags
 
 if TYPE_CHECKING:
     from tracker.services import Services

@@ -12,7 +12,6 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.inputs import Tags
 from tracker.core.merge import merge, shows_the_same
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
@@ -24,6 +23,7 @@ from tracker.core.schedule import (
     next_poll,
     next_recheck,
 )
+from tracker.core.starts.tags import Tags
 
 TEST_DELIVERY: Final = "tracker.doctor"
 """The type of the test deliveries of `tracker doctor`. They are signed, stored and answered like

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
-from tracker.core.inputs import Port, Technique
+from tracker.core.starts.inputs import Port, Technique
 from tracker.flora.parse import (
     as_dollars,
     as_id,

@@ -7,8 +7,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Generic, Literal, Self
 
 from tracker.core.formatting import counted, money
-from tracker.core.inputs import check_tags
 from tracker.core.record import Record
+from tracker.core.starts.tags import check_tags
 from tracker.library.inputs import Rows, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here

@@ -15,7 +15,7 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
-from tracker.core.inputs import check_tags
+from tracker.core.starts.tags import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, RunEvent

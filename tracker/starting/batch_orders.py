@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from tracker.core.budget import Budget, Budgets
 from tracker.core.clock import Clock
 from tracker.core.log import get_logger
+from tracker.core.starts.budget import Budget, Budgets
 from tracker.starting.batch_launch import Order
 from tracker.starting.batch_rows import BatchPlan
 from tracker.store.engine import Database

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault
-from tracker.core.inputs import Input, Port, Tags, canonical, check, check_tags
+from tracker.core.starts.inputs import Port, check
+from tracker.core.starts.row_keys import Input, canonical
+from tracker.core.starts.tags import Tags, check_tags
 from tracker.starting.sheet import DELIMITERS, Sheet, SheetProblem, SheetRow
 
 _LINKS: Final = ("imageUrl", "videoUrl")

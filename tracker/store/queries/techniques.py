@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection, Row, Select, and_, func, literal, or_, select, tuple_, update
 
-from tracker.core.inputs import Technique
+from tracker.core.starts.inputs import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.schema import techniques

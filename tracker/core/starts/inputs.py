@@ -1,6 +1,5 @@
-"""Inputs of runs, the keys of rows made from them, and tags.
-
-Inputs are validated against the definition of a technique before a start is paid for.
+"""Inputs of runs, which are validated against the definition of a technique before a start is paid
+for.
 
 `check` is a pure function of the definition and the inputs; it reports every fault. It accepts
 whatever FLORA may accept: a definition without inputs allows any, an unknown type takes any value.
@@ -9,12 +8,8 @@ An input is required unless the definition marks it `optional` (FLORA's newest d
 its description says so.
 """
 
-import hashlib
-import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -187,136 +182,3 @@ def _link_fault(value: str) -> str | None:
     if scheme == "http" and not is_loopback(host):
         return "must be an https link (http is for this machine alone)"
     return None
-
-
-# Idempotency keys of the rows of a sheet, so that each row is started once.
-#
-# A row is identified by its technique, its inputs and the number of equal rows before it. Its key
-# stays the same when other rows are added, removed or sorted, and in another file.
-
-Input = dict[str, str]
-"""One input as FLORA takes it: `id`, `type` and `value`."""
-
-_HEX_DIGITS: Final = 24
-"""Enough to rule out accidental collisions; inputs are compared before anything is sent."""
-
-_ROW: Final = re.compile(r"row-([0-9a-f]{24})(?:-again(\d{1,9}))?(?:-retry(\d{1,9}))?", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class RunNumber:
-    """Which run of a row: `generation` counts deliberate reruns, `attempt` the retries after
-    failures within one generation."""
-
-    generation: int = 0
-    attempt: int = 0
-
-    def again(self) -> "RunNumber":
-        """The first of the next generation."""
-        return RunNumber(self.generation + 1)
-
-    def retried(self) -> "RunNumber":
-        return replace(self, attempt=self.attempt + 1)
-
-    def before(self) -> "RunNumber":
-        return replace(self, attempt=self.attempt - 1)
-
-
-def canonical(inputs: Iterable[Input]) -> list[Input]:
-    """The inputs sorted by id; several values of one input keep their order."""
-    return sorted(inputs, key=lambda one: one["id"])
-
-
-def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]:
-    """One digest per row, in order; `technique_id` is the `tech_…` form."""
-    seen: Counter[str] = Counter()
-    digests = []
-    for inputs in rows:
-        asked = digest_of([technique_id, canonical(inputs)])
-        digests.append(digest_of([asked, seen[asked]])[:_HEX_DIGITS])
-        seen[asked] += 1
-    return digests
-
-
-def row_key(digest: str, run_number: RunNumber) -> str:
-    """The idempotency key of that run of a row."""
-    key = f"row-{digest}"
-    if run_number.generation:
-        key += f"-again{run_number.generation}"
-    if run_number.attempt:
-        key += f"-retry{run_number.attempt}"
-    return key
-
-
-def key_parts(key: str) -> tuple[str, RunNumber] | None:
-    """The digest and run number that `row_key` made the key of; `None` for any other key."""
-    found = _ROW.fullmatch(key)
-    return found and (found[1], RunNumber(int(found[2] or 0), int(found[3] or 0)))
-
-
-def batch_id(
-    workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, RunNumber]]
-) -> str:
-    """The id of a batch: the same for the same positions and digests of rows.
-
-    A rerun is a batch of its own, a retry of some rows is not.
-    """
-    named = [(position, digest, run_number.generation) for position, digest, run_number in rows]
-    return f"bat_{digest_of([workspace_slot, technique_id, named])[:16]}"
-
-
-def digest_of(value: Any) -> str:
-    """A digest of a JSON value, in hex: equal for equal values, whatever the order of fields."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# Tags: `key=value` pairs that say what a run is for.
-#
-# A key is 1 to 64 of `A-Z a-z 0-9 . _ -`, a value 1 to 255 printable characters.
-
-MOST_TAGS: Final = 16
-"""Most tags of one run: each has daily rollups of its own."""
-LONGEST_TAG: Final = 255
-_KEY: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-Tags = dict[str, str]
-
-
-def check_tag_key(key: str) -> str:
-    """`key` if it is a valid tag key; raises `ValueError`."""
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"tag {key[:80]!r}: a key is 1 to 64 of A-Z a-z 0-9 . _ -")
-    return key
-
-
-def check_tags(tags: Mapping[Any, Any]) -> Tags:
-    """The tags sorted by key; raises `ValueError`, which names the tag and the fault."""
-    for key, value in tags.items():
-        check_tag_key(str(key))
-        if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_TAG:
-            raise ValueError(f"tag {key!r}: a value is a text of 1 to {LONGEST_TAG} characters")
-        if not value.isprintable():
-            raise ValueError(f"tag {key!r}: a value has printable characters only")
-    if len(tags) > MOST_TAGS:
-        raise ValueError(f"a run has at most {MOST_TAGS} tags, and these are {len(tags)}")
-    return dict(sorted(tags.items()))
-
-
-def parse_tag(text: str) -> tuple[str, str]:
-    """The key and the value of `KEY=VALUE`; raises `ValueError`."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"{text[:80]!r} is not KEY=VALUE")
-    ((key, value),) = check_tags({key.strip(): value.strip()}).items()
-    return key, value
-
-
-def parse_tags(texts: Iterable[str]) -> Tags:
-    """Like `parse_tag` for several; raises `ValueError` also if a key appears twice."""
-    pairs = [parse_tag(text) for text in texts]
-    tags = dict(pairs)
-    if len(tags) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"tag {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return check_tags(tags)

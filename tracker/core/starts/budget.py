@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
-from tracker.core.inputs import Tags
+from tracker.core.starts.tags import Tags
 
 
 class Period(StrEnum):
