@@ -36,9 +36,9 @@ from tracker.receiving.receive import Inbox, Receiver
 from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings
 from tracker.settings.values import longest_wait
-from tracker.starting.batch import Batches
-from tracker.starting.batch_orders import BatchOrders
-from tracker.starting.batch_worker import BatchWorker
+from tracker.starting.batches.batches import Batches
+from tracker.starting.batches.orders import BatchOrders
+from tracker.starting.batches.worker import BatchWorker
 from tracker.starting.catalogue import Catalogue, CatalogueSync
 from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import Recovery

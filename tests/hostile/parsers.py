@@ -23,7 +23,7 @@ from tracker.flora.parse import decode
 from tracker.flora.signature import SignatureError, sign, verify
 from tracker.flora.technique import ports, technique
 from tracker.settings import load_settings
-from tracker.starting import sheet
+from tracker.starting.sheets import sheet
 from tracker.store.text import clean, cleaned, dump_json
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)

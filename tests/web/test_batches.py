@@ -21,8 +21,8 @@ from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
 from tracker.core.starts.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting.batch_launch import Order
-from tracker.starting.sheet import read_csv
+from tracker.starting.batches.launch import Order
+from tracker.starting.sheets.sheet import read_csv
 from tracker.starting.start import Started
 from tracker.store import schema
 from tracker.store.queries import audit, batches

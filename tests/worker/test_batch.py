@@ -29,9 +29,9 @@ from tracker.core.starts.row_keys import Input, RunNumber, batch_id, row_digests
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
-from tracker.starting.batch import BatchOutcome, BatchProgress
-from tracker.starting.batch_rows import BatchPlan, Retry, RowState
-from tracker.starting.sheet import SheetRefused, read_csv, sheet_of_objects
+from tracker.starting.batches.batches import BatchOutcome, BatchProgress
+from tracker.starting.batches.rows import BatchPlan, Retry, RowState
+from tracker.starting.sheets.sheet import SheetRefused, read_csv, sheet_of_objects
 from tracker.starting.start import Started, fingerprint
 from tracker.store import schema as tables
 from tracker.store.queries import batches, starts

@@ -38,7 +38,7 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
-from tracker.starting.sheet import sheet_of_objects
+from tracker.starting.sheets.sheet import sheet_of_objects
 from tracker.starting.start import StartRequest
 from tracker.store import clock as store_clock
 from tracker.store.engine import Database

@@ -37,14 +37,14 @@ from tracker.cli.setup import (
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import parse_usd
 from tracker.core.starts.tags import check_tag_key
-from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
+from tracker.starting.sheets.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:
     from tracker.delivering.downloads import DownloadReport
     from tracker.services import Services
-    from tracker.starting.batch import BatchOutcome
-    from tracker.starting.batch_rows import BatchPlan, Retry
-    from tracker.starting.columns import ColumnMapping
+    from tracker.starting.batches.batches import BatchOutcome
+    from tracker.starting.batches.rows import BatchPlan, Retry
+    from tracker.starting.sheets.columns import ColumnMapping
 
 
 def batch(
@@ -156,7 +156,7 @@ def batch(
     status 1 if a row did not complete.
     """
     from tracker.delivering.downloads import DownloadReport
-    from tracker.starting.batch_rows import Retry
+    from tracker.starting.batches.rows import Retry
 
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(
@@ -332,7 +332,7 @@ class _BatchCommand:
 
 
 def _mapping(text: str) -> "ColumnMapping":
-    from tracker.starting.columns import ColumnMapping
+    from tracker.starting.sheets.columns import ColumnMapping
 
     form = "INPUT=COLUMN or INPUT:TYPE=COLUMN"
     input_id, type_, column = parse_value(text, form, "--map")

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from tracker.delivering.files import FileKey
     from tracker.delivering.saving import DownloadResult
-    from tracker.starting.batch import BatchOutcome, BatchProgress
-    from tracker.starting.batch_rows import BatchPlan, RowState
-    from tracker.starting.sheet import SheetProblem
+    from tracker.starting.batches.batches import BatchOutcome, BatchProgress
+    from tracker.starting.batches.rows import BatchPlan, RowState
+    from tracker.starting.sheets.sheet import SheetProblem
 
 _NAMED: Final = 20
 """How many causes are named; the results hold every row."""
@@ -44,7 +44,7 @@ _ADVICE: Final[dict[str, str]] = {
 
 def report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
     """One line on stderr for each cause, with the lines of the sheet that have it."""
-    from tracker.starting.sheet import problem_lines
+    from tracker.starting.sheets.sheet import problem_lines
 
     _note_causes(name, problem_lines(problems))
 
@@ -58,7 +58,7 @@ def _note_causes(prefix: str, lines: Sequence[str], advice: str = "") -> None:
 
 def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
     """What is carried, renamed and repeated, and what a retry leaves out, on stderr."""
-    from tracker.starting.batch_rows import carried_names
+    from tracker.starting.batches.rows import carried_names
 
     columns = plan.batch.columns or []
     if columns:

@@ -17,7 +17,7 @@ from tracker.core.formatting import money, plain_lines
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.starting.batch_rows import RowState
+    from tracker.starting.batches.rows import RowState
     from tracker.store.engine import Database
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
@@ -172,7 +172,7 @@ def show_rows(
     A file is replaced as a whole. A link is followed; a device or pipe is written to.
     """
     from tracker.delivering import files
-    from tracker.starting.batch_rows import csv_lines
+    from tracker.starting.batches.rows import csv_lines
     from tracker.views import row_json
 
     shown = [row_json(row) for row in rows]

@@ -14,7 +14,7 @@ from typing import Final
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import Output
 from tracker.core.starts.inputs import Port
-from tracker.starting.batch_rows import RowState
+from tracker.starting.batches.rows import RowState
 from tracker.store.queries.batches import BatchRow
 
 LONGEST_PART: Final = 60

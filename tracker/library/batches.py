@@ -16,8 +16,8 @@ from tracker.views import batch_columns
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.starting.batch_launch import Order
-    from tracker.starting.batch_rows import BatchPlan, RowState
+    from tracker.starting.batches.launch import Order
+    from tracker.starting.batches.rows import BatchPlan, RowState
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
 PAGE_SIZE = 50
@@ -163,7 +163,7 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         A retry is a new run and is charged. Raises like `Tracker.start_batch`.
         """
         from tracker.library.launching import order_of
-        from tracker.starting.batch_rows import Retry
+        from tracker.starting.batches.rows import Retry
 
         services = self._tracker._services()
         order = order_of(
@@ -212,7 +212,7 @@ class BatchCalls(RunCalls):
         `DefinitionChanged` unless `accept_changes`, and `FloraError`.
         """
         from tracker.library.launching import order_of, planned
-        from tracker.starting.batch_rows import Retry
+        from tracker.starting.batches.rows import Retry
 
         services = self._services()
         order = order_of(

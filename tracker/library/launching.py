@@ -15,11 +15,11 @@ from tracker.library.inputs import text_of, valid
 from tracker.library.run import ACTOR
 from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
 from tracker.services import Services
-from tracker.starting.batch import COUNT_SHARE
-from tracker.starting.batch_launch import Order
-from tracker.starting.batch_rows import BatchPlan
-from tracker.starting.columns import ColumnMapping
-from tracker.starting.sheet import SheetRefused, sheet_of_objects
+from tracker.starting.batches.batches import COUNT_SHARE
+from tracker.starting.batches.launch import Order
+from tracker.starting.batches.rows import BatchPlan
+from tracker.starting.sheets.columns import ColumnMapping
+from tracker.starting.sheets.sheet import SheetRefused, sheet_of_objects
 from tracker.store.queries import batches as stored
 from tracker.store.queries.batches import BatchCounts, BatchRow
 

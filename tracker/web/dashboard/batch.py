@@ -20,8 +20,8 @@ from tracker.delivering.archive import batch_archive
 from tracker.delivering.names import naming_column
 from tracker.services import Services
 from tracker.settings.tokens import Scope as TokenScope
-from tracker.starting.batch_launch import Order
-from tracker.starting.batch_rows import BatchPlan, Retry, RowState, kept_rows
+from tracker.starting.batches.launch import Order
+from tracker.starting.batches.rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow
 from tracker.store.queries.overview import technique_names

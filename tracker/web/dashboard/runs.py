@@ -20,7 +20,7 @@ from tracker.core.run import RetryAdvice, Tracking
 from tracker.core.starts.tags import parse_tag
 from tracker.flora.technique import cost_of
 from tracker.settings.tokens import Scope
-from tracker.starting.batch_rows import BOM
+from tracker.starting.batches.rows import BOM
 from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts, techniques
 from tracker.store.queries import runs as read

@@ -11,8 +11,8 @@ from decimal import Decimal
 from tracker.core.clock import Clock
 from tracker.core.log import get_logger
 from tracker.core.starts.budget import Budget, Budgets
-from tracker.starting.batch_launch import Order
-from tracker.starting.batch_rows import BatchPlan
+from tracker.starting.batches.launch import Order
+from tracker.starting.batches.rows import BatchPlan
 from tracker.store.engine import Database
 from tracker.store.queries import audit, batches, spending
 from tracker.store.queries.audit import Action

@@ -30,9 +30,9 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.starting.batch import Batches
-from tracker.starting.batch_launch import ABOUT_THE_ROW, BatchLaunch, Order
-from tracker.starting.batch_rows import BatchPlan, RowState
+from tracker.starting.batches.batches import Batches
+from tracker.starting.batches.launch import ABOUT_THE_ROW, BatchLaunch, Order
+from tracker.starting.batches.rows import BatchPlan, RowState
 from tracker.store.queries import batches
 from tracker.store.queries.audit import Principal, acting
 from tracker.store.queries.batches import BatchRow, LaunchEnd

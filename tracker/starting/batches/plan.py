@@ -9,7 +9,7 @@ from tracker.core.starts.inputs import obstacle
 from tracker.core.starts.row_keys import batch_id, row_digests
 from tracker.core.starts.tags import Tags
 from tracker.flora.technique import ports
-from tracker.starting.batch_rows import (
+from tracker.starting.batches.rows import (
     BatchPlan,
     Retry,
     RowState,
@@ -18,7 +18,7 @@ from tracker.starting.batch_rows import (
     states_of,
 )
 from tracker.starting.catalogue import Catalogue
-from tracker.starting.columns import (
+from tracker.starting.sheets.columns import (
     ColumnMapping,
     InputRow,
     SheetReading,
@@ -27,7 +27,7 @@ from tracker.starting.columns import (
     row_tags,
     rows_by,
 )
-from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
+from tracker.starting.sheets.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
 from tracker.store.queries import sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.workspaces import Service, Workspace

@@ -12,7 +12,7 @@ from tracker.core.errors import FieldFault
 from tracker.core.starts.inputs import Port, check
 from tracker.core.starts.row_keys import Input, canonical
 from tracker.core.starts.tags import Tags, check_tags
-from tracker.starting.sheet import DELIMITERS, Sheet, SheetProblem, SheetRow
+from tracker.starting.sheets.sheet import DELIMITERS, Sheet, SheetProblem, SheetRow
 
 _LINKS: Final = ("imageUrl", "videoUrl")
 

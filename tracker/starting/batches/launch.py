@@ -40,7 +40,7 @@ from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.flora.technique import runs_of
-from tracker.starting.batch_rows import BatchPlan, RowState
+from tracker.starting.batches.rows import BatchPlan, RowState
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter, StartRequest
 from tracker.store.engine import Database

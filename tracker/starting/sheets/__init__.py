@@ -1,0 +1,1 @@
+"""Sheets: their formats, and how their columns become inputs and tags."""
