@@ -4,15 +4,22 @@
     setup.py       settings, log, services, and arguments that commands share
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
     serve.py       serve, worker                simulation.py  serve --simulate
-    reconcile.py   reconcile, poll, verify
-    runs.py        runs start|track|forget|list|show
-    watch.py       runs watch|explain           download.py  runs download
-    starts.py      starts list|show|resolve
-    batch.py       batch                        batches.py   batches list|show, results
-    techniques.py  techniques sync|list|show    deliveries.py  deliveries list|show|replay
-    spending.py    spending                     audit.py     audit list
+    reconcile.py   reconcile, poll, verify      simulate.py    simulate, demo
+    techniques.py  techniques sync|list|show    spending.py    spending
     database.py    db upgrade|current|copy|recount|prune
-    doctor.py      doctor                       simulate.py  simulate, demo
+    doctor.py      doctor                       audit.py       audit list
+
+    runs/runs.py      runs start|track|forget|list|show
+    runs/watch.py     runs watch|explain        runs/download.py  runs download
+    runs/starts.py    starts list|show|resolve
+
+    batches/batch.py    batch, and what it reports in report.py
+    batches/batches.py  batches list|show, results
+
+    webhooks/deliveries.py  deliveries list|show|replay|acknowledge
+    webhooks/endpoints.py   endpoints list|test|enable
+    webhooks/messages.py    messages list|show|resend|recover
+    webhooks/listen.py      listen
 
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """

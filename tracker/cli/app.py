@@ -15,25 +15,11 @@ from typing import Annotated, Final, NoReturn
 import typer
 from typer.core import TyperArgument
 
-from tracker.cli import (
-    audit,
-    batch,
-    batches,
-    database,
-    deliveries,
-    doctor,
-    endpoints,
-    listen,
-    messages,
-    reconcile,
-    runs,
-    serve,
-    simulate,
-    spending,
-    starts,
-    techniques,
-)
+from tracker.cli import audit, database, doctor, reconcile, serve, simulate, spending, techniques
+from tracker.cli.batches import batch, batches
 from tracker.cli.output import note
+from tracker.cli.runs import runs, starts
+from tracker.cli.webhooks import deliveries, endpoints, listen, messages
 from tracker.core.errors import (
     FieldFault,
     InvalidRequest,

@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import typer
 
-from tracker.cli import download, watch
 from tracker.cli.output import JsonFlag, note, plain, print_fields, print_json, print_with_inputs
+from tracker.cli.runs import download, watch
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from tracker.cli.output import JsonFlag, note, plain, print_json, screen
+from tracker.cli.runs.watch import require_known
 from tracker.cli.setup import check_run_ids, run_once
-from tracker.cli.watch import require_known
 from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.batches import cost_text
+from tracker.cli.batches.batches import cost_text
 from tracker.cli.output import Screen, cell, note, plain, print_json, print_table
 from tracker.core.formatting import counted, duration, line_numbers, money
 from tracker.core.run import RetryAdvice

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.batch_report import (
+from tracker.cli.batches.batches import OutputOption, ResultsOption, check_output, print_batch
+from tracker.cli.batches.report import (
     BatchScreen,
     bar_columns,
     confirmed,
@@ -21,9 +22,8 @@ from tracker.cli.batch_report import (
     report_plan,
     report_problems,
 )
-from tracker.cli.batches import OutputOption, ResultsOption, check_output, print_batch
-from tracker.cli.download import AllowPrivateOption, NameByOption, report_files, report_json
 from tracker.cli.output import JsonFlag, note, print_json, screen
+from tracker.cli.runs.download import AllowPrivateOption, NameByOption, report_files, report_json
 from tracker.cli.setup import (
     TagOption,
     TechniqueArgument,

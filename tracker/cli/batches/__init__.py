@@ -1,0 +1,1 @@
+"""Batches: a run for each row of a file, and the results."""

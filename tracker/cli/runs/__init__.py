@@ -1,0 +1,1 @@
+"""Runs and the start log: what is started, watched, shown and downloaded."""

@@ -1,0 +1,1 @@
+"""Webhooks: callbacks from FLORA, and messages to endpoints."""
