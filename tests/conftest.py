@@ -50,9 +50,14 @@ for _name in list(os.environ):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Slow machines are not failures; on CI every run tries the same examples.
+# Slow machines are not failures; on CI every run tries the same examples, and twice as many.
+_on_ci = bool(os.environ.get("CI"))
 hypothesis.settings.register_profile(
-    "suite", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+    "suite",
+    max_examples=100 if _on_ci else 50,
+    deadline=None,
+    derandomize=_on_ci,
+    print_blob=True,
 )
 hypothesis.settings.load_profile("suite")
 
@@ -112,8 +117,8 @@ ONE_DATABASE = ("cli", "delivering", "e2e", "hostile", "library", "stateful", "w
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--every-database` is for CI: every test of both databases runs on both, and every test of
-    HTTP with the application alone and mounted."""
+    """`--every-database` is for CI: every test of both databases runs on both, every test of HTTP
+    with the application alone and mounted, and the thorough cases too."""
     parser.addoption("--every-database", action="store_true", help="run every test in every way")
 
 
@@ -142,9 +147,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         test.add_marker(pytest.mark.parametrize("database_url", [chosen], indirect=True))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let every process of the suite begin with its part of the longest tests, so that none is left
-    with one when all the others are done; what is long says so with its `timeout`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave thorough cases to `--every-database`. Let every process of the suite begin with its
+    part of the longest tests, so that none is left with one when all the others are done; what is
+    long says so with its `timeout`."""
+    if not config.getoption("every_database"):
+        thorough = [item for item in items if item.get_closest_marker("thorough")]
+        if thorough:
+            config.hook.pytest_deselected(items=thorough)
+            items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     long = [item for item in items if item.get_closest_marker("timeout")]
     rest = [item for item in items if not item.get_closest_marker("timeout")]
@@ -183,6 +194,13 @@ def _network_guard() -> Iterator[None]:
     yield
     tried, network_guard.refused[:] = list(network_guard.refused), []
     assert not tried, f"tests reach only 127.0.0.1, and this one tried {tried}"
+
+
+@pytest.fixture
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether thorough cases run: a test that loops over many goes through all of them then, and
+    else through those in which a fault shows."""
+    return bool(pytestconfig.getoption("every_database"))
 
 
 @pytest.fixture

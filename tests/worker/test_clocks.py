@@ -80,7 +80,9 @@ BILLS = {
 
 
 @pytest.mark.parametrize("bill", BILLS)
-@pytest.mark.parametrize("hours", [-20, -1, 1, 25])
+@pytest.mark.parametrize(
+    "hours", [-20, 25, *(pytest.param(hours, marks=pytest.mark.thorough) for hours in (-1, 1))]
+)
 async def test_no_bill_waits_for_a_clock_that_is_set(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hours: int, bill: str
 ) -> None:
@@ -120,7 +122,9 @@ async def test_a_bill_is_read_no_more_often_because_the_clock_was_set_back(
 
 
 @pytest.mark.parametrize("bill", BILLS)
-@pytest.mark.parametrize("hours", [-200_000, -1, 1, 25])
+@pytest.mark.parametrize(
+    "hours", [-200_000, 25, *(pytest.param(hours, marks=pytest.mark.thorough) for hours in (-1, 1))]
+)
 async def test_a_wrong_date_makes_no_bill_final_and_gives_none_up(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hours: float, bill: str
 ) -> None:

@@ -191,7 +191,14 @@ NO_ID = ("run_id", "technique_run_id")
 
 
 @pytest.mark.parametrize("opaque", [False, True])
-@pytest.mark.parametrize("places", [(150,), (0, 1), (98, 99, 100), (97, 99), (99,), (5, 5 + 97)])
+@pytest.mark.parametrize(
+    "places",
+    [
+        (0, 1),
+        (98, 99, 100),
+        *(pytest.param(p, marks=pytest.mark.thorough) for p in ((150,), (97, 99), (99,), (5, 102))),
+    ],
+)
 async def test_an_item_that_shows_no_run_leaves_a_gap(
     make_flora: MakeFlora,
     open_on: OpenServices,
@@ -566,7 +573,9 @@ BEHIND = [
 ]
 
 
-@pytest.mark.parametrize("fault", BEHIND)
+@pytest.mark.parametrize(
+    "fault", [*BEHIND[:2], pytest.param(BEHIND[2], marks=pytest.mark.thorough)]
+)
 async def test_a_creation_time_that_is_far_behind_hides_no_run(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, float]
 ) -> None:

@@ -245,7 +245,10 @@ async def test_a_start_is_left_to_a_person_once_no_callback_can_tell_what_it_bec
         assert run_id in row.error["message"]
 
 
-@pytest.mark.parametrize("ahead", [-10_800.0, -1.6, 0.0, 1.6, 10_800.0])
+@pytest.mark.parametrize(
+    "ahead",
+    [-10_800.0, 1.6, *(pytest.param(s, marks=pytest.mark.thorough) for s in (-1.6, 0.0, 10_800.0))],
+)
 async def test_the_run_of_a_used_key_is_found_whatever_floras_clock_says(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, ahead: float
 ) -> None:
@@ -305,17 +308,22 @@ async def _recover_for_long(services: Services, clock: HandClock) -> None:
         await services.recovery.recover()
 
 
-@pytest.mark.parametrize("known", [0, 1, 5])
+@pytest.mark.parametrize("known", [0, pytest.param(1, marks=pytest.mark.thorough), 5])
 @pytest.mark.parametrize(
     "clocks",
     [
         {"date_offset": 3600},
-        {"date_offset": -3600},
         {"clock_offset": -10_800, "date_offset": 10_800},
-        {"clock_offset": 10_800, "date_offset": -10_800},
-        {"clock_offset": -172_800, "date_offset": 172_800},
-        {"clock_offset": -172_800},
         {"clock_offset": 172_800},
+        *(
+            pytest.param(clocks, marks=pytest.mark.thorough)
+            for clocks in (
+                {"date_offset": -3600},
+                {"clock_offset": 10_800, "date_offset": -10_800},
+                {"clock_offset": -172_800, "date_offset": 172_800},
+                {"clock_offset": -172_800},
+            )
+        ),
     ],
 )
 async def test_nothing_is_paid_twice_whatever_floras_clock_says(
@@ -339,8 +347,8 @@ async def test_nothing_is_paid_twice_whatever_floras_clock_says(
         assert await state_of(services.database) == "in_doubt"
 
 
-@pytest.mark.parametrize("ahead", [3 * HOUR, 1e9])
-@pytest.mark.parametrize("known", [1, 6])
+@pytest.mark.parametrize("ahead", [3 * HOUR, pytest.param(1e9, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("known", [pytest.param(1, marks=pytest.mark.thorough), 6])
 async def test_nothing_is_paid_twice_where_floras_clock_was_ahead(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, ahead: float, known: int
 ) -> None:
@@ -360,7 +368,7 @@ async def test_nothing_is_paid_twice_where_floras_clock_was_ahead(
         assert (len(flora.world.runs), posts(flora)) == (known + 1, 1)
 
 
-@pytest.mark.parametrize("back", [60, 3600])
+@pytest.mark.parametrize("back", [60, pytest.param(3600, marks=pytest.mark.thorough)])
 async def test_nothing_is_paid_twice_where_floras_clock_is_set_back(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, back: float
 ) -> None:

@@ -95,7 +95,10 @@ FAULTS: dict[str, Callable[[Simulator, GoOnWith], None]] = {
 
 @pytest.mark.parametrize(
     ("fault", "runs_there"),
-    [*((fault, True) for fault in FAULTS), ("another workspace's key", False)],
+    [
+        *((fault, True) for fault in FAULTS),
+        pytest.param("another workspace's key", False, marks=pytest.mark.thorough),
+    ],
 )
 async def test_only_floras_own_word_counts_against_a_run(
     fault: str, runs_there: bool, judged: Judged, clock: HandClock

@@ -63,8 +63,10 @@ async def following(services: Services) -> AsyncIterator[None]:
     reader.close()
 
 
-@pytest.mark.both_databases
-@pytest.mark.parametrize("event", FAILURES)
+@pytest.mark.parametrize(
+    "event",
+    ["loop.failed", pytest.param("loop.database_down", marks=pytest.mark.thorough)],
+)
 @pytest.mark.parametrize("name", LOOPS)
 async def test_it_goes_on(
     name: str,
@@ -73,7 +75,8 @@ async def test_it_goes_on(
     simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After failures in a row, of which one line tells, it does its work as before."""
+    """After failures in a row, of which one line tells, it does its work as before. (All loops are
+    run by one function, which has both: tests/core/test_repeat.py.)"""
     owner, attribute = LOOPS[name]
     real, calls = getattr(owner, attribute), []
 
