@@ -20,8 +20,8 @@ from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
 
-ROWS = 100
-KILLED_AFTER = 35
+ROWS = 50
+KILLED_AFTER = 18
 """So many runs have begun at FLORA when the first command is killed."""
 FAULTS: dict[str, Any] = {
     "seed": 7,
@@ -170,10 +170,12 @@ async def test_a_batch_is_paid_once_whatever_breaks(tmp_path: Path, database_url
             await assert_all_true(database, flora.root)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(120)
 async def test_a_batch_is_paid_once_where_keys_are_refused(tmp_path: Path, sqlite_url: str) -> None:
     """Where FLORA answers a used key with 409 alone, nothing is paid twice, and every row is
-    settled or visibly unresolved."""
+    settled or visibly unresolved. (Without processes: tests/worker/test_batch.py and test_start.py,
+    the cases `conflict`.)"""
     prompts = sheet(tmp_path / "icons.csv")
     async with running(Options(**FAULTS, idempotency="conflict")) as flora:
         command = Command(tmp_path, flora, sqlite_url)

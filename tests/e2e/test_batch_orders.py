@@ -20,8 +20,8 @@ from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
 from tracker.store.schema import batches
 
-ROWS = 50
-ENDED_AFTER = {15: signal.SIGKILL, 30: signal.SIGTERM}
+ROWS = 36
+ENDED_AFTER = {10: signal.SIGKILL, 20: signal.SIGTERM}
 """How the process is ended that starts the rows, by how many runs have begun at FLORA."""
 PROMPTS = [f"icon {number % (ROWS - 10)}" for number in range(ROWS)]
 ORDER = {"technique": "icon-pack", "rows": [{"prompt": prompt, "note": "x"} for prompt in PROMPTS]}

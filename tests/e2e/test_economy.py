@@ -20,9 +20,11 @@ async def reads_of_runs(simulator: str) -> int:
     return sum(one["count"] for one in told if one["route"] not in NO_READS)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(120)
 async def test_a_hundred_callbacks_cost_a_few_pages(sandbox: Sandbox, database: Database) -> None:
-    """A hundred runs that end within seconds and call back are read in pages, not one by one."""
+    """A hundred runs that end within seconds and call back are read in pages, not one by one. (By
+    the hand of a clock: tests/worker/test_poll.py.)"""
     await sandbox.simulate("--seed", "7", "--run-seconds", "2")
     # No poll before every callback has come, so that only what follows callbacks is counted.
     await sandbox.serve(TRACKER_CALLBACK_GRACE="30")

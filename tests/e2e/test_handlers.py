@@ -73,7 +73,11 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.both_databases
+@pytest.mark.parametrize(
+    "database_url",
+    ["postgres", pytest.param("sqlite", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 async def test_every_run_is_handled_through_kills(
     tmp_path: Path, database_url: str, database: Database
 ) -> None:

@@ -10,8 +10,6 @@ from tests.e2e.truth import assert_all_true, settled_runs
 from tests.support.waiting import eventually
 from tracker.store.engine import Database
 
-RUNS = 100
-
 
 async def start_runs(sandbox: Sandbox, count: int) -> None:
     """Start runs through the tracker's own API, of techniques that need nothing but a text."""
@@ -32,18 +30,19 @@ async def start_runs(sandbox: Sandbox, count: int) -> None:
 
 @pytest.mark.timeout(120)
 async def test_lost_doubled_and_early_callbacks_change_nothing(
-    sandbox: Sandbox, database: Database
+    sandbox: Sandbox, database: Database, thorough: bool
 ) -> None:
-    """With 40 % of 100 callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
+    """With 40 % of callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
+    runs = 100 if thorough else 50
     await sandbox.simulate(
         *("--seed", "11", "--run-seconds", "3"),
         *("--drop", "40%", "--duplicate", "10%", "--early", "10%"),
     )
     server = await sandbox.serve()
-    await start_runs(sandbox, RUNS)
+    await start_runs(sandbox, runs)
 
     async def all_settled() -> bool:
-        return await settled_runs(database) == RUNS
+        return await settled_runs(database) == runs
 
     await eventually(all_settled, timeout=90, interval=0.25)
     await assert_all_true(database, sandbox.simulator)

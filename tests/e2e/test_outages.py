@@ -126,16 +126,18 @@ async def test_postgresql_falls_silent(own_postgres: PostgresServer, tmp_path: P
 
 
 async def test_the_disks_of_postgresql_are_full(
-    disks: tuple[SmallDisk, SmallDisk], tmp_path: Path
+    disks: tuple[SmallDisk, SmallDisk], tmp_path: Path, thorough: bool
 ) -> None:
-    """Where the tables have no room the server goes on, where its log has none it ends itself."""
+    """Where the tables have no room the server goes on, where its log has none it ends itself (as
+    one does that crashes: `test_postgresql_comes_and_goes`)."""
     async with (
         postgres_on(*disks) as server,
         outage_run(tmp_path, server.url("tracker")) as run,
     ):
         outages = postgres_outages(server, *disks)
         await run.survives(outages["disk full"])
-        await run.survives(outages["log full"])
+        if thorough:
+            await run.survives(outages["log full"])
 
 
 async def test_a_sqlite_file_comes_and_goes(tmp_path: Path) -> None:

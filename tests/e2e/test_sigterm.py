@@ -195,10 +195,12 @@ async def test_it_ends_well_where_the_database_is_gone(
                 assert (await starting).status_code == 503, life.log
 
 
+@pytest.mark.thorough
 async def test_frozen_postgres_holds_up_no_stop(
     own_postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    """Neither PostgreSQL nor FLORA answers any more, with the waits of operation."""
+    """Neither PostgreSQL nor FLORA answers any more, with the waits of operation. (With short ones:
+    `test_it_ends_well_where_the_database_is_gone`.)"""
     await ends_in_time(tmp_path, own_postgres.url("tracker"), partial(frozen, own_postgres))
 
 
