@@ -1,10 +1,14 @@
-"""The comparison of `tracker demo` finds every difference; tests/deploy/test_package.py runs it."""
+"""`tracker demo` plays to its end, and its comparison finds every difference."""
 
+import asyncio
+import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.forked import run_python
 from tracker.demo.report import compare_runs
 
 RECORD: dict[str, Any] = {
@@ -36,6 +40,38 @@ RUN: dict[str, Any] = {
     "error_message": None,
     "outputs": [{"position": 0, "output_id": "o1", "type": "text", "url": "words"}],
 }
+
+
+def assert_all_ended_as_the_simulator_says(told: dict[str, Any]) -> None:
+    """All runs of the demo, those with lost callbacks and the unknown one too."""
+    assert told["agree"] is True
+    runs = told["runs"]
+    assert len(runs) == 13
+    assert len({run["technique_id"] for run in runs}) > 3
+    assert {run["tracking"] for run in runs} == {"settled"}
+    assert {run["status"] for run in runs} == {"completed", "failed"}
+    lost = [run for run in runs if run["callback"] == "lost"]
+    assert len(lost) >= 3
+    assert all(run["ended_via"] in ("poll", "history") for run in lost)
+    assert any(run["ended_via"] == "callback" for run in runs)
+
+
+@pytest.mark.timeout(120)
+async def test_the_demo_plays_to_its_end(tmp_path: Path) -> None:
+    """Every run ends as the simulator says, and someone's own settings are neither used nor
+    harmed."""
+    theirs = {
+        "FLORA_API_KEY": "sk_live_real",
+        "TRACKER_DATABASE_URL": "sqlite:///real.db",
+        "TRACKER_PUBLIC_URL": "https://real.example.org",
+    }
+    folder = tmp_path / "a user's"
+    folder.mkdir()
+    command = ("-m", "tracker", "demo", "--json")
+    done = await asyncio.to_thread(run_python, *command, env=theirs, cwd=folder, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert list(folder.iterdir()) == []
+    assert_all_ended_as_the_simulator_says(json.loads(done.stdout))
 
 
 def test_an_equal_run_has_no_difference() -> None:

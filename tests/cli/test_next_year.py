@@ -43,7 +43,6 @@ def filled(tracker: Commands, database_url: str) -> Commands:
     return tracker
 
 
-@pytest.mark.both_databases
 def test_no_command_fails(filled: Commands) -> None:
     """Each prints what it reads, for people and as JSON; those about one row print its words."""
     failed = {}
@@ -55,7 +54,6 @@ def test_no_command_fails(filled: Commands) -> None:
     assert not failed, "\n".join(f"{k}: {v}" for k, v in failed.items())
 
 
-@pytest.mark.both_databases
 def test_the_statistics_are_counted_anew(filled: Commands) -> None:
     """From runs whose source and state are unknown. Retention leaves what it does not know, a
     person settles no start of a newer version, and the doctor reports what it finds."""

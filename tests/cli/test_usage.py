@@ -246,7 +246,9 @@ def _close_stdout() -> None:
     sys.stdout = None  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
+@pytest.mark.parametrize(
+    "unbuffered", ["", pytest.param("PYTHONUNBUFFERED=1 ", marks=pytest.mark.thorough)]
+)
 def test_python_says_no_more_about_an_output_that_cannot_be_written(
     tmp_path: Path, unbuffered: str
 ) -> None:

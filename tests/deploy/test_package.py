@@ -7,10 +7,10 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.cli.test_demo import assert_all_ended_as_the_simulator_says
 from tests.deploy.conftest import ROOT
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -46,9 +46,11 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if "__pycache__" in name]
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(120)
 def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    """With nothing but the wheel and its locked dependencies, the demo plays to its end."""
+    """With nothing but the wheel and its locked dependencies, the demo plays to its end. (From the
+    checkout: tests/cli/test_demo.py.)"""
     python = tmp_path / "fresh/bin/python"
     uv = (sys.executable, "-m", "uv")
     environment = {"PYTHONPATH": str(ROOT / ".tools"), "UV_PYTHON_DOWNLOADS": "never"}
@@ -70,17 +72,3 @@ def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> N
     )  # fmt: skip
     assert list(folder.iterdir()) == []
     assert_all_ended_as_the_simulator_says(told)
-
-
-def assert_all_ended_as_the_simulator_says(told: dict[str, Any]) -> None:
-    """All runs of the demo, those with lost callbacks and the unknown one too."""
-    assert told["agree"] is True
-    runs = told["runs"]
-    assert len(runs) == 13
-    assert len({run["technique_id"] for run in runs}) > 3
-    assert {run["tracking"] for run in runs} == {"settled"}
-    assert {run["status"] for run in runs} == {"completed", "failed"}
-    lost = [run for run in runs if run["callback"] == "lost"]
-    assert len(lost) >= 3
-    assert all(run["ended_via"] in ("poll", "history") for run in lost)
-    assert any(run["ended_via"] == "callback" for run in runs)

@@ -1,6 +1,5 @@
 """What a newer version has stored ends no loop of a worker; the library shows it as it is."""
 
-import pytest
 from sqlalchemy import func, select, update
 
 from tests.library.conftest import INPUTS, MakeTracker
@@ -18,7 +17,6 @@ async def stopped(db: Database) -> str | None:
     return None if found == NEW else found
 
 
-@pytest.mark.both_databases
 async def test_every_loop_goes_on(make_tracker: MakeTracker, database_url: str) -> None:
     """A run that is started beside what is not known ends, is billed and reported."""
     await next_year.fill(database_url)

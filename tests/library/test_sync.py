@@ -279,7 +279,11 @@ loop.close()
     assert "Warning" not in errors
 
 
-@pytest.mark.both_databases
+@pytest.mark.parametrize(
+    "database_url",
+    ["sqlite", pytest.param("postgres", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 async def test_each_forked_process_opens_its_own(
     flora: Simulator, database_url: str, tmp_path: Path
 ) -> None:

@@ -22,8 +22,9 @@ SETTINGS = settings(
 
 
 @pytest.mark.timeout(180)
-def test_nothing_is_lost_whatever_happens(database_url: str) -> None:
+def test_nothing_is_lost_whatever_happens(database_url: str, thorough: bool) -> None:
     """Faults, crashes, forgeries and wrong clocks, in any order: after every step all promises
     hold, and once the faults stop everything settles."""
+    chosen = SETTINGS if thorough else settings(SETTINGS, max_examples=4)
     with quiet():
-        run_state_machine_as_test(lambda: TrackerMachine(database_url), settings=SETTINGS)
+        run_state_machine_as_test(lambda: TrackerMachine(database_url), settings=chosen)

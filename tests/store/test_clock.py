@@ -237,7 +237,7 @@ async def test_a_machine_that_lost_seconds_moves_nothing_twice(
     assert one() == two() == other()
 
 
-@pytest.mark.parametrize("jump", [3600, -3600])
+@pytest.mark.parametrize("jump", [pytest.param(3600, marks=pytest.mark.thorough), -3600])
 async def test_what_cannot_be_moved_stops_no_process(
     db: Database, other_db: Database, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:

@@ -48,7 +48,6 @@ def _addresses(routes: list[Route]) -> Iterator[str]:
             yield from (f"{path}?{query}" for query in VIEWS.get(route.path, ()))
 
 
-@pytest.mark.both_databases
 async def test_no_page_or_answer_fails(serve: Serve, database_url: str) -> None:
     """Every route to read is asked for every row, and those about one row show its words."""
     await next_year.fill(database_url)
