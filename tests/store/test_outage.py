@@ -28,6 +28,7 @@ from tests.support.logs import capture_logs
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import assert_takes_less, eventually, free_port, let_pass
 from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.store.claims import check_writes
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 from tracker.store.url import DatabaseTimes
@@ -218,6 +219,29 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
         assert await apply_all(db) >= 1
         assert await get_run(db, "run_after")
     await administrator.close()
+
+
+async def test_a_role_that_may_not_write_waits_until_it_may(postgres_url: str) -> None:
+    """As after a restore by another role: readiness says so, and what waits is then stored."""
+    parts = urlsplit(postgres_url)
+    role = f"writer_of_{parts.path[1:]}"
+    owner = await asyncpg.connect(postgres_url)
+    granted = f'ALL TABLES IN SCHEMA public TO "{role}"'
+    await owner.execute(f'CREATE ROLE "{role}" LOGIN; GRANT SELECT ON {granted}')
+    try:
+        url = postgres_url.replace(f"{parts.username}@", f"{role}@", 1)
+        async with await Database.open(url) as db, open_inbox(db, deadline=60) as inbox:
+            waiting = inbox.enqueue(delivery("run_1"))
+            await eventually(lambda: inbox.trouble)
+            with pytest.raises(StoreUnavailable, match="permission denied"):
+                await check_writes(db)
+            assert not waiting.done()
+            await owner.execute(f"GRANT INSERT, UPDATE, DELETE ON {granted}")
+            await waiting
+            await check_writes(db)
+    finally:
+        await owner.execute(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"')
+        await owner.close()
 
 
 async def test_a_database_that_comes_and_goes_is_said_once(sqlite_url: str, tmp_path: Path) -> None:

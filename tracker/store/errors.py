@@ -46,6 +46,7 @@ _UNAVAILABLE: Final = frozenset(
         "25P03",  # idle in transaction for too long
         "25P04",  # transaction time-out
         "3D000",  # no such database
+        "42501",  # this role lacks a privilege, as after a restore by another one
         "XX001",  # a damaged page
         "XX002",
     }
