@@ -165,8 +165,8 @@ async def test_it_is_cut_ten_times_and_loses_no_event(tracker: Commands, databas
 
 
 async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url: str) -> None:
-    """Lost runs and changed costs are sent too, of runs that ended before as well, and a lost run
-    is noticed after a cut; an answer that fails is shown and not tried again."""
+    """Lost runs, changed costs and late outputs are sent too, of runs that ended before as well; a
+    lost run is noticed after a cut; an answer that fails is shown and not tried again."""
     async with (
         await Database.open(sqlite_url) as db,
         open_writer(db) as writer,
@@ -186,6 +186,10 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
                     process.stdout.readline
                 )
                 receiver.status = 204
+                await writer.submit(billed("run_before", "0.20", later=30, outputs=2 * OUTPUTS))
+                assert "run_before completed → 204" in await asyncio.to_thread(
+                    process.stdout.readline
+                )
                 await served.stop(signal.SIGKILL)
                 await writer.submit(started("run_lost"))
                 for hour in range(5):
@@ -199,18 +203,19 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
             await served.close()
     assert list(events(receiver).values()) == [
         ("run.cost_changed", "run_before"),
+        ("run.settled", "run_before"),
         ("run.lost", "run_lost"),
     ]
     assert receiver.got[0].data["charged_cost"] == 0.2
 
 
-def billed(run_id: str, cost: str, *, later: float = 10) -> Observed:
+def billed(run_id: str, cost: str, *, later: float = 10, **facts: Any) -> Observed:
     """A later read of a completed run, with its cost."""
     return seen(
         run_id,
         RunStatus.COMPLETED,
         at=NOW + timedelta(seconds=later),
-        facts={"outputs": OUTPUTS, "charged_cost": Decimal(cost)},
+        facts={"outputs": OUTPUTS, "charged_cost": Decimal(cost)} | facts,
     )
 
 

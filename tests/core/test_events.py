@@ -11,13 +11,14 @@ from tracker.core.events import (
     WAITS,
     EventType,
     RunFilter,
+    event_id,
     events_between,
     next_attempt,
     still_holds,
 )
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Precedence, Run
+from tracker.core.run import Details, Output, Precedence, Run, RunError
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ACTIVE = Record(run=Run(run_id="run_1"), source=Source.START, first_seen_at=NOW)
@@ -31,6 +32,20 @@ def settled(cost: str | None = None, **more: object) -> Record:
         ACTIVE.run, precedence=Precedence.COMPLETED, details=Details.READ, charged_cost=charged
     )
     return replace(ACTIVE, run=run, **more)  # type: ignore[arg-type]
+
+
+def with_outputs(count: int, url: str = "link") -> Record:
+    """A settled record with so many outputs."""
+    record = settled()
+    outputs = tuple(Output(f"out_{number}", "imageUrl", url) for number in range(count))
+    return replace(record, run=replace(record.run, outputs=outputs))
+
+
+def failed(code: str) -> Record:
+    """A settled record of a failed run."""
+    record = settled()
+    error = RunError(code)
+    return replace(record, run=replace(record.run, precedence=Precedence.FAILED, error=error))
 
 
 def test_only_real_changes_are_events() -> None:
@@ -50,10 +65,35 @@ def test_only_real_changes_are_events() -> None:
         (settled(), settled("0.1"), [costs]),
         (settled("0.1"), settled(), [costs]),
         (settled("0.1"), settled("0.2"), [costs]),
+        (settled(), with_outputs(1), [settles]),
+        (with_outputs(1), with_outputs(2), [settles]),
+        (with_outputs(1), with_outputs(1, "new"), []),
+        (failed("a"), failed("b"), [settles]),
+        (failed("a"), settled("0.1"), [settles, costs]),
+        (settled(), settled(tags={"a": "b"}), [settles]),
+        (ACTIVE, replace(ACTIVE, tags={"a": "b"}), []),
     ):
         assert events_between(before, after) == events, (before, after)
         assert all(still_holds(event, after) for event in events)
         assert not any(still_holds(event, ACTIVE) for event in events)
+
+
+def test_a_run_that_is_settled_is_one_event_while_it_reports_the_same() -> None:
+    """Tags, the bill and new links leave its identity alone; another end, other outputs and being
+    settled anew do not. Each loss and each bill is an event of its own."""
+    first = settled("0.1", settled_at=NOW)
+    told = event_id(EventType.SETTLED, first)
+    for same in (settled("0.2", settled_at=NOW, tags={"a": "b"}), replace(first, checks=3)):
+        assert event_id(EventType.SETTLED, same) == told
+    for other in (
+        replace(first, settled_at=NOW + timedelta(seconds=1)),
+        replace(with_outputs(1), settled_at=NOW),
+        replace(failed("a"), settled_at=NOW),
+        replace(first, run=replace(first.run, run_id="run_2")),
+    ):
+        assert event_id(EventType.SETTLED, other) != told
+    for kind in (EventType.LOST, EventType.COST_CHANGED):
+        assert event_id(kind, first) != event_id(kind, first)
 
 
 def test_a_filter_matches_what_it_names() -> None:

@@ -1,6 +1,7 @@
 """Events are delivered to endpoints: signed, at least once, each endpoint apart."""
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -16,10 +17,10 @@ from tests.support.endpoint import SECRET, Got, Receiver
 from tests.support.waiting import eventually
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
-from tracker.core.events import MessageState, RunFilter
+from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.core.observation import Source
 from tracker.core.record import Observed
-from tracker.core.run import RunStatus
+from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.waiting import cancel
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
 from tracker.store.clock import SharedClock
@@ -135,6 +136,49 @@ async def test_a_failed_attempt_is_repeated_under_the_same_id(open_worker: OpenW
         await eventually(lambda: receiver.runs["run_1"] == 2)
         with pytest.raises(UnknownMessage):
             await worker.webhooks.resend("msg_none")
+
+
+async def test_what_becomes_known_of_a_settled_run_is_sent(open_worker: OpenWorker) -> None:
+    """Another end and outputs that were missing are sent to all that want them; a run whose tags
+    become known later to the endpoint that filters by them, and to no other again."""
+    only = {"events": (EventType.SETTLED,)}
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(
+            endpoint(receiver, "all", **only),
+            endpoint(receiver, "completed", **only, filter=RunFilter(status="completed")),
+            endpoint(receiver, "acme", **only, filter=RunFilter(tag=("customer", "acme"))),
+        )
+        await configured(worker, "all", "completed", "acme")
+
+        async def sent(count: int) -> dict[tuple[str, str], int]:
+            await eventually(lambda: delivered(worker.db, count))
+            found = await messages_of(worker.db)
+            return Counter((one.run_id, one.endpoint_id) for one in found)
+
+        now = utc_now()
+        error = {"completed_at": now, "error": RunError("model_timeout")}
+        await worker.writer.submit(seen("end", RunStatus.FAILED, at=now, facts=error, reads=1))
+        await sent(1)
+        await worker.writer.submit(settled("end"))
+        assert await sent(3) == {("end", "all"): 2, ("end", "completed"): 1}
+        await worker.writer.submit(settled("late"))
+        await sent(5)
+        for link in ("link", "signed anew"):
+            outputs = {"outputs": (Output("out_1", "imageUrl", link),)}
+            later = seen("late", RunStatus.COMPLETED, at=utc_now(), facts=outputs, reads=1)
+            await worker.writer.submit(later)
+            await sent(7)
+        assert [got.data["outputs"][0]["url"] for got in receiver.taken[-2:]] == 2 * ["link"]
+        await worker.writer.submit(settled("tagged"))
+        await sent(9)
+        start = seen("tagged", RunStatus.PENDING, source=Source.START, at=utc_now())
+        await worker.writer.submit(replace(start, tags={"customer": "acme"}))
+        counts = await sent(10)
+        assert {key: counts[key] for key in counts if key[0] == "tagged"} == {
+            ("tagged", "all"): 1,
+            ("tagged", "completed"): 1,
+            ("tagged", "acme"): 1,
+        }
 
 
 async def test_only_what_an_endpoint_wants_is_sent(open_worker: OpenWorker) -> None:

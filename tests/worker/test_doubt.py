@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import func, select
 
 from tests.support.clocks import HandClock
+from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import eventually, free_port
 from tests.web.serving import serving
 from tests.worker.conftest import (
@@ -33,9 +35,10 @@ from tracker.core.errors import (
     StartPending,
     StoreUnavailable,
 )
+from tracker.core.events import MessageState
 from tracker.core.observation import Source
 from tracker.services import Services, open_services
-from tracker.settings import Settings
+from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.sheets.sheet import sheet_of_objects
@@ -43,6 +46,7 @@ from tracker.starting.start import StartRequest
 from tracker.store import clock as store_clock
 from tracker.store.engine import Database
 from tracker.store.queries import starts as start_log
+from tracker.store.queries.endpoints import list_messages
 from tracker.store.schema import runs, starts
 from tracker.web.app import build_app
 
@@ -105,6 +109,48 @@ async def test_what_a_gateway_says_is_doubt_and_nothing_is_sent_again(
         await services.recovery.recover()
         assert (posts(flora), len(flora.world.runs)) == (1, 1)
         assert await state_of(services.database) == "in_doubt"
+
+
+@pytest.mark.both_databases
+async def test_an_endpoint_that_filters_by_tag_gets_the_run_of_a_lost_answer(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A sweep finds the run, and it is settled before anyone knows that it is the start's. Its tags
+    come with that: the endpoint that wants them gets the run then, the other only once."""
+    async with Receiver() as receiver, make_flora(gateway_starts=1.0) as flora:
+        tags, shop = {"customer": "acme"}, {"url": receiver.url, "allow_private": True}
+        endpoints = [
+            EndpointSettings(id="all", secrets=[SECRET], **shop),
+            EndpointSettings(id="acme", secrets=[SECRET], tag=("customer", "acme"), **shop),
+        ]
+        services = await open_on(flora, endpoints=endpoints)
+        await services.webhooks.start()
+
+        async def sent(count: int) -> dict[str, int]:
+            state = MessageState.DELIVERED
+            await eventually(lambda: _has(list_messages(services.database, state=state), count))
+            rows, _ = await list_messages(services.database)
+            return Counter(row.endpoint_id for row in rows)
+
+        try:
+            assert await attempt(services, tags=tags) is None
+            change(flora, gateway_starts=0.0)
+            clock.move(60)
+            [workspace] = services.workspaces
+            assert (await services.sweeper.sweep(workspace)).discovered == 1
+            assert await sent(1) == {"all": 1}
+            while await state_of(services.database) == "in_doubt":
+                clock.move(60)
+                await services.recovery.recover()
+            await services.resolver.is_run(await services.resolver.find("key-1"), *flora.world.runs)
+            assert await sent(2) == {"all": 1, "acme": 1}
+            assert receiver.taken[-1].data["tags"] == tags
+        finally:
+            await services.webhooks.stop()
+
+
+async def _has(listing: Awaitable[tuple[Sequence[object], object]], count: int) -> bool:
+    return len((await listing)[0]) == count
 
 
 async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServices) -> None:

@@ -4,11 +4,13 @@ wants them, the states of a message (an event for one endpoint), and when an att
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from hashlib import sha256
 from math import ceil
 from typing import Final
+from uuid import uuid4
 
 from tracker.core.record import Record
-from tracker.core.run import Tracking, fast_dataclass
+from tracker.core.run import Run, Tracking, fast_dataclass
 from tracker.core.schedule import jitter_share
 
 WAITS: Final = tuple(
@@ -31,8 +33,8 @@ class EventType(StrEnum):
     """What happened to a run."""
 
     SETTLED = "run.settled"
-    """Its end, outputs and details are stored. Sent again if it is settled anew after FLORA's list
-    contradicted its end."""
+    """Its end, outputs and details are stored. Sent again if FLORA then shows another end, outputs
+    that were missing, or that the run is open once more until it is settled anew."""
     LOST = "run.lost"
     """FLORA has repeatedly answered that it does not exist."""
     COST_CHANGED = "run.cost_changed"
@@ -55,9 +57,37 @@ def events_between(before: Record | None, after: Record) -> list[EventType]:
     tracking = after.tracking
     if before is None or before.tracking is not tracking:
         return [event for event in (EventType.SETTLED, EventType.LOST) if still_holds(event, after)]
-    if tracking is Tracking.SETTLED and _bill(before) != _bill(after):
-        return [EventType.COST_CHANGED]
-    return []
+    events = []
+    if tracking is Tracking.SETTLED:
+        if reported(before.run) != reported(after.run) or _filtered(before) != _filtered(after):
+            events.append(EventType.SETTLED)
+        if _bill(before) != _bill(after):
+            events.append(EventType.COST_CHANGED)
+    return events
+
+
+def event_id(event: EventType, after: Record) -> str:
+    """The identity of an event that this record causes: no endpoint gets one twice.
+
+    That a run is settled is one event for as long as it reports the same, so that a run whose tags
+    or technique become known later is sent to the endpoints that want these, and to no other again.
+    """
+    if event is not EventType.SETTLED:
+        return uuid4().hex
+    run = after.run
+    told = repr((run.run_id, after.settled_at, *reported(run)))
+    return sha256(told.encode(errors="replace")).hexdigest()[:32]
+
+
+def reported(run: Run) -> tuple[str, str, int]:
+    """What `run.settled` is sent again for if it changes: the end, and how many outputs there are
+    (their links may be new with each read)."""
+    return str(run.status), run.error.code if run.error else "", len(run.outputs or ())
+
+
+def _filtered(record: Record) -> tuple[object, ...]:
+    """What decides, besides `reported`, which endpoints want the run."""
+    return record.run.workspace_id, record.run.technique_id, record.tags
 
 
 def still_holds(event: EventType, run: Record) -> bool:

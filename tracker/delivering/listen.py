@@ -3,8 +3,9 @@
 The stream has a frame for each change of a run, which shows the run in its present state. Events
 follow from the frames:
 
-* `run.settled`: the change that happened when the run was settled (`settled_at`).
-* `run.cost_changed`: a later read; the merged timeline has another cost after it than before.
+* `run.settled`: the change that happened when the run was settled (`settled_at`), or a later read
+  after which the merged timeline has another end, or more outputs.
+* `run.cost_changed`: such a read, with another cost.
 * `run.lost`: the change of a lost run. Such a frame has no number to resume after, so after a cut
   the lost runs are listed again.
 
@@ -25,7 +26,7 @@ import httpx
 
 from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
-from tracker.core.events import EventType, RunFilter
+from tracker.core.events import EventType, RunFilter, reported
 from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source
@@ -137,10 +138,9 @@ class TrackerStream:
                 if frame.get("event") == "reset":
                     self.notice("The tracker counts its events anew; some may be missing.")
                 # All others are a newer version's.
-                elif frame.get("event") == "run" and (
-                    found := await self._event(client, frame["data"])
-                ):
-                    yield found
+                elif frame.get("event") == "run":
+                    for event in await self._events(client, frame["data"]):
+                        yield event
                 self._position = frame.get("id", self._position)
 
     async def _check(self, response: httpx.Response) -> None:
@@ -156,26 +156,28 @@ class TrackerStream:
             )
         raise _Cut(_OTHER if status == 200 else f"status {status}")
 
-    async def _event(self, client: httpx.AsyncClient, data: str) -> StreamedEvent | None:
-        """The event that a frame stands for, if it is wanted and new."""
+    async def _events(self, client: httpx.AsyncClient, data: str) -> list[StreamedEvent]:
+        """The events that a frame stands for, as far as they are wanted and new."""
         shown = json.loads(data)
         run, change = shown["run"], shown["event"]
         run_id = run["run_id"]
+        found: list[StreamedEvent | None] = []
         if run["tracking"] == "lost":
             if change is None and not self._lost.get(run_id):
                 self._lost[run_id] = True
-                return self._new(EventType.LOST, self.now(), run, run["checks"])
-            return None
-        self._lost.pop(run_id, None)
-        if change is None or run["tracking"] != "settled":
-            return None
-        if change["at"] == run["settled_at"]:
-            return self._new(EventType.SETTLED, change["at"], run, change["at"])
-        if EventType.COST_CHANGED in self.wanted and change["source"] in _READS:
-            path = f"/api/runs/{quote(run_id, safe='')}/events"
-            if cost_changed((await _get(client, path))["events"], change["id"]):
-                return self._new(EventType.COST_CHANGED, change["at"], run, change["id"])
-        return None
+                found.append(self._new(EventType.LOST, self.now(), run, run["checks"]))
+        else:
+            self._lost.pop(run_id, None)
+            if change is None or run["tracking"] != "settled":
+                pass
+            elif change["at"] == run["settled_at"]:
+                found.append(self._new(EventType.SETTLED, change["at"], run, change["at"]))
+            elif change["source"] in _READS:
+                path = f"/api/runs/{quote(run_id, safe='')}/events"
+                timeline = (await _get(client, path))["events"]
+                for kind in changes_of_settled(timeline, change["id"]):
+                    found.append(self._new(kind, change["at"], run, change["id"]))
+        return [event for event in found if event is not None]
 
     async def _missed_losses(
         self, client: httpx.AsyncClient, *, report: bool
@@ -211,20 +213,25 @@ class TrackerStream:
         return StreamedEvent(message_id, kind, at, run)
 
 
-def cost_changed(events: Iterable[Mapping[str, Any]], number: int) -> bool:
-    """Whether the event of that number changed the cost of a settled run.
+def changes_of_settled(events: Iterable[Mapping[str, Any]], number: int) -> list[EventType]:
+    """The events that the change of that number caused, if the run was settled before it, too.
 
     `events` are the run's timeline, oldest first, as `GET /api/runs/{run_id}/events` shows it.
     """
     run: Run | None = None
     for event in events:
         after = merge(run, Observation.from_json(event["detail"]))
-        if event["id"] == number:
-            if run is None or not (run.settled and after.settled):
-                return False
-            return run.charged_cost != after.charged_cost
-        run = after
-    return False
+        if event["id"] != number:
+            run = after
+            continue
+        found = []
+        if run is not None and run.settled and after.settled:
+            if reported(run) != reported(after):
+                found.append(EventType.SETTLED)
+            if run.charged_cost != after.charged_cost:
+                found.append(EventType.COST_CHANGED)
+        return found
+    return []
 
 
 def local_client(url: str, secret: str) -> EndpointClient:

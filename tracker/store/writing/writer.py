@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
-from uuid import uuid4
 
 from sqlalchemy import Connection
 
-from tracker.core.events import events_between
+from tracker.core.events import event_id, events_between
 from tracker.core.record import DurationsOf, Entry, Observed, Record, apply
 from tracker.core.rollup import RollupKey, facts, same
 from tracker.core.run import fast_dataclass
@@ -202,7 +201,7 @@ class WriteBatch:
                     _count(rollups, old, -1)
                 _count(rollups, new, 1)
             for event in events_between(old, new):
-                row = (uuid4().hex, event.value, run_id, self._last[run_id].at)
+                row = (event_id(event, new), event.value, run_id, self._last[run_id].at)
                 changes.outbox.append(row)
             if old is not None:
                 changes.existing.append(run_id)
