@@ -498,6 +498,34 @@ async def test_a_database_that_is_away_blames_no_delivery(
     assert await outcomes(db) == {"whd_run_1": "applied"}
 
 
+async def test_a_slow_database_applies_smaller_groups(postgres_url: str) -> None:
+    """A group whose statements are each in time, and too slow together, is not tried for ever."""
+    times = DatabaseTimes(statement=5.0, answer=1.0)
+    async with (
+        await Database.open(postgres_url, times=times) as db,
+        open_inbox(db) as inbox,
+    ):
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 100)))
+        admin: Any = await asyncpg.connect(postgres_url)
+        await admin.execute(
+            """
+            CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN PERFORM pg_sleep(0.007); RETURN NEW; END';
+            CREATE TRIGGER slow BEFORE INSERT ON runs FOR EACH ROW EXECUTE FUNCTION slow();
+            CREATE TRIGGER slow BEFORE UPDATE ON deliveries FOR EACH ROW EXECUTE FUNCTION slow();
+            """
+        )
+        await admin.close()
+        async with open_applier(db) as applier:
+            applier.wake()
+
+            async def none() -> bool:
+                return await waiting(db) == 0
+
+            await eventually(none)
+    assert set((await _outcomes_at(postgres_url)).values()) == {"applied"}
+
+
 async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -> None:
     """While someone holds a run, callbacks of others are applied, and its own is afterwards."""
     async with (

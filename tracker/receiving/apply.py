@@ -333,7 +333,8 @@ class Applier:
         """Apply one group; returns how many deliveries were applied or quarantined, and whether
         more may be waiting.
 
-        If one of them cannot be applied the next group is half as large, until that one is alone.
+        If one of them cannot be applied, or all cannot in time, the next group is half as large,
+        until one is alone.
         Raises `StoreError` where no delivery is to blame.
         """
         async with self._lock:
@@ -356,9 +357,10 @@ class Applier:
                         )
                     )
             except Exception as error:
+                if taken:  # also where all together are too much for a slow database
+                    self._limit = max(len(taken) // 2, 1)
                 if not taken or not _is_caused_by_delivery(error):
                     raise
-                self._limit = max(len(taken) // 2, 1)
                 if len(taken) > 1:
                     return 0, True
                 if isinstance(error, StoreBusy):
