@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -198,6 +200,31 @@ def test_one_command_from_a_workbook_to_named_files(flora: Commands) -> None:
     assert flora("runs", "download", "--batch", batch, *more).returncode == 0
     assert sorted(path.name for path in (flora.folder / "rows").glob("*.png")) == expected
     assert len(begun(flora)) == 2
+
+
+def test_results_do_not_depend_on_the_folder_for_downloads(flora: Commands) -> None:
+    """It may be gone, or in use, when the runs have ended: what was paid for is reported, and
+    repeating the command fetches the files."""
+    out = flora.folder / "out"
+    command = ("batch", "icon-pack", "icons.csv", "--download", "out", "--output", "results.csv")
+
+    def replace_when_the_first_run_begins() -> None:
+        while not begun(flora):
+            time.sleep(0.02)
+        out.rename(flora.folder / "away")
+        out.write_text("")
+
+    replacing = threading.Thread(target=replace_when_the_first_run_begins)
+    replacing.start()
+    done = flora(*command)
+    replacing.join()
+    assert done.returncode == 1
+    assert "not downloaded: out cannot be written to" in done.stderr
+    assert [row["status"] for row in read(flora.folder / "results.csv")] == ["completed"] * 3
+    out.unlink()
+    assert flora(*command).returncode == 0
+    assert len([*out.glob("*.png")]) == 12
+    assert len(begun(flora)) == 3
 
 
 def test_downloads_are_checked_before_anything_is_paid(flora: Commands) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tracker.core.clock import Clock
-from tracker.core.errors import TrackerError
+from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.events import RunFilter
 from tracker.core.formatting import counted
 from tracker.core.run import Tracking
@@ -68,10 +68,14 @@ class RunWithoutOutputs:
 
 @dataclass(slots=True, kw_only=True)
 class DownloadReport:
-    """Results for all outputs, and the runs that had nothing to fetch."""
+    """Results for all outputs, and the runs that had nothing to fetch.
+
+    `failure` is why the directory could not be used, where that did not end the command.
+    """
 
     results: list[DownloadResult] = field(default_factory=list)
     absent: list[RunWithoutOutputs] = field(default_factory=list)
+    failure: str | None = None
 
     def of(self, outcome: DownloadOutcome) -> list[DownloadResult]:
         return [result for result in self.results if result.outcome is outcome]
@@ -214,7 +218,8 @@ class Downloader:
         """Download the outputs of a batch while `running` starts and follows it; its result.
 
         Each row is downloaded as its run settles, from when the batch is `begun`. At the end what
-        is missing is tried once more; `report` has the result for every output.
+        is missing is tried once more; `report` has the result for every output, or why the
+        directory cannot be used: what was paid for is reported all the same.
         """
 
         meanwhile = DownloadReport()
@@ -234,7 +239,10 @@ class Downloader:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
         source = self.batch(batch_id, watch=False, name_by=name_by)
-        await self.download(source, options, report, on_result=on_result)
+        try:
+            await self.download(source, options, report, on_result=on_result)
+        except DownloadDirectoryError as error:
+            report.failure = str(error)
         fetched = {one.job.key: one for one in meanwhile.of(DownloadOutcome.FETCHED)}
         report.results = [
             fetched.get(one.job.key, one) if one.outcome is DownloadOutcome.PRESENT else one

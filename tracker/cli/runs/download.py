@@ -194,6 +194,9 @@ def report_files(report: "DownloadReport", to: Path) -> bool:
     """
     from tracker.delivering.saving import DownloadOutcome
 
+    if report.failure is not None:
+        note(f"tracker: not downloaded: {report.failure}")
+        return True
     causes: defaultdict[str, set[int]] = defaultdict(set)
     for one in report.of(DownloadOutcome.FAILED):
         causes[one.error or ""].add(int(one.job.row or 0))
@@ -251,4 +254,5 @@ def report_json(report: "DownloadReport", to: Path) -> dict[str, Any]:
             if one.error is not None
         ],
         "absent": [asdict(one) for one in report.absent],
+        **({} if report.failure is None else {"error": report.failure}),
     }
