@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
-from tests.worker.test_doubt import GATEWAY, PROMPT, attempt, change, posts, state_of
+from tests.worker.doubt import GATEWAY, PROMPT, attempt, change, posts, state_of
 from tracker.core.errors import InvalidRequest, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.services import Services

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.support.waiting import NO_SWEEPS
-from tests.worker.test_doubt import GATEWAY, attempt, change, request, state_of
+from tests.worker.doubt import GATEWAY, attempt, change, request, state_of
 from tracker.core.errors import SettingsError
 from tracker.services import Services, open_services
 from tracker.settings import read_settings

@@ -15,8 +15,8 @@ import tracker.store.clock
 from tests.support.clocks import HandClock
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
+from tests.worker.doubt import GATEWAY, LOST, attempt, change, posts, request, state_of
 from tests.worker.test_clocks import Wall
-from tests.worker.test_doubt import GATEWAY, LOST, attempt, change, posts, request, state_of
 from tests.worker.test_poll import start
 from tests.worker.test_waits import client_of
 from tracker.core.run import Tracking
