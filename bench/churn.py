@@ -138,7 +138,7 @@ async def _start(db: Database, writer: Writer, key: str, now: datetime) -> None:
     )
     run_id = f"run_of_{key}"
     first = Observation(run_id=run_id, source=Source.START, at=now, technique_id="tech_1")
-    await writer.submit(Observed(observation=first, slot="default", idempotency_key=key))
+    await writer.submit(Observed(observation=first, workspace_id="default", idempotency_key=key))
     await starts.give_back(db, "default", key, "h")
     await writer.submit(callback(run_id, at=now))
     ended = {"charged_cost": 1, "completed_at": now, "outputs": ()}

@@ -58,7 +58,7 @@ def _entries(number: int) -> Iterator[Entry]:
         observation=first,
         inputs=inputs,
         callback_expected=True,
-        slot="default",
+        workspace_id="default",
         idempotency_key=_key(number),
     )
     data = {"run_id": run_id, "run_type": "technique", "workspace_id": WORKSPACE}

@@ -47,7 +47,7 @@ async def receive(db: Database, name: str, done: asyncio.Event) -> list[float]:
     async with (
         Applier(
             db,
-            workspaces=Workspaces([Workspace(slot="default")], database=db, clock=utc_now),
+            workspaces=Workspaces([Workspace(place="default")], database=db, clock=utc_now),
             rules=RULES,
             clock=utc_now,
             background=True,

@@ -177,7 +177,7 @@ async def open_services(
         opened: list[Workspace] = []
         for configured in settings.all_workspaces:
             workspace = Workspace(
-                slot=settings.slot_of(configured),
+                place=settings.place_of(configured),
                 workspace_id=configured.id,
                 is_top=configured.id == settings.flora_workspace_id,
                 secrets=configured.clear_secrets,
@@ -193,7 +193,7 @@ async def open_services(
                     deadline=JOB_SECONDS if background else CALLER_SECONDS,
                     on_request=metrics.requests_of(workspace),
                     shared_waits=DatabaseWaits(
-                        database, workspace.slot, process=process, clock=clock
+                        database, workspace.place, process=process, clock=clock
                     ),
                     find_new_key=rotation.check,
                 )
@@ -377,7 +377,7 @@ def _rotate(workspaces: Workspaces, settings: Settings) -> None:
     """Use the keys and signing secrets that are set now."""
     for configured in settings.all_workspaces:
         workspaces.rotate(
-            settings.slot_of(configured),
+            settings.place_of(configured),
             api_key=configured.api_key.get_secret_value() if configured.api_key else None,
             secrets=configured.clear_secrets,
         )

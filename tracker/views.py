@@ -189,7 +189,7 @@ def start_json(row: "StartRow") -> dict[str, Any]:
     """A start, without its callback address, which is a secret."""
     return {
         "idempotency_key": row.idempotency_key,
-        "workspace_id": row.workspace_slot,
+        "workspace_id": row.workspace_id,
         **values_of(row, "technique_id", "state", "run_id", "created_at"),
         "first_sent_at": _value(row.in_use_since),
         **values_of(row, "sent_at", "started_by"),
@@ -211,7 +211,7 @@ def batch_columns(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
     """The values of a batch, by their public names."""
     return {
         "batch_id": batch.batch_id,
-        "workspace_id": batch.workspace_slot,
+        "workspace_id": batch.workspace_id,
         "technique_id": batch.technique_id,
         "name": batch.name,
         "source": batch.source,

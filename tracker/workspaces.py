@@ -46,12 +46,12 @@ log = get_logger(__name__)
 class Workspace:
     """One workspace.
 
-    `slot` is its place in the settings, which never changes; `is_top` marks the workspace of the
+    `place` is its place in the settings, which never changes; `is_top` marks the workspace of the
     top-level settings. `configured_id` is the id in the settings, `workspace_id` the one in use;
     `on_named` is called when that becomes known, or unknown with another key.
     """
 
-    slot: str
+    place: str
     workspace_id: str | None = None
     is_top: bool = True
     configured_id: str | None = field(init=False)
@@ -147,9 +147,9 @@ class Workspaces:
                 fingerprint = one.require_client().key_fingerprint
                 one.learn(await stored.workspace_of(self._database, fingerprint))
 
-    def rotate(self, slot: str, *, api_key: str | None, secrets: tuple[str, ...]) -> None:
-        """Replace the key and the signing secrets of the workspace in that slot."""
-        workspace = next((one for one in self._all if one.slot == slot), None)
+    def rotate(self, place: str, *, api_key: str | None, secrets: tuple[str, ...]) -> None:
+        """Replace the key and the signing secrets of the workspace in that place."""
+        workspace = next((one for one in self._all if one.place == place), None)
         if workspace is None:
             return
         workspace.secrets = secrets
@@ -229,12 +229,12 @@ class Workspaces:
         """
         client = workspace.require_client()
         fingerprint = client.key_fingerprint
-        workspace_id = self._ids.get((workspace.slot, fingerprint))
+        workspace_id = self._ids.get((workspace.place, fingerprint))
         if workspace_id is None:
             workspace_id = await self._find_id(workspace, client, min(deadline, ASK_SECONDS))
             if client.key_fingerprint != fingerprint:
                 return await self.id_of(workspace, wanted=wanted, deadline=deadline)
-            self._ids[workspace.slot, fingerprint] = workspace_id
+            self._ids[workspace.place, fingerprint] = workspace_id
         workspace.learn(workspace_id)
         workspace.workspace_id = workspace_id  # that of a new key may be another
         if wanted not in (None, workspace_id):
@@ -271,11 +271,11 @@ class Workspaces:
                     "started: set FLORA_WORKSPACE_ID"
                 )
             return workspace.configured_id  # not stored: FLORA may say next time
-        before = await stored.last_workspace_at(self._database, workspace.slot)
+        before = await stored.last_workspace_at(self._database, workspace.place)
         if before not in (None, found):
             log.warning("workspace.changed", workspace_id=found, before=before)
         await stored.keep_id(
-            self._database, fingerprint, found, place=workspace.slot, at=self._clock()
+            self._database, fingerprint, found, place=workspace.place, at=self._clock()
         )
         return found
 
@@ -337,7 +337,7 @@ class DatabaseWaits:
     """
 
     database: Database
-    slot: str
+    place: str
     _: KW_ONLY
     process: str
     clock: Clock
@@ -347,7 +347,7 @@ class DatabaseWaits:
         until = None
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WAITS_SECONDS):
-                until = await stored.waits_until(self.database, self.slot)
+                until = await stored.waits_until(self.database, self.place)
         if until is None:
             return 0.0
         left = (until - self.clock()).total_seconds()
@@ -361,5 +361,5 @@ class DatabaseWaits:
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WAITS_SECONDS):
                 await stored.keep_wait(
-                    self.database, self.slot, until, told=self.process, latest=latest
+                    self.database, self.place, until, told=self.process, latest=latest
                 )

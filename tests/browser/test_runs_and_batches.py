@@ -44,7 +44,7 @@ async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> N
     workspace = live.flora.world.options.workspace_id
     batch = BatchRow(
         batch_id=batch_id,
-        workspace_slot=workspace,
+        workspace_id=workspace,
         technique_id="tech_icon-pack",
         name=f"{batch_id}.csv",
         created_at=utc_now(),
@@ -85,7 +85,7 @@ async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> N
             error=RunError("model_timeout", "The model took too long.") if failed else None,
         )
         one = Observed(observation=observation, inputs=inputs)
-        seen.append(replace(one, slot=workspace, idempotency_key=entry.key))
+        seen.append(replace(one, workspace_id=workspace, idempotency_key=entry.key))
     await live.services.writer.submit_all(seen)
     await batches.finish(database, batch_id, utc_now())
 

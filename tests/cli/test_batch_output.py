@@ -24,7 +24,7 @@ NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
 
 def start(number: int, state: StartState, **facts: object) -> StartRow:
-    values = {"workspace_slot": "default", "technique_id": "tech_1", "fingerprint": "f"}
+    values = {"workspace_id": "default", "technique_id": "tech_1", "fingerprint": "f"}
     inputs = [{"id": "prompt", "type": "text", "value": f'say, "{number}"\nor so'}]
     return StartRow(
         **values,
@@ -204,7 +204,7 @@ def test_a_row_of_unknown_outcome_is_not_called_not_started(
 ) -> None:
     """FLORA may have started it: it counts as unresolved or in doubt."""
     batch = BatchRow(
-        batch_id="bat_1", workspace_slot="ws_1", technique_id="tech_1", name="a", created_at=NOW
+        batch_id="bat_1", workspace_id="ws_1", technique_id="tech_1", name="a", created_at=NOW
     )
     counts = BatchCounts(rows=9, started=5, completed=5, unresolved=1, doubt=2)
     report_outcome(BatchOutcome(batch=batch, rows=[], counts=counts), waited=True, seconds=1.0)

@@ -45,7 +45,7 @@ def test_ordinary_names_stay_readable() -> None:
 
 BATCH = BatchRow(
     batch_id="bat_1",
-    workspace_slot="ws",
+    workspace_id="ws",
     technique_id="tech_1",
     name="products.xlsx",
     created_at=datetime(2026, 7, 1, tzinfo=UTC),

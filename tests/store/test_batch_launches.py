@@ -31,7 +31,7 @@ async def test_a_due_batch_has_one_holder(db: Database, other_db: Database) -> N
     for number, other in enumerate(
         [
             replace(ORDERED, launch_at=NOW + timedelta(minutes=1)),
-            replace(ORDERED, workspace_slot="other"),
+            replace(ORDERED, workspace_id="other"),
             replace(ORDERED, launch=None, launch_at=None),
         ]
     ):

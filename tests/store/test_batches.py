@@ -20,7 +20,7 @@ from tracker.store.queries.starts import StartState
 
 BATCH = BatchRow(
     batch_id="bat_1",
-    workspace_slot="default",
+    workspace_id="default",
     technique_id="tech_1",
     name="looks.csv",
     created_at=NOW,
@@ -101,7 +101,7 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
     retried = entries("c", run_number=again.retried())
     await batches.keep(db, replace(BATCH, batch_id="bat_3"), retried)
     await batches.finish(db, "bat_3", NOW)
-    elsewhere = replace(BATCH, batch_id="bat_4", workspace_slot="other")
+    elsewhere = replace(BATCH, batch_id="bat_4", workspace_id="other")
     await batches.keep(db, elsewhere, entries("d"))
     assert await sheet_rows.latest_run_numbers(db, "default", ["a", "b", "c", "d"]) == {
         "a": LatestRunNumber(run_number=RunNumber(), finished=True),
@@ -148,7 +148,9 @@ async def test_failed_rows_are_grouped_by_reason(db: Database, writer: TestWrite
     await mark(db, rows[0].key, StartState.REFUSED, error=refused)
     await mark(db, rows[1].key, StartState.SENT)
     for row, code in zip(rows[2:7], ["provider_error"] * 3 + ["safety_blocked", None], strict=True):
-        start = replace(started(f"run_{row.digest}"), slot="default", idempotency_key=row.key)
+        start = replace(
+            started(f"run_{row.digest}"), workspace_id="default", idempotency_key=row.key
+        )
         await writer.submit(start)
         if code is not None:
             facts = {"error": RunError(code, f"{code} happened")}
@@ -179,7 +181,7 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
         await mark(db, keys[name], StartState(state))
     for number, name in enumerate("fgh"):
         start = started(f"run_{name}", at=NOW + timedelta(seconds=number))
-        await writer.submit(replace(start, slot="default", idempotency_key=keys[name]))
+        await writer.submit(replace(start, workspace_id="default", idempotency_key=keys[name]))
     cost: dict[str, Any] = {"charged_cost": Decimal("0.1"), "outputs": (Output("o", "text", "x"),)}
     await writer.submit(seen("run_g", RunStatus.COMPLETED, facts=cost))
     await writer.submit(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
@@ -209,7 +211,7 @@ async def test_a_batch_is_finished_when_its_last_run_has_ended(
     for number, row in enumerate(entries("a", "b")):
         await reserve(db, row.key)
         start = started(f"run_{row.digest}", at=NOW + timedelta(seconds=number))
-        await writer.submit(replace(start, slot="default", idempotency_key=row.key))
+        await writer.submit(replace(start, workspace_id="default", idempotency_key=row.key))
     await batches.finish(db, "bat_1", NOW)
     batch = replace(BATCH, finished_at=NOW)
     assert (await counts_of(db)).finished_at(batch) is None

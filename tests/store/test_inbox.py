@@ -60,7 +60,7 @@ async def inbox(db: Database) -> AsyncIterator[Inbox]:
 
 def open_applier(db: Database, **options: Any) -> Applier:
     given = {
-        "workspaces": Workspaces([Workspace(slot="default")], database=db, clock=lambda: NOW),
+        "workspaces": Workspaces([Workspace(place="default")], database=db, clock=lambda: NOW),
         "rules": RULES,
         "clock": lambda: NOW,
         "background": False,

@@ -389,7 +389,9 @@ async def _start(
     )
     if run_id is not None:
         first = Observation(run_id=run_id, source=Source.START, at=at)
-        await writer.submit(Observed(observation=first, slot="default", idempotency_key=key))
+        await writer.submit(
+            Observed(observation=first, workspace_id="default", idempotency_key=key)
+        )
 
 
 async def test_what_was_asked_for_goes_but_not_that_it_was(

@@ -255,7 +255,7 @@ async def _keep_batch(
     """A batch whose rows have started, each a run named by its article."""
     batch = BatchRow(
         batch_id=batch_id,
-        workspace_slot="ws_1",
+        workspace_id="ws_1",
         technique_id="tech_1",
         name=name,
         created_at=NOW,
@@ -283,7 +283,7 @@ async def _keep_batch(
             at=NOW,
         )
         start = started(run_id, facts={"created_at": NOW})
-        await writer.submit(replace(start, slot="ws_1", idempotency_key=entry.key))
+        await writer.submit(replace(start, workspace_id="ws_1", idempotency_key=entry.key))
 
 
 ENTRANCES = [

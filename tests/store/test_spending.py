@@ -58,7 +58,7 @@ def became(run_id: str, row: StartRow, quote: str | None = None) -> Any:
     facts |= {} if quote is None else {"charged_cost": Decimal(quote)}  # type: ignore[dict-item]
     return replace(
         started(run_id, facts=facts),
-        slot="ws_1",
+        workspace_id="ws_1",
         idempotency_key=row.idempotency_key,
         tags=row.tags,
         reserved_at=row.reserved_at,

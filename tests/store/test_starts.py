@@ -19,7 +19,7 @@ async def reserve(
     db: Database,
     key: str,
     *,
-    slot: str = "default",
+    workspace_id: str = "default",
     technique: str = "tech_1",
     at: datetime = NOW,
     **others: Any,
@@ -27,7 +27,7 @@ async def reserve(
     """Keep a key."""
     return await starts.reserve(
         db,
-        workspace_id=slot,
+        workspace_id=workspace_id,
         idempotency_key=key,
         technique_id=technique,
         at=at,
@@ -62,16 +62,16 @@ async def test_a_key_is_kept_once(db: Database, other_db: Database) -> None:
     made = answers[0]
     assert made.state is StartState.STORED
     assert await starts.get(db, "default", "key") == made
-    assert await starts.get(db, "other slot", "key") is None
-    assert (await reserve(db, "key", slot="other slot")).workspace_slot == "other slot"
+    assert await starts.get(db, "other", "key") is None
+    assert (await reserve(db, "key", workspace_id="other")).workspace_id == "other"
 
 
 async def test_the_writer_closes_a_start_with_its_run(writer: TestWriter, db: Database) -> None:
-    """The answer to a start stores the run and closes the row of its slot in one transaction."""
-    for slot in ("default", "other"):
-        await reserve(db, "key", slot=slot)
+    """The answer to a start stores the run and closes its workspace's row in one transaction."""
+    for workspace_id in ("default", "other"):
+        await reserve(db, "key", workspace_id=workspace_id)
     await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
+    await writer.submit(replace(started("run_1"), workspace_id="default", idempotency_key="key"))
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert (row.state, row.run_id, row.lease_holder) == (StartState.STARTED, "run_1", None)
@@ -84,7 +84,9 @@ async def test_a_replayed_answer_closes_it_too(writer: TestWriter, db: Database)
     """A start whose run was heard of before, and says nothing new, is closed all the same."""
     await reserve(db, "key")
     await writer.submit(started("run_1"))
-    passed = await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
+    passed = await writer.submit(
+        replace(started("run_1"), workspace_id="default", idempotency_key="key")
+    )
     assert not passed.changed
     row = await starts.get(db, "default", "key")
     assert row is not None
@@ -162,11 +164,11 @@ async def test_what_became_a_run_stays_so(writer: TestWriter, db: Database) -> N
     """A late answer of another attempt cannot reopen a start, and nobody may send it again."""
     await reserve(db, "key")
     assert await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
+    await writer.submit(replace(started("run_1"), workspace_id="default", idempotency_key="key"))
     unresolved = StartState.UNRESOLVED
     assert await starts.mark(db, "default", "key", holder="h", state=unresolved, error={}) is None
     assert not await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await writer.submit(replace(started("run_2"), slot="default", idempotency_key="key"))
+    await writer.submit(replace(started("run_2"), workspace_id="default", idempotency_key="key"))
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert (row.state, row.run_id) == (StartState.STARTED, "run_1")
@@ -200,7 +202,7 @@ async def test_open_starts_are_found(writer: TestWriter, db: Database) -> None:
         await reserve(db, key, at=NOW + timedelta(seconds=number))
     await mark(db, "a", StartState.SENT)
     await mark(db, "c", StartState.REFUSED)
-    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="d"))
+    await writer.submit(replace(started("run_1"), workspace_id="default", idempotency_key="d"))
     await mark(db, "e", StartState.IN_DOUBT)
     assert [row.idempotency_key for row in await starts.open_starts(db)] == ["a", "e"]
 
@@ -213,12 +215,14 @@ async def test_rival_starts_are_found(writer: TestWriter, db: Database) -> None:
     await mark(db, "open", StartState.IN_DOUBT)
     await reserve(db, "refused")
     await mark(db, "refused", StartState.REFUSED)
-    await reserve(db, "elsewhere", slot="other")
+    await reserve(db, "elsewhere", workspace_id="other")
     await reserve(db, "of another technique", technique="tech_2")
     await reserve(db, "unresolved")
     await mark(db, "unresolved", StartState.UNRESOLVED)
     await reserve(db, "started")
-    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="started"))
+    await writer.submit(
+        replace(started("run_1"), workspace_id="default", idempotency_key="started")
+    )
     found = await starts.rivals(db, "default", "tech_1", "mine")
     assert sorted(row.idempotency_key for row in found) == ["open", "unresolved"]
 
@@ -228,7 +232,9 @@ async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Da
     known before, or is of another technique."""
     await reserve(db, "key")
     await writer.submit(
-        replace(seen("run_start", source=Source.HISTORY), slot="default", idempotency_key="key")
+        replace(
+            seen("run_start", source=Source.HISTORY), workspace_id="default", idempotency_key="key"
+        )
     )
     await writer.submit_all(
         [

@@ -50,9 +50,9 @@ async def test_starts_whose_outcome_is_not_known_are_listed(
         database = site.services.database
         (row,) = await of_key(database, "key-1")
         error = row.with_possible(["run_1"])
-        at = (row.workspace_slot, "key-1", "test", utc_now(), timedelta(seconds=30))
+        at = (row.workspace_id, "key-1", "test", utc_now(), timedelta(seconds=30))
         assert await take(database, *at)
-        mark_it = partial(mark, database, row.workspace_slot, "key-1", holder="test")
+        mark_it = partial(mark, database, row.workspace_id, "key-1", holder="test")
         assert await mark_it(state=StartState.UNRESOLVED, error=error)
         (start,) = (await site.client.get("/api/starts")).json()["starts"]
         assert start["possible_runs"] == ["run_1"]

@@ -492,7 +492,7 @@ async def test_an_input_of_several_values_is_several_runs(
         entry = BatchEntry(position=1, line=2, digest="0" * 24, inputs=inputs)
         batch_row = BatchRow(
             batch_id="bat_1",
-            workspace_slot="ws_simulator",
+            workspace_id="ws_simulator",
             technique_id=definition.technique_id,
             name="sheet.csv",
             created_at=services.clock(),

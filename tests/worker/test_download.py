@@ -273,7 +273,7 @@ async def keep_batch(services: Services, rows: int) -> tuple[BatchRow, list[Batc
     """A batch of that many rows, none of which is started."""
     batch = BatchRow(
         batch_id="bat_1",
-        workspace_slot="ws_simulator",
+        workspace_id="ws_simulator",
         technique_id="tech_icon-pack",
         name="sheet.csv",
         created_at=services.clock(),
@@ -295,7 +295,7 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
         at=services.clock(),
     )
     seen = Observation(run_id=run_id, source=Source.START, at=services.clock())
-    entered = Observed(observation=seen, slot="ws_simulator", idempotency_key=entry.key)
+    entered = Observed(observation=seen, workspace_id="ws_simulator", idempotency_key=entry.key)
     await services.writer.submit(entered)
 
 

@@ -376,7 +376,7 @@ async def test_a_sweep_that_was_taken_over_ends(
         flora.start()
         clock.move(1)
     [workspace] = services.workspaces
-    lease = f"sweep:{workspace.slot}"
+    lease = f"sweep:{workspace.place}"
     pages = 0
 
     async def halt(_: list[str]) -> None:
@@ -401,7 +401,7 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
     two minutes."""
     flora.start()
     [workspace] = services.workspaces
-    lease = f"sweep:{workspace.slot}"
+    lease = f"sweep:{workspace.place}"
     take = partial(claims.take_lease, services.database, lease, "another")
     until = sa.select(leases.c.until).where(leases.c.name == lease)
 

@@ -206,4 +206,5 @@ async def test_starts_of_an_older_version_get_the_id(
     assert await attempt(again) == first
     row = await start_log.get(again.database, "ws_simulator", "key-1")
     assert row is not None
-    assert row.workspace_id == "ws_simulator"
+    verified = select(starts.c.workspace_id).where(starts.c.idempotency_key == "key-1")
+    assert await services.database.fetchval(verified) == "ws_simulator"

@@ -69,10 +69,10 @@ class Observed:
 
     `reads` counts the API reads made for this run alone (0 for a list item). `claim` is the lease
     under which it was made, and which it releases. The other fields come with the answer to our own
-    start, whose row in the start log (`slot`, `idempotency_key`) is closed in the same transaction;
-    `reserved_cost` is the price of this run in USD. `counted_before` says that the run's end was
-    counted before retention removed the run. An `incidental` observation, from a list that was read
-    for other runs, is not written if it shows nothing new.
+    start, whose row in the start log (`workspace_id`, `idempotency_key`) is closed in the same
+    transaction; `reserved_cost` is the price of this run in USD. `counted_before` says that the
+    run's end was counted before retention removed the run. An `incidental` observation, from a list
+    that was read for other runs, is not written if it shows nothing new.
     """
 
     observation: Observation
@@ -83,7 +83,7 @@ class Observed:
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
     callback_expected: bool = False
-    slot: str | None = None
+    workspace_id: str | None = None
     idempotency_key: str | None = None
     counted_before: bool = False
     incidental: bool = False

@@ -59,7 +59,7 @@ class Contacts(Service):
     def of(self, workspace: Workspace) -> ContactState | None:
         """What is known of a workspace, by this process and what was last read; `None` if nothing
         is."""
-        stored = self._stored.get(workspace.slot)
+        stored = self._stored.get(workspace.place)
         own = workspace.client.state if workspace.client else None
         return joined(stored, own) if stored and own else own or stored
 
@@ -72,9 +72,9 @@ class Contacts(Service):
         """Store what this process has seen since it last did. Raises `StoreUnavailable`."""
         for workspace in self.workspaces:
             own = workspace.client.state if workspace.client else None
-            if own is not None and _is_news(own, self._kept.get(workspace.slot)):
-                await workspaces.keep_contact(self.database, workspace.slot, own, now=self.clock())
-                self._kept[workspace.slot] = own
+            if own is not None and _is_news(own, self._kept.get(workspace.place)):
+                await workspaces.keep_contact(self.database, workspace.place, own, now=self.clock())
+                self._kept[workspace.place] = own
 
     async def probe(self) -> None:
         """Read the newest run of each workspace where FLORA's last answer was a failure, or where
@@ -85,7 +85,7 @@ class Contacts(Service):
         await asyncio.gather(*(_probe(one) for one in keyed if self._is_due(one)))
 
     def _is_due(self, workspace: Workspace) -> bool:
-        client, others = workspace.require_client(), self._stored.get(workspace.slot)
+        client, others = workspace.require_client(), self._stored.get(workspace.place)
         if client.contact.failing or client.breaker.open:
             return client.contact.idle_seconds >= PROBE_FAILING_AFTER
         if client.contact.idle_seconds < PROBE_IDLE_AFTER:

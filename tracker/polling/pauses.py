@@ -42,7 +42,7 @@ class Backoff:
 
 
 class Coalescer:
-    """Pauses after shared reads, by a workspace's slot, so that due runs coalesce.
+    """Pauses after shared reads, by a workspace's place, so that due runs coalesce.
 
     A history page costs the same for one run as for a hundred. So each read that due runs shared,
     or could have, is followed by `SECONDS_A_READ` of pause, in which more runs become due. Polling
@@ -60,17 +60,17 @@ class Coalescer:
         self._ends: dict[str, float] = {}
         self._reads: dict[str, int] = {}
 
-    def left(self, slot: str) -> float:
+    def left(self, place: str) -> float:
         """The seconds that are left of the pause, if any."""
-        return max(0.0, self._ends.get(slot, -math.inf) - self._seconds())
+        return max(0.0, self._ends.get(place, -math.inf) - self._seconds())
 
-    def add(self, slot: str, reads: int, *, began: float, complete: bool) -> None:
+    def add(self, place: str, reads: int, *, began: float, complete: bool) -> None:
         """Count the shared reads of a round that began at `began`, in `seconds`.
 
         The pause follows the first round that leaves nothing behind, for all reads until then.
         """
-        reads += self._reads.pop(slot, 0)
+        reads += self._reads.pop(place, 0)
         if not complete:
-            self._reads[slot] = reads
+            self._reads[place] = reads
             return
-        self._ends[slot] = began + min(reads * SECONDS_A_READ, LONGEST_PAUSE)
+        self._ends[place] = began + min(reads * SECONDS_A_READ, LONGEST_PAUSE)

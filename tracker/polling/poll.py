@@ -111,12 +111,12 @@ class Poller(Service):
         now = self.clock()
         times: list[datetime | None] = []
         for workspace in self._with_key():
-            if wait := self.backoff.left(workspace.slot):
+            if wait := self.backoff.left(workspace.place):
                 times.append(now + timedelta(seconds=wait))
                 continue
             among = self.workspaces.claimable(workspace)
             due = await claims.next_due_at(self.database, among, now=now)
-            pause = self.coalescer.left(workspace.slot) if coalesce else 0.0
+            pause = self.coalescer.left(workspace.place) if coalesce else 0.0
             # If lists carry no details, known ends are read singly all the time.
             if due and pause and workspace.lists_carry_details:
                 due = max(due, self.clock() + timedelta(seconds=pause))
@@ -125,7 +125,7 @@ class Poller(Service):
 
     def readable(self) -> list[Workspace]:
         """The workspaces with a key that FLORA takes, without those that are backed off."""
-        return [one for one in self._with_key() if not self.backoff.left(one.slot)]
+        return [one for one in self._with_key() if not self.backoff.left(one.place)]
 
     async def read_now(self, record: Record) -> Record:
         """Read one run at once, even if it is claimed; what is known of it afterwards.
@@ -190,7 +190,7 @@ class Poller(Service):
 
     async def _poll(self, workspace: Workspace, *, coalesce: bool) -> PollReport:
         began = self.clock.seconds()
-        pausing = coalesce and self.coalescer.left(workspace.slot) > 0
+        pausing = coalesce and self.coalescer.left(workspace.place) > 0
         if pausing and workspace.lists_carry_details:
             return PollReport()
         due, full = await self._claim(workspace, self.clock(), ended=pausing)
@@ -201,7 +201,7 @@ class Poller(Service):
         if not pausing:
             complete = not poll_round.remaining or poll_round.broken_off
             self.coalescer.add(
-                workspace.slot, poll_round.shared_reads, began=began, complete=complete
+                workspace.place, poll_round.shared_reads, began=began, complete=complete
             )
         # Pages that were read have most likely answered for runs that were not claimed, too.
         report.at_once = report.more and (bool(poll_round.remaining) or not report.pages)
@@ -211,7 +211,7 @@ class Poller(Service):
         now, among = self.clock(), self.workspaces.claimable(workspace)
         if not await claims.recheck_is_due(self.database, among, now=now):
             return PollReport()
-        name, holder = f"recheck:{workspace.slot}", self.holder
+        name, holder = f"recheck:{workspace.place}", self.holder
         if once_per and not await claims.take_lease(self.database, name, holder, now, once_per):
             return PollReport()
         due = await claims.claim_due(
@@ -241,7 +241,7 @@ class Poller(Service):
                 await claims.release(self.database, self.holder, list(poll_round.remaining))
         report = poll_round.report
         if not poll_round.broken_off:
-            self.backoff.succeeded(workspace.slot)
+            self.backoff.succeeded(workspace.place)
             report.more = full or bool(poll_round.remaining)
             return report
         report.trouble = poll_round.error
@@ -250,7 +250,7 @@ class Poller(Service):
             "poll.flora_down",
             workspace_id=workspace.name,
             error=poll_round.error,
-            rest_seconds=self.backoff.failed(workspace.slot, least=paused),
+            rest_seconds=self.backoff.failed(workspace.place, least=paused),
         )
         return report
 

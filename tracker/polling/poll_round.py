@@ -128,9 +128,9 @@ class PollRound:
 
         Failures of FLORA are noted. Raises `StoreUnavailable`.
         """
-        slot, backoff = self._workspace.slot, self._page_backoff
+        place, backoff = self._workspace.place, self._page_backoff
         wanted = self._listable()
-        if len(wanted) < 2 or backoff.left(slot):
+        if len(wanted) < 2 or backoff.left(place):
             return
         self._places = await claims.list_positions(
             self._database,
@@ -149,7 +149,7 @@ class PollRound:
                     self.shared_reads += 1
                     self._answered = True
                     await self._take_page(page.items)
-                    backoff.succeeded(slot)
+                    backoff.succeeded(place)
                     oldest = history.oldest(page.items)
                     # A newer run that this page did not show is in no list.
                     wanted = [
@@ -169,7 +169,7 @@ class PollRound:
                 "poll.page_failed",
                 workspace_id=self._workspace.name,
                 error=str(error),
-                rest_seconds=backoff.failed(slot),
+                rest_seconds=backoff.failed(place),
             )
 
     def _listable(self) -> list[Record]:

@@ -164,7 +164,7 @@ class _Sweep:
     """One sweep of one workspace."""
 
     def __init__(self, sweeper: Sweeper, workspace: Workspace, since: timedelta | None) -> None:
-        self.lease = f"sweep:{workspace.slot}"
+        self.lease = f"sweep:{workspace.place}"
         self.report = SweepReport(workspace_id=workspace.name)
         self._sweeper = sweeper
         self._database = sweeper.database
@@ -199,7 +199,7 @@ class _Sweep:
                 await self._sweep_kind("technique")
                 # These pages have shown what a round of polling would have read them for.
                 self._sweeper.coalescer.add(
-                    self._workspace.slot, report.pages, began=began, complete=True
+                    self._workspace.place, report.pages, began=began, complete=True
                 )
             except FloraError as failure:
                 if not _concerns_list(failure):
@@ -226,7 +226,7 @@ class _Sweep:
         take_lease = partial(
             claims.take_lease,
             self._database,
-            f"generations:{workspace.slot}",
+            f"generations:{workspace.place}",
             f"{sweeper.holder}:{uuid4()}",  # this process's next sweep does not have it either
             longest=GENERATIONS_EVERY,
         )

@@ -175,8 +175,8 @@ def _is_signed_for(parsed: ParsedDelivery, seen: Observation, start: StartRow) -
     if start.state is StartState.STORED:
         return False
     if parsed.signers is None:  # the only workspace; a body need not name it
-        return seen.workspace_id in (None, start.workspace_slot)
-    return start.workspace_slot in parsed.signers
+        return seen.workspace_id in (None, start.workspace_id)
+    return start.workspace_id in parsed.signers
 
 
 def _owner_conflict(

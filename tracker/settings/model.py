@@ -345,7 +345,7 @@ class Settings(_Model):
         is_set = top.id or top.api_key or top.webhook_secrets
         return (top, *self.workspaces) if is_set or not self.workspaces else self.workspaces
 
-    def slot_of(self, workspace: WorkspaceSettings) -> str:
+    def place_of(self, workspace: WorkspaceSettings) -> str:
         """The name of a workspace's place in the settings. That of the top-level settings keeps it
         when its id is set later."""
         return "default" if workspace.id in (None, self.flora_workspace_id) else workspace.id

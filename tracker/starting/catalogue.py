@@ -83,7 +83,7 @@ class Catalogue(Service):
         `SettingsError` without a key, `StoreUnavailable`, and other `FloraError`s if no definition
         is known.
         """
-        key = (workspace.slot, technique)
+        key = (workspace.place, technique)
         lock = self._asking.setdefault(key, asyncio.Lock())
         async with lock:
             known = await self._known(workspace, technique)
@@ -110,7 +110,7 @@ class Catalogue(Service):
 
         Raises like `definition`.
         """
-        key = (workspace.slot, technique)
+        key = (workspace.place, technique)
         try:
             async with self._asking.setdefault(key, asyncio.Lock()):
                 return await self._ask(workspace, technique, None), None
@@ -184,7 +184,7 @@ class Catalogue(Service):
             known = here or known
             if workspace.client is None:
                 continue
-            if here is not None and self._is_current(here, (workspace.slot, technique)):
+            if here is not None and self._is_current(here, (workspace.place, technique)):
                 return here
             try:
                 return await self._renewed_in_turn(workspace, technique)
@@ -249,8 +249,8 @@ class Catalogue(Service):
                 request_id=error.request_id,
             ) from error
         if technique != found.technique_id:
-            self._slugs[workspace.slot, technique] = found.technique_id
-        self._failed_at.pop((workspace.slot, technique), None)
+            self._slugs[workspace.place, technique] = found.technique_id
+        self._failed_at.pop((workspace.place, technique), None)
         row = TechniqueRow.of(found, slug=None if technique == found.technique_id else technique)
         return await techniques.define(self.database, row, self.clock())
 
@@ -258,7 +258,7 @@ class Catalogue(Service):
         """The stored technique. With several workspaces a slug may differ between them: then only
         slugs count that this process has read in this one."""
         by_id = await techniques.get(
-            self.database, self._slugs.get((workspace.slot, technique), technique)
+            self.database, self._slugs.get((workspace.place, technique), technique)
         )
         if by_id is not None or len(self.workspaces) > 1:
             return by_id

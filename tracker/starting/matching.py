@@ -130,7 +130,7 @@ class StartMatcher:
             self.database, workspace.workspace_id, before=since - starts.SET_BACK
         )
         while True:
-            filtered = workspace.slot not in self._unfiltered
+            filtered = workspace.place not in self._unfiltered
             try:
                 found = await self._read(
                     workspace, technique_id, since, known_until, give_up, filtered
@@ -140,7 +140,7 @@ class StartMatcher:
                 if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
                     raise
                 log.info("start.filter_refused", status=refusal.status, code=refusal.code)
-                self._unfiltered.add(workspace.slot)
+                self._unfiltered.add(workspace.place)
             else:
                 return HistoryRead(begun=begun, runs=found)
 
@@ -191,7 +191,7 @@ class StartMatcher:
         as well."""
         # The rivals first: one that becomes a run meanwhile is accounted for then, or is a rival.
         rivals = await starts.rivals(
-            self.database, row.workspace_slot, row.technique_id, row.idempotency_key
+            self.database, row.workspace_id, row.technique_id, row.idempotency_key
         )
         left = await starts.possible(self.database, row, row.possible_runs or read.runs)
         run = read.runs.get(next(iter(left))) if len(left) == 1 else None

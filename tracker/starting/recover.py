@@ -162,15 +162,15 @@ class Recovery(Service):
             return 0
         now = self.clock()
         rows = [row for row in await starts.open_starts(self.database) if not row.is_held(now)]
-        keys = {(row.workspace_slot, row.idempotency_key) for row in rows}
+        keys = {(row.workspace_id, row.idempotency_key) for row in rows}
         self._searched = {key: at for key, at in self._searched.items() if key in keys}
         if not rows:
             return 0
         by_id = await self._configured()
         groups: dict[tuple[str, str], list[StartRow]] = {}
         for row in rows:
-            groups.setdefault((row.workspace_slot, row.technique_id), []).append(row)
-        known = [(by_id[slot], group) for (slot, _), group in groups.items() if slot in by_id]
+            groups.setdefault((row.workspace_id, row.technique_id), []).append(row)
+        known = [(by_id[id_], group) for (id_, _), group in groups.items() if id_ in by_id]
         return sum([await self._recover(workspace, group) for workspace, group in known])
 
     async def recover_one(self, workspace: Workspace, row: StartRow) -> None:
@@ -199,13 +199,13 @@ class Recovery(Service):
                         error = held.row.error or {"message": NO_ANSWER}
                         await held.record(StartState.IN_DOUBT, error)
                         row = held.row
-            searched = self._searched.get((row.workspace_slot, row.idempotency_key))
+            searched = self._searched.get((row.workspace_id, row.idempotency_key))
             if row.state is StartState.IN_DOUBT and self._times(row).is_due(searched):
                 due.append(row)
         if not due:
             return 0
         for row in due:
-            self._searched[row.workspace_slot, row.idempotency_key] = self.clock.seconds()
+            self._searched[row.workspace_id, row.idempotency_key] = self.clock.seconds()
         since = min(self._times(row).first_sent for row in due)
         read = None
         try:

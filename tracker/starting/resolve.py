@@ -53,12 +53,12 @@ class StartResolver(Service):
         and `StoreUnavailable`.
         """
         rows = await starts.of_key(self.database, key)
-        rows = [row for row in rows if workspace_id in (None, row.workspace_slot)]
+        rows = [row for row in rows if workspace_id in (None, row.workspace_id)]
         if not rows:
             raise UnknownStart(f"there is no start with idempotency key {key!r}")
         if len(rows) > 1:
             message = "several workspaces have a start of this key, name one of them: "
-            message += ", ".join(row.workspace_slot for row in rows)
+            message += ", ".join(row.workspace_id for row in rows)
             raise InvalidRequest(message, [FieldFault("workspace_id", message)])
         return rows[0]
 
@@ -139,7 +139,7 @@ class StartResolver(Service):
         entry = audit.entry(
             Action.RESOLVE,
             self.clock(),
-            workspace_id=row.workspace_slot,
+            workspace_id=row.workspace_id,
             idempotency_key=row.idempotency_key,
             outcome=outcome,
             run_id=run_id,
@@ -148,7 +148,7 @@ class StartResolver(Service):
 
     async def _read(self, row: StartRow, run_id: str) -> Observation | None:
         """The run as FLORA shows it; `None` without a key to read it with."""
-        workspace = await self.workspaces.with_id(row.workspace_slot)
+        workspace = await self.workspaces.with_id(row.workspace_id)
         if workspace is None:
             return None
         try:

@@ -171,7 +171,7 @@ class StartSender:
     async def _send(self, workspace: Workspace, held: "HeldStart", deadline: float) -> Record:
         client = workspace.require_client()
         api_key = client.key_fingerprint
-        await self.workspaces.id_of(workspace, wanted=held.row.workspace_slot, deadline=deadline)
+        await self.workspaces.id_of(workspace, wanted=held.row.workspace_id, deadline=deadline)
         row = held.row
         in_doubt = not row.is_fresh
         url = row.callback_url if in_doubt else await self.addresses.of(row.callback_token)
@@ -279,7 +279,7 @@ class HeldStart:
 
     @property
     def _id(self) -> tuple[str, str]:
-        return self.row.workspace_slot, self.key
+        return self.row.workspace_id, self.key
 
     async def let_through(
         self, client: FloraClient, api_key: str, callback_url: str | None, request_body: str
@@ -336,7 +336,7 @@ def holding(
     database: Database, row: StartRow, process: str, clock: SharedClock
 ) -> AbstractAsyncContextManager[HeldStart | None]:
     """Hold the lease of a stored start. Raises `StoreUnavailable`; else as `held_by`."""
-    workspace_id, key = row.workspace_slot, row.idempotency_key
+    workspace_id, key = row.workspace_id, row.idempotency_key
 
     async def take(holder: str, lease: timedelta) -> StartRow | None:
         return await starts.take(database, workspace_id, key, holder, clock(), lease)

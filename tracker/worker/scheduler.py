@@ -104,7 +104,7 @@ class Worker:
             self._scheduler.add_job(
                 self._job("sweep", partial(self._sweep, workspace)),
                 CronTrigger(services.settings.tracker_reconcile_cron),
-                id=f"sweep:{workspace.slot}",
+                id=f"sweep:{workspace.place}",
                 next_run_time=now,
             )
         at_once = {"next_run_time": now}

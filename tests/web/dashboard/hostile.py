@@ -160,7 +160,7 @@ async def _attack_batch(services: Services, evil: str) -> None:
     now, row = utc_now(), BatchEntry(position=1, line=2, digest="0" * 64)
     batch = BatchRow(
         batch_id=f"batch_{evil}",
-        workspace_slot="default",
+        workspace_id="default",
         technique_id=f"tech_{evil}",
         name=f"{evil}.csv",
         created_at=now,

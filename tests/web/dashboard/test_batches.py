@@ -117,7 +117,7 @@ async def test_many_rows_are_reached_by_page_and_by_row(small_site: Site) -> Non
     row; rows may be missing from the sheet."""
     one = BatchRow(
         batch_id="bat_1",
-        workspace_slot="default",
+        workspace_id="default",
         technique_id="tech_1",
         name="sheet.csv",
         created_at=utc_now(),
@@ -148,7 +148,7 @@ async def test_every_page_counts_the_same_rows_as_failed(small_site: Site) -> No
     database = small_site.services.database
     one = BatchRow(
         batch_id="bat_1",
-        workspace_slot="ws_1",
+        workspace_id="ws_1",
         technique_id="tech_1",
         name="sheet.csv",
         created_at=utc_now(),

@@ -176,7 +176,7 @@ async def test_the_overview_shows_batches_and_results_and_no_empty_part(site: Si
     for batch_id, age in (("bat_new", 0), ("bat_old", 8)):
         batch = BatchRow(
             batch_id=batch_id,
-            workspace_slot="default",
+            workspace_id="default",
             technique_id="tech_a",
             name=f"{batch_id}.csv",
             created_at=now - timedelta(days=age),
@@ -329,7 +329,7 @@ async def test_batches_are_paged(small_site: Site) -> None:
         at = now - timedelta(minutes=number)
         one = BatchRow(
             batch_id=f"bat_{number}",
-            workspace_slot="default",
+            workspace_id="default",
             technique_id="tech_1",
             name=f"sheet-{number}.csv",
             created_at=at,

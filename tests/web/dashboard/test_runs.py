@@ -61,7 +61,7 @@ async def test_a_prompt_a_sheet_and_a_cell_find_their_runs(site: Site) -> None:
     entry = BatchEntry(position=16, line=17, digest="0" * 24, carried={"SKU": "AB-<16>"})
     batch = BatchRow(
         batch_id="bat_1",
-        workspace_slot="ws_1",
+        workspace_id="ws_1",
         technique_id="tech_1",
         name="<spring>.csv",
         created_at=utc_now(),
@@ -77,7 +77,7 @@ async def test_a_prompt_a_sheet_and_a_cell_find_their_runs(site: Site) -> None:
         inputs=[],
         at=utc_now(),
     )
-    await services.writer.submit(replace(_run(1), slot="ws_1", idempotency_key=entry.key))
+    await services.writer.submit(replace(_run(1), workspace_id="ws_1", idempotency_key=entry.key))
     await services.writer.submit(_run(2))
     for text in ("tool 1.", "AB-<16>", "<spring>", "bat_1"):
         page = await _page(site, f"/runs?text={quote(text)}")

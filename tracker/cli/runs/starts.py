@@ -130,7 +130,7 @@ def resolve(
         else:
             async with flora_deadline(services):
                 await resolver.is_run(row, run)
-        return await resolver.find(key, workspace_id=row.workspace_slot)
+        return await resolver.find(key, workspace_id=row.workspace_id)
 
     _print(run_once(work), as_json=as_json)
 

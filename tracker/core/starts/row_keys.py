@@ -73,14 +73,14 @@ def key_parts(key: str) -> tuple[str, RunNumber] | None:
 
 
 def batch_id(
-    workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, RunNumber]]
+    workspace_id: str, technique_id: str, rows: Iterable[tuple[int, str, RunNumber]]
 ) -> str:
     """The id of a batch: the same for the same positions and digests of rows.
 
     A rerun is a batch of its own, a retry of some rows is not.
     """
     named = [(position, digest, run_number.generation) for position, digest, run_number in rows]
-    return f"bat_{digest_of([workspace_slot, technique_id, named])[:16]}"
+    return f"bat_{digest_of([workspace_id, technique_id, named])[:16]}"
 
 
 def digest_of(value: Any) -> str:

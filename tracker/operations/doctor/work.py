@@ -93,7 +93,7 @@ async def check(settings: Settings, ids: Sequence[str | None], now: datetime) ->
     keyed = [one for one in workspaces if one.api_key]
     findings = [
         replace(
-            check_connection(state.contacts.get(settings.slot_of(one)), state),
+            check_connection(state.contacts.get(settings.place_of(one)), state),
             workspace=label_of(settings, one),
         )
         for one in keyed

@@ -241,7 +241,7 @@ class BatchLaunch:
         """Check the starts in doubt; a row that may be sent again is queued."""
         await self.recovery.recover()
         keys = list(self._doubt)
-        rows = await starts.of_keys(self.database, self.plan.batch.workspace_slot, keys)
+        rows = await starts.of_keys(self.database, self.plan.batch.workspace_id, keys)
         for key in keys:
             found = rows.get(key)
             if found is None or (found.is_fresh and not found.is_held(self.clock())):
@@ -323,7 +323,7 @@ class BatchLaunch:
         self._rows[run.run_id] = row
 
     async def _start(self, row: RowState) -> None:
-        key, workspace_id = row.entry.key, self.plan.batch.workspace_slot
+        key, workspace_id = row.entry.key, self.plan.batch.workspace_id
         request = StartRequest(
             technique=self.plan.technique.technique_id,
             inputs=row.entry.inputs or [],

@@ -57,7 +57,7 @@ class BatchOrders:
             if row.start is not None and row.start.state in UNKNOWN:
                 continue  # reserved
             cost = plan.cost_of(row)
-            of = (plan.batch.workspace_slot, plan.batch.technique_id, row.entry.tags)
+            of = (plan.batch.workspace_id, plan.batch.technique_id, row.entry.tags)
             for budget in self.budgets.covering(*of):
                 sum_ = prices[budget]
                 prices[budget] = None if cost is None or sum_ is None else sum_ + cost
@@ -88,7 +88,7 @@ class BatchOrders:
                 order.ordered_at,
                 batch_id=placed.batch_id,
                 technique_id=placed.technique_id,
-                workspace_id=placed.workspace_slot,
+                workspace_id=placed.workspace_id,
                 rows=len(plan.missing),
             )
             noted = entry if plan.missing else None

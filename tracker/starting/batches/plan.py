@@ -102,7 +102,7 @@ class BatchPlanner(Service):
                 definition.technique_id,
                 [(one.position, one.digest, one.run_number) for one in chosen],
             ),
-            workspace_slot=workspace_id,
+            workspace_id=workspace_id,
             technique_id=definition.technique_id,
             name=name,
             created_at=self.clock(),
@@ -138,14 +138,14 @@ class BatchPlanner(Service):
                 entry = replace(entry, inputs=start.inputs, tags=start.tags or {})
             if entry.inputs is not None:
                 entries.append(entry)
-        rows = await self._retried(batch.workspace_slot, entries, retry, wait=wait)
+        rows = await self._retried(batch.workspace_id, entries, retry, wait=wait)
         return BatchPlan(batch=batch, technique=definition, rows=rows, price_error=price_error)
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
         """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""
-        found = await self.workspaces.with_id(batch.workspace_slot)
+        found = await self.workspaces.with_id(batch.workspace_id)
         if found is None:
-            raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
+            raise TrackerError(f"workspace {batch.workspace_id} is not configured here")
         return found
 
     async def _retried(

@@ -223,9 +223,11 @@ def run_number_of(latest: LatestRunNumber | None, *, again: bool) -> RunNumber:
     return latest.run_number.again() if again and latest.finished else latest.run_number
 
 
-async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> list[RowState]:
+async def states_of(
+    db: Database, workspace_id: str, entries: Sequence[BatchEntry]
+) -> list[RowState]:
     """The states of these rows, in their order."""
-    found = await starts.of_keys(db, slot, (entry.key for entry in entries))
+    found = await starts.of_keys(db, workspace_id, (entry.key for entry in entries))
     run_ids = (row.run_id for row in found.values() if row.run_id is not None)
     records = await read.get_runs(db, run_ids)
     states = []
@@ -240,7 +242,7 @@ async def kept_rows(db: Database, batch: BatchRow, **chosen: Any) -> list[RowSta
     """The states of the rows of a stored batch, in the order of its sheet; `chosen` are the
     conditions of `batches.entries`."""
     entries = await batches.entries(db, batch.batch_id, **chosen)
-    return await states_of(db, batch.workspace_slot, entries)
+    return await states_of(db, batch.workspace_id, entries)
 
 
 # The results of a batch as CSV, the same from the command, the API and the page.

@@ -51,7 +51,7 @@ class BatchRow:
     """
 
     batch_id: str
-    workspace_slot: str
+    workspace_id: str
     technique_id: str
     name: str
     created_at: datetime
@@ -64,7 +64,11 @@ class BatchRow:
     stopped: str | None = None
 
 
-BATCH_COLUMNS: Final = tuple(batches.c[each.name] for each in fields(BatchRow))
+_COLUMN_OF: Final = {"workspace_id": "workspace_slot"}
+"""The columns that have another name than the field."""
+BATCH_COLUMNS: Final = tuple(
+    batches.c[_COLUMN_OF.get(each.name, each.name)].label(each.name) for each in fields(BatchRow)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +188,8 @@ async def keep(
         where=rows.excluded.attempt >= batch_rows.c.attempt,
     )
     values = [_values(batch.batch_id, entry) for entry in entries]
-    header = asdict(batch) | {"finished_at": None, "stopped": None}
+    header = {_COLUMN_OF.get(name, name): value for name, value in asdict(batch).items()}
+    header |= {"finished_at": None, "stopped": None}
 
     header_statement = new.on_conflict_do_nothing() if only_new else updated
 

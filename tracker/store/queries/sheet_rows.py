@@ -215,7 +215,7 @@ async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> lis
         batch_rows.c.row_digest == digest,
         batch_rows.c.generation == run_number.generation,
         batch_rows.c.attempt >= run_number.attempt,
-        batches.c.workspace_slot == start.workspace_slot,
+        batches.c.workspace_slot == start.workspace_id,
     )
     newest = statement.order_by(batches.c.created_at.desc(), batch_rows.c.position).limit(limit)
     return [RowOfBatch(*row) for row in await db.fetch(newest)]
@@ -296,7 +296,7 @@ class LatestRunNumber:
 
 
 async def latest_run_numbers(
-    db: Database, slot: str, digests: Sequence[str]
+    db: Database, workspace_id: str, digests: Sequence[str]
 ) -> dict[str, LatestRunNumber]:
     """The number of the last run of each of these rows in any batch of the workspace; its
     generation is finished if any batch with it is."""
@@ -311,7 +311,7 @@ async def latest_run_numbers(
                     batches.c.finished_at,
                 )
                 .join(batches)
-                .where(batches.c.workspace_slot == slot, batch_rows.c.row_digest.in_(some))
+                .where(batches.c.workspace_slot == workspace_id, batch_rows.c.row_digest.in_(some))
             )
             for digest, *numbers, finished_at in await connection.execute(statement):
                 last, known = RunNumber(*numbers), found.get(digest)

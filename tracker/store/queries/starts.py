@@ -96,7 +96,7 @@ class StartRow:
     forward (`sent_by`), `set_back` by how many seconds the clock was set back since the first time.
     """
 
-    workspace_slot: str
+    workspace_id: str
     idempotency_key: str
     technique_id: str
     fingerprint: str
@@ -110,7 +110,6 @@ class StartRow:
     error: dict[str, Any] | None = None
     lease_until: datetime | None = None
     lease_holder: str | None = None
-    workspace_id: str | None = None
     callback_token: str | None = None
     request_body: str | None = None
     started_by: str | None = None
@@ -174,7 +173,7 @@ class StartRow:
 
     def became(self, seen: Observation, *, callback_expected: bool) -> Observed:
         """The entry that the start became the run of this observation, which closes the start."""
-        workspace_id = seen.workspace_id or self.workspace_slot
+        workspace_id = seen.workspace_id or self.workspace_id
         return Observed(
             observation=replace(seen, workspace_id=workspace_id, technique_id=self.technique_id),
             inputs=self.inputs,
@@ -182,7 +181,7 @@ class StartRow:
             reserved_at=self.reserved_at,
             reserved_cost=self.reserved_cost,
             callback_expected=callback_expected,
-            slot=self.workspace_slot,
+            workspace_id=self.workspace_id,
             idempotency_key=self.idempotency_key,
         )
 
@@ -442,7 +441,7 @@ async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -
     return [
         row
         for row in rows
-        if (row.workspace_slot, row.technique_id) == (workspace_id, technique_id)
+        if (row.workspace_id, row.technique_id) == (workspace_id, technique_id)
         and row.idempotency_key != key
     ]
 
@@ -540,6 +539,7 @@ def _found(row: Row[Any] | None) -> StartRow | None:
 
 def _row(row: Row[Any]) -> StartRow:
     values = row._asdict()
+    values["workspace_id"] = values.pop("workspace_slot")
     return StartRow(**values | {"state": known(StartState, values["state"])})
 
 

@@ -110,20 +110,20 @@ async def give_ids(db: Database, workspace_id: str) -> None:
 
 
 async def keep_wait(
-    db: Database, slot: str, until: datetime, *, told: str, latest: datetime
+    db: Database, place: str, until: datetime, *, told: str, latest: datetime
 ) -> None:
-    """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then.
+    """Store that FLORA asked the workspace in `place`, in the process `told`, to wait until then.
 
     A wait beyond `latest`, the longest from now on, was stored by another clock, and is replaced.
     """
-    key, values = {"name": _WAIT + slot}, {"holder": told, "until": until}
+    key, values = {"name": _WAIT + place}, {"holder": told, "until": until}
     replaced = or_(leases.c.until < until, leases.c.until > latest)
     await db.execute(db.upsert(leases, key, values, replaced))
 
 
-async def waits_until(db: Database, slot: str) -> datetime | None:
-    """Until when the workspace in `slot` was last asked to wait, if ever."""
-    statement = select(leases.c.until).where(leases.c.name == _WAIT + slot)
+async def waits_until(db: Database, place: str) -> datetime | None:
+    """Until when the workspace in `place` was last asked to wait, if ever."""
+    statement = select(leases.c.until).where(leases.c.name == _WAIT + place)
     found: datetime | None = await db.fetchval(statement)
     return found
 
@@ -138,15 +138,15 @@ _AHEAD: Final = timedelta(minutes=1)
 """A state that is further ahead was stored before the clock was set back, and says nothing."""
 
 
-async def keep_contact(db: Database, slot: str, own: ContactState, *, now: datetime) -> None:
-    """Join what this process has seen of the workspace in `slot` to what is stored."""
+async def keep_contact(db: Database, place: str, own: ContactState, *, now: datetime) -> None:
+    """Join what this process has seen of the workspace in `place` to what is stored."""
 
     def work(connection: Connection) -> None:
-        stored = connection.execute(select(leases).where(leases.c.name == _CONTACT + slot))
+        stored = connection.execute(select(leases).where(leases.c.name == _CONTACT + place))
         before = _state(stored.one_or_none(), now)
         state = own if before is None else joined(before, own)
         values = {"holder": _text(state), "until": state.asked_at}
-        connection.execute(db.upsert(leases, {"name": _CONTACT + slot}, values))
+        connection.execute(db.upsert(leases, {"name": _CONTACT + place}, values))
 
     await db.write(work)
 
@@ -156,7 +156,7 @@ async def stored_contacts(db: Database, *, now: datetime) -> dict[str, ContactSt
     statement = select(leases).where(leases.c.name.startswith(_CONTACT))
     rows = await db.fetch(statement)
     states = {row.name.removeprefix(_CONTACT): _state(row, now) for row in rows}
-    return {slot: state for slot, state in states.items() if state is not None}
+    return {place: state for place, state in states.items() if state is not None}
 
 
 def _text(state: ContactState) -> str:

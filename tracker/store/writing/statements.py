@@ -38,7 +38,7 @@ EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail"
 OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
 OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
 ROLLUP_COLUMNS: Final = (*RollupKey._fields, "runs", "amount")
-STARTED_COLUMNS: Final = ("slot", "key", "run", "shown", "others")
+STARTED_COLUMNS: Final = ("workspace", "key", "run", "shown", "others")
 Rows = list[tuple[Any, ...]]
 
 
@@ -59,7 +59,7 @@ class BatchChanges:
     outbox: Rows = field(default_factory=list)
     """Events to send to endpoints: see tracker.core.events."""
     started: Rows = field(default_factory=list)
-    """Workspace slot and idempotency key of a start, the run that it became (the first of several),
+    """Workspace and idempotency key of a start, the run that it became (the first of several),
     and how many of its runs appear for the first time: all, and all but the first."""
     due: bool = False
     """Whether a poll was brought forward."""
@@ -200,14 +200,14 @@ KiB each, they take at most eight megabytes of memory."""
 _SMALL_BODY: Final = case((func.length(deliveries.c.body) <= SMALL_BODY, deliveries.c.body))
 
 
-def close_starts(slot: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
+def close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
     """Starts that became runs, with the values of `STARTED_COLUMNS`: each keeps its first run, and
     no longer reserves the runs that appeared."""
     is_started = starts.c.state == "started"
     return (
         update(starts)
         .where(
-            starts.c.workspace_slot == slot,
+            starts.c.workspace_slot == workspace,
             starts.c.idempotency_key == key,
             or_(~is_started, shown > 0),
         )

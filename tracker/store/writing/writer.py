@@ -178,8 +178,8 @@ class WriteBatch:
                 status, source = str(seen.status), str(seen.source)
                 event = (run_id, seen.at, source, status, seen.progress, seen.to_json())
                 changes.events.append(event)
-            if entry.slot is not None and entry.idempotency_key is not None:
-                key = (entry.slot, entry.idempotency_key)
+            if entry.workspace_id is not None and entry.idempotency_key is not None:
+                key = (entry.workspace_id, entry.idempotency_key)
                 is_counted = before is not None and before.reserved_at is not None
                 self._started.setdefault(key, [run_id, 0])[1] += not is_counted
         due = after.next_check_at
