@@ -13,11 +13,12 @@ import pytest
 from tests.delivering.far_end import answer, far_end
 from tests.support.clocks import HandClock
 from tests.support.waiting import eventually
-from tests.worker.conftest import the_run
+from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.waiting import cancel
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.delivering.files import MANIFEST
 from tracker.delivering.saving import DownloadOutcome, WantedRun, jobs_of
@@ -211,6 +212,33 @@ async def test_runs_without_outputs_are_reported_apart(services: Services, folde
     assert [(one.run_id, one.status) for one in report.absent if not one.harmless] == [
         ("run_busy", "running")
     ]
+
+
+async def test_outputs_that_come_later_are_awaited(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, folder: Path
+) -> None:
+    """A completed run that shows no outputs at first is missing until FLORA shows them or was asked
+    for the last time, and a download that goes on fetches them then."""
+    async with make_flora(late_outputs=1.0, outputs_seconds=50) as flora:
+        services: Services = await open_on(flora)
+        request = StartRequest(technique="icon-pack", inputs=PROMPT)
+        run_id = (await services.starter.start(request)).record.run.run_id
+        while (due := await services.poller.next_due_at()) is not None:
+            clock.move(max((due - clock()).total_seconds(), 1))
+            await services.poller.poll_due()
+        report = await download(services, folder, run_id)
+        assert not report.complete
+        assert [(one.harmless, one.awaited) for one in report.absent] == [(False, True)]
+        report, options = DownloadReport(), DownloadOptions(to=folder, allow_private=True)
+        source = services.downloader.settled(technique_id=None, watch=True)
+        going = asyncio.create_task(services.downloader.download(source, options, report))
+        await eventually(lambda: report.absent)
+        clock.move(61)
+        await services.poller.recheck_due()
+        outputs = flora.world.runs[run_id].outputs
+        await eventually(lambda: len(report.of(DownloadOutcome.FETCHED)) == len(outputs) > 0)
+        await cancel(going)
+        assert report.complete
 
 
 async def test_two_downloads_do_not_share_a_folder(services: Services, folder: Path) -> None:

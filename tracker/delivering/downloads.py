@@ -57,13 +57,15 @@ class DownloadOptions:
 class RunWithoutOutputs:
     """A run, or a row of a batch, with nothing to fetch.
 
-    `harmless` if it never will have outputs: it failed, or completed without any.
+    `harmless` if it never will have outputs: it failed, or completed without any. `awaited` if it
+    completed and outputs may still come: FLORA is asked again.
     """
 
     run_id: str | None
     row: str | None
     status: str
     harmless: bool
+    awaited: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -269,12 +271,15 @@ class Downloader:
         order: dict[object, int] = {}
 
         async def find_jobs() -> None:
-            seen: set[tuple[str | None, str | None]] = set()
+            seen: dict[tuple[str | None, str | None], RunWithoutOutputs | None] = {}
             async for wanted in source:
-                if (wanted.row, wanted.run_id) in seen:
+                key = (wanted.row, wanted.run_id)
+                if (before := seen.get(key)) is not None and before.awaited:
+                    report.absent.remove(before)
+                elif key in seen:
                     continue
-                seen.add((wanted.row, wanted.run_id))
-                if (absent := _absent(wanted)) is not None:
+                seen[key] = absent = _absent(wanted)
+                if absent is not None:
                     report.absent.append(absent)
                 for job in jobs_of(wanted):
                     order[job.key] = len(order)
@@ -301,11 +306,15 @@ class Downloader:
 
 def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:
     """Why a run has nothing to fetch; `None` if it has outputs."""
-    record, harmless = wanted.record, False
+    record, awaited = wanted.record, False
     if record is None:
         status, harmless = wanted.status, wanted.status == "refused"
     else:
-        status, harmless = record.shown_status, record.tracking is Tracking.SETTLED
-        if harmless and record.run.outputs:
+        status, is_settled = record.shown_status, record.tracking is Tracking.SETTLED
+        if is_settled and record.run.outputs:
             return None
-    return RunWithoutOutputs(run_id=wanted.run_id, row=wanted.row, status=status, harmless=harmless)
+        awaited = is_settled and record.run.lacks_outputs and record.recheck_at is not None
+        harmless = is_settled and not awaited
+    return RunWithoutOutputs(
+        run_id=wanted.run_id, row=wanted.row, status=status, harmless=harmless, awaited=awaited
+    )

@@ -190,7 +190,7 @@ def _summary(report: "DownloadReport", to: Path) -> str:
 def report_files(report: "DownloadReport", to: Path) -> bool:
     """The files of a batch that are there, and a line for each cause of failure, on stderr.
 
-    Whether a download failed.
+    Whether a file is missing.
     """
     from tracker.delivering.saving import DownloadOutcome
 
@@ -200,6 +200,9 @@ def report_files(report: "DownloadReport", to: Path) -> bool:
     causes: defaultdict[str, set[int]] = defaultdict(set)
     for one in report.of(DownloadOutcome.FAILED):
         causes[one.error or ""].add(int(one.job.row or 0))
+    for absent in report.absent:
+        if absent.awaited:
+            causes["FLORA shows no outputs yet"].add(int(absent.row or 0))
     for error, rows in causes.items():
         note(f"tracker: not downloaded: {error} ({line_numbers(list(rows), 'row')})")
     entries = [one.entry for one in report.results if one.entry is not None]
@@ -226,6 +229,8 @@ def _reason(one: "RunWithoutOutputs") -> str:
         return f"{which} was not found at FLORA"
     if one.harmless:
         return f"{which} has no outputs ({one.status})"
+    if one.awaited:
+        return f"{which} shows no outputs yet ({one.status}): repeat the command later"
     if one.run_id is not None:
         return f"{which} has not settled yet ({one.status}): --watch waits for it"
     return f"{which} has no run ({one.status})"
