@@ -48,6 +48,12 @@ def test_units_are_little_exposed(unit: Path, analyze: Any) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_units_see_which_boot_it_is() -> None:
+    """Without /proc/sys no process could tell that the clock was set while it did not run."""
+    for unit in UNIT.parent.glob("*.service"):
+        assert not re.search("^ProcSubset=pid", unit.read_text(), re.MULTILINE)
+
+
 def test_the_unit_starts_a_real_command() -> None:
     """The command line takes what the unit starts."""
     (command,) = re.findall(rf"^ExecStart={PROGRAM} (.*)$", UNIT.read_text(), re.MULTILINE)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, Final, Self
 
 from tracker.core.errors import DownloadDirectoryError
@@ -64,6 +65,7 @@ class DownloadDirectory:
         self._entries: dict[FileKey, ManifestEntry] = {}
         self._owners: dict[str, FileKey | None] = {}
         self._manifest: io.FileIO | None = None
+        self._adding = Lock()
 
     def __enter__(self) -> Self:
         path = self.folder / MANIFEST
@@ -129,16 +131,17 @@ class DownloadDirectory:
         if self._manifest is None:
             raise DownloadDirectoryError("the folder is not open")
         line = f"{json.dumps(asdict(entry), separators=(',', ':'))}\n".encode()
-        end = self._manifest.seek(0, os.SEEK_END)
-        try:
-            if self._manifest.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._manifest.fileno())
-        except OSError:
-            with suppress(OSError):
-                self._manifest.truncate(end)
-            raise
-        self._entries[entry.key] = entry
+        with self._adding:  # texts are written by threads
+            end = self._manifest.seek(0, os.SEEK_END)
+            try:
+                if self._manifest.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._manifest.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._manifest.truncate(end)
+                raise
+            self._entries[entry.key] = entry
 
     def _read(self, manifest: io.FileIO) -> None:
         manifest.seek(0)
