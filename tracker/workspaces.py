@@ -1,7 +1,8 @@
 """The configured workspaces: one API key and its signing secrets each.
 
-Where only one workspace is configured its id is optional: it is learnt from FLORA's first answer or
-from the first authentic callback. Before a start, `Workspaces.id_of` makes sure of it by the key.
+Where only one workspace is configured its id is optional: it is learnt from FLORA's first list or,
+without an API key, from the first authentic callback. Before a start, `Workspaces.id_of` makes sure
+of it by the key.
 """
 
 import asyncio

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.support.waiting import NO_SWEEPS
+from tests.web.callbacks import event, signature
+from tests.worker.conftest import the_run
 from tests.worker.doubt import GATEWAY, attempt, change, request, state_of
 from tracker.core.errors import SettingsError
 from tracker.services import Services, open_services
@@ -18,6 +20,7 @@ from tracker.simulator.options import SimulatedWorkspace
 
 OTHERS_KEY = "sk_test_others"
 NEXT_KEY = "sk_test_next"
+DATA = {"run_id": "run_of_the_first", "run_type": "technique", "status": "completed"}
 
 
 @dataclass
@@ -61,6 +64,7 @@ async def rotated(clock: HandClock, database_url: str, tmp_path: Path) -> AsyncI
         file.write_text(flora.world.options.api_key)
         (tmp_path / "tracker.toml").write_text('flora_api_key = "file:key"')
         environ = {
+            "FLORA_WEBHOOK_SECRET": flora.world.options.webhook_secret,
             "TRACKER_CONFIG": str(tmp_path / "tracker.toml"),
             "TRACKER_DATABASE_URL": database_url,
             "FLORA_BASE_URL": flora.base_url,
@@ -121,3 +125,25 @@ async def test_a_start_in_doubt_never_goes_to_another_workspace(
     clock.move(600)
     await rotated.services.recovery.recover()
     assert rotated.runs == ["ws_simulator"]
+
+
+async def test_a_callback_does_not_tell_whose_the_new_key_is(
+    rotated: Rotated, clock: HandClock
+) -> None:
+    """The key is replaced by another workspace's, and a run of the first calls back before FLORA
+    has listed any of the second: the runs of the second are swept and polled."""
+    services, flora = rotated.services, rotated.flora
+    [workspace] = services.workspaces
+    assert (await services.sweeper.sweep(workspace)).error is None
+    rotated.replace(OTHERS_KEY)
+    rotated.rotation.check()
+    body = event("run_of_the_first", data=DATA | {"workspace_id": "ws_simulator"})
+    signed = signature(body, flora.world.options.webhook_secret, at=clock())
+    await services.receiver.receive(body, signature=signed, webhook_id=None)
+    await services.applier.drain()
+    run = flora.start(workspace=flora.world.options.workspaces[1])
+    clock.move(100)
+    assert (await services.sweeper.sweep(workspace)).error is None
+    assert (await services.poller.poll_due()).trouble is None
+    assert (await the_run(services, run.run_id)).run.settled
+    assert workspace.workspace_id == "ws_other"

@@ -93,7 +93,8 @@ def parse_stored(workspaces: Workspaces, delivery: Delivery) -> ParsedDelivery:
             None, f"it names workspace {seen.workspace_id}, which is not configured here"
         )
     if len(workspaces) == 1:
-        if workspace is not None:
+        # A key's lists show its workspace; secrets may be of another one, as after a rotation.
+        if workspace is not None and workspace.client is None:
             workspace.learn(seen.workspace_id)
         return ParsedDelivery(seen)
     # That workspace, and those that share a secret with it.
