@@ -135,6 +135,26 @@ async def test_the_log_of_the_file_before_is_not_written_into_another(
         assert set(await receipts(db)) == {"whd_run_last"}
 
 
+async def test_the_log_of_the_new_file_is_left_to_it(sqlite_url: str, tmp_path: Path) -> None:
+    """Another process, which sees later that the file was replaced, moves no log that is in use."""
+    path, backup = tmp_path / "tracker.db", tmp_path / "backup.db"
+    async with (
+        await Database.open(sqlite_url) as db,
+        open_writer(db) as writer,
+        await Database.open(sqlite_url) as other,
+    ):
+        with closing(sqlite3.connect(path)) as one:
+            one.execute(f"VACUUM INTO '{backup}'")
+        await writer.submit(callback("run_gone"))
+        assert set(await receipts(other)) == {"whd_run_gone"}
+        backup.rename(path)
+        await writer.submit(callback("run_after"))
+        assert set(await receipts(other)) == {"whd_run_after"}
+        await writer.submit(callback("run_later"))
+        assert set(await receipts(other)) == {"whd_run_after", "whd_run_later"}
+    assert len([*tmp_path.glob("tracker.db-wal.*")]) == 1
+
+
 async def test_a_file_that_is_exchanged_again_and_again_is_unavailable(
     sqlite_url: str, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ class SqliteFile:
         self._used: FileId = None
         self._log: FileId = None  # of the file in use
         self._log_path = ""
+        self._handle: int | None = None  # on that log: as long as it is open, no other has its id
 
     def now(self) -> FileId:
         """The file that is there now."""
@@ -88,7 +89,24 @@ class SqliteFile:
         found = _file_id(self._log_path)
         with self._lock:
             if opened is not None and self.now() == opened:
-                self._used, self._log = opened, found
+                self._used = opened
+                if found != self._log:
+                    self._hold(self._log_path)
+
+    def close(self) -> None:
+        """Let go of the log, for good."""
+        with self._lock:
+            self._log_path = ""
+            self._hold(None)
+
+    def _hold(self, log: str | None) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = self._log = None
+        with suppress(OSError):
+            if log is not None:
+                self._handle = os.open(log, os.O_RDONLY)
+                self._log = _file_id(self._handle)
 
     def about_to_open(self) -> FileId:
         """The file that is there, without the log of the one that was there before. Raises
@@ -104,7 +122,8 @@ class SqliteFile:
                 with suppress(FileNotFoundError):
                     os.unlink(f"{path.removesuffix('wal')}shm")  # the index of that log
                 log.warning("database.replaced", path=self.path, log=away, advice=_REPLACED)
-            self._used, self._log = found, None
+            self._used = found
+            self._hold(None)
             return found
 
 
@@ -163,6 +182,7 @@ class SqliteThread:
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
+        self._file.close()
         for thread in tuple(_ABANDONED):
             await asyncio.to_thread(thread.join, self._times.busy)
 
@@ -347,7 +367,7 @@ def _check_file(engine: Engine, file: SqliteFile) -> None:
     check_connections(engine, is_the_file, f"there is another file at {file.path} each time")
 
 
-def _file_id(path: str) -> FileId:
+def _file_id(path: str | int) -> FileId:
     try:
         found = os.stat(path)
     except OSError:
