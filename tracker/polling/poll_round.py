@@ -20,7 +20,8 @@ from tracker.core.record import Observed, Record
 from tracker.core.run import RunStatus
 from tracker.core.waiting import run_all
 from tracker.polling import history
-from tracker.polling.history import PAGE_SIZE, attributed_page, counted_before, without_removed
+from tracker.polling.history import PAGE_SIZE
+from tracker.polling.listed import attributed_page, counted_before, without_removed
 from tracker.polling.pauses import Backoff
 from tracker.polling.reading import RunReader
 from tracker.store import claims

@@ -13,12 +13,7 @@ from tracker.core.observation import Observation
 from tracker.core.record import Entry, FailedRead, Observed, Record
 from tracker.core.run import Run
 from tracker.flora.client import FloraClient, PollUrlRefused
-from tracker.polling.history import (
-    attributed,
-    attributed_page,
-    counted_before,
-    without_removed,
-)
+from tracker.polling.listed import attributed, attributed_page, counted_before, without_removed
 from tracker.store.engine import Database
 from tracker.workspaces import Workspace
 

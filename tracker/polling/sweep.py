@@ -38,14 +38,8 @@ from tracker.core.observation import Observation
 from tracker.core.record import Observed
 from tracker.core.run import RunType
 from tracker.core.waiting import cancel, repeat
-from tracker.polling.history import (
-    HistoryWalk,
-    Hole,
-    PageUnreadable,
-    WalkedPage,
-    attributed_page,
-    without_removed,
-)
+from tracker.polling.history import HistoryWalk, Hole, PageUnreadable, WalkedPage
+from tracker.polling.listed import attributed_page, without_removed
 from tracker.polling.pauses import Coalescer
 from tracker.polling.poll import DurationBook
 from tracker.store import claims
