@@ -50,7 +50,7 @@ COMMITS: Final = (
     *("batches.keep", "batches.finish"),
     *("batches.claim_due", "batches.renew_launch", "batches.end_launch"),
     *("batches.release_launch", "batches.finish_ended"),
-    *("messages.fan_out", "endpoints.configure", "messages.record_and_claim"),
+    *("outbox.fan_out", "endpoints.configure", "messages.record_and_claim"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
 SELDOM: Final = (

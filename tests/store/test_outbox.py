@@ -22,17 +22,15 @@ from tracker.store.queries.endpoints import EndpointConfig, MessageRow, configur
 from tracker.store.schema import endpoints, outbox
 from tracker.store.writing.messages import (
     FAILING_FOR,
-    LEFT_FOR,
     Attempt,
     Claimed,
     Sending,
     enable,
-    fan_out,
     next_due_at,
-    outbox_waits,
     record_and_claim,
     recover,
 )
+from tracker.store.writing.outbox import LEFT_FOR, fan_out, outbox_waits
 from tracker.views import message_body
 
 SENDING = Sending(endpoint_id="a", holder="one", lease=timedelta(seconds=25))

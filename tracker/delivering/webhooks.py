@@ -31,16 +31,8 @@ from tracker.store.queries.endpoints import configure, get_endpoint
 from tracker.store.signals import Signals
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
-from tracker.store.writing.messages import (
-    Attempt,
-    Claim,
-    Sending,
-    Shown,
-    fan_out,
-    next_due_at,
-    outbox_waits,
-    record_and_claim,
-)
+from tracker.store.writing.messages import Attempt, Claim, Sending, next_due_at, record_and_claim
+from tracker.store.writing.outbox import Shown, fan_out, outbox_waits
 
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""
