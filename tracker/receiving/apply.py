@@ -14,12 +14,12 @@ repeated, several processes may do it at once, and each delivery takes effect on
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import KW_ONLY, InitVar, dataclass, replace
+from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from sqlalchemy import Connection
 
@@ -27,13 +27,12 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
-from tracker.core.record import TEST_DELIVERY, Delivery, Observed
+from tracker.core.record import Delivery, Observed
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.flora import parse
+from tracker.receiving.parsed import ParsedDelivery, parse_stored
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.queries import starts
-from tracker.store.queries.starts import StartRow, StartState
 from tracker.store.signals import INBOX
 from tracker.store.writing.group_commit import OnWrite, call_hook, reported
 from tracker.store.writing.statements import Statements, quarantine, statements_for
@@ -54,53 +53,6 @@ SAMPLES: Final = 100
 """The last commits of the inbox that show whether it is busy."""
 
 log = get_logger(__name__)
-
-
-class ParsedDelivery(NamedTuple):
-    """What a delivery shows: an observation of a run, or why it is quarantined, or neither for a
-    test delivery.
-
-    `signers` are the workspaces that may have signed it; `None` if only one is configured.
-    """
-
-    observation: Observation | None
-    reason: str | None = None
-    signers: Collection[str | None] | None = None
-
-
-def parse_stored(workspaces: Workspaces, delivery: Delivery) -> ParsedDelivery:
-    """The observation, or why the delivery is quarantined, by the settings that this process has.
-
-    Never raises, whatever the body. If no workspace of the id that is stored as the signer is
-    configured, that id was a mistake in the settings, or was not known when it was received.
-    """
-    if delivery.event_type == TEST_DELIVERY:
-        return ParsedDelivery(None)
-    seen = parse.callback(delivery.body, at=delivery.received_at)
-    if isinstance(seen, str):
-        return ParsedDelivery(None, seen)
-    if (signer := delivery.workspace_id) and workspaces.has(signer):
-        if seen.workspace_id and seen.workspace_id != signer:
-            return ParsedDelivery(
-                None,
-                f"it names workspace {seen.workspace_id}, but the secret of {signer} signed it",
-            )
-        if not seen.workspace_id:
-            seen = replace(seen, workspace_id=signer)
-    workspace = workspaces.of(seen.workspace_id)
-    if workspace is None and seen.workspace_id is not None:
-        return ParsedDelivery(
-            None, f"it names workspace {seen.workspace_id}, which is not configured here"
-        )
-    if len(workspaces) == 1:
-        # A key's lists show its workspace; secrets may be of another one, as after a rotation.
-        if workspace is not None and workspace.client is None:
-            workspace.learn(seen.workspace_id)
-        return ParsedDelivery(seen)
-    # That workspace, and those that share a secret with it.
-    secrets = set(workspace.secrets) if workspace is not None else set()
-    sharing = {one.workspace_id for one in workspaces if not secrets.isdisjoint(one.secrets)}
-    return ParsedDelivery(seen, signers=sharing | {seen.workspace_id})
 
 
 NO_CHANGE: Final = WriteOutcome([], due=False, changed_runs=[])
@@ -148,7 +100,7 @@ def apply_waiting(
     for delivery, one in zip(deliveries, parsed, strict=True):
         reason, seen = one.reason, one.observation
         if seen is not None:
-            reason, is_disputed = _owner_conflict(one, seen, batch)
+            reason, is_disputed = one.owner_conflict(batch.record(seen.run_id))
             if is_disputed:  # read the run at once: FLORA shows whose it is
                 tracked = Observation(
                     run_id=seen.run_id, source=Source.TRACK, at=delivery.received_at
@@ -156,7 +108,7 @@ def apply_waiting(
                 batch.add(Observed(observation=tracked))
             if reason is None:
                 start = starts_by_token.get(delivery.callback_token or "")
-                if start is not None and _is_signed_for(one, seen, start):
+                if start is not None and one.is_signed_for(start):
                     # Its callback came to the start's own address.
                     own = Observation(run_id=seen.run_id, source=Source.START, at=seen.at)
                     batch.add(start.became(own, callback_expected=True))
@@ -168,40 +120,6 @@ def apply_waiting(
     outcome = batch.write()
     statements.finish(connection, applied, quarantined, clock())
     return ApplyResult(len(taken), more, quarantined, outcome)
-
-
-def _is_signed_for(parsed: ParsedDelivery, seen: Observation, start: StartRow) -> bool:
-    """Whether the secret of the start's workspace signed the callback; if not, its address is
-    ignored."""
-    if start.state is StartState.STORED:
-        return False
-    if parsed.signers is None:  # the only workspace; a body need not name it
-        return seen.workspace_id in (None, start.workspace_id)
-    return start.workspace_id in parsed.signers
-
-
-def _owner_conflict(
-    parsed: ParsedDelivery, seen: Observation, batch: WriteBatch
-) -> tuple[str | None, bool]:
-    """Why the signers may not report on the run (`None` if they may), and whether its owner is
-    only claimed.
-
-    Only the workspace of a run may report its end: otherwise a secret of one workspace would be
-    enough to end runs of another and to take them over. The first callback about an unknown run
-    claims it for its signer, until FLORA shows the owner. Callbacks that are quarantined for that
-    are applied then.
-    """
-    record = batch.record(seen.run_id)
-    owner = None if record is None else record.run.workspace_id
-    if parsed.signers is None or record is None or owner is None or owner in parsed.signers:
-        return None, False
-    signed_by = f"the secret of {seen.workspace_id} signed it"
-    if record.run.workspace_is_claimed:
-        return (
-            f"its run was first claimed for workspace {owner}, but {signed_by}; it is applied when "
-            f"FLORA shows the run to the key of {seen.workspace_id}"
-        ), True
-    return f"its run is of workspace {owner}, but {signed_by}", False
 
 
 @dataclass(eq=False)
