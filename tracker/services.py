@@ -149,14 +149,7 @@ async def open_services(
     """
     rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
     settings = rotation.settings
-    receivers = [one.id for one in settings.endpoints]
-    for handler in handlers:
-        if handler.config.endpoint_id in receivers:
-            raise SettingsError(
-                f"the handler {handler.config.endpoint_id} has the id of an endpoint in "
-                "[[endpoints]]: rename one of them"
-            )
-    receivers += [handler.config.endpoint_id for handler in handlers]
+    receivers = _receivers(settings, handlers)
     redact_also(settings.secret_values)
     rotation.follow(lambda rotated: redact_also(rotated.secret_values))
     async with ClosingStack(CLOSE_SECONDS) as stack:
@@ -174,32 +167,12 @@ async def open_services(
         metrics = Metrics(clock=clock)
         stack.on_close("metrics", metrics.aclose)
         process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-        opened: list[Workspace] = []
-        for configured in settings.all_workspaces:
-            workspace = Workspace(
-                place=settings.place_of(configured),
-                workspace_id=configured.id,
-                is_top=configured.id == settings.flora_workspace_id,
-                secrets=configured.clear_secrets,
-            )
-            workspace.on_named = metrics.named
-            if configured.api_key is not None:
-                workspace.client = FloraClient(
-                    base_url=settings.flora_base_url,
-                    api_key=configured.api_key.get_secret_value(),
-                    workspace_id=configured.id,
-                    concurrency=settings.tracker_api_concurrency,
-                    clock=clock,
-                    deadline=JOB_SECONDS if background else CALLER_SECONDS,
-                    on_request=metrics.requests_of(workspace),
-                    shared_waits=DatabaseWaits(
-                        database, workspace.place, process=process, clock=clock
-                    ),
-                    find_new_key=rotation.check,
-                )
-                stack.on_close("client", workspace.client.aclose)
-            opened.append(workspace)
-        workspaces = Workspaces(opened, database=database, clock=clock)
+        seconds_a_call = JOB_SECONDS if background else CALLER_SECONDS
+        workspaces = _workspaces(
+            rotation, database, clock, metrics, process=process, seconds=seconds_a_call
+        )
+        for workspace in workspaces.keyed:
+            stack.on_close("client", workspace.require_client().aclose)
         shared: _Shared = {"database": database, "workspaces": workspaces, "clock": clock}
         contacts = await stack.open("contacts", Contacts(**shared, background=background))
         durations = DurationBook(database, seconds=clock.seconds)
@@ -371,6 +344,53 @@ async def open_services(
             ),
             webhooks=webhooks,
         )
+
+
+def _receivers(settings: Settings, handlers: Sequence[Handler]) -> list[str]:
+    """The ids of endpoints and handlers. Raises `SettingsError` if they share one."""
+    ids = [one.id for one in settings.endpoints]
+    for handler in handlers:
+        if handler.config.endpoint_id in ids:
+            raise SettingsError(
+                f"the handler {handler.config.endpoint_id} has the id of an endpoint in "
+                "[[endpoints]]: rename one of them"
+            )
+    return ids + [handler.config.endpoint_id for handler in handlers]
+
+
+def _workspaces(
+    rotation: Rotation,
+    database: Database,
+    clock: SharedClock,
+    metrics: Metrics,
+    *,
+    process: str,
+    seconds: float,
+) -> Workspaces:
+    """The workspaces in the settings, with their clients, which take `seconds` for a call."""
+    settings, opened = rotation.settings, []
+    for configured in settings.all_workspaces:
+        workspace = Workspace(
+            place=settings.place_of(configured),
+            workspace_id=configured.id,
+            is_top=configured.id == settings.flora_workspace_id,
+            secrets=configured.clear_secrets,
+        )
+        workspace.on_named = metrics.named
+        if configured.api_key is not None:
+            workspace.client = FloraClient(
+                base_url=settings.flora_base_url,
+                api_key=configured.api_key.get_secret_value(),
+                workspace_id=configured.id,
+                concurrency=settings.tracker_api_concurrency,
+                clock=clock,
+                deadline=seconds,
+                on_request=metrics.requests_of(workspace),
+                shared_waits=DatabaseWaits(database, workspace.place, process=process, clock=clock),
+                find_new_key=rotation.check,
+            )
+        opened.append(workspace)
+    return Workspaces(opened, database=database, clock=clock)
 
 
 def _rotate(workspaces: Workspaces, settings: Settings) -> None:
