@@ -362,5 +362,5 @@ class DatabaseWaits:
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WAITS_SECONDS):
                 await stored.keep_wait(
-                    self.database, self.place, until, told=self.process, latest=latest
+                    self.database, self.place, until, process=self.process, latest=latest
                 )

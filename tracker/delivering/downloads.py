@@ -133,17 +133,17 @@ class Downloader:
         rows = await self._rows(batch_id, name_by)
         if watch:
             row_of: dict[str, WantedRun] = {}
-            told = False
+            is_reported = False
 
             async def more() -> tuple[Sequence[str], bool]:
-                nonlocal told
+                nonlocal is_reported
                 rows = await self._rows(batch_id, name_by)
                 new = {row.run_id: row for row, _ in rows if row.run_id}
                 new = {run_id: row for run_id, row in new.items() if run_id not in row_of}
                 row_of.update(new)
                 not_started = sum(is_not_started for _, is_not_started in rows)
-                if not_started and not new and not told and notify is not None:
-                    told = True
+                if not_started and not new and not is_reported and notify is not None:
+                    is_reported = True
                     rows_are = counted(not_started, "row is", "rows are")
                     notify(f"{rows_are} not started yet: `tracker batch` starts them")
                 return list(new), not_started > 0

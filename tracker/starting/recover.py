@@ -79,7 +79,7 @@ class DoubtTimes:
     def passed(self, until: float) -> timedelta:
         """How long it has surely been from the last sending until then, by `SharedClock.seconds`.
 
-        Where these do not tell, the clock does, but not for longer than since it was last set.
+        Without these the clock shows it, but not for longer than since it was last set.
         """
         if (sent := self.sent) is not None:
             return timedelta(seconds=until - sent.seconds)
@@ -122,7 +122,7 @@ class DoubtTimes:
         least, most = SEARCH_WAITS
         return since >= min(max(passed / 6, least), most)
 
-    def nothing_tells(self, possible: Sequence[Observation | None]) -> bool:
+    def evidence_is_over(self, possible: Sequence[Observation | None]) -> bool:
         """Whether FLORA knows it and shows no run that it may have become, or it may have become
         one of these and their callbacks come no more; `None` is one that is not listed any more."""
         if not possible:
@@ -249,7 +249,7 @@ class Recovery(Service):
         is_over = passed >= times.window
         shown = [read.runs.get(run_id) for run_id in possible]
         ahead = workspace.require_client().clock_offset
-        if times.is_forgotten(ahead) or (is_over and times.nothing_tells(shown)):
+        if times.is_forgotten(ahead) or (is_over and times.evidence_is_over(shown)):
             await self._leave_to_a_person(held, error, possible)
             return False
         if error != row.error:

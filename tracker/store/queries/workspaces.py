@@ -110,13 +110,13 @@ async def give_ids(db: Database, workspace_id: str) -> None:
 
 
 async def keep_wait(
-    db: Database, place: str, until: datetime, *, told: str, latest: datetime
+    db: Database, place: str, until: datetime, *, process: str, latest: datetime
 ) -> None:
-    """Store that FLORA asked the workspace in `place`, in the process `told`, to wait until then.
+    """Store that FLORA asked a `process` to wait until then, about the workspace in `place`.
 
     A wait beyond `latest`, the longest from now on, was stored by another clock, and is replaced.
     """
-    key, values = {"name": _WAIT + place}, {"holder": told, "until": until}
+    key, values = {"name": _WAIT + place}, {"holder": process, "until": until}
     replaced = or_(leases.c.until < until, leases.c.until > latest)
     await db.execute(db.upsert(leases, key, values, replaced))
 
