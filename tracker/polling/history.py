@@ -24,8 +24,9 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Observation
 from tracker.core.run import RunType
-from tracker.flora import client as flora
-from tracker.flora.client import FloraClient, HistoryPage, cursor_at, offset_of
+from tracker.flora import cursors
+from tracker.flora.client import FloraClient, HistoryPage
+from tracker.flora.cursors import cursor_at, offset_of
 
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""
@@ -94,7 +95,7 @@ def pages(
     `FloraUnreadable` if the cursors form a circle, and what the client raises.
     """
     read = partial(client.history, limit=PAGE_SIZE, technique_id=technique_id, fresh=fresh)
-    return flora.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
+    return cursors.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
 
 
 def oldest(items: Sequence[Observation]) -> datetime | None:
@@ -168,11 +169,11 @@ class _Position:
         following = offset_of(next_cursor)
         if following is None or self.offset is None:
             if next_cursor in self._passed:
-                raise flora.circular()
+                raise cursors.circular()
             self._passed.add(next_cursor)
             self.follow(next_cursor)
         elif following <= self.offset:
-            raise flora.circular()
+            raise cursors.circular()
         elif self.limit > 2 * OVERLAP and following - OVERLAP > self.offset:
             self.shared = {item.run_id for item in page.items}
             self.move_to(following - OVERLAP)

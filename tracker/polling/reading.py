@@ -12,7 +12,8 @@ from tracker.core.log import get_logger, log_context
 from tracker.core.observation import Observation
 from tracker.core.record import Entry, FailedRead, Observed, Record
 from tracker.core.run import Run
-from tracker.flora.client import FloraClient, PollUrlRefused
+from tracker.flora.client import FloraClient
+from tracker.flora.urls import PollUrlRefused
 from tracker.polling.listed import attributed, attributed_page, counted_before, without_removed
 from tracker.store.engine import Database
 from tracker.workspaces import Workspace
