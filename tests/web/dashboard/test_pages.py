@@ -37,37 +37,29 @@ def _seen(run_id: str, status: RunStatus = RunStatus.RUNNING, **facts: object) -
     return Observed(observation=Observation(run_id=run_id, status=status, **values))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("path", "advice"),
-    [
+async def test_an_empty_page_names_the_next_step(small_site: Site) -> None:
+    """Each page names the setting or the command that is missing."""
+    for path, advice in (
         ("/", "tracker simulate"),
         ("/runs", "tracker simulate"),
         ("/deliveries", "TRACKER_PUBLIC_URL"),
         ("/techniques", "FLORA_API_KEY"),
         ("/health", "FLORA_API_KEY"),
-    ],
-)
-async def test_an_empty_page_names_the_next_step(small_site: Site, path: str, advice: str) -> None:
-    """Each page names the setting or the command that is missing."""
-    assert advice in await _text(small_site, path)
+    ):
+        assert advice in await _text(small_site, path), path
 
 
-@pytest.mark.parametrize(
-    ("path", "command"),
-    [
-        ("/", "tracker runs start"),
-        ("/techniques", "tracker techniques sync"),
-        ("/health", "tracker reconcile"),
-        ("/deliveries", "http://127.0.0.1:9/callbacks/flora"),
-    ],
-)
-async def test_with_a_key_it_names_the_commands(
-    serve: Serve, sqlite_url: str, path: str, command: str
-) -> None:
+async def test_with_a_key_it_names_the_commands(serve: Serve, sqlite_url: str) -> None:
     """Each empty page names the command for the next step."""
     set_up = {"flora_api_key": "sk_test", "tracker_public_url": "http://127.0.0.1:9"}
     async with serve(sqlite_url, **set_up) as site:
-        assert command in await _text(site, path)
+        for path, command in (
+            ("/", "tracker runs start"),
+            ("/techniques", "tracker techniques sync"),
+            ("/health", "tracker reconcile"),
+            ("/deliveries", "http://127.0.0.1:9/callbacks/flora"),
+        ):
+            assert command in await _text(site, path), path
 
 
 async def test_an_unknown_value_is_not_zero(small_site: Site) -> None:
@@ -381,13 +373,13 @@ async def test_sweeps_are_paged(small_site: Site) -> None:
     await _text(small_site, "/health?before=x", 400)
 
 
-@pytest.mark.parametrize("path", ["/runs/none", "/deliveries/none", "/techniques/none", "/nothing"])
-async def test_a_missing_page_is_an_error_page(small_site: Site, path: str) -> None:
+async def test_a_missing_page_is_an_error_page(small_site: Site) -> None:
     """A page for a browser, JSON for a program."""
-    assert "Not found" in await _text(small_site, path, 404)
-    program = await small_site.client.get(path)
-    assert program.status_code == 404
-    assert program.json()["error"]["code"] == "not_found"
+    for path in ("/runs/none", "/deliveries/none", "/techniques/none", "/nothing"):
+        assert "Not found" in await _text(small_site, path, 404), path
+        program = await small_site.client.get(path)
+        assert program.status_code == 404, path
+        assert program.json()["error"]["code"] == "not_found", path
 
 
 async def test_pages_keep_to_themselves(small_site: Site) -> None:

@@ -30,16 +30,17 @@ pytestmark = pytest.mark.served_twice
 PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/health", "/no/such/page"]
 
 
-@pytest.mark.parametrize("path", PAGES)
-async def test_a_page_leads_to_the_sign_in_and_back(closed: Site, path: str) -> None:
+async def test_a_page_leads_to_the_sign_in_and_back(closed: Site) -> None:
     """Without a session a page leads to the sign-in, and that to the wanted page."""
-    answer = await closed.client.get(path, params={"state": "failed"}, headers=HTML)
-    assert answer.status_code == 303
-    form = await closed.client.get(answer.headers["Location"])
-    assert form.status_code == 200
-    signed_in = await closed.client.post(answer.headers["Location"], data={"token": TOKEN})
-    assert signed_in.status_code == 303
-    assert signed_in.headers["Location"] == f"{path}?state=failed"
+    for path in PAGES:
+        closed.client.cookies.clear()
+        answer = await closed.client.get(path, params={"state": "failed"}, headers=HTML)
+        assert answer.status_code == 303
+        form = await closed.client.get(answer.headers["Location"])
+        assert form.status_code == 200
+        signed_in = await closed.client.post(answer.headers["Location"], data={"token": TOKEN})
+        assert signed_in.status_code == 303
+        assert signed_in.headers["Location"] == f"{path}?state=failed"
 
 
 async def test_programs_get_401_and_no_form(closed: Site) -> None:
@@ -316,39 +317,39 @@ async def test_a_stream_ends_with_the_sign_out(serve: Serve, sqlite_url: str) ->
             assert await events.ended()
 
 
-@pytest.mark.parametrize(
-    ("headers", "secure"),
-    [
-        ({}, False),
-        ({"Origin": "http://127.0.0.1"}, False),
-        ({"Origin": "https://tracker.example"}, True),
-        ({"X-Forwarded-Proto": "https"}, True),
-        ({"X-Forwarded-Proto": "https, http"}, True),
-        ({"X-Forwarded-Proto": "http"}, False),
-        ({"Forwarded": "for=198.51.100.7;proto=https;host=tracker.example"}, True),
-        ({"Forwarded": 'for="[::1]:1", proto="HTTPS"'}, True),
-        # The browser's own headers go before a proxy's.
-        ({"Origin": "http://tracker.example", "X-Forwarded-Proto": "https"}, False),
-    ],
+BROWSERS: tuple[tuple[dict[str, str], bool], ...] = (
+    ({}, False),
+    ({"Origin": "http://127.0.0.1"}, False),
+    ({"Origin": "https://tracker.example"}, True),
+    ({"X-Forwarded-Proto": "https"}, True),
+    ({"X-Forwarded-Proto": "https, http"}, True),
+    ({"X-Forwarded-Proto": "http"}, False),
+    ({"Forwarded": "for=198.51.100.7;proto=https;host=tracker.example"}, True),
+    ({"Forwarded": 'for="[::1]:1", proto="HTTPS"'}, True),
+    # The browser's own headers go before a proxy's.
+    ({"Origin": "http://tracker.example", "X-Forwarded-Proto": "https"}, False),
 )
-async def test_the_cookie_is_secure_whenever_the_browser_came_by_https(
-    serve: Serve, sqlite_url: str, headers: dict[str, str], secure: bool
-) -> None:
+"""Headers of a sign-in, and whether the browser came by https."""
+
+
+async def test_the_cookie_is_secure_whenever_the_browser_came_by_https(closed: Site) -> None:
     """Also where no public URL is set: by the origin of the form, or the proxy's word for it."""
-    host = headers.get("Origin", "http://tracker.example").partition("://")[2]
-    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
-        answer = await site.client.post(
+    for headers, secure in BROWSERS:
+        host = headers.get("Origin", "http://tracker.example").partition("://")[2]
+        closed.client.cookies.clear()
+        answer = await closed.client.post(
             "/login", data={"token": TOKEN}, headers={"Host": host, **headers}
         )
-        assert answer.status_code == 303
+        assert answer.status_code == 303, headers
         cookie = answer.headers["Set-Cookie"]
-        assert cookie.endswith("; Secure") is secure
-        assert cookie.startswith("__Host-") is secure
+        assert cookie.endswith("; Secure") is secure, headers
+        assert cookie.startswith("__Host-") is secure, headers
+        closed.client.cookies.clear()
         shown = {"Cookie": cookie.split(";")[0]}
-        assert (await site.client.get("/", headers=shown)).status_code == 200
+        assert (await closed.client.get("/", headers=shown)).status_code == 200, headers
         if secure:  # under the name that a plain page could set it is not the same
             plain = {"Cookie": shown["Cookie"].removeprefix("__Host-")}
-            assert (await site.client.get("/", headers=plain)).status_code == 303
+            assert (await closed.client.get("/", headers=plain)).status_code == 303
 
 
 async def test_a_read_token_changes_nothing(serve: Serve, sqlite_url: str) -> None:
