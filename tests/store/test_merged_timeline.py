@@ -31,7 +31,10 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
 
 @pytest.mark.timeout(180)
 @given(observed=observed, size=st.integers(1, 12))
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=settings().max_examples * 3 // 10,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 async def test_the_row_is_the_merge_of_its_events(
     writer: TestWriter, db: Database, observed: list[Observation], size: int
 ) -> None:
@@ -49,7 +52,10 @@ async def test_the_row_is_the_merge_of_its_events(
 
 
 @given(observed=st.lists(observations("run"), min_size=30, max_size=60), seed=st.integers(0, 999))
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=settings().max_examples // 16,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 async def test_two_writers_lose_nothing(
     db: Database, other_db: Database, observed: list[Observation], seed: int
 ) -> None:

@@ -103,7 +103,9 @@ async def test_a_refusal_starts_nothing_and_the_key_may_be_used_again(
         assert len(flora.world.runs) == 1
 
 
-@pytest.mark.parametrize("idempotency", ["replay", "conflict"])
+@pytest.mark.parametrize(
+    "idempotency", [pytest.param("replay", marks=pytest.mark.thorough), "conflict"]
+)
 async def test_cut_answers_never_pay_twice(
     make_flora: MakeFlora,
     open_on: OpenServices,
