@@ -22,6 +22,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches
 from tracker.store.schema import endpoints, leases, metadata
 from tracker.store.url import DatabaseTimes
+from tracker.store.writing import moves
 
 NEAR = timedelta(seconds=1)
 SECOND = timedelta(seconds=1)
@@ -230,7 +231,7 @@ async def test_a_machine_that_lost_seconds_moves_nothing_twice(
         for each in (one, two, one, two, one):
             await each.check()
     assert len(lines) == 1
-    assert await until(db, "one") == other() + clock.NAMED
+    assert await until(db, "one") == other() + moves.NAMED
     assert await db.fetchval(select(endpoints.c.failing_since)) == other()
     for name in TIMERS:
         assert await until(db, name) == other() + SECOND
@@ -283,19 +284,19 @@ async def test_a_move_may_take_longer_than_other_statements(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As that of a large backlog does."""
-    hand, moves = HandClock(), clock._moves
+    hand, usual = HandClock(), clock.moves
     times = DatabaseTimes(statement=0.3, answer=0.6)
 
     def slow(*given: Any) -> Iterator[Any]:
         yield text("SELECT pg_sleep(0.7)")
-        yield from moves(*given)
+        yield from usual(*given)
 
     async with await Database.open(postgres_url, times=times) as db:
         one = of(db, hand)
         await one.check()
         await lease(db, hand)
         hand.set(-3600)
-        monkeypatch.setattr(clock, "_moves", slow)
+        monkeypatch.setattr(clock, "moves", slow)
         await one.check()
         assert one() == hand()
         assert await until(db, "one") == hand() + 30 * SECOND
@@ -350,9 +351,9 @@ WAITS = {
 
 def test_every_time_that_something_waits_for_is_moved() -> None:
     """The columns that say until when something lasts, or when it is due, by their names."""
-    moved = {str(column) for waits in clock._WAITS for column in waits.columns}
+    moved = {str(column) for waits in moves.WAITS for column in waits.columns}
     assert moved == WAITS
-    assert {str(one) for waits in clock._WAITS for one in waits.due} - {"leases.until"} == DUE
+    assert {str(one) for waits in moves.WAITS for one in waits.due} - {"leases.until"} == DUE
     for table in metadata.sorted_tables:
         for column in table.columns:
             if column.name.endswith(("_until", "until", "next_check_at", "retry_at", "launch_at")):
@@ -361,14 +362,14 @@ def test_every_time_that_something_waits_for_is_moved() -> None:
 
 def test_no_lease_is_longer_than_it_may_be_moved() -> None:
     """Else another process takes it early where the clock is set forward."""
-    assert max(poll.LEASE, sending.HELD_FOR, batches.LEASE) <= clock.HELD
-    assert sweep.LEASE <= clock.NAMED
+    assert max(poll.LEASE, sending.HELD_FOR, batches.LEASE) <= moves.HELD
+    assert sweep.LEASE <= moves.NAMED
 
 
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_clock_that_is_set_forward_puts_nothing_off(jump: float) -> None:
     """What is due is moved back, and never forward."""
-    statements = [str(one) for one in clock._moves("sqlite", jump * SECOND, NOW)]
+    statements = [str(one) for one in moves.moves("sqlite", jump * SECOND, NOW)]
     for table, _, column in (name.partition(".") for name in DUE):
         found = [
             one.partition(" WHERE ")[0]
