@@ -17,6 +17,7 @@ from tracker.core.errors import (
     FieldFault,
     FloraError,
     InvalidRequest,
+    KeyRefused,
     OtherWorkspace,
     RateLimited,
     SettingsError,
@@ -251,7 +252,7 @@ class Workspaces:
             configured = workspace.configured_id
             if configured is not None and configured != workspace_id:
                 # A key that sees several may have been used for another of them before.
-                if not await client.sees(configured, deadline=seconds):
+                if not await _sees(client, configured, seconds):
                     raise _other_key(configured, [workspace_id])
                 workspace_id = configured
             if workspace.is_top:
@@ -305,27 +306,45 @@ def _fault(message: str) -> InvalidRequest:
 async def _ask_flora(client: FloraClient, configured: str | None, deadline: float) -> str | None:
     """The id that FLORA gives for the key; `None` if it gives none, or several.
 
-    Raises `SettingsError` if the settings name none of several.
+    Raises `SettingsError` if the settings name none of several, and the `FloraError` of a FLORA
+    that cannot be asked now.
     """
     try:
         listed = await client.list_workspaces(deadline=deadline)
     except FloraError as error:
         log.info("workspace.not_reported", error=str(error))
-        if configured is not None:
-            return None
-        if error.silent or isinstance(error, RateLimited):
+        if configured is None and not _has_no_such_list(error):
             raise
         listed = []
     if configured in listed:
         return configured
     if len(listed) > 1 and configured is not None:
         raise _other_key(configured, listed)
-    if len(listed) == 1:
-        return listed[0]
-    if listed or configured is not None:
+    if listed:
+        return listed[0] if len(listed) == 1 else None
+    try:
+        page = await client.history(limit=100, deadline=deadline)  # its items name it as well
+    except FloraError as error:
+        if configured is None or not _has_no_such_list(error):
+            raise
         return None
-    page = await client.history(limit=1, deadline=deadline)  # its items name it as well
-    return next((item.workspace_id for item in page.items if item.workspace_id), None)
+    named = [item.workspace_id for item in page.items if item.workspace_id]
+    return configured if configured in named else next(iter(named), None)
+
+
+async def _sees(client: FloraClient, workspace_id: str, deadline: float) -> bool:
+    """Whether FLORA says that the key sees this workspace. Raises as `_ask_flora` does."""
+    try:
+        return await client.sees(workspace_id, deadline=deadline)
+    except FloraError as error:
+        if not _has_no_such_list(error):
+            raise
+        return False
+
+
+def _has_no_such_list(error: FloraError) -> bool:
+    """Whether FLORA refused a list for good, as one that it does not have."""
+    return not (error.silent or isinstance(error, KeyRefused | RateLimited))
 
 
 @dataclass(eq=False)

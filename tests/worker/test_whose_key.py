@@ -65,6 +65,33 @@ async def test_a_key_of_another_workspace_than_the_settings_say_starts_nothing(
         assert not flora.world.runs
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"), [("not_found", "is of workspace ws_other"), ("service_unavailable", "503")]
+)
+async def test_swapped_keys_start_nothing_where_flora_lists_no_workspaces(
+    make_flora: MakeFlora, open_on: OpenServices, answer: str, says: str
+) -> None:
+    """The history names the workspace of a key as well."""
+    async with make_flora(more_workspaces=(OTHER,), refuse={"workspaces.list": answer}) as flora:
+        for workspace in (None, OTHER):
+            flora.start("icon-pack", workspace=workspace)
+        settings = moved(flora)
+        (ours,) = settings["workspaces"]
+        swapped = (
+            {"id": "ws_other", "api_key": ours["api_key"]},
+            ours | {"api_key": OTHER.api_key},
+        )
+        services = await open_on(flora, **settings | {"workspaces": swapped})
+        with pytest.raises((FloraError, SettingsError), match=says):
+            await services.starter.start(request(workspace_id="ws_simulator"))
+        assert len(flora.world.runs) == 2
+        right = ({"id": "ws_other", "api_key": OTHER.api_key}, ours)
+        services = await open_on(flora, **settings | {"workspaces": right})
+        for named in ("ws_simulator", "ws_other"):
+            run_id = await attempt(services, f"of {named}", workspace_id=named)
+            assert flora.world.runs[run_id or ""].workspace.workspace_id == named
+
+
 async def test_of_a_key_that_sees_two_workspaces_one_is_tracked(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
