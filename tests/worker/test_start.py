@@ -253,6 +253,67 @@ async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
     assert started.record.run.run_id != foreign.run_id
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+async def test_a_key_that_another_program_has_used_is_its_run_or_none(
+    services: Services, flora: Simulator, clock: HandClock, runs: int
+) -> None:
+    """The run of the key may be older than the start, and known here: a run that somebody begins
+    meanwhile is not taken for it."""
+    flora.world.options = replace(flora.world.options, idempotency="conflict")
+    (workspace,) = services.workspaces
+    body = start_body(PROMPT, idempotency_key="key-1")
+    theirs = await workspace.require_client().start_run(
+        "icon-pack", body=body, idempotency_key="key-1"
+    )
+    assert (await services.sweeper.sweep(workspace)).error is None
+    clock.move(3600)
+    with pytest.raises(StartPending):
+        await services.starter.start(request(), wait_in_doubt=False)
+    if runs == 2:
+        flora.start("icon-pack")
+    clock.move(240)
+    await services.recovery.recover()
+    clock.move(1200)
+    await services.recovery.recover()
+    row = await starts.get(services.database, "ws_simulator", "key-1")
+    assert row is not None
+    assert row.run_id == (theirs.run_id if runs == 1 else None)
+    assert len(flora.world.runs) == runs
+    possible = await services.resolver.possible(row)
+    assert possible is None if runs == 1 else set(possible or ()) == set(flora.world.runs)
+
+
+@pytest.mark.parametrize("fault", ["fails", "is slow"])
+async def test_an_interrupted_database_leaves_open_whether_a_start_is_sent(
+    services: Services,
+    flora: Simulator,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    """It may have stored that the start is sent, and then it is sent later: the caller is not told
+    that FLORA or the database did not answer, and nothing was started."""
+    await services.starter.start(request("key-0"))
+    mark_sent = starts.mark_sent
+
+    async def mark_and_fail(*given: Any, **named: Any) -> None:
+        await mark_sent(*given, **named)
+        if fault == "fails":
+            raise StoreUnavailable("the connection was lost")
+        await asyncio.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(starts, "mark_sent", mark_and_fail)
+        patched.setattr(services.starter, "deadline", 1.0)
+        with pytest.raises(StartPending):
+            await services.starter.start(request(), wait=30, wait_in_doubt=False)
+    assert len(flora.world.runs) == 1
+    clock.move(200)
+    assert await services.recovery.recover() == 1
+    again = await services.starter.start(request())
+    assert (again.replayed, len(flora.world.runs)) == (True, 2)
+
+
 async def test_a_refusal_that_is_not_stored_is_not_told(
     services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
