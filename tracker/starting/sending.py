@@ -187,6 +187,10 @@ class StartSender:
                 deadline=deadline,
                 fence=partial(held.let_through, client, api_key, url, body),
             )
+        except StoreError as error:
+            if held.is_marking:
+                raise held.not_known_to_be_sent() from error
+            raise
         except FloraError as error:
             if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
                 failure = await self._failure(held, error, in_doubt=in_doubt)
@@ -198,6 +202,8 @@ class StartSender:
 
     async def _failure(self, held: "HeldStart", error: FloraError, *, in_doubt: bool) -> Exception:
         """Record an answer without a run; the error to raise."""
+        if held.is_marking:
+            return held.not_known_to_be_sent()
         if not held.was_sent:
             return error
         kept, verdict = _as_kept(error), verdict_of(error)
@@ -264,7 +270,8 @@ class HeldStart:
     """A start whose lease one caller holds.
 
     `valid_until` is until when the lease surely lasts, by a clock that goes on while the machine is
-    suspended; `was_sent` is whether a request was let through since it was taken.
+    suspended; `was_sent` is whether a request was let through since it was taken. `is_marking` is
+    true while that is being stored: an interruption leaves open whether it is.
     """
 
     database: Database
@@ -273,6 +280,7 @@ class HeldStart:
     holder: str
     valid_until: float
     was_sent: bool = False
+    is_marking: bool = False
 
     @property
     def key(self) -> str:
@@ -294,6 +302,7 @@ class HeldStart:
         if client.key_fingerprint != api_key:
             raise _KeyReplaced("the API key was replaced while a start was sent")
         ahead, seconds = client.clock_offset, self.clock.seconds()
+        self.is_marking = True
         row = await starts.mark_sent(
             self.database,
             *self._id,
@@ -304,12 +313,21 @@ class HeldStart:
             boot=self.clock.boot,
             sent=SentClock(seconds, None if ahead is None else ahead.total_seconds()),
         )
+        self.is_marking = False
         # Checked last: the machine may have been suspended after the database answered.
         if row is None or boot_seconds() >= self.valid_until:
             raise StartPending(
                 f"idempotency key {self.key!r} was taken over by another request: ask again soon"
             )
         self.row, self.was_sent = row, True
+
+    def not_known_to_be_sent(self) -> StartPending:
+        """The error if the database may have stored that the start is sent, and nothing was sent:
+        it is sent then once its doubt ends."""
+        return StartPending(
+            f"the database did not confirm that the start with idempotency key {self.key!r} is "
+            "sent, so it was not sent yet. It may be later: ask again soon with the same key"
+        )
 
     async def record(self, state: StartState, error: dict[str, Any] | None) -> bool:
         """Store the state; whether it is stored. If not, the row stays as it is."""
