@@ -148,11 +148,7 @@ class Starter(Service):
                 if row.state is StartState.STARTED:
                     break
             elif row.state is StartState.UNRESOLVED:
-                raise StartUnresolved(
-                    f"idempotency key {key!r} was sent before, and it is not known which run of "
-                    f"{row.technique_id} it became. Nothing was started again; settle it with "
-                    f"`tracker starts resolve {key}`, by --run RUN_ID or --none"
-                )
+                raise _unresolved(row)
             else:
                 await self.recovery.recover_one(workspace, row)
             if row.state is StartState.IN_DOUBT and not wait_in_doubt:
@@ -263,6 +259,15 @@ class _Call:
     key: str
     request: StartRequest
     give_up: float
+
+
+def _unresolved(row: StartRow) -> StartUnresolved:
+    key = row.idempotency_key
+    return StartUnresolved(
+        f"idempotency key {key!r} was sent before, and it is not known which run of "
+        f"{row.technique_id} it became. Nothing was started again; settle it with "
+        f"`tracker starts resolve {key}`, by --run RUN_ID or --none"
+    )
 
 
 def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
