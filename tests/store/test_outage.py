@@ -4,6 +4,7 @@ import asyncio
 import select
 import socket
 import sqlite3
+import struct
 from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -219,6 +220,25 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
         assert await apply_all(db) >= 1
         assert await get_run(db, "run_after")
     await administrator.close()
+
+
+async def test_a_pooler_without_a_free_connection_is_unavailable() -> None:
+    """Some answer with the code of an internal error, which says nothing of what was to be sent."""
+    fields = b"SFATAL\0CXX000\0MMaxClientsInSessionMode: max clients reached\0\0"
+    refusal = b"E" + struct.pack("!i", len(fields) + 4) + fields
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4096)
+        writer.write(refusal)
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    url = f"postgresql://one@127.0.0.1:{port}/tracker?sslmode=disable"
+    async with server, await Database.open(url) as db:
+        for use in (db.ping, partial(db.execute, text("SELECT 1")), partial(db.send, "", ())):
+            with pytest.raises(StoreUnavailable, match="max clients reached"):
+                await use()
 
 
 async def test_a_role_that_may_not_write_waits_until_it_may(postgres_url: str) -> None:

@@ -96,6 +96,9 @@ async def _connect(url: DatabaseUrl, application_name: str, is_limited: bool, **
             server_settings=settings,
             **how,
         )
+    except asyncpg.InternalServerError as error:
+        # No statement is to blame: poolers of managed servers use its code if none is free.
+        raise ConnectionError(str(error)) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         refused = getattr(how.get("loop"), "refused", None)
         if refused is None:
