@@ -130,10 +130,14 @@ def test_lists_without_details_put_no_read_off() -> None:
 
 
 def test_what_was_read_before_a_callback_puts_no_read_off() -> None:
-    """A read that began before the callback and is written after it leaves the run due at once."""
-    record = after([started(), callback(at=7), polled(RunStatus.RUNNING, at=6.9)])
-    assert seconds(record.next_check_at) == 7
-    assert record.checks == 1
+    """A read that began before the callback, and is answered or written after it, leaves the run
+    due at once."""
+    sent_at = START + timedelta(seconds=6.8)
+    for at in (6.9, 7.1):
+        read = polled(RunStatus.RUNNING, at=at, sent_at=sent_at)
+        record = after([started(), callback(at=7), read])
+        assert seconds(record.next_check_at) == 7
+        assert record.checks == 1
 
 
 def test_a_failed_read_of_a_settled_run_is_only_counted() -> None:

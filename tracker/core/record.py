@@ -348,7 +348,7 @@ def _counts_as_poll(before: Record | None, entry: Observed, run: Run) -> bool:
         return False
     if before is None:
         return True
-    if before.callback_at is not None and seen.at < before.callback_at:
+    if before.callback_at is not None and seen.read_at < before.callback_at:
         return False
     if entry.reads or entry.claim is not None:
         return True
