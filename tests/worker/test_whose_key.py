@@ -66,7 +66,8 @@ async def test_a_key_of_another_workspace_than_the_settings_say_starts_nothing(
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"), [("not_found", "is of workspace ws_other"), ("service_unavailable", "503")]
+    ("answer", "says"),
+    [("not_found", "is of workspace ws_other"), ("service_unavailable", "503|no answer")],
 )
 async def test_swapped_keys_start_nothing_where_flora_lists_no_workspaces(
     make_flora: MakeFlora, open_on: OpenServices, answer: str, says: str
