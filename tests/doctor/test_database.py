@@ -1,5 +1,6 @@
 """The database, in every state that a deployment may find it in."""
 
+import asyncio
 import re
 import secrets
 import sqlite3
@@ -7,9 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
 from tests.doctor.conftest import Report, look
 from tests.doctor.pooler import losing_notices, taking_no_settings
@@ -18,6 +21,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.operations.doctor import Level, database
+from tracker.store.engine import Database
 from tracker.store.inspection import inspect_postgres
 from tracker.store.url import DatabaseUrl
 
@@ -246,6 +250,23 @@ async def test_a_role_without_rights_learns_which_tables_and_what_to_grant(
     assert report.level("database") is Level.FAILED
     assert "permission denied" in report["database"].seen
     assert "GRANT" in report["database"].advice
+
+
+async def test_the_limit_of_a_role_or_database_counts_where_it_is_closer(postgres_url: str) -> None:
+    """Managed servers set these: the server's own limit is never reached."""
+    grants = ["GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"]
+    async with _role(postgres_url, *grants) as url:
+        role, name = urlsplit(url).username, postgres_url.rpartition("/")[2]
+        await _execute(postgres_url, f"ALTER ROLE {role} CONNECTION LIMIT 6")
+        async with await Database.open(url) as opened:
+            await asyncio.gather(*(opened.fetch(text("SELECT pg_sleep(0.2)")) for _ in range(4)))
+            report = await _check(url, patience=2)
+        assert report.level("database") is Level.WARNING
+        assert "of 6 connections are in use" in report["database"].seen
+        assert "CONNECTION LIMIT" in report["database"].advice
+        await _execute(postgres_url, f"ALTER ROLE {role} CONNECTION LIMIT -1")
+        await _execute(postgres_url, f'ALTER DATABASE "{name}" CONNECTION LIMIT 50')
+        assert "of 50 connections are in use" in (await _check(url, patience=2))["database"].seen
 
 
 async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) -> None:

@@ -118,7 +118,8 @@ class PostgresInspection:
 
     `major` is the first number of `version`. `refuses_writes` is why no row can be written,
     `lacking` names the tables that this role may not read and change. `connections` of
-    `most_connections` are in use, `own` of them by the tracker. `notifies` is whether a
+    `most_connections` are in use, by the limit of which fewest are left: that of the server, of
+    the database or of the role. `own` of them are the tracker's. `notifies` is whether a
     notification arrives. `clock_ahead` is the server's clock minus ours, `size` is in bytes on
     disk.
     """
@@ -138,17 +139,28 @@ class PostgresInspection:
 
 
 _FACTS: Final = """
+WITH limits (connections, most_connections) AS (
+    SELECT (SELECT sum(numbackends)::int FROM pg_stat_database),
+           current_setting('max_connections')::int
+               - current_setting('superuser_reserved_connections')::int
+               - coalesce(current_setting('reserved_connections', true)::int, 0)
+    UNION ALL
+    SELECT numbackends, datconnlimit
+    FROM pg_database JOIN pg_stat_database ON datid = pg_database.oid
+    WHERE pg_database.datname = current_database() AND datconnlimit >= 0
+    UNION ALL
+    SELECT (SELECT count(*)::int FROM pg_stat_activity WHERE usesysid = pg_roles.oid), rolconnlimit
+    FROM pg_roles WHERE rolname = current_user AND rolconnlimit >= 0 AND NOT rolsuper
+)
 SELECT current_setting('server_version') AS version,
        current_setting('server_version_num')::int / 10000 AS major,
        pg_is_in_recovery() AS standby,
        to_regclass('alembic_version') IS NOT NULL AS has_tables,
        pg_database_size(current_database()) AS size,
-       (SELECT sum(numbackends)::int FROM pg_stat_database) AS connections,
        (SELECT count(*)::int FROM pg_stat_activity
         WHERE application_name LIKE 'tracker%' AND application_name <> $1) AS own,
-       current_setting('max_connections')::int
-           - current_setting('superuser_reserved_connections')::int
-           - coalesce(current_setting('reserved_connections', true)::int, 0) AS most_connections
+       connections, most_connections
+FROM limits ORDER BY most_connections - connections LIMIT 1
 """
 _LACKING: Final = """
 SELECT name FROM unnest($1::text[]) AS name

@@ -28,7 +28,8 @@ OLDEST_POSTGRES: Final = 13
 CROWDED: Final = 0.8
 """Share of a server's connections from which on new processes may get none."""
 _MORE_CONNECTIONS: Final = (
-    "Raise max_connections, or let others use fewer; a tracker process uses up to 15."
+    "Raise max_connections, or the CONNECTION LIMIT of the role or database, or let others use "
+    "fewer; a tracker process uses up to 15."
 )
 _MIB: Final = 1024 * 1024
 DISK_FAILS: Final = 64 * _MIB
