@@ -16,6 +16,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import (
     FieldFault,
     FloraError,
+    FloraRefusal,
     InvalidRequest,
     KeyRefused,
     OtherWorkspace,
@@ -343,7 +344,9 @@ async def _sees(client: FloraClient, workspace_id: str, deadline: float) -> bool
 
 
 def _has_no_such_list(error: FloraError) -> bool:
-    """Whether FLORA refused a list for good, as one that it does not have."""
+    """Whether a list was refused for good, as one that FLORA, or a gateway, does not have."""
+    if isinstance(error, FloraRefusal) and error.status == HTTPStatus.NOT_FOUND:
+        return True
     return not (error.silent or isinstance(error, KeyRefused | RateLimited))
 
 

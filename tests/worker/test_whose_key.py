@@ -93,6 +93,17 @@ async def test_swapped_keys_start_nothing_where_flora_lists_no_workspaces(
             assert flora.world.runs[run_id or ""].workspace.workspace_id == named
 
 
+async def test_the_settings_name_the_workspace_where_there_are_no_lists(
+    flora: Simulator, open_on: OpenServices
+) -> None:
+    """Where a gateway passes on no list at all, the id in the settings is used."""
+    services = await open_on(flora, flora_workspace_id="ws_simulator")
+    workspace = await services.workspaces.pick(None)
+    await services.catalogue.checked(workspace, "icon-pack", request().inputs)
+    change(flora, gateway_reads=1.0, gateway_pages=1.0, gateway_answers=("404",))
+    assert await attempt(services) is not None
+
+
 async def test_of_a_key_that_sees_two_workspaces_one_is_tracked(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
