@@ -2,36 +2,42 @@
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import Connection, event, update
 
 from tests.delivering.conftest import PATIENT, SHORT, OpenWorker, Worker, endpoint
-from tests.store.making import ids, seen
+from tests.store.making import ids, open_writer, seen
 from tests.support.endpoint import SECRET, Got, Receiver
 from tests.support.waiting import eventually
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
+from tracker.core.errors import StoreUnavailable
 from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.core.observation import Source
 from tracker.core.record import Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.waiting import cancel
-from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
+from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage, Webhooks
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
 from tracker.store.queries.audit import list_audit
-from tracker.store.queries.endpoints import MessageRow
+from tracker.store.queries.endpoints import MessageRow, configure
 from tracker.store.queries.runs import get_run
 from tracker.store.schema import endpoints
+from tracker.store.signals import Signals
+from tracker.store.url import DatabaseTimes
 from tracker.store.writing.messages import Attempt, Sending, record_and_claim
+from tracker.views import message_body
 
 
 def settled(
@@ -179,6 +185,45 @@ async def test_what_becomes_known_of_a_settled_run_is_sent(open_worker: OpenWork
             ("tagged", "completed"): 1,
             ("tagged", "acme"): 1,
         }
+
+
+async def test_a_slow_database_makes_fewer_messages_at_a_time(postgres_url: str) -> None:
+    """A group of events whose statements are each in time, and too slow together, is not tried for
+    ever."""
+    times = DatabaseTimes(statement=5.0, answer=1.0)
+    async with (
+        await Database.open(postgres_url, times=times) as db,
+        Signals(db) as signals,
+        open_writer(db) as writer,
+        Receiver() as receiver,
+    ):
+        webhooks = Webhooks(
+            database=db,
+            signals=signals,
+            endpoints=[endpoint(receiver)],
+            body=message_body,
+            process="worker",
+            clock=utc_now,
+        )
+        await configure(db, [endpoint(receiver).config], now=utc_now())
+        await writer.submit_all([settled(run_id) for run_id in ids("run", 60)])
+        admin: Any = await asyncpg.connect(postgres_url)
+        await admin.execute(
+            """
+            CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN PERFORM pg_sleep(0.02); RETURN NEW; END';
+            CREATE TRIGGER slow BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION slow();
+            """
+        )
+        await admin.close()
+
+        async def drained() -> bool:
+            with suppress(StoreUnavailable):
+                return await webhooks.drain() >= 0
+            return False
+
+        await eventually(drained)
+        assert len(await messages_of(db)) == 60
 
 
 async def test_only_what_an_endpoint_wants_is_sent(open_worker: OpenWorker) -> None:

@@ -115,6 +115,7 @@ class Webhooks:
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._limit = GROUP
         self._configured_at = float("-inf")
         self._configured_by: datetime | None = None
         # An event of this process has no message yet: the endpoints are woken when it has.
@@ -192,18 +193,23 @@ class Webhooks:
 
         Raises `StoreUnavailable`.
         """
-        total, count, own = 0, GROUP, [*self._endpoints, *self._handlers]
-        while count == GROUP:
-            made = await self.database.write(
-                partial(fan_out, limit=GROUP, now=self.clock(), body=self.body, own=own)
-            )
-            count = made.taken
-            total += count
+        total, own = 0, [*self._endpoints, *self._handlers]
+        while True:
+            limit = self._limit
+            work = partial(fan_out, limit=limit, now=self.clock(), body=self.body, own=own)
+            try:
+                made = await self.database.write(work)
+            except StoreError:
+                self._limit = max(limit // 2, 1)  # all together may take too long
+                raise
+            self._limit = min(2 * limit, GROUP)
+            total += made.taken
             for endpoint_id in made.endpoint_ids & self._senders.keys():
                 self._senders[endpoint_id].wake()
             if made.endpoint_ids - self._senders.keys():
                 await self.signals.announce_outbox()
-        return total
+            if made.taken < limit:
+                return total
 
     async def test(self, endpoint_id: str) -> Attempt:
         """Send a signed test event (`tracker.test`), which is not stored, and return the outcome.
