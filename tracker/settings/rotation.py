@@ -104,7 +104,10 @@ class Rotation:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Check once a second until the block ends."""
+        """Check once a second until the block ends, if there are files."""
+        if not self._files:
+            yield
+            return
         task = asyncio.create_task(repeat("settings", self._check_next), name="rotation")
         try:
             yield
