@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.clocks import HandClock
+from tests.support.clocks import HandClock, PassedTime
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
@@ -353,6 +353,8 @@ async def test_a_refusal_that_is_not_stored_is_not_told(
 
     with monkeypatch.context() as patched:
         patched.setattr(starts, "mark", mark)
+        patched.setattr(services.starter, "monotonic", passed := PassedTime())
+        patched.setattr(services.starter, "sleep", passed.sleep)
         with pytest.raises(StartPending):
             await services.starter.start(request(), wait_in_doubt=False)
     flora.world.options = replace(flora.world.options, credits=None)
