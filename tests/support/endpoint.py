@@ -123,9 +123,11 @@ class Receiver:
             if status < 300:
                 self.taken.append(got)
             more = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
-            length = len(self.answer)
+            # A 204 has no body: a client may take one for the beginning of its next answer.
+            answer = b"" if status == 204 else self.answer
+            length = len(answer)
             writer.write(f"HTTP/1.1 {status} X\r\n{more}Content-Length: {length}\r\n\r\n".encode())
-            writer.write(self.answer)
+            writer.write(answer)
             await writer.drain()
         finally:
             self._open -= 1
