@@ -176,6 +176,23 @@ def test_a_signing_secret_that_is_rotated_counts(
         tracker.verify_callback(body, signed(body, "whsec_old"))
 
 
+def test_each_tracker_keeps_to_its_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the environment named when it was made: another one made since has other secrets."""
+    made = {}
+    for name in ("one", "other"):
+        config = tmp_path / f"{name}.toml"
+        config.write_text(f'flora_webhook_secret = "whsec_{name}"')
+        monkeypatch.setenv("TRACKER_CONFIG", str(config))
+        made[name] = Tracker.from_env()
+    (tmp_path / "one.toml").write_text('flora_webhook_secret = "whsec_one_rotated"')
+    body = event("run_1")
+    assert made["one"].verify_callback(body, signed(body, "whsec_one_rotated")).run_id == "run_1"
+    with pytest.raises(errors.SignatureError):
+        made["one"].verify_callback(body, signed(body, "whsec_other"))
+
+
 async def test_outputs_are_downloaded(
     make_tracker: MakeTracker, tmp_path: Path, flora: Simulator
 ) -> None:

@@ -1,10 +1,12 @@
 """Opening and closing a `Tracker`, and what its calls use while it is open."""
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
@@ -32,10 +34,13 @@ class OpenedTracker:
         """A tracker with these settings, by default those of `from_env`; opens nothing."""
         from tracker.settings import Rotation, read_settings
 
-        self._loaded: Loaded | None = read_settings() if settings is None else None
+        # As they are now: another tracker may be made with other ones in this process.
+        read = partial(read_settings, dict(os.environ))
+        self._loaded: Loaded | None = read() if settings is None else None
         self.settings: Settings = settings or cast("Loaded", self._loaded).settings
+        self._rotation = partial(Rotation, self.settings, self._loaded, self._loaded and read)
         # Of its own, since callbacks are verified in any thread, whether or not this is open.
-        self._verifying = Rotation(self.settings, self._loaded, self._loaded and read_settings)
+        self._verifying = self._rotation()
         self._worker = worker
         self._works = False
         self._application: Mounted | None = None
@@ -53,7 +58,6 @@ class OpenedTracker:
 
     async def __aenter__(self) -> Self:
         from tracker.services import open_services
-        from tracker.settings import Rotation, read_settings
 
         if self._stack is not None:
             raise TrackerNotOpen(
@@ -67,7 +71,7 @@ class OpenedTracker:
         self._works = works if self._worker is None else self._worker
         background = self._works or mounted
         # With the files of the environment's settings, so that secrets can be rotated.
-        rotation = Rotation(self.settings, self._loaded, self._loaded and read_settings)
+        rotation = self._rotation()
         for unknown in rotation.unknown:
             log.warning("settings.unknown", error=unknown)
         try:
