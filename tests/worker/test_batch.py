@@ -351,7 +351,9 @@ async def test_a_row_that_another_process_is_sending_waits_its_turn(
         await working
 
 
-@pytest.mark.parametrize("idempotency", ["replay", "conflict"])
+@pytest.mark.parametrize(
+    "idempotency", ["replay", pytest.param("conflict", marks=pytest.mark.thorough)]
+)
 async def test_a_start_in_doubt_holds_nothing_up(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, idempotency: str
 ) -> None:

@@ -84,7 +84,7 @@ async def test_many_at_once_over_two_processes_stay_within_it(
     assert (found.reserved, found.quoted, found.left) == (0, Decimal("1.25"), 0)
 
 
-@pytest.mark.parametrize("bill_factor", [1.0, 3.5])
+@pytest.mark.parametrize("bill_factor", [pytest.param(1.0, marks=pytest.mark.thorough), 3.5])
 async def test_sums_agree_with_floras_bill(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, bill_factor: float
 ) -> None:

@@ -488,7 +488,15 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("shown", [False, True])
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda each: each["refuse"]["generations.list"])
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        REFUSALS[0],
+        *(pytest.param(each, marks=pytest.mark.thorough) for each in REFUSALS[1:3]),
+        REFUSALS[3],
+    ],
+    ids=lambda each: each["refuse"]["generations.list"],
+)
 async def test_generations_that_are_refused_stop_nothing_else(
     make_flora: MakeFlora,
     open_on: OpenServices,

@@ -37,7 +37,13 @@ from tracker.store.queries import starts as start_log
 from tracker.store.queries.endpoints import list_messages
 
 
-@pytest.mark.parametrize("answer", ["502", "503", "504", "404", "empty", "page"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("502", "404", "empty", "page"),
+        *(pytest.param(answer, marks=pytest.mark.thorough) for answer in ("503", "504")),
+    ],
+)
 async def test_what_a_gateway_says_is_doubt_and_nothing_is_sent_again(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, answer: str
 ) -> None:

@@ -29,13 +29,19 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param({key: form[key] for form in FORMS.values() for key in form}, id="all"),
+        *(pytest.param(FORMS[form], id=form, marks=pytest.mark.thorough) for form in FORMS),
+    ],
+)
 async def test_runs_end_alike_in_every_form(
-    form: str, make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+    form: dict[str, Any], make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
     """Runs that were started here or by a colleague settle with FLORA's own end, outputs, cost and
     times; once the cost is final, reading them again changes nothing, and adds no events."""
-    async with make_flora(failures=0.4, **FORMS[form]) as flora:
+    async with make_flora(failures=0.4, **form) as flora:
         services = await open_on(flora)
         run_ids = await start(services, 4)
         run_ids += [flora.start().run_id for _ in range(4)]

@@ -43,7 +43,10 @@ async def receiving(
         yield services
 
 
-@pytest.mark.parametrize("trouble", [{"lost_starts": 1.0}, {"gateway_starts": 1.0}])
+@pytest.mark.parametrize(
+    "trouble",
+    [{"lost_starts": 1.0}, pytest.param({"gateway_starts": 1.0}, marks=pytest.mark.thorough)],
+)
 async def test_a_callback_resolves_its_start_within_a_second(
     database_url: str, trouble: dict[str, float]
 ) -> None:

@@ -162,7 +162,9 @@ async def test_a_run_that_was_known_before_holds_up_nothing(
         assert (len(flora.world.runs), len(colleagues)) == (7, 5)
 
 
-@pytest.mark.parametrize("technique", ["icon-pack", 7, None])
+@pytest.mark.parametrize(
+    "technique", ["icon-pack", pytest.param(7, marks=pytest.mark.thorough), None]
+)
 @pytest.mark.parametrize("known", [False, True])
 async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, technique: object, known: bool
