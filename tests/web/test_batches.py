@@ -21,6 +21,7 @@ from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
 from tracker.core.starts.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
+from tracker.starting.batches import worker as batch_worker
 from tracker.starting.batches.launch import Order
 from tracker.starting.sheets.sheet import read_csv
 from tracker.starting.start import Started
@@ -220,6 +221,26 @@ async def test_a_batch_waits_for_a_budget_if_asked(serve: Serve, sqlite_url: str
         site.services.starter.budgets = Budgets()
         done = await launched(site, made["batch_id"])
         assert (done["started"], done["stopped"]) == (5, None)
+
+
+async def test_a_batch_that_waits_keeps_no_other_from_being_launched(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for a budget, perhaps for weeks, gives way to another, and then goes on."""
+    monkeypatch.setattr(batch_worker, "MOST_LAUNCHES", 1)
+    async with working(serve, sqlite_url) as (site, flora):
+        works = site.services.batch_worker
+        works.check_every, works.go_on_after = 0.1, timedelta(seconds=0.5)
+        budget = Budget(usd=Decimal("0.6"), period=Period.MONTH, tag=("client", "acme"))
+        site.services.starter.budgets = Budgets(others=(budget,))
+        waiting = await create(site, 201, wait_for_budget=True, tags={"client": "acme"})
+        await eventually(lambda: len(flora.world.runs) == 2, timeout=30)
+        other = await create(site, 201, rows=[{"prompt": "of another client"}])
+        assert (await launched(site, other["batch_id"]))["started"] == 1
+        found = await shown(site, waiting["batch_id"])
+        assert (found["started"], found["launching"]) == (2, True)
+        site.services.starter.budgets = Budgets()
+        assert (await launched(site, waiting["batch_id"]))["started"] == 5
 
 
 @pytest.mark.both_databases

@@ -192,6 +192,13 @@ class BatchLaunch:
         """Seconds for which FLORA accepts no request."""
         return self.workspace.require_client().request_limit.state().paused
 
+    @property
+    def only_waits(self) -> bool:
+        """Whether no row can begin now, and one may later: a budget has no room, or each row that
+        is left waits."""
+        idle = self._waits_for_budget or not self._queue
+        return idle and self.stopped is None and not self._starting
+
     def break_off(self) -> None:
         """Begin no further row."""
         self.broken_off = True

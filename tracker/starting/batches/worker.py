@@ -43,6 +43,8 @@ log = get_logger(__name__)
 
 MOST_LAUNCHES: Final = 20
 """Launches at the same time in one process; further batches wait."""
+MOST_GIVE_WAY: Final = 4
+"""Launches that give way at a time, if there are so many that further batches wait."""
 BREAK_OFF_SECONDS: Final = 5.0
 """How long starts that were sent have to end when the process stops."""
 
@@ -64,7 +66,8 @@ class BatchWorker(Service):
     go_on_after: timedelta = timedelta(seconds=30)
     """When a launch goes on that FLORA's or the database's silence ended."""
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
-    _launches: set[BatchLaunch] = field(default_factory=set, init=False)
+    _launches: dict[BatchLaunch, None] = field(default_factory=dict, init=False)
+    _giving_way: set[BatchLaunch] = field(default_factory=set, init=False)
     _ordered: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closed_at: float = field(default=float("-inf"), init=False)
     _stopping: bool = field(default=False, init=False)
@@ -99,9 +102,19 @@ class BatchWorker(Service):
                 if batch.batch_id not in self._tasks:
                     task = asyncio.create_task(self._work(batch), name="batch-launch")
                     self._tasks[batch.batch_id] = task
+        elif free <= 0:
+            self._give_way()
         if time.monotonic() - self._closed_at >= self.finish_every:
             await batches.finish_ended(self.database, self.clock())
             self._closed_at = time.monotonic()
+
+    def _give_way(self) -> None:
+        """End some launches in which no row can begin now, those that began first: one that waits
+        for a budget may do so for weeks. They are due again after `go_on_after`."""
+        waiting = [one for one in self._launches if one.only_waits]
+        for launch in waiting[:MOST_GIVE_WAY]:
+            self._giving_way.add(launch)
+            launch.break_off()
 
     async def stop(self) -> None:
         """Begin no further row, let sent starts end, and release the leases."""
@@ -155,19 +168,21 @@ class BatchWorker(Service):
         except Exception as error:
             log.exception("batch.launch_broken", batch_id=batch.batch_id)
             stopped = TrackerError(f"an unexpected error, see the log: {type(error).__name__}")
+        goes_on = stopped is not None and _is_passing(stopped)
         if launch is not None and launch.broken_off:
-            return None
-        if stopped is not None and _is_passing(stopped):
-            go_on_at = self.clock() + self.go_on_after
-            return LaunchEnd(launch_at=go_on_at, stopped=str(stopped), errors={})
+            if launch not in self._giving_way:
+                return None
+            self._giving_way.discard(launch)
+            goes_on, stopped = True, launch.over_budget
+        why = None if stopped is None else str(stopped)
+        if goes_on:
+            return LaunchEnd(launch_at=self.clock() + self.go_on_after, stopped=why, errors={})
         return LaunchEnd(
-            launch_at=None,
-            stopped=None if stopped is None else str(stopped),
-            errors={} if launch is None else launch.errors,
+            launch_at=None, stopped=why, errors={} if launch is None else launch.errors
         )
 
     async def _run(self, batch: BatchRow, launch: BatchLaunch) -> None:
-        self._launches.add(launch)
+        self._launches[launch] = None
         if self._stopping:
             launch.break_off()
         renewing = asyncio.create_task(self._renew(batch, launch))
@@ -175,7 +190,7 @@ class BatchWorker(Service):
             await launch.run()
         finally:
             renewing.cancel()
-            self._launches.discard(launch)
+            del self._launches[launch]
 
     async def _plan(self, batch: BatchRow, order: Order) -> BatchPlan:
         """The batch as it is stored, without rows that this order has tried."""
