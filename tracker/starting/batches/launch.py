@@ -27,7 +27,6 @@ from tracker.core.errors import (
     FloraUnreachable,
     IdempotencyConflict,
     InvalidRequest,
-    MaxCostReached,
     RateLimited,
     SettingsError,
     StartNotStored,
@@ -36,10 +35,8 @@ from tracker.core.errors import (
     StoreError,
     TrackerError,
 )
-from tracker.core.formatting import money
 from tracker.core.log import get_logger
-from tracker.core.record import Record
-from tracker.flora.technique import runs_of
+from tracker.starting.batches.costs import LaunchCosts
 from tracker.starting.batches.rows import BatchPlan, RowState
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter, StartRequest
@@ -60,8 +57,6 @@ FAILURES: Final = 3
 """Rows in succession without a usable answer that end it, too."""
 CHECK_EVERY: Final = 0.5
 """Seconds between two reads of the starts in doubt."""
-CHARGES_EVERY: Final = 5.0
-"""Seconds between two reads of the runs' charges."""
 BUDGET_EVERY: Final = timedelta(seconds=30)
 """The longest wait for a budget before the next row is tried again."""
 
@@ -148,16 +143,14 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._spent: dict[str, Decimal] = {}
-        self._rows: dict[str, RowState] = {}
-        self._charges_read_at = time.monotonic()
+        self._costs = LaunchCosts(self.plan, self.database, self.order.max_cost)
         self._worked_at = time.monotonic()
         self.broken_off = False
         self.errors: dict[int, str] = {}
         self.stopped: TrackerError | None = None
         for row in counted:
             if row.record is not None:
-                self._count(row, row.record)
+                self._costs.count(row, row.record)
         for row in self.plan.missing:
             if row.start is not None and row.start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
@@ -259,10 +252,10 @@ class BatchLaunch:
                 started = await read.get_run(self.database, found.run_id or "")
                 row = self._doubt.pop(key)
                 if started is not None:
-                    self._count(row, started)
+                    self._costs.count(row, started)
             elif found.state is StartState.UNRESOLVED:
                 row = self._doubt.pop(key)
-                self._spent[key] = self.plan.cost_of(row) or Decimal(0)  # it may have been paid
+                self._costs.count_unresolved(row)
                 self.errors[row.entry.position] = "it is not known whether it was started"
 
     async def _work(self) -> None:
@@ -285,49 +278,12 @@ class BatchLaunch:
 
     async def _fits(self, row: RowState) -> bool:
         """Whether the row's price fits into the maximum cost; else the launch stops."""
-        if self.order.max_cost is None:
-            return True
-        await self._read_charges()
-        cost = self.plan.cost_of(row)
-        if cost is None:
-            self._stop(MaxCostReached("FLORA shows no price to compare with the maximum cost"))
-            return False
-        starting = [one for one in self._starting.values() if one is not row]
-        reserved = [
-            self.plan.cost_of(one) or Decimal(0) for one in (*starting, *self._doubt.values())
-        ]
-        committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
-        if committed + cost <= self.order.max_cost:
-            return True
-        self._stop(
-            MaxCostReached(
-                f"quotes and charges are {money(committed)}, and another row could exceed "
-                f"the maximum cost of {money(self.order.max_cost)}"
-            )
-        )
-        return False
-
-    async def _read_charges(self) -> None:
-        """Read what the runs of this command were charged so far."""
-        if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
-            return
-        for run_id, record in (await read.get_runs(self.database, list(self._rows))).items():
-            self._count(self._rows[run_id], record)
-        self._charges_read_at = time.monotonic()
-
-    def _count(self, row: RowState, record: Record) -> None:
-        """Count what a row costs by its first run: its charge, or what it may cost until then.
-
-        FLORA's answer to a start of several runs names no other; these count as much, at least
-        their price.
-        """
-        run, price = record.run, record.reserved_cost or self.plan.technique.run_cost or Decimal(0)
-        cost = run.charged_cost
-        if cost is None:
-            cost = Decimal(0) if record.cost_final else max(run.quoted_cost or price, price)
-        others = runs_of(self.plan.technique, row.inputs or []) - 1
-        self._spent[run.run_id] = cost + others * max(cost, price)
-        self._rows[run.run_id] = row
+        await self._costs.read_charges()
+        begun = [one for one in self._starting.values() if one is not row]
+        excess = self._costs.excess(row, [*begun, *self._doubt.values()])
+        if excess is not None:
+            self._stop(excess)
+        return excess is None
 
     async def _start(self, row: RowState) -> None:
         key, workspace_id = row.entry.key, self.plan.batch.workspace_id
@@ -369,7 +325,7 @@ class BatchLaunch:
             self.over_budget = None
             self._worked_at = time.monotonic()
             self._silent.clear()
-            self._count(row, started.record)
+            self._costs.count(row, started.record)
 
     def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
