@@ -26,8 +26,8 @@ from tracker.core.errors import (
     StoreError,
 )
 from tracker.core.log import get_logger
-from tracker.flora.caller import LONGEST_WAIT
 from tracker.flora.client import FloraClient
+from tracker.flora.http import LONGEST_WAIT
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import workspaces as stored

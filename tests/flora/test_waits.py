@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.flora.far_end import NOON
-from tracker.flora.caller import backoff, http_date, retry_after_of
+from tracker.flora.caller import backoff
+from tracker.flora.http import http_date, retry_after_of
 
 
 def http(when: datetime) -> str:

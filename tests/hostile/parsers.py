@@ -17,7 +17,7 @@ from tests.hostile.asgi import headers_of, split
 from tracker.core.errors import FloraRefusal, FloraUnreadable, SettingsError
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
-from tracker.flora import caller as waits
+from tracker.flora import http as waits
 from tracker.flora import parse
 from tracker.flora.parse import decode
 from tracker.flora.signature import SignatureError, sign, verify

@@ -21,7 +21,7 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.signing import signed_headers
-from tracker.flora.caller import NoCookies, retry_after_of
+from tracker.flora.http import NoCookies, retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt, Claim

@@ -33,7 +33,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.run import Run
 from tracker.delivering.addresses import UNREACHED
 from tracker.delivering.endpoint_client import Endpoint, EndpointClient
-from tracker.flora.caller import NoCookies
+from tracker.flora.http import NoCookies
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt, Claim

@@ -12,14 +12,11 @@ Redirects are never followed: the key is sent to one origin only.
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import datetime, timedelta
 from functools import partial
-from http.cookiejar import CookieJar
 from typing import Any, Final, TypeVar
 
 import httpx
@@ -37,13 +34,12 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.flora import parse
 from tracker.flora.contact import Breaker, Contact
+from tracker.flora.http import http_date, is_bounded, retry_after_of
 from tracker.flora.parse import decode
 from tracker.flora.request_limit import RequestLimit, SharedWaits
 
 T = TypeVar("T")
 
-LONGEST_WAIT: Final = 60.0
-"""The longest wait, in seconds, that FLORA can impose."""
 DEFAULT_WAIT: Final = 5.0
 """FLORA's advice for a 429 without a wait."""
 LARGEST_ANSWER: Final = 32 * 1024 * 1024
@@ -55,7 +51,6 @@ _FIRST_BACKOFF: Final = 0.5
 _LONGEST_BACKOFF: Final = 30.0
 _LAST_YEAR: Final = 2999
 """No clock shows a later one; what is added to a time must stay within Python's years."""
-_NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 _KEY_ACCEPTED: Final = (400, 402, 403, 404, 409, 422)
 """Refusals that FLORA gives only to a key that it takes."""
 _NO_CONNECTION: Final = (
@@ -73,36 +68,6 @@ def backoff(attempt: int) -> float:
     """Seconds before the attempt after the `attempt`-th (from 1): doubling to 30, less jitter."""
     wait = min(_FIRST_BACKOFF * 2.0 ** min(attempt - 1, 10), _LONGEST_BACKOFF)
     return wait * random.uniform(0.5, 1.0)
-
-
-def retry_after_of(
-    headers: Mapping[str, str], *, now: datetime, longest: float = LONGEST_WAIT
-) -> float | None:
-    """The wait that an answer asks for, at most `longest` seconds; `None` without one.
-
-    `retry-after-ms` precedes `retry-after`, which is in seconds or a date. A date is measured from
-    the answer's own `date`, so that our clock (`now`, UTC) does not matter.
-    """
-    milliseconds = headers.get("retry-after-ms", "")
-    if _NUMBER.fullmatch(milliseconds):
-        return min(float(milliseconds) / 1000, longest)
-    asked = headers.get("retry-after", "")
-    if _NUMBER.fullmatch(asked):
-        return min(float(asked), longest)
-    when = http_date(asked)
-    if when is None:
-        return None
-    seconds = (when - (http_date(headers.get("date", "")) or now)).total_seconds()
-    return min(max(seconds, 0.0), longest)
-
-
-def http_date(text: str) -> datetime | None:
-    """An HTTP date as aware UTC; `None` if it is none."""
-    try:
-        parsed = parsedate_to_datetime(text)
-        return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,27 +387,6 @@ def _repeatable(call: FloraCall, error: FloraError) -> bool:
             once = call.spends or call.is_foreign  # what that shows is read another way
             return not once and (error.status >= 500 or error.status == 408)
     return False
-
-
-# A body that is compressed twice, or with a newer method, can expand from kilobytes to gigabytes
-# before anything counts it. One layer of these expands a thousandfold at most.
-_BOUNDED: Final = frozenset({"", "identity", "gzip", "deflate"})
-
-
-def is_bounded(content_encoding: str | None) -> bool:
-    """Whether a body with this `Content-Encoding` (`None` for none) may be decompressed."""
-    return (content_encoding or "").strip().lower() in _BOUNDED
-
-
-class NoCookies(CookieJar):
-    """The jar of an HTTP client that keeps no cookies.
-
-    httpx keeps what any server sets for as long as the client lives, without limit, and sends all
-    of it with every request: a few hundred answers would fill the memory.
-    """
-
-    def extract_cookies(self, response: object, request: object) -> None:
-        """Keep nothing of the response."""
 
 
 async def _bounded_body(response: httpx.Response, endpoint: str, largest: int) -> bytes:

@@ -41,15 +41,8 @@ from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
 from tracker.core.starts.inputs import Technique, is_empty_text
 from tracker.flora import parse
-from tracker.flora.caller import (
-    LARGEST_ANSWER,
-    Caller,
-    FloraAnswer,
-    FloraCall,
-    NoCookies,
-    OnRequest,
-    Wait,
-)
+from tracker.flora.caller import LARGEST_ANSWER, Caller, FloraAnswer, FloraCall, OnRequest, Wait
+from tracker.flora.http import NoCookies
 from tracker.flora.parse import Page, as_text
 from tracker.flora.request_limit import SharedWaits
 from tracker.flora.technique import technique
