@@ -48,7 +48,7 @@ from tracker.store.schema import (
     run_tally_changes,
     runs,
 )
-from tracker.store.url import DatabaseUrl
+from tracker.store.url import DatabaseTimes, DatabaseUrl
 from tracker.store.writing import rollups
 from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
 from tracker.store.writing.statements import ShownByFlora, forget_run
@@ -317,6 +317,22 @@ async def test_writers_compact(db: Database) -> None:
         assert await rows_in(db, run_tally_changes) > 0
     assert await rows_in(db, run_tally_changes) == 0
     await assert_exact(db)
+
+
+async def test_a_backlog_is_compacted_in_short_transactions(postgres_url: str) -> None:
+    """However many changes there are, as after a recount, no statement takes as long as a slow
+    database would need for all of them: it would be too long each time."""
+    async with await Database.open(postgres_url, times=DatabaseTimes(statement=0.5)) as db:
+        changes = """
+            INSERT INTO run_tally_changes
+                (measure, since, workspace_id, technique_id, status, word, bucket, runs, amount)
+            SELECT 'end', timestamptz '2026-06-01' + i * interval '1 hour', '', '', '', '', 0, 1, 1
+            FROM generate_series(1, 5000) AS i
+        """
+        for _ in range(20):
+            await db.write(lambda connection: connection.exec_driver_sql(changes))
+        assert await rollups.compact(db) == 100_000
+        assert await rows_in(db, run_tally_changes) == 0
 
 
 async def test_a_fault_ends_no_compaction_for_good(

@@ -61,8 +61,9 @@ PRUNED: Final = "pruned"
 """A measure of its own: up to when periods may lack runs that retention deleted."""
 BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
 """Before all times: nothing has been deleted."""
-MAX_CHANGES: Final = 100_000
-"""The most changes that one transaction compacts."""
+MAX_CHANGES: Final = 10_000
+"""The most changes that one transaction compacts: a fraction of a second, also where the database
+is slow. A transaction that took too long would be as long the next time."""
 
 _KEY: Final = RollupKey._fields
 _COLUMNS: Final = (*_KEY, "runs", "amount")
