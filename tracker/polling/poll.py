@@ -110,7 +110,9 @@ class Poller(Service):
         """
         now = self.clock()
         times: list[datetime | None] = []
-        for workspace in self._with_key():
+        for workspace in self.workspaces.keyed:
+            if workspace.require_client().breaker.blocked:
+                continue
             if wait := self.backoff.left(workspace.place):
                 times.append(now + timedelta(seconds=wait))
                 continue
@@ -125,7 +127,11 @@ class Poller(Service):
 
     def readable(self) -> list[Workspace]:
         """The workspaces with a key that FLORA takes, without those that are backed off."""
-        return [one for one in self._with_key() if not self.backoff.left(one.place)]
+        return [
+            one
+            for one in self.workspaces.keyed
+            if not (one.require_client().breaker.blocked or self.backoff.left(one.place))
+        ]
 
     async def read_now(self, record: Record) -> Record:
         """Read one run at once, even if it is claimed; what is known of it afterwards.
@@ -175,10 +181,6 @@ class Poller(Service):
             page_backoff=self.page_backoff,
             recheck=recheck,
         )
-
-    def _with_key(self) -> list[Workspace]:
-        keyed = self.workspaces.keyed
-        return [one for one in keyed if not one.require_client().breaker.blocked]
 
     async def _in_each(
         self, poll: Callable[[Workspace], Coroutine[Any, Any, PollReport]]
