@@ -314,33 +314,6 @@ async def test_an_interrupted_database_leaves_open_whether_a_start_is_sent(
     assert (again.replayed, len(flora.world.runs)) == (True, 2)
 
 
-async def test_a_key_that_belongs_to_another_request_is_left_to_a_person(
-    services: Services, flora: Simulator, clock: HandClock
-) -> None:
-    """After doubt the request is repeated to the letter. A 422 says that another program's request
-    has the key, whatever runs are begun then."""
-    options = flora.world.options
-    flora.world.options = replace(options, gateway_starts=1.0, gateway_works=0.0)
-    with pytest.raises(StartPending):
-        await services.starter.start(request(), wait_in_doubt=False)
-    flora.world.options = options
-    (workspace,) = services.workspaces
-    inputs = [{"id": "prompt", "type": "text", "value": "what another program wants"}]
-    body = start_body(inputs, idempotency_key="key-1")
-    client = workspace.require_client()
-    theirs = await client.start_run("icon-pack", body=body, idempotency_key="key-1")
-    await services.tracker.track(theirs.run_id, technique="icon-pack")
-    clock.move(200)
-    assert await services.recovery.recover() == 0
-    flora.start("icon-pack")
-    for _ in range(3):
-        clock.move(200)
-        assert await services.recovery.recover() == 0
-    row = await starts.get(services.database, "ws_simulator", "key-1")
-    assert row is not None
-    assert (row.state, row.run_id) == ("unresolved", None)
-
-
 async def test_a_refusal_that_is_not_stored_is_not_told(
     services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,8 @@
 FLORA does not know a key that is still being used, and forgets it after two hours. So a start in
 doubt is not sent again before FLORA must be done with it (`doubt`), nor after its key may be
 forgotten, nor while the history shows a run that may be its own. Once no callback can tell any more
-whose that run is, a person decides. A key that FLORA says is in use (409) is never sent again:
-its run is searched for. One that another request has (422) is left to a person.
+whose that run is, a person decides. A key that FLORA says is in use (409, 422) is never sent again:
+its run is searched for.
 """
 
 import time

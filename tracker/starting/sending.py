@@ -62,8 +62,7 @@ _NOTHING_RUNS: Final = {
     404: ("not_found",),
 }
 """The refusals after which nothing runs, as FLORA documents them."""
-_ABOUT_THE_REQUEST: Final = (400, 404, 422)
-"""After one of these the same request meets it each time; 422 is that another one has its key."""
+_ABOUT_THE_REQUEST: Final = (400, 404)
 
 log = get_logger(__name__)
 
@@ -226,9 +225,8 @@ class StartSender:
             kept |= {"conflict": True} | ({} if in_doubt else {"used_before": True})
         if held.row.excluded_runs:
             kept |= {"excluded": sorted(held.row.excluded_runs)}
-        is_known = verdict in (StartVerdict.REFUSED, StartVerdict.KEY_KNOWN)
-        if is_known and kept.get("status") in _ABOUT_THE_REQUEST:
-            # Only a person can say what the first request did.
+        if verdict is StartVerdict.REFUSED and kept.get("status") in _ABOUT_THE_REQUEST:
+            # It would be refused each time; only a person can say what the first request did.
             await held.record(StartState.UNRESOLVED, kept)
             log.error("start.unresolved", key=held.key, error=str(error))
         else:
