@@ -203,7 +203,7 @@ def start_json(row: "StartRow") -> dict[str, Any]:
 def _last_answer(row: "StartRow") -> dict[str, Any] | None:
     if row.error is None:
         return None
-    hidden = ("possible", "excluded", "used_before")  # what `possible_runs` is made of
+    hidden = ("possible", "excluded")  # what `possible_runs` is made of
     return {name: value for name, value in row.error.items() if name not in hidden}
 
 

@@ -287,7 +287,9 @@ class ModelFlora:
             for run in reversed(self.runs.values())
             if run.run_type == run_type and technique_id in (None, run.technique_id)
         ]
-        begin = int(query.get("cursor", 0))
+        if not (cursor := query.get("cursor", "0")).isdecimal():
+            return self._refuse(400, "input_validation_error")  # an offset as FLORA encodes it
+        begin = int(cursor)
         end = begin + min(int(query["limit"]), PAGE)
         items = [self._item(run) for run in found[begin:end]]
         meta = {"next_cursor": str(end) if end < len(found) else None}

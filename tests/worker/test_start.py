@@ -253,36 +253,6 @@ async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
     assert started.record.run.run_id != foreign.run_id
 
 
-@pytest.mark.parametrize("runs", [1, 2])
-async def test_a_key_that_another_program_has_used_is_its_run_or_none(
-    services: Services, flora: Simulator, clock: HandClock, runs: int
-) -> None:
-    """The run of the key may be older than the start, and known here: a run that somebody begins
-    meanwhile is not taken for it."""
-    flora.world.options = replace(flora.world.options, idempotency="conflict")
-    (workspace,) = services.workspaces
-    body = start_body(PROMPT, idempotency_key="key-1")
-    theirs = await workspace.require_client().start_run(
-        "icon-pack", body=body, idempotency_key="key-1"
-    )
-    assert (await services.sweeper.sweep(workspace)).error is None
-    clock.move(3600)
-    with pytest.raises(StartPending):
-        await services.starter.start(request(), wait_in_doubt=False)
-    if runs == 2:
-        flora.start("icon-pack")
-    clock.move(240)
-    await services.recovery.recover()
-    clock.move(1200)
-    await services.recovery.recover()
-    row = await starts.get(services.database, "ws_simulator", "key-1")
-    assert row is not None
-    assert row.run_id == (theirs.run_id if runs == 1 else None)
-    assert len(flora.world.runs) == runs
-    possible = await services.resolver.possible(row)
-    assert possible is None if runs == 1 else set(possible or ()) == set(flora.world.runs)
-
-
 @pytest.mark.parametrize("fault", ["fails", "is slow"])
 async def test_an_interrupted_database_leaves_open_whether_a_start_is_sent(
     services: Services,

@@ -2,8 +2,7 @@
 
 A run in the history belongs to no start by itself: colleagues start the same technique. It is
 matched with a start only if FLORA says, by 409 or 422, that the start's key is in use, and exactly
-one run of the technique that became known since the first sending is not accounted for; since a day
-before, if FLORA knew the key by then.
+one run of the technique that became known since the first sending is not accounted for.
 
 What is compared are the times at which runs became known here. FLORA's creation times are compared
 with each other alone: its clock may differ from ours and from the header `Date`, and be set.

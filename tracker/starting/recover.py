@@ -206,7 +206,7 @@ class Recovery(Service):
             return 0
         for row in due:
             self._searched[row.workspace_id, row.idempotency_key] = self.clock.seconds()
-        since = min(self._as_sent(row).runs_since for row in due)
+        since = min(self._times(row).first_sent for row in due)
         read = None
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
@@ -227,7 +227,8 @@ class Recovery(Service):
         self, workspace: Workspace, held: HeldStart, read: HistoryRead | None
     ) -> bool:
         """End the doubt about one start, if possible now; whether it became a run."""
-        row = self._as_sent(held.row)
+        first_sent = self._times(held.row).first_sent
+        row = replace(held.row, in_use_since=first_sent, set_back=None)
         times = self._times(row)
         if read is None:
             if times.is_forgotten(None):
@@ -271,10 +272,6 @@ class Recovery(Service):
             log.warning("start.recovery_failed", key=held.key, error=str(error))
             return False
         return True
-
-    def _as_sent(self, row: StartRow) -> StartRow:
-        """The start with the time of its first sending by the clock as it is set now."""
-        return replace(row, in_use_since=self._times(row).first_sent, set_back=None)
 
     async def _leave_to_a_person(
         self, held: HeldStart, error: dict[str, Any] | None, possible: Collection[str]

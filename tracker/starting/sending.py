@@ -221,8 +221,7 @@ class StartSender:
                 # One that is not stored leaves the start in doubt, and it is sent again later.
                 return outcome if await held.record(state, kept) else pending(held.key)
         if verdict is StartVerdict.KEY_KNOWN or held.row.is_known_to_flora:
-            # The first request of a start meets a key that something else has used.
-            kept |= {"conflict": True} | ({} if in_doubt else {"used_before": True})
+            kept |= {"conflict": True}
         if held.row.excluded_runs:
             kept |= {"excluded": sorted(held.row.excluded_runs)}
         if verdict is StartVerdict.REFUSED and kept.get("status") in _ABOUT_THE_REQUEST:

@@ -70,8 +70,6 @@ LISTED: Final = (StartState.STORED, *UNKNOWN)
 """States that can be listed: rare, each with its own index."""
 SET_BACK: Final = timedelta(minutes=1)
 """By how much our clock may have been set back since a start was sent."""
-KEY_LONGEST: Final = timedelta(hours=24)
-"""How long FLORA may remember a key: the longer of its two accounts."""
 MOST_POSSIBLE: Final = 100
 """How many runs that a start may have become are stored."""
 
@@ -91,9 +89,8 @@ class StartRow:
 
     The key was first sent at `in_use_since` and last at `sent_at`. `request_body` is kept while it
     may have to be repeated. `error` is the last answer without a run: status, code, message,
-    fields; `conflict` in it says that FLORA knows the key, `used_before` that it did when the key
-    was first sent, `possible` which runs the start may have become, `excluded` which a person says
-    it has not. Each of `reserved_runs` runs takes
+    fields; `conflict` in it says that FLORA knows the key, `possible` which runs the start may
+    have become, `excluded` which a person says it has not. Each of `reserved_runs` runs takes
     `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
     first run and those not observed yet. `sent_clock` is when it was sent by a clock that only runs
     forward (`sent_by`), `set_back` by how many seconds the clock was set back since the first time.
@@ -128,13 +125,6 @@ class StartRow:
         """When its key was first sent, rather too early, by the clock as it is set now; when it was
         stored, if that is unknown."""
         return (self.in_use_since or self.created_at) - timedelta(seconds=self.set_back or 0.0)
-
-    @property
-    def runs_since(self) -> datetime:
-        """Since when the run of its key may have become known: before it was first sent if FLORA
-        knew the key by then, from another program or before a restore."""
-        used_before = (self.error or {}).get("used_before")
-        return self.first_sent - KEY_LONGEST if used_before else self.first_sent
 
     @property
     def last_sent(self) -> datetime:
@@ -463,7 +453,7 @@ async def _in_states(db: Database, *states: StartState) -> list[StartRow]:
 
 
 async def possible(db: Database, row: StartRow, run_ids: Iterable[str]) -> set[str]:
-    """Those of the runs that may be the start's: they became known since `runs_since`, FLORA
+    """Those of the runs that may be the start's: they became known since its first sending, FLORA
     listed them when it was done with the last request, and nothing else accounts for them (they are
     of no other start or technique, were not given to `track`, and no person has excluded them)."""
     listed = row.possible_runs
@@ -473,7 +463,7 @@ async def possible(db: Database, row: StartRow, run_ids: Iterable[str]) -> set[s
         db,
         list(found),
         technique_id=row.technique_id,
-        known_before=row.runs_since - SET_BACK,
+        known_before=row.first_sent - SET_BACK,
     )
 
 
