@@ -1,8 +1,8 @@
 """The configured workspaces: one API key and its signing secrets each.
 
-Where only one workspace is configured its id is optional: it is learnt from FLORA's first list or,
-without an API key, from the first authentic callback. Before a start, `Workspaces.id_of` makes sure
-of it by the key.
+Where only one workspace is configured its id is optional: it is learnt from FLORA's first list, and
+until then from the first authentic callback. Before a start, `Workspaces.id_of` makes sure of it by
+the key.
 """
 
 import asyncio
@@ -67,6 +67,8 @@ class Workspace:
     """Whether items that ended a while ago carry outputs or a cost; updated by each page."""
     lists_carry_costs: bool = True
     """Whether history pages carry costs; false once a single read showed one that a page lacked."""
+    is_assumed: bool = False
+    """Whether the id is that of a callback, until FLORA names the one of the API key."""
     on_named: Callable[["Workspace"], None] = lambda _: None
 
     def __post_init__(self) -> None:
@@ -77,11 +79,13 @@ class Workspace:
         """The id, or `UNKNOWN`."""
         return self.workspace_id or UNKNOWN
 
-    def learn(self, workspace_id: str | None) -> None:
-        """Take over FLORA's id if none is known yet."""
-        if self.workspace_id is None and workspace_id:
-            self.workspace_id = workspace_id
-            self.on_named(self)
+    def learn(self, workspace_id: str | None, *, is_assumed: bool = False) -> None:
+        """Take over FLORA's id if none is known yet, or it is only assumed."""
+        if workspace_id and (self.workspace_id is None or self.is_assumed > is_assumed):
+            is_other = workspace_id != self.workspace_id
+            self.workspace_id, self.is_assumed = workspace_id, is_assumed
+            if is_other:
+                self.on_named(self)
 
     def check_listed(self, listed: Iterable[str | None]) -> None:
         """Check the key against the workspace ids of a list that it has read.
@@ -91,7 +95,7 @@ class Workspace:
         ids = [one for one in listed if one]
         if not ids:
             return
-        self.learn(ids[0])
+        self.learn(self.workspace_id if self.workspace_id in ids else ids[0])
         error = None
         if self.workspace_id not in ids:
             error = OtherWorkspace(
@@ -162,7 +166,7 @@ class Workspaces:
             before = client.key_fingerprint
             client.rotate_key(api_key)
             if client.key_fingerprint != before:  # which may be of another workspace
-                workspace.workspace_id = workspace.configured_id
+                workspace.workspace_id, workspace.is_assumed = workspace.configured_id, False
                 workspace.on_named(workspace)
 
     def _signers(self) -> dict[str, list[Workspace]]:
@@ -211,10 +215,19 @@ class Workspaces:
         return None if workspace.workspace_id is None else [workspace.workspace_id, None]
 
     async def with_id(self, workspace_id: str) -> Workspace | None:
-        """The workspace whose API key is that workspace's. Raises as `id_of` does."""
-        for one in self.keyed:
-            if await self.id_of(one) == workspace_id:
-                return one
+        """The workspace whose API key is that workspace's; `None` if there is none.
+
+        Raises as `id_of` does, if there is none among those whose key says whose it is.
+        """
+        failure: Exception | None = None
+        for one in sorted(self.keyed, key=lambda one: workspace_id != one.workspace_id):
+            try:
+                if await self.id_of(one) == workspace_id:
+                    return one
+            except (FloraError, SettingsError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
         return None
 
     async def id_of(

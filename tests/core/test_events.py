@@ -67,6 +67,7 @@ def test_only_real_changes_are_events() -> None:
         (settled("0.1"), settled("0.2"), [costs]),
         (settled(), with_outputs(1), [settles]),
         (with_outputs(1), with_outputs(2), [settles]),
+        (with_outputs(2), with_outputs(1), []),  # they are back with the next read
         (with_outputs(1), with_outputs(1, "new"), []),
         (failed("a"), failed("b"), [settles]),
         (failed("a"), settled("0.1"), [settles, costs]),

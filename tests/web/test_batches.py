@@ -380,6 +380,25 @@ async def test_rows_that_met_a_refused_key_are_started_too(serve: Serve, databas
         assert (done["started"], done["stopped"], len(flora.world.runs)) == (5, None, 5)
 
 
+async def test_a_forbidden_technique_ends_a_launch(serve: Serve, sqlite_url: str) -> None:
+    """FLORA says of a 403 that it is not to be repeated: the batch ends, and says why."""
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        works = site.services.batch_worker
+        works.go_on_after = timedelta(0)
+        made = await create(site, 201)
+        flora.world.options = replace(flora.world.options, refuse={"runs.start": "forbidden"})
+        for _ in range(5):
+            await works.launch_due()
+
+        async def has_ended() -> bool:
+            await works.launch_due()
+            return not (await shown(site, made["batch_id"]))["launching"]
+
+        await eventually(has_ended, timeout=30)
+        assert "403" in (await shown(site, made["batch_id"]))["stopped"]
+        assert flora.world.counts[("runs.start", 403)] <= works.concurrency
+
+
 async def test_a_launch_waits_for_a_key_of_its_workspace(serve: Serve, sqlite_url: str) -> None:
     """A key that is rotated while rows are started ends no batch either."""
     async with working(serve, sqlite_url, worker=False) as (site, flora):

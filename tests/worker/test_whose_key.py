@@ -93,6 +93,23 @@ async def test_swapped_keys_start_nothing_where_flora_lists_no_workspaces(
             assert flora.world.runs[run_id or ""].workspace.workspace_id == named
 
 
+async def test_a_refused_key_of_another_workspace_stops_no_batch(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """The workspace of a batch is found, whatever is wrong with the keys before its own."""
+    async with make_flora(more_workspaces=(OTHER,)) as flora:
+        settings = moved(flora)
+        wrong = {"id": "ws_other", "api_key": "sk_test_which_nobody_has"}
+        services = await open_on(
+            flora, **settings | {"workspaces": (wrong, *settings["workspaces"])}
+        )
+        found = await services.workspaces.with_id("ws_simulator")
+        assert found is not None
+        assert found.workspace_id == "ws_simulator"
+        with pytest.raises(FloraError, match="401"):
+            await services.workspaces.with_id("ws_other")
+
+
 async def test_the_settings_name_the_workspace_where_there_are_no_lists(
     flora: Simulator, open_on: OpenServices
 ) -> None:

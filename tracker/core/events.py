@@ -59,7 +59,7 @@ def events_between(before: Record | None, after: Record) -> list[EventType]:
         return [event for event in (EventType.SETTLED, EventType.LOST) if still_holds(event, after)]
     events = []
     if tracking is Tracking.SETTLED:
-        if reported(before.run) != reported(after.run) or _filtered(before) != _filtered(after):
+        if settles_anew(before.run, after.run) or _filtered(before) != _filtered(after):
             events.append(EventType.SETTLED)
         if _bill(before) != _bill(after):
             events.append(EventType.COST_CHANGED)
@@ -75,18 +75,23 @@ def event_id(event: EventType, after: Record) -> str:
     if event is not EventType.SETTLED:
         return uuid4().hex
     run = after.run
-    told = repr((run.run_id, after.settled_at, *reported(run)))
+    told = repr((run.run_id, after.settled_at, *_reported(run)))
     return sha256(told.encode(errors="replace")).hexdigest()[:32]
 
 
-def reported(run: Run) -> tuple[str, str, int]:
-    """What `run.settled` is sent again for if it changes: the end, and how many outputs there are
-    (their links may be new with each read)."""
+def settles_anew(before: Run, after: Run) -> bool:
+    """Whether a settled run shows another end, or outputs that were missing."""
+    (*end, outputs), (*new_end, new_outputs) = _reported(before), _reported(after)
+    return new_end != end or new_outputs > outputs
+
+
+def _reported(run: Run) -> tuple[str, str, int]:
+    """The end, and how many outputs there are (their links may be new with each read)."""
     return str(run.status), run.error.code if run.error else "", len(run.outputs or ())
 
 
 def _filtered(record: Record) -> tuple[object, ...]:
-    """What decides, besides `reported`, which endpoints want the run."""
+    """What decides, besides `_reported`, which endpoints want the run."""
     return record.run.workspace_id, record.run.technique_id, record.tags
 
 

@@ -26,7 +26,7 @@ import httpx
 
 from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
-from tracker.core.events import EventType, RunFilter, reported
+from tracker.core.events import EventType, RunFilter, settles_anew
 from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source
@@ -226,7 +226,7 @@ def changes_of_settled(events: Iterable[Mapping[str, Any]], number: int) -> list
             continue
         found = []
         if run is not None and run.settled and after.settled:
-            if reported(run) != reported(after):
+            if settles_anew(run, after):
                 found.append(EventType.SETTLED)
             if run.charged_cost != after.charged_cost:
                 found.append(EventType.COST_CHANGED)

@@ -77,9 +77,9 @@ def parse_stored(workspaces: Workspaces, delivery: Delivery) -> ParsedDelivery:
             None, f"it names workspace {seen.workspace_id}, which is not configured here"
         )
     if len(workspaces) == 1:
-        # A key's lists show its workspace; secrets may be of another one, as after a rotation.
-        if workspace is not None and workspace.client is None:
-            workspace.learn(seen.workspace_id)
+        if workspace is not None:
+            # The secret may be of another workspace than the key, as after a rotation.
+            workspace.learn(seen.workspace_id, is_assumed=True)
         return ParsedDelivery(seen)
     # That workspace, and those that share a secret with it.
     secrets = set(workspace.secrets) if workspace is not None else set()

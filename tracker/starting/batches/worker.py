@@ -20,7 +20,6 @@ from tracker.core.clock import boot_seconds
 from tracker.core.errors import (
     BudgetExceeded,
     FloraRefusal,
-    Forbidden,
     KeyRefused,
     MaxCostReached,
     RateLimited,
@@ -219,7 +218,7 @@ class BatchWorker(Service):
 def _is_passing(stopped: TrackerError) -> bool:
     """Whether a launch that ended for this reason goes on by itself."""
     if isinstance(stopped, FloraRefusal) and stopped.from_flora:
-        return isinstance(stopped, KeyRefused | Forbidden | RateLimited | ServerFault)
+        return isinstance(stopped, KeyRefused | RateLimited | ServerFault)
     return not isinstance(stopped, BudgetExceeded | MaxCostReached)
 
 
