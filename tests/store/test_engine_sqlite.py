@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from contextlib import closing, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.store.making import callback, open_writer, receipts, taken_again
 from tests.support.databases import copy_sqlite
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
+from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.url import DatabaseTimes
 
@@ -133,6 +135,29 @@ async def test_the_log_of_the_file_before_is_not_written_into_another(
     log.rename(tmp_path / "old.db-wal")
     async with await Database.open(f"sqlite:///{old}") as db:
         assert set(await receipts(db)) == {"whd_run_last"}
+
+
+async def test_a_file_that_was_removed_is_not_taken_for_a_copy_in_its_place() -> None:
+    """On a disk the copy may be given the number of the file that was removed."""
+    with TemporaryDirectory(dir="/var/tmp") as folder:
+        path, backup = Path(folder, "tracker.db"), Path(folder, "backup.db")
+        await migrate.upgrade(f"sqlite:///{path}")
+        async with await Database.open(f"sqlite:///{path}") as db, open_writer(db) as writer:
+            await writer.submit(callback("run_kept"))
+            with closing(sqlite3.connect(path)) as one:
+                one.execute(f"VACUUM INTO '{backup}'")
+            for number in range(40):
+                await writer.submit(callback(f"run_gone_{number}"))
+            path.unlink()
+            for _ in range(3):
+                with pytest.raises(StoreUnavailable):
+                    await writer.submit(callback("run_refused"))
+                with pytest.raises(StoreUnavailable):
+                    await receipts(db)
+            shutil.copyfile(backup, path)
+            await writer.submit(callback("run_after"))
+            assert set(await receipts(db)) == {"whd_run_kept", "whd_run_after"}
+            assert await db.fetchval(text("PRAGMA integrity_check")) == "ok"
 
 
 async def test_the_log_of_the_new_file_is_left_to_it(sqlite_url: str, tmp_path: Path) -> None:

@@ -69,16 +69,36 @@ FileId = tuple[int, int] | None
 """The file that a path names at one moment, by device and number; `None` for none."""
 
 
+class _Pin:
+    """One file by its id, which no other is given as long as it is pinned (on Linux)."""
+
+    def __init__(self) -> None:
+        self.id: FileId = None
+        self._handle: int | None = None
+
+    def put(self, path: str | None) -> None:
+        """Pin the file at `path` in place of the one before; `None` pins none."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self.id = self._handle = None
+        if path is None:
+            return
+        with suppress(OSError):
+            if hasattr(os, "O_PATH"):
+                # Another kind of handle would drop SQLite's locks when it is closed.
+                self._handle = os.open(path, os.O_PATH)
+            self.id = _file_id(path if self._handle is None else self._handle)
+
+
 class SqliteFile:
     """The file at `path`, which may be replaced by another, and the log beside it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = Lock()
-        self._used: FileId = None
-        self._log: FileId = None  # of the file in use
+        self._used = _Pin()
+        self._log = _Pin()  # of the file in use
         self._log_path = ""
-        self._handle: int | None = None  # on that log: as long as it is open, no other has its id
 
     def now(self) -> FileId:
         """The file that is there now."""
@@ -88,42 +108,35 @@ class SqliteFile:
         """Note the log of a file that was just used."""
         found = _file_id(self._log_path)
         with self._lock:
-            if opened is not None and self.now() == opened:
-                self._used = opened
-                if found != self._log:
-                    self._hold(self._log_path)
+            if self._log_path and opened is not None and self.now() == opened:
+                if opened != self._used.id:
+                    self._used.put(self.path)
+                if found != self._log.id:
+                    self._log.put(self._log_path)
 
     def close(self) -> None:
-        """Let go of the log, for good."""
+        """Let go of both, for good."""
         with self._lock:
             self._log_path = ""
-            self._hold(None)
-
-    def _hold(self, log: str | None) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-        self._handle = self._log = None
-        with suppress(OSError):
-            if log is not None:
-                self._handle = os.open(log, os.O_RDONLY)
-                self._log = _file_id(self._handle)
+            self._used.put(None)
+            self._log.put(None)
 
     def about_to_open(self) -> FileId:
         """The file that is there, without the log of the one that was there before. Raises
         `OSError` if that cannot be moved away."""
         with self._lock:
             found = self.now()
-            if found is None or found == self._used:
+            if found is None or found == self._used.id:
                 return found
             path = self._log_path = f"{os.path.realpath(self.path)}-wal"
-            if self._log is not None and _file_id(path) == self._log:
-                away = f"{path}.{self._log[1]}"
+            if self._log.id is not None and _file_id(path) == self._log.id:
+                away = f"{path}.{self._log.id[1]}"
                 os.rename(path, away)
                 with suppress(FileNotFoundError):
                     os.unlink(f"{path.removesuffix('wal')}shm")  # the index of that log
                 log.warning("database.replaced", path=self.path, log=away, advice=_REPLACED)
-            self._used = found
-            self._hold(None)
+            self._used.put(self.path)
+            self._log.put(None)
             return found
 
 
