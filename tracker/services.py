@@ -387,7 +387,7 @@ def _workspaces(
                 deadline=seconds,
                 on_request=metrics.requests_of(workspace),
                 shared_waits=DatabaseWaits(database, workspace.place, process=process, clock=clock),
-                find_new_key=rotation.check,
+                find_new_key=rotation.check_or_retry,  # commands do not check by themselves
             )
         opened.append(workspace)
     return Workspaces(opened, database=database, clock=clock)

@@ -176,6 +176,24 @@ def test_a_signing_secret_that_is_rotated_counts(
         tracker.verify_callback(body, signed(body, "whsec_old"))
 
 
+def test_a_signing_secret_that_is_named_before_it_is_there_counts_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one is in force until the new file is there, whichever is written first."""
+    (tmp_path / "secret").write_text("whsec_old")
+    config = tmp_path / "tracker.toml"
+    config.write_text('flora_webhook_secret = "file:secret"')
+    monkeypatch.setenv("TRACKER_CONFIG", str(config))
+    tracker, body = Tracker.from_env(), event("run_1")
+    config.write_text('flora_webhook_secret = "file:secret2"')
+    for _ in range(2):
+        assert tracker.verify_callback(body, signed(body, "whsec_old")).run_id == "run_1"
+    (tmp_path / "secret2").write_text("whsec_newer")
+    assert tracker.verify_callback(body, signed(body, "whsec_newer")).run_id == "run_1"
+    with pytest.raises(errors.SignatureError):
+        tracker.verify_callback(body, signed(body, "whsec_old"))
+
+
 def test_each_tracker_keeps_to_its_own_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,18 @@ async def test_a_start_goes_on_with_a_new_key(rotated: Rotated, noticed: str) ->
     assert rotated.runs == ["ws_simulator"] * 2
 
 
+async def test_a_new_key_counts_once_its_file_is_there(rotated: Rotated) -> None:
+    """The settings name the file before it is there: the next refusal after that finds the key."""
+    change(rotated.flora, api_key=NEXT_KEY)
+    (rotated.file.parent / "tracker.toml").write_text('flora_api_key = "file:next"')
+    assert await attempt(rotated.services) is None
+    assert rotated.rotation.stale is not None
+    (rotated.file.parent / "next").write_text(NEXT_KEY)
+    [workspace] = rotated.services.workspaces
+    workspace.require_client().breaker.accepted()  # lets the next request through at once
+    assert await attempt(rotated.services, "key-2") is not None
+
+
 async def test_a_start_in_doubt_never_goes_to_another_workspace(
     rotated: Rotated, clock: HandClock
 ) -> None:

@@ -189,7 +189,7 @@ class Tracker(BatchCalls):
         """
         from tracker.library.callbacks import verified
 
-        self._verifying.check()
+        self._verifying.check_or_retry()
         return verified(self._verifying.settings, body, headers)
 
     async def receive_callback(

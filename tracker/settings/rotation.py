@@ -58,6 +58,14 @@ class Rotation:
         changed = any(file_state(path) != state for path, state in self._files.items())
         return changed and self.reload()
 
+    def check_or_retry(self) -> bool:
+        """As `check`, and reload also if the last reload failed; return whether a secret is new.
+
+        The fix of a failure may be in a file that was never read, such as one that the settings
+        named before it was there. Then each call reads all files, until they can be used.
+        """
+        return self.check() if self._failure is None else self.reload()
+
     def reload(self) -> bool:
         """Read all files again; return whether a secret is new.
 
@@ -130,8 +138,7 @@ class Rotation:
 
     async def _check_next(self) -> None:
         await asyncio.sleep(CHECK_SECONDS)
-        # The fix of a failure may be in a file that was never read.
-        self.check() if self._failure is None else self.reload()
+        self.check_or_retry()
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:
