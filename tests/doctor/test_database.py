@@ -5,7 +5,7 @@ import re
 import secrets
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -267,6 +267,21 @@ async def test_the_limit_of_a_role_or_database_counts_where_it_is_closer(postgre
         await _execute(postgres_url, f"ALTER ROLE {role} CONNECTION LIMIT -1")
         await _execute(postgres_url, f'ALTER DATABASE "{name}" CONNECTION LIMIT 50')
         assert "of 50 connections are in use" in (await _check(url, patience=2))["database"].seen
+
+
+async def test_the_limit_with_the_greatest_share_in_use_counts(postgres_url: str) -> None:
+    """A limit that is nearly used up is reported, also where another has fewer connections left."""
+    grants = ["GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"]
+    async with _role(postgres_url, *grants) as url, AsyncExitStack() as stack:
+        role, name = urlsplit(url).username, postgres_url.rpartition("/")[2]
+        await _execute(postgres_url, f"ALTER ROLE {role} CONNECTION LIMIT 4")
+        await _execute(postgres_url, f'ALTER DATABASE "{name}" CONNECTION LIMIT 20')
+        for _ in range(15):
+            connection = await asyncpg.connect(postgres_url)
+            stack.push_async_callback(connection.close)
+        report = await _check(url, patience=2)
+    assert report.level("database") is Level.WARNING
+    assert "of 20 connections are in use" in report["database"].seen
 
 
 async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) -> None:

@@ -118,8 +118,8 @@ class PostgresInspection:
 
     `major` is the first number of `version`. `refuses_writes` is why no row can be written,
     `lacking` names the tables that this role may not read and change. `connections` of
-    `most_connections` are in use, by the limit of which fewest are left: that of the server, of
-    the database or of the role. `own` of them are the tracker's. `notifies` is whether a
+    `most_connections` are in use, by the limit of which the greatest share is: that of the server,
+    of the database or of the role. `own` of them are the tracker's. `notifies` is whether a
     notification arrives. `clock_ahead` is the server's clock minus ours, `size` is in bytes on
     disk.
     """
@@ -160,7 +160,7 @@ SELECT current_setting('server_version') AS version,
        (SELECT count(*)::int FROM pg_stat_activity
         WHERE application_name LIKE 'tracker%' AND application_name <> $1) AS own,
        connections, most_connections
-FROM limits ORDER BY most_connections - connections LIMIT 1
+FROM limits ORDER BY connections::float / greatest(most_connections, 1) DESC LIMIT 1
 """
 _LACKING: Final = """
 SELECT name FROM unnest($1::text[]) AS name
