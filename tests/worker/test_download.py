@@ -21,7 +21,7 @@ from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.waiting import cancel
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.delivering.files import MANIFEST
-from tracker.delivering.saving import DownloadOutcome, WantedRun, jobs_of
+from tracker.delivering.saving import DownloadOutcome, DownloadResult, WantedRun, jobs_of
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
@@ -341,6 +341,38 @@ async def test_a_batch_names_its_files_by_row(services: Services, folder: Path) 
     told = {one.row: one.status for one in report.absent}
     assert told["002"] == "pending"
     assert told["010"] == "not_started"
+    assert not report.complete
+
+
+async def test_files_of_a_batch_are_reported_also_if_the_folder_is_gone_at_the_end(
+    services: Services, folder: Path
+) -> None:
+    """What was downloaded while the batch ran is in the report, which is not complete."""
+    batch, entries = await keep_batch(services, 2)
+    for number, entry in enumerate(entries, 1):
+        await start_row(services, entry, f"run_{number}")
+    begun, come = asyncio.Event(), list[DownloadResult]()
+
+    async def run_batch() -> str:
+        begun.set()
+        await settle(services, "run_1", [Output("poem", "text", "a")])
+        await eventually(lambda: come)
+        folder.rename(folder.with_name("away"))
+        folder.write_text("")
+        return "outcome"
+
+    report = DownloadReport()
+    outcome = await services.downloader.alongside(
+        run_batch(),
+        batch.batch_id,
+        DownloadOptions(to=folder),
+        report,
+        begun=begun,
+        on_result=come.append,
+    )
+    assert outcome == "outcome"
+    assert "cannot be written to" in (report.failure or "")
+    assert [(one.job.run_id, one.outcome) for one in report.results] == [("run_1", "fetched")]
     assert not report.complete
 
 

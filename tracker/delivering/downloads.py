@@ -85,7 +85,11 @@ class DownloadReport:
     @property
     def complete(self) -> bool:
         """Whether every requested output is there."""
-        return not self.of(DownloadOutcome.FAILED) and all(one.harmless for one in self.absent)
+        return (
+            self.failure is None
+            and not self.of(DownloadOutcome.FAILED)
+            and all(one.harmless for one in self.absent)
+        )
 
 
 OnResult = Callable[[DownloadResult], None]
@@ -221,7 +225,8 @@ class Downloader:
 
         Each row is downloaded as its run settles, from when the batch is `begun`. At the end what
         is missing is tried once more; `report` has the result for every output, or why the
-        directory cannot be used: what was paid for is reported all the same.
+        directory cannot be used any more, with the results until then: what was paid for is
+        reported all the same.
         """
 
         meanwhile = DownloadReport()
@@ -245,6 +250,7 @@ class Downloader:
             await self.download(source, options, report, on_result=on_result)
         except DownloadDirectoryError as error:
             report.failure = str(error)
+            report.results = list(meanwhile.results)
         fetched = {one.job.key: one for one in meanwhile.of(DownloadOutcome.FETCHED)}
         report.results = [
             fetched.get(one.job.key, one) if one.outcome is DownloadOutcome.PRESENT else one

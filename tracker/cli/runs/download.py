@@ -188,15 +188,12 @@ def _summary(report: "DownloadReport", to: Path) -> str:
 
 
 def report_files(report: "DownloadReport", to: Path) -> bool:
-    """The files of a batch that are there, and a line for each cause of failure, on stderr.
+    """Report the files of a batch, and each cause of failure, on stderr.
 
-    Whether a file is missing.
+    Returns whether a file is, or may be, missing.
     """
     from tracker.delivering.saving import DownloadOutcome
 
-    if report.failure is not None:
-        note(f"tracker: not downloaded: {report.failure}")
-        return True
     causes: defaultdict[str, set[int]] = defaultdict(set)
     for one in report.of(DownloadOutcome.FAILED):
         causes[one.error or ""].add(int(one.job.row or 0))
@@ -207,7 +204,12 @@ def report_files(report: "DownloadReport", to: Path) -> bool:
         note(f"tracker: not downloaded: {error} ({line_numbers(list(rows), 'row')})")
     entries = [one.entry for one in report.results if one.entry is not None]
     size = size_text(sum(entry.size for entry in entries))
-    note(f"{counted(len(entries), 'file')} in {to} ({size}).")
+    files = counted(len(entries), "file")
+    if report.failure is not None:
+        note(f"tracker: not downloaded: {report.failure}")
+        note(f"{files} downloaded before that ({size}).")
+        return True
+    note(f"{files} in {to} ({size}).")
     return bool(causes)
 
 
