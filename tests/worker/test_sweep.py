@@ -473,3 +473,37 @@ async def test_a_sweep_that_is_cancelled_as_it_takes_its_lease_drops_it(
     sweeping.cancel()
     await asyncio.wait([sweeping])
     assert await held_leases(services) == []
+
+
+async def test_a_sweep_that_is_cancelled_as_it_ends_drops_its_lease(
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told to stop while the last renewal, which may take the lease again, comes to its
+    end."""
+    flora.start()
+    renewing, ending = asyncio.Event(), asyncio.Event()
+    take = claims.take_lease
+
+    async def takes(*args: Any, **more: Any) -> bool:
+        if asyncio.current_task() is sweeping:
+            return await take(*args, **more)
+        renewing.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ending.set()
+            await asyncio.sleep(0.05)
+            await take(*args, **more)
+
+    monkeypatch.setattr(claims, "take_lease", takes)
+    services.sweeper.renew_after = 0.0
+
+    async def wait(_: list[str]) -> None:
+        await renewing.wait()
+
+    on_history(services, wait)
+    sweeping = asyncio.create_task(sweep(services))
+    await ending.wait()
+    sweeping.cancel()
+    await asyncio.wait([sweeping])
+    assert await held_leases(services) == []

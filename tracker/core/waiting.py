@@ -77,6 +77,21 @@ async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None)
         await asyncio.wait(running, timeout=seconds)
 
 
+async def to_its_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
+    """The result of `work`, such as a write about a lease, which goes on though the caller is
+    cancelled: one that were committed later would take again what was released, or not release it.
+
+    The cancellation is raised when it has ended, or after so many seconds.
+    """
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=seconds)
+        raise
+
+
 async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all, run concurrently. If one fails, the others are cancelled and its error
     raised."""

@@ -37,7 +37,7 @@ from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.core.record import Observed
 from tracker.core.run import RunType
-from tracker.core.waiting import cancel, repeat
+from tracker.core.waiting import cancel, repeat, to_its_end
 from tracker.polling.history import HistoryWalk, Hole, PageUnreadable, WalkedPage
 from tracker.polling.listed import attributed_page, without_removed
 from tracker.polling.pauses import Coalescer
@@ -145,11 +145,13 @@ class Sweeper(Service):
         try:
             await sweep.run()
         finally:
-            await cancel(renewing)  # else it might take back what is dropped
-            await self._drop(sweep.lease)
+            # Two writes, one after the other.
+            ending = self._drop(sweep.lease, renewing)
+            await to_its_end(ending, seconds=2 * claims.LEASE_SECONDS)
         return sweep.report
 
-    async def _drop(self, lease: str) -> None:
+    async def _drop(self, lease: str, renewing: "asyncio.Task[None] | None" = None) -> None:
+        await cancel(renewing)  # else it might take back what is dropped
         with suppress(StoreError):  # it then expires
             await claims.drop_lease(self.database, lease, self.holder)
 

@@ -4,10 +4,9 @@ Both expire, so that the work of a crashed process is taken up again. Of a run, 
 claim and its times is written here.
 """
 
-import asyncio
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
@@ -28,6 +27,7 @@ from sqlalchemy import (
 from tracker.core.record import LOST_READ_EVERY, Record
 from tracker.core.run import Precedence, Tracking
 from tracker.core.schedule import Policy, PollReason
+from tracker.core.waiting import to_its_end
 from tracker.store.engine import Database
 from tracker.store.rows import RUN_COLUMNS, records
 from tracker.store.schema import is_free, leases, runs, word
@@ -41,7 +41,6 @@ _APART: Final = timedelta(seconds=5)
 """How much the clocks of processes on one database may differ."""
 LEASE_SECONDS: Final = 1.0
 """How long a caller that is cancelled waits until what it writes about a lease is committed."""
-T = TypeVar("T")
 
 WorkspaceScope = Sequence[str | None] | None
 """The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
@@ -213,25 +212,13 @@ async def take_lease(
     may_take = or_(leases.c.until <= now, leases.c.until > beyond, leases.c.holder == holder)
     values = {"holder": holder, "until": now + duration}
     statement = db.upsert(leases, {"name": name}, values, may_take).returning(leases.c.name)
-    return await _to_its_end(db.execute_row(statement)) is not None
+    return await to_its_end(db.execute_row(statement), seconds=LEASE_SECONDS) is not None
 
 
 async def drop_lease(db: Database, name: str, holder: str) -> None:
     """Release the lease `name`, if `holder` has it."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
-    await _to_its_end(db.execute(statement))
-
-
-async def _to_its_end(write: Coroutine[Any, Any, T]) -> T:
-    """The result of a write about a lease, which goes on though the caller is cancelled: one that
-    were committed later would take again what was released, or not release it."""
-    task = asyncio.create_task(write, name="lease")
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task], timeout=LEASE_SECONDS)
-        raise
+    await to_its_end(db.execute(statement), seconds=LEASE_SECONDS)
 
 
 def within(
