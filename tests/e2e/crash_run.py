@@ -49,7 +49,7 @@ FAULTS: dict[str, Any] = {
     "failed_starts": 0.02,
     "slow_starts": 0.02,
     "slow_seconds": 5.0,
-    "gateway_reads": 0.02,
+    "gateway_reads": 0.2,  # a failed read is tried another way
     "gateway_pages": 0.02,
 }
 Role = Literal["serve", "receiver", "worker", "batch"]
