@@ -1,7 +1,8 @@
 """The command line: one file for each group of commands, and no logic.
 
     app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
-    setup.py       settings, log, services, and arguments that commands share
+    options.py     how options and arguments are declared, and those that commands share
+    setup.py       settings, log and services of a command
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
     serve.py       serve, worker                simulation.py  serve --simulate
     reconcile.py   reconcile, poll, verify      simulate.py    simulate, demo

@@ -10,13 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Final, NoReturn
+from typing import Final, NoReturn
 
 import typer
 from typer.core import TyperArgument
 
 from tracker.cli import audit, database, doctor, reconcile, serve, simulate, spending, techniques
 from tracker.cli.batches import batch, batches
+from tracker.cli.options import option
 from tracker.cli.output import note
 from tracker.cli.runs import runs, starts
 from tracker.cli.webhooks import deliveries, endpoints, listen, messages
@@ -69,10 +70,9 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _tracker(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
+    version: bool = option(
+        "Show the version.", "--version", default=False, callback=_show_version, is_eager=True
+    ),
 ) -> None:
     pass
 

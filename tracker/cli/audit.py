@@ -1,12 +1,12 @@
 """`tracker audit`: who did what, and who was refused."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from tracker.cli.output import JsonFlag
-from tracker.cli.setup import CursorOption, LimitOption, age_option, print_list
+from tracker.cli.options import AS_JSON, CURSOR, LIMIT, age, option
+from tracker.cli.setup import print_list
 
 if TYPE_CHECKING:
     from tracker.store.engine import Database
@@ -19,19 +19,14 @@ app = typer.Typer(
 
 @app.command("list")
 def list_(
-    since: Annotated[
-        timedelta | None, age_option("Entries of the last 24h, 7d, …", metavar="AGE")
-    ] = None,
-    action: Annotated[
-        str | None,
-        typer.Option(
-            help="Filter by action: start, launch, stop, resolve, replay, acknowledge, forget, "
-            "resend, enable_endpoint, test_endpoint, prune, sign_in, sign_out or refused."
-        ),
-    ] = None,
-    limit: LimitOption = 50,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    since: timedelta | None = age("Entries of the last 24h, 7d, …"),
+    action: str | None = option(
+        "Filter by action: start, launch, stop, resolve, replay, acknowledge, forget, "
+        "resend, enable_endpoint, test_endpoint, prune, sign_in, sign_out or refused."
+    ),
+    limit: int = LIMIT,
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List the audit log, newest first."""
     from tracker.store.clock import shared_clock

@@ -5,13 +5,13 @@ import os
 import time
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, Screen, note, print_fields, print_json, print_table
-from tracker.cli.setup import age_option, configure, run_on_database, run_once
+from tracker.cli.options import AS_JSON, age, flag, option
+from tracker.cli.output import Screen, note, print_fields, print_json, print_table
+from tracker.cli.setup import configure, run_on_database, run_once
 from tracker.core.errors import StoreUnavailable, TrackerError
 
 if TYPE_CHECKING:
@@ -22,13 +22,12 @@ _STATUS_SECONDS: Final = 2.0
 _WANT_RECOUNT: Final = ("0010", "0012", "0020")
 """Migrations whose counts older processes do not keep."""
 _VARIABLE: Final = "TRACKER_DATABASE_URL"
-_age = partial(age_option, metavar="AGE")
 
 app = typer.Typer(name="db", help="Migrate, copy and prune the database.", no_args_is_help=True)
 
 
 @app.command()
-def upgrade(as_json: JsonFlag = False) -> None:
+def upgrade(as_json: bool = AS_JSON) -> None:
     """Migrate the database to this version's schema."""
     settings = configure()
     from tracker.store import migrate
@@ -56,7 +55,7 @@ def upgrade(as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def current(as_json: JsonFlag = False) -> None:
+def current(as_json: bool = AS_JSON) -> None:
     """Show the database's revision, and the newest one."""
     settings = configure()
     from tracker.store import migrate
@@ -71,15 +70,13 @@ def current(as_json: JsonFlag = False) -> None:
 
 @app.command("copy")
 def copy_(
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="URL",
-            envvar="TRACKER_COPY_TO",
-            help="Target: an empty database. Its tables are created if they are missing.",
-        ),
-    ],
-    as_json: JsonFlag = False,
+    to: str = option(
+        "Target: an empty database. Its tables are created if they are missing.",
+        metavar="URL",
+        default=...,
+        envvar="TRACKER_COPY_TO",
+    ),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Copy everything from TRACKER_DATABASE_URL to another database, in one transaction."""
     settings = configure()
@@ -120,7 +117,7 @@ def copy_(
 
 
 @app.command()
-def recount(as_json: JsonFlag = False) -> None:
+def recount(as_json: bool = AS_JSON) -> None:
     """Rebuild the rollups of the dashboards from the runs."""
     from tracker.store.writing import rollups
 
@@ -133,21 +130,15 @@ def recount(as_json: JsonFlag = False) -> None:
 
 @app.command("prune")
 def prune_(
-    older_than: Annotated[timedelta, _age("Remove settled runs older than this, as in 90d.")],
-    bodies_older_than: Annotated[
-        timedelta | None, _age("Remove raw bodies of callbacks. Default: 30d, or with their run.")
-    ] = None,
-    quarantined_older_than: Annotated[
-        timedelta | None, _age("Remove quarantined callbacks. Default: never.")
-    ] = None,
-    keys_older_than: Annotated[
-        timedelta | None, _age("Remove idempotency keys. Default: never.")
-    ] = None,
-    audit_older_than: Annotated[
-        timedelta | None, _age("Remove entries of the audit log. Default: 365d.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the rows.")] = False,
-    as_json: JsonFlag = False,
+    older_than: timedelta = age("Remove settled runs older than this, as in 90d.", default=...),
+    bodies_older_than: timedelta | None = age(
+        "Remove raw bodies of callbacks. Default: 30d, or with their run."
+    ),
+    quarantined_older_than: timedelta | None = age("Remove quarantined callbacks. Default: never."),
+    keys_older_than: timedelta | None = age("Remove idempotency keys. Default: never."),
+    audit_older_than: timedelta | None = age("Remove entries of the audit log. Default: 365d."),
+    dry_run: bool = flag("--dry-run", "Only count the rows."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Remove old rows, a few at a time, without stopping the service."""
 

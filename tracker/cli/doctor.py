@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
-from tracker.cli.output import JsonFlag, console, plain, print_json
+from tracker.cli.options import AS_JSON
+from tracker.cli.output import console, plain, print_json
 from tracker.core.errors import SettingsError
 from tracker.core.formatting import counted
 
@@ -16,7 +17,7 @@ _WIDTH: Final = 110
 """Maximum width: longer lines are hard to read, and cron's mail has no terminal."""
 
 
-def doctor(as_json: JsonFlag = False) -> int:
+def doctor(as_json: bool = AS_JSON) -> int:
     """Check a deployment from end to end, and say what to fix.
 
     Run it with the settings of the service. It changes nothing: test deliveries are removed again.

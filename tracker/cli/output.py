@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from tracker.flora.caller import Wait
     from tracker.services import Services
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 _UNLIMITED: Final = 10_000_000
 """Width of a table where stdout is no terminal."""

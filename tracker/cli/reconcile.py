@@ -3,10 +3,11 @@
 import asyncio
 from dataclasses import asdict
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from tracker.cli.output import JsonFlag, note, print_json, print_table
-from tracker.cli.setup import age_option, flora_deadline, run_once
+from tracker.cli.options import AS_JSON, age
+from tracker.cli.output import note, print_json, print_table
+from tracker.cli.setup import flora_deadline, run_once
 
 if TYPE_CHECKING:
     from tracker.polling.poll_round import PollReport
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
 
 
 def reconcile(
-    since: Annotated[
-        timedelta | None,
-        age_option("How far back to read, as in 24h or 7d. Default: as the scheduled sweep."),
-    ] = None,
-    as_json: JsonFlag = False,
+    since: timedelta | None = age(
+        "How far back to read, as in 24h or 7d. Default: as the scheduled sweep."
+    ),
+    as_json: bool = AS_JSON,
 ) -> int:
     """Sweep FLORA's run history once and show what was found."""
 
@@ -57,7 +57,7 @@ def reconcile(
     return 1 if failed else 0
 
 
-def poll(as_json: JsonFlag = False) -> int:
+def poll(as_json: bool = AS_JSON) -> int:
     """Poll all due runs once, and read due bills."""
 
     async def work(services: "Services") -> "PollReport":
@@ -94,10 +94,10 @@ def poll(as_json: JsonFlag = False) -> int:
 
 
 def verify(
-    since: Annotated[
-        timedelta, age_option("How far back to compare, as in 24h or 30d.", default="30d")
-    ] = timedelta(days=30),
-    as_json: JsonFlag = False,
+    since: timedelta = age(
+        "How far back to compare, as in 24h or 30d.", default=timedelta(days=30), show_default="30d"
+    ),
+    as_json: bool = AS_JSON,
 ) -> int:
     """Compare the database with FLORA's history.
 

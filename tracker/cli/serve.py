@@ -4,10 +4,11 @@ import ctypes
 import signal
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Final
 
 import typer
 
+from tracker.cli.options import flag, option
 from tracker.cli.setup import configure_service
 
 if TYPE_CHECKING:
@@ -21,32 +22,19 @@ _M_ARENA_MAX: Final = -8
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to bind.", min=0, max=65535)] = 8080,
-    no_worker: Annotated[
-        bool, typer.Option("--no-worker", help="Leave polling and sweeping to other processes.")
-    ] = False,
-    callbacks_only: Annotated[
-        bool, typer.Option("--callbacks-only", help="Serve callbacks and health alone.")
-    ] = False,
-    callbacks_port: Annotated[
-        int | None,
-        typer.Option(
-            help="Serve callbacks and health on this port, everything else on --port.",
-            min=0,
-            max=65535,
-        ),
-    ] = None,
-    callbacks_host: Annotated[
-        str | None,
-        typer.Option(help="Address to bind for --callbacks-port.", show_default="that of --host"),
-    ] = None,
-    simulate: Annotated[
-        bool,
-        typer.Option(
-            "--simulate", help="Run a local FLORA beside it and use that: no key, no cost."
-        ),
-    ] = False,
+    host: str = option("Address to bind.", default="127.0.0.1"),
+    port: int = option("Port to bind.", default=8080, min=0, max=65535),
+    no_worker: bool = flag("--no-worker", "Leave polling and sweeping to other processes."),
+    callbacks_only: bool = flag("--callbacks-only", "Serve callbacks and health alone."),
+    callbacks_port: int | None = option(
+        "Serve callbacks and health on this port, everything else on --port.", min=0, max=65535
+    ),
+    callbacks_host: str | None = option(
+        "Address to bind for --callbacks-port.", show_default="that of --host"
+    ),
+    simulate: bool = flag(
+        "--simulate", "Run a local FLORA beside it and use that: no key, no cost."
+    ),
 ) -> int:
     """Run receiver, API, dashboard and worker in one process.
 
@@ -98,10 +86,8 @@ def serve(
 
 
 def worker(
-    host: Annotated[str, typer.Option(help="Address to bind for --port.")] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(help="Serve /healthz and /metrics on this port.", min=0, max=65535)
-    ] = None,
+    host: str = option("Address to bind for --port.", default="127.0.0.1"),
+    port: int | None = option("Serve /healthz and /metrics on this port.", min=0, max=65535),
 ) -> int:
     """Run the worker alone: poll due runs, sweep the history.
 

@@ -1,4 +1,4 @@
-"""What commands share: settings and log, the event loop with its services, common arguments."""
+"""What commands share: settings and log, the event loop with its services, lists."""
 
 import asyncio
 import getpass
@@ -6,15 +6,10 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
-
-import typer
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tracker.cli.output import note, print_json, print_table, showing_waits
-from tracker.core.clock import utc_now
 from tracker.core.errors import FloraUnreachable
-from tracker.core.starts.tags import parse_tags
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -180,107 +175,3 @@ async def flora_deadline(
         raise FloraUnreachable(
             f"FLORA has not answered within {seconds:g} s", may_have_acted=True, timed_out=True
         ) from error
-
-
-def _check_run_id(text: str) -> str:
-    if not 1 <= len(text) <= 255 or not text.isprintable() or " " in text:
-        raise typer.BadParameter("must be FLORA's run_… identifier")
-    return text
-
-
-def check_run_ids(texts: list[str] | None) -> list[str]:
-    """Each of `texts` once. Raises `BadParameter` where one cannot be a run's id."""
-    return list(dict.fromkeys(map(_check_run_id, texts or ())))
-
-
-def check_not_empty(text: str | None) -> str | None:
-    """A script's variable that is not set must not mean that the option was left out."""
-    if text == "":
-        raise typer.BadParameter("must not be empty")
-    return text
-
-
-def checked(check: Callable[[V], T], value: V, option: str | None = None) -> T:
-    """`check(value)`. Raises `BadParameter` for its `ValueError`, about `option` where a parser of
-    the option does not call this."""
-    try:
-        return check(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
-
-
-def parse_value(text: str, form: str, option: str) -> tuple[str, str | None, str]:
-    """Id, type if it is given, and value of `ID=VALUE` or `ID:TYPE=VALUE`. Raises `BadParameter`
-    where `text` is not of this `form`."""
-    name, equals, value = text.partition("=")
-    input_id, colon, type_ = name.partition(":")
-    if not (equals and input_id) or (colon and not type_):
-        raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
-    return input_id, type_ or None, value
-
-
-def parse_age(text: str | timedelta) -> timedelta:
-    """A duration, as the parser of an option. Raises `BadParameter`."""
-    from tracker.settings.values import parse_duration
-
-    return checked(parse_duration, text)
-
-
-def parse_time(text: str | datetime) -> datetime:
-    """An age such as `24h`, or a time such as `2026-11-28T03:00Z` (UTC without an offset), as the
-    parser of an option. Raises `BadParameter`."""
-    if isinstance(text, datetime):
-        return text
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        return utc_now() - parse_age(text)
-    try:
-        return at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
-    except OverflowError:
-        raise typer.BadParameter("must be within the years 1 to 9999 UTC") from None
-
-
-def age_option(help: str, *, metavar: str = "DURATION", default: bool | str = True) -> Any:
-    """An option that `parse_age` reads; `default` is that of `show_default`."""
-    return typer.Option(metavar=metavar, parser=parse_age, help=help, show_default=default)
-
-
-def parsed_tags(texts: list[str] | None) -> dict[str, str]:
-    """The tags of `--tag`. Raises `BadParameter`."""
-    return checked(parse_tags, texts or (), "--tag")
-
-
-TagOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tag", metavar="KEY=VALUE", help="Label the runs, for filters and budgets. Repeatable."
-    ),
-]
-WorkspaceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--workspace",
-        metavar="W",
-        help="Workspace id, where several are configured.",
-        callback=check_not_empty,
-    ),
-]
-WorkspaceFilter = Annotated[
-    str | None,
-    typer.Option("--workspace", metavar="W", help="Filter by workspace.", callback=check_not_empty),
-]
-LimitOption = Annotated[int, typer.Option("--limit", help="Maximum rows.", min=1, max=100)]
-CursorOption = Annotated[
-    str | None, typer.Option("--cursor", help="Continue after a page: its next_cursor.")
-]
-TechniqueArgument = Annotated[
-    str, typer.Argument(metavar="TECHNIQUE", help="Technique id (tech_…) or slug.")
-]
-RunId = Annotated[
-    str, typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifier.", callback=_check_run_id)
-]
-RunIds = Annotated[
-    list[str],
-    typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifiers.", callback=check_run_ids),
-]

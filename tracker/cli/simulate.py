@@ -1,11 +1,11 @@
 """`tracker simulate` and `tracker demo`: a local FLORA that needs no key."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_json
-from tracker.cli.setup import checked
+from tracker.cli.options import AS_JSON, checked, flag, option, repeatable
+from tracker.cli.output import print_json
 from tracker.core.errors import TrackerError
 
 if TYPE_CHECKING:
@@ -18,37 +18,31 @@ def _parse_share(text: str | float) -> float:
     return checked(parse_rate, str(text))
 
 
-def _share(help: str) -> Any:
-    return typer.Option(metavar="SHARE", parser=_parse_share, help=help)
+def _share(help: str, default: float = 0.0) -> Any:
+    return option(help, metavar="SHARE", parser=_parse_share, default=default)
 
 
 def simulate(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8090,
-    seed: Annotated[int, typer.Option(help="The same seed repeats the same runs.")] = 0,
-    speed: Annotated[float, typer.Option(help="Factor by which time passes faster.")] = 1.0,
-    run_seconds: Annotated[float, typer.Option(help="Typical duration of a run.")] = 20.0,
-    failures: Annotated[float, _share("Runs that fail.")] = 0.15,
-    drop: Annotated[float, _share("Callbacks that are lost.")] = 0.0,
-    duplicate: Annotated[float, _share("Callbacks that are sent twice.")] = 0.0,
-    early: Annotated[float, _share("Callbacks sent before the answer to the start.")] = 0.0,
-    late: Annotated[float, _share("Callbacks sent long after the end.")] = 0.0,
-    reorder: Annotated[float, _share("Callbacks sent after later ones.")] = 0.0,
-    bad_signature: Annotated[float, _share("Callbacks preceded by a forged one.")] = 0.0,
-    rate_limit: Annotated[float, _share("Requests answered 429.")] = 0.0,
-    errors: Annotated[float, _share("Requests answered 500 or 503.")] = 0.0,
-    cut: Annotated[float, _share("Requests whose connection is cut.")] = 0.0,
-    no_history_outputs: Annotated[
-        bool, typer.Option("--no-history-outputs", help="Omit outputs and cost from lists.")
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other fault or setting. Repeatable."),
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--at", metavar="SECONDS:NAME=VALUE", help="As --set, after some time."),
-    ] = None,
-    as_json: JsonFlag = False,
+    port: int = option("Port on 127.0.0.1.", default=8090, min=0, max=65535),
+    seed: int = option("The same seed repeats the same runs.", default=0),
+    speed: float = option("Factor by which time passes faster.", default=1.0),
+    run_seconds: float = option("Typical duration of a run.", default=20.0),
+    failures: float = _share("Runs that fail.", 0.15),
+    drop: float = _share("Callbacks that are lost."),
+    duplicate: float = _share("Callbacks that are sent twice."),
+    early: float = _share("Callbacks sent before the answer to the start."),
+    late: float = _share("Callbacks sent long after the end."),
+    reorder: float = _share("Callbacks sent after later ones."),
+    bad_signature: float = _share("Callbacks preceded by a forged one."),
+    rate_limit: float = _share("Requests answered 429."),
+    errors: float = _share("Requests answered 500 or 503."),
+    cut: float = _share("Requests whose connection is cut."),
+    no_history_outputs: bool = flag("--no-history-outputs", "Omit outputs and cost from lists."),
+    settings: list[str] = repeatable("--set", "NAME=VALUE", "Any other fault or setting."),
+    changes: list[str] = option(
+        "As --set, after some time.", "--at", metavar="SECONDS:NAME=VALUE", default=[]
+    ),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Serve a local FLORA that needs no key and costs nothing.
 
@@ -72,8 +66,8 @@ def simulate(
             errors=errors,
             cut=cut,
             history_outputs=not no_history_outputs,
-            later=tuple(map(_timed, changes or ())),
-        ).with_changes(dict(map(_assignment, settings or ())))
+            later=tuple(map(_timed, changes)),
+        ).with_changes(dict(map(_assignment, settings)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -111,7 +105,7 @@ def _timed(text: str) -> tuple[float, dict[str, str]]:
     return after, dict([_assignment(assignment)])
 
 
-def demo(as_json: JsonFlag = False) -> int:
+def demo(as_json: bool = AS_JSON) -> int:
     """Show the tracker at work with a local FLORA.
 
     It uses a temporary SQLite file.

@@ -2,12 +2,13 @@
 
 import sys
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_json, print_table
-from tracker.cli.setup import WorkspaceFilter, checked, parse_time, run_once
+from tracker.cli.options import AS_JSON, OF_WORKSPACE, checked, flag, option, parse_time
+from tracker.cli.output import print_json, print_table
+from tracker.cli.setup import run_once
 from tracker.core.formatting import csv_text, money
 
 if TYPE_CHECKING:
@@ -15,21 +16,16 @@ if TYPE_CHECKING:
 
 
 def spending(
-    by: Annotated[str, typer.Option(metavar="day|technique|tag:KEY", help="Group by.")] = "day",
-    since: Annotated[
-        datetime | None,
-        typer.Option(
-            metavar="T",
-            parser=parse_time,
-            help="Whole UTC days, from that of an age (24h, 30d) or a date (2026-11-01).",
-            show_default="30d",
-        ),
-    ] = None,
-    workspace: WorkspaceFilter = None,
-    as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print CSV and nothing else on stdout.")
-    ] = False,
-    as_json: JsonFlag = False,
+    by: str = option("Group by.", metavar="day|technique|tag:KEY", default="day"),
+    since: datetime | None = option(
+        "Whole UTC days, from that of an age (24h, 30d) or a date (2026-11-01).",
+        metavar="T",
+        parser=parse_time,
+        show_default="30d",
+    ),
+    workspace: str | None = OF_WORKSPACE,
+    as_csv: bool = flag("--csv", "Print CSV and nothing else on stdout."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show charges, open quotes and the use of budgets.
 

@@ -3,19 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_fields, print_json, print_table
-from tracker.cli.setup import (
-    CursorOption,
-    LimitOption,
-    TechniqueArgument,
-    flora_deadline,
-    print_list,
-    run_once,
-)
+from tracker.cli.options import AS_JSON, CURSOR, TECHNIQUE, argument, flag, option
+from tracker.cli.output import note, plain, print_fields, print_json, print_table
+from tracker.cli.setup import flora_deadline, print_list, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money
 
@@ -31,7 +25,7 @@ app = typer.Typer(
 
 
 @app.command()
-def sync(as_json: JsonFlag = False) -> int:
+def sync(as_json: bool = AS_JSON) -> int:
     """Update the catalogue from FLORA and show what has changed."""
 
     async def work(services: "Services") -> "SyncReport":
@@ -63,20 +57,17 @@ def sync(as_json: JsonFlag = False) -> int:
 
 @app.command("list")
 def list_(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TEXT", help="Words in the id, name or description."),
-    ] = None,
-    gone: Annotated[bool, typer.Option("--gone", help="Include retired.")] = False,
-    limit: LimitOption = 100,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    words: list[str] = argument("TEXT", "Words in the id, name or description.", default=[]),
+    gone: bool = flag("--gone", "Include retired."),
+    limit: int = option("Maximum rows.", default=100, min=1, max=100),
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List the techniques of the catalogue by name."""
     from tracker.store.queries import techniques
     from tracker.views import technique_json
 
-    query = " ".join(words or ())
+    query = " ".join(words)
     count = print_list(
         "techniques",
         partial(techniques.page, query=query, gone=gone, cursor=cursor, limit=limit),
@@ -96,7 +87,7 @@ def list_(
 
 
 @app.command()
-def show(technique: TechniqueArgument, as_json: JsonFlag = False) -> None:
+def show(technique: str = TECHNIQUE, as_json: bool = AS_JSON) -> None:
     """Show a technique with its price, inputs and outputs."""
 
     async def work(services: "Services") -> "TechniqueRow | None":

@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from tracker.cli.batches.batches import OutputOption, ResultsOption, check_output, print_batch
+from tracker.cli.batches.batches import OUTPUT, RESULTS, Results, check_output, print_batch
 from tracker.cli.batches.report import (
     BatchScreen,
     bar_columns,
@@ -22,18 +22,22 @@ from tracker.cli.batches.report import (
     report_plan,
     report_problems,
 )
-from tracker.cli.output import JsonFlag, note, print_json, screen
-from tracker.cli.runs.download import AllowPrivateOption, NameByOption, report_files, report_json
-from tracker.cli.setup import (
-    TagOption,
-    TechniqueArgument,
-    WorkspaceOption,
+from tracker.cli.options import (
+    AS_JSON,
+    TAGS,
+    TECHNIQUE,
+    WORKSPACE,
+    argument,
     checked,
-    flora_deadline,
+    flag,
+    option,
     parse_value,
     parsed_tags,
-    run_once,
+    repeatable,
 )
+from tracker.cli.output import note, print_json, screen
+from tracker.cli.runs.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
+from tracker.cli.setup import flora_deadline, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import parse_usd
 from tracker.core.starts.tags import check_tag_key
@@ -48,106 +52,59 @@ if TYPE_CHECKING:
 
 
 def batch(
-    technique: TechniqueArgument,
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Excel (.xlsx), CSV or JSON lines; - reads stdin.")
-    ],
-    map_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map",
-            metavar="INPUT=COLUMN",
-            help="Column of an input, where their names differ. Repeatable.",
-        ),
-    ] = None,
-    workspace: WorkspaceOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be started, and its cost.")
-    ] = False,
-    max_cost: Annotated[
-        Decimal | None,
-        typer.Option(
-            metavar="USD",
-            parser=lambda text: checked(parse_usd, text),
-            help="Start nothing if the rows could cost more than this.",
-        ),
-    ] = None,
-    wait_for_budget: Annotated[
-        bool,
-        typer.Option(
-            "--wait-for-budget",
-            help="If a budget is used up, wait until it starts again, then continue.",
-        ),
-    ] = False,
-    tag: TagOption = None,
-    tag_column: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tag-column",
-            metavar="[KEY=]COLUMN",
-            help="Column whose cells tag the runs of their rows. Repeatable.",
-        ),
-    ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            help="Concurrent requests to FLORA. Default: TRACKER_API_CONCURRENCY.", min=1, max=20
-        ),
-    ] = None,
-    accept_changes: Annotated[
-        bool,
-        typer.Option(
-            "--accept-changes",
-            help="Start rows again whose columns map to other inputs since the technique changed.",
-        ),
-    ] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Run every row once more, and pay for it once more.")
-    ] = False,
-    retry_failed: Annotated[
-        bool,
-        typer.Option(
-            "--retry-failed",
-            help="Start rows again that failed temporarily: once, after a wait where advised.",
-        ),
-    ] = False,
-    retry_all: Annotated[
-        bool, typer.Option("--retry-all", help="Start every row again whose run failed.")
-    ] = False,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Report invalid rows and start the others.")
-    ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait until all runs have ended.")
-    ] = True,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Start without asking. Only a terminal is asked.")
-    ] = False,
-    download: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Save the outputs as files here, as the runs end."),
-    ] = None,
-    name_by: NameByOption = None,
-    allow_private: AllowPrivateOption = False,
-    format_: Annotated[
-        SheetFormat | None,
-        typer.Option("--format", help="Format of FILE. Default: by content and ending, else csv."),
-    ] = None,
-    sheet_name: Annotated[
-        str | None,
-        typer.Option("--sheet", metavar="NAME", help="Sheet of a workbook. Default: the first."),
-    ] = None,
-    delimiter: Annotated[
-        str | None,
-        typer.Option(metavar="C", help="CSV delimiter: one character or tab. Default: detected."),
-    ] = None,
-    encoding: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Encoding, such as cp1252. Default: detected."),
-    ] = None,
-    results: ResultsOption = None,
-    output: OutputOption = None,
-    as_json: JsonFlag = False,
+    technique: str = TECHNIQUE,
+    file: str = argument("FILE", "Excel (.xlsx), CSV or JSON lines; - reads stdin."),
+    map_: list[str] = repeatable(
+        "--map", "INPUT=COLUMN", "Column of an input, where their names differ."
+    ),
+    workspace: str | None = WORKSPACE,
+    dry_run: bool = flag("--dry-run", "Only show what would be started, and its cost."),
+    max_cost: Decimal | None = option(
+        "Start nothing if the rows could cost more than this.",
+        metavar="USD",
+        parser=lambda text: checked(parse_usd, text),
+    ),
+    wait_for_budget: bool = flag(
+        "--wait-for-budget", "If a budget is used up, wait until it starts again, then continue."
+    ),
+    tag: list[str] = TAGS,
+    tag_column: list[str] = repeatable(
+        "--tag-column", "[KEY=]COLUMN", "Column whose cells tag the runs of their rows."
+    ),
+    concurrency: int | None = option(
+        "Concurrent requests to FLORA. Default: TRACKER_API_CONCURRENCY.", min=1, max=20
+    ),
+    accept_changes: bool = flag(
+        "--accept-changes",
+        "Start rows again whose columns map to other inputs since the technique changed.",
+    ),
+    again: bool = flag("--again", "Run every row once more, and pay for it once more."),
+    retry_failed: bool = flag(
+        "--retry-failed",
+        "Start rows again that failed temporarily: once, after a wait where advised.",
+    ),
+    retry_all: bool = flag("--retry-all", "Start every row again whose run failed."),
+    skip_bad_rows: bool = flag("--skip-bad-rows", "Report invalid rows and start the others."),
+    wait: bool = option("Wait until all runs have ended.", "--wait/--no-wait", default=True),
+    yes: bool = flag("--yes", "Start without asking. Only a terminal is asked.", "-y"),
+    download: Path | None = option(
+        "Save the outputs as files here, as the runs end.", metavar="DIR"
+    ),
+    name_by: str | None = NAME_BY,
+    allow_private: bool = ALLOW_PRIVATE,
+    format_: SheetFormat | None = option(
+        "Format of FILE. Default: by content and ending, else csv.", "--format"
+    ),
+    sheet_name: str | None = option(
+        "Sheet of a workbook. Default: the first.", "--sheet", metavar="NAME"
+    ),
+    delimiter: str | None = option(
+        "CSV delimiter: one character or tab. Default: detected.", metavar="C"
+    ),
+    encoding: str | None = option("Encoding, such as cp1252. Default: detected.", metavar="NAME"),
+    results: Results | None = RESULTS,
+    output: Path | None = OUTPUT,
+    as_json: bool = AS_JSON,
 ) -> int:
     """Start a run for each row of a file.
 
@@ -166,8 +123,8 @@ def batch(
         raise typer.BadParameter("waits for the runs: leave out --no-wait", param_hint="--download")
     if name_by is not None and download is None:
         raise typer.BadParameter("goes with --download only", param_hint="--name-by")
-    mappings = [_mapping(text) for text in map_ or []]
-    tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column or [])
+    mappings = [_mapping(text) for text in map_]
+    tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column)
     check_output(results, output)
     sheet = _read(file, format_, delimiter, encoding, sheet_name)
     name = "stdin" if file == "-" else Path(file).name

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, plain, print_json, print_table
-from tracker.cli.setup import CursorOption, print_list, run_once
+from tracker.cli.options import AS_JSON, CURSOR, argument, option
+from tracker.cli.output import plain, print_json, print_table
+from tracker.cli.setup import print_list, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money, plain_lines
 
@@ -32,23 +33,18 @@ class Results(StrEnum):
     TABLE = "table"
 
 
-ResultsOption = Annotated[
-    Results | None,
-    typer.Option(
-        help="Format of the results. Default: by the ending of --output, else a table on a "
-        "terminal and csv elsewhere."
-    ),
-]
-OutputOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the results to a file.")
-]
+RESULTS: Final = option(
+    "Format of the results. Default: by the ending of --output, else a table on a terminal and csv "
+    "elsewhere."
+)
+OUTPUT: Final = option("Write the results to a file.", metavar="FILE")
 
 
 @app.command("list")
 def list_(
-    limit: Annotated[int, typer.Option(help="Maximum rows.", min=1, max=1000)] = 50,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    limit: int = option("Maximum rows.", default=50, min=1, max=1000),
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List batches, newest first."""
     from tracker.store.queries import batches
@@ -82,10 +78,10 @@ def list_(
 
 @app.command()
 def show(
-    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="Batch id (bat_…).")],
-    results: ResultsOption = None,
-    output: OutputOption = None,
-    as_json: JsonFlag = False,
+    batch_id: str = argument("BATCH", "Batch id (bat_…)."),
+    results: Results | None = RESULTS,
+    output: Path | None = OUTPUT,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show the result of each row of a batch."""
     from tracker.store.queries import batches

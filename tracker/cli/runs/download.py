@@ -5,13 +5,14 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_json, screen
+from tracker.cli.options import AS_JSON, argument, check_run_ids, flag, option
+from tracker.cli.output import note, plain, print_json, screen
 from tracker.cli.runs.watch import require_known
-from tracker.cli.setup import check_run_ids, run_once
+from tracker.cli.setup import run_once
 from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
 
@@ -30,20 +31,14 @@ _NAMED: Final = 20
 """How many runs without outputs are named; the rest is counted."""
 
 
-NameByOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="COLUMN",
-        help="Name the files of a batch by this column of its sheet, not by the row's number.",
-    ),
-]
-AllowPrivateOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-private",
-        help="Allow links to this machine and private networks (a local FLORA always may).",
-    ),
-]
+NAME_BY: Final = option(
+    "Name the files of a batch by this column of its sheet, not by the row's number.",
+    metavar="COLUMN",
+)
+ALLOW_PRIVATE: Final = flag(
+    "--allow-private",
+    "Allow links to this machine and private networks (a local FLORA always may).",
+)
 
 
 def parse_size(text: str | int) -> int:
@@ -56,37 +51,27 @@ def parse_size(text: str | int) -> int:
 
 
 def download(
-    run_ids: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifiers.", callback=check_run_ids),
-    ] = None,
-    batch: Annotated[
-        str | None, typer.Option("--batch", metavar="ID", help="The runs of a batch.")
-    ] = None,
-    all_settled: Annotated[bool, typer.Option("--all-settled", help="Every settled run.")] = False,
-    technique: Annotated[
-        str | None,
-        typer.Option(metavar="T", help="With --all-settled: filter by technique (id or slug)."),
-    ] = None,
-    to: Annotated[
-        Path, typer.Option("--to", metavar="DIR", help="Directory for the files.")
-    ] = Path("downloads"),
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Wait for runs, and download each as it settles.")
-    ] = False,
-    name_by: NameByOption = None,
-    allow_private: AllowPrivateOption = False,
-    max_bytes: Annotated[
-        int,
-        typer.Option(
-            metavar="SIZE",
-            parser=parse_size,
-            help="Maximum size of a file, as in 500M.",
-            show_default="2GiB",
-        ),
-    ] = 2 * 1024**3,
-    concurrency: Annotated[int, typer.Option(help="Concurrent downloads.", min=1, max=32)] = 4,
-    as_json: JsonFlag = False,
+    run_ids: list[str] = argument(
+        "RUN_ID", "FLORA's run_… identifiers.", default=[], callback=check_run_ids
+    ),
+    batch: str | None = option("The runs of a batch.", "--batch", metavar="ID"),
+    all_settled: bool = flag("--all-settled", "Every settled run."),
+    technique: str | None = option(
+        "With --all-settled: filter by technique (id or slug).", metavar="T"
+    ),
+    to: Path = option("Directory for the files.", "--to", metavar="DIR", default=Path("downloads")),
+    watch: bool = flag("--watch", "Wait for runs, and download each as it settles."),
+    name_by: str | None = NAME_BY,
+    allow_private: bool = ALLOW_PRIVATE,
+    max_bytes: int = option(
+        "Maximum size of a file, as in 500M.",
+        metavar="SIZE",
+        default=2 * 1024**3,
+        parser=parse_size,
+        show_default="2GiB",
+    ),
+    concurrency: int = option("Concurrent downloads.", default=4, min=1, max=32),
+    as_json: bool = AS_JSON,
 ) -> int:
     """Download the outputs of runs as files. Files that exist already are not downloaded again.
 
@@ -109,8 +94,8 @@ def download(
             return downloader.settled(technique_id=technique_id, watch=watch, notify=notify)
         if batch is not None:
             return downloader.batch(batch, watch=watch, name_by=name_by, notify=notify)
-        await require_known(services, run_ids or [])
-        return downloader.named(run_ids or [], watch=watch, notify=notify)
+        await require_known(services, run_ids)
+        return downloader.named(run_ids, watch=watch, notify=notify)
 
     async def work(services: "Services") -> "DownloadReport":
         from tracker.delivering.downloads import DownloadOptions, DownloadReport

@@ -2,29 +2,30 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_fields, print_json, print_with_inputs
-from tracker.cli.runs import download, watch
-from tracker.cli.setup import (
-    CursorOption,
-    LimitOption,
-    RunId,
-    TagOption,
-    TechniqueArgument,
-    WorkspaceFilter,
-    WorkspaceOption,
+from tracker.cli.options import (
+    AS_JSON,
+    CURSOR,
+    LIMIT,
+    OF_WORKSPACE,
+    RUN_ID,
+    TAGS,
+    TECHNIQUE,
+    WORKSPACE,
     checked,
-    flora_deadline,
+    flag,
+    option,
     parse_value,
     parsed_tags,
-    print_list,
-    run_on_database,
-    run_once,
+    repeatable,
 )
+from tracker.cli.output import note, plain, print_fields, print_json, print_with_inputs
+from tracker.cli.runs import download, watch
+from tracker.cli.setup import flora_deadline, print_list, run_on_database, run_once
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
@@ -41,29 +42,21 @@ app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args
 
 @app.command()
 def start(
-    technique: TechniqueArgument,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="ID=VALUE",
-            help="Value of an input. ID:TYPE=VALUE saves asking FLORA for its type. Repeatable.",
-        ),
-    ] = None,
-    workspace: WorkspaceOption = None,
-    tag: TagOption = None,
-    idempotency_key: Annotated[
-        str | None,
-        typer.Option(metavar="K", help="Repeating the command with the same key starts no run."),
-    ] = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for the end; exit status 1 if the run fails.")
-    ] = False,
-    as_json: JsonFlag = False,
+    technique: str = TECHNIQUE,
+    inputs: list[str] = repeatable(
+        "--input", "ID=VALUE", "Value of an input. ID:TYPE=VALUE saves asking FLORA for its type."
+    ),
+    workspace: str | None = WORKSPACE,
+    tag: list[str] = TAGS,
+    idempotency_key: str | None = option(
+        "Repeating the command with the same key starts no run.", metavar="K"
+    ),
+    wait: bool = flag("--wait", "Wait for the end; exit status 1 if the run fails."),
+    as_json: bool = AS_JSON,
 ) -> int:
     """Start a run and track it."""
     form = "ID=VALUE or ID:TYPE=VALUE"
-    values = [parse_value(text, form, "--input") for text in inputs or ()]
+    values = [parse_value(text, form, "--input") for text in inputs]
     tags = parsed_tags(tag)
 
     async def work(services: "Services") -> "Record":
@@ -101,16 +94,11 @@ def start(
 
 @app.command()
 def track(
-    run_id: RunId,
-    technique: Annotated[
-        str | None, typer.Option(metavar="T", help="The run's technique, if you know it.")
-    ] = None,
-    workspace: WorkspaceOption = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Track it though FLORA does not know it, or cannot be asked."),
-    ] = False,
-    as_json: JsonFlag = False,
+    run_id: str = RUN_ID,
+    technique: str | None = option("The run's technique, if you know it.", metavar="T"),
+    workspace: str | None = WORKSPACE,
+    force: bool = flag("--force", "Track it though FLORA does not know it, or cannot be asked."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Track a run that was started elsewhere.
 
@@ -144,11 +132,9 @@ def track(
 
 @app.command()
 def forget(
-    run_id: RunId,
-    force: Annotated[
-        bool, typer.Option("--force", help="Remove it though FLORA has shown it.")
-    ] = False,
-    as_json: JsonFlag = False,
+    run_id: str = RUN_ID,
+    force: bool = flag("--force", "Remove it though FLORA has shown it."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Stop tracking a run, and remove it with its outputs and timeline.
 
@@ -169,27 +155,18 @@ def forget(
 
 @app.command("list")
 def list_(
-    status: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S", help=f"Filter by status: {', '.join(RunStatus)}, or another of FLORA's."
-        ),
-    ] = None,
-    technique: Annotated[
-        str | None, typer.Option(metavar="T", help="Filter by technique (id or slug).")
-    ] = None,
-    workspace: WorkspaceFilter = None,
-    project: Annotated[
-        str | None, typer.Option(metavar="P", help="Filter by project (prj_…).")
-    ] = None,
-    tag: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Filter by tag.")] = None,
-    tracking: Annotated[Tracking | None, typer.Option(help="Filter by tracking state.")] = None,
-    retry_advice: Annotated[
-        RetryAdvice | None, typer.Option(help="Filter failed runs by advice.")
-    ] = None,
-    limit: LimitOption = 50,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    status: str | None = option(
+        f"Filter by status: {', '.join(RunStatus)}, or another of FLORA's.", metavar="S"
+    ),
+    technique: str | None = option("Filter by technique (id or slug).", metavar="T"),
+    workspace: str | None = OF_WORKSPACE,
+    project: str | None = option("Filter by project (prj_…).", metavar="P"),
+    tag: str | None = option("Filter by tag.", metavar="KEY=VALUE"),
+    tracking: Tracking | None = option("Filter by tracking state."),
+    retry_advice: RetryAdvice | None = option("Filter failed runs by advice."),
+    limit: int = LIMIT,
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List runs, newest first."""
     from tracker.store.queries import techniques
@@ -233,7 +210,7 @@ def list_(
 
 
 @app.command()
-def show(run_id: RunId, as_json: JsonFlag = False) -> None:
+def show(run_id: str = RUN_ID, as_json: bool = AS_JSON) -> None:
     """Show a run with its inputs and outputs."""
     from tracker.store.queries.runs import get_run
 

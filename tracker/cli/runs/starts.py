@@ -3,27 +3,22 @@
 import shlex
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.output import (
-    JsonFlag,
-    note,
-    print_fields,
-    print_json,
-    print_table,
-    print_with_inputs,
-)
-from tracker.cli.setup import (
-    CursorOption,
-    LimitOption,
-    WorkspaceFilter,
+from tracker.cli.options import (
+    AS_JSON,
+    CURSOR,
+    LIMIT,
+    OF_WORKSPACE,
+    argument,
     check_not_empty,
-    flora_deadline,
-    print_list,
-    run_once,
+    flag,
+    option,
 )
+from tracker.cli.output import note, print_fields, print_json, print_table, print_with_inputs
+from tracker.cli.setup import flora_deadline, print_list, run_once
 from tracker.core.formatting import money
 
 if TYPE_CHECKING:
@@ -37,32 +32,23 @@ app = typer.Typer(
     name="starts", help="List and resolve starts whose outcome is not known.", no_args_is_help=True
 )
 
-Key = Annotated[str, typer.Argument(metavar="KEY", help="Idempotency key of the start.")]
-OfWorkspace = Annotated[
-    str | None,
-    typer.Option(
-        "--workspace",
-        metavar="W",
-        help="Where several workspaces have used the key.",
-        callback=check_not_empty,
-    ),
-]
+KEY: Final = argument("KEY", "Idempotency key of the start.")
+OF_SEVERAL: Final = option(
+    "Where several workspaces have used the key.", metavar="W", callback=check_not_empty
+)
 
 
 @app.command("list")
 def list_(
-    state: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="STATE",
-            help="Filter by state: stored, sent, in_doubt or unresolved. Repeatable. "
-            "Default: all but stored.",
-        ),
-    ] = None,
-    workspace: WorkspaceFilter = None,
-    limit: LimitOption = 50,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    state: list[str] | None = option(
+        "Filter by state: stored, sent, in_doubt or unresolved. Repeatable. "
+        "Default: all but stored.",
+        metavar="STATE",
+    ),
+    workspace: str | None = OF_WORKSPACE,
+    limit: int = LIMIT,
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List starts whose outcome is not known, newest first."""
     from tracker.store.queries.starts import LISTED, list_starts
@@ -91,7 +77,7 @@ def list_(
 
 
 @app.command()
-def show(key: Key, workspace: OfWorkspace = None, as_json: JsonFlag = False) -> None:
+def show(key: str = KEY, workspace: str | None = OF_SEVERAL, as_json: bool = AS_JSON) -> None:
     """Show a start, and the runs that one without a known outcome may have become."""
 
     async def work(services: "Services") -> tuple["StartRow", "PossibleRuns"]:
@@ -108,15 +94,11 @@ def show(key: Key, workspace: OfWorkspace = None, as_json: JsonFlag = False) -> 
 
 @app.command()
 def resolve(
-    key: Key,
-    run: Annotated[
-        str | None, typer.Option("--run", metavar="RUN_ID", help="The run that it started.")
-    ] = None,
-    none: Annotated[
-        bool, typer.Option("--none", help="It started nothing: the key may be used again.")
-    ] = False,
-    workspace: OfWorkspace = None,
-    as_json: JsonFlag = False,
+    key: str = KEY,
+    run: str | None = option("The run that it started.", "--run", metavar="RUN_ID"),
+    none: bool = flag("--none", "It started nothing: the key may be used again."),
+    workspace: str | None = OF_SEVERAL,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Record the outcome of a start. FLORA's dashboard shows which runs there are."""
     if (run is None) is not none:
@@ -137,10 +119,8 @@ def resolve(
 
 @app.command()
 def exclude(
-    run_id: Annotated[
-        str, typer.Argument(metavar="RUN_ID", help="The run that someone else started.")
-    ],
-    as_json: JsonFlag = False,
+    run_id: str = argument("RUN_ID", "The run that someone else started."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Record for all starts at once that none of them became a run, as someone else started it."""
     from tracker.views import start_json

@@ -7,12 +7,13 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, Screen, cell, note, plain, print_json, print_table, screen
-from tracker.cli.setup import RunId, RunIds, run_once
+from tracker.cli.options import AS_JSON, RUN_ID, RUN_IDS, flag
+from tracker.cli.output import Screen, cell, note, plain, print_json, print_table, screen
+from tracker.cli.setup import run_once
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import duration, money
@@ -32,11 +33,9 @@ _TIME_WIDTH: Final = len("2026-01-01 00:00:00")
 
 
 def watch(
-    run_ids: RunIds,
-    as_json: JsonFlag = False,
-    json_lines: Annotated[
-        bool, typer.Option("--json-lines", help="Print a line of JSON on stdout for each change.")
-    ] = False,
+    run_ids: list[str] = RUN_IDS,
+    as_json: bool = AS_JSON,
+    json_lines: bool = flag("--json-lines", "Print a line of JSON on stdout for each change."),
 ) -> int:
     """Show the progress of runs until they are settled. Exit status 1 if one fails.
 
@@ -57,7 +56,7 @@ def watch(
     return exit_status(records)
 
 
-def explain(run_id: RunId, as_json: JsonFlag = False) -> None:
+def explain(run_id: str = RUN_ID, as_json: bool = AS_JSON) -> None:
     """Explain a run: how it became known, what was observed when, and when it is polled next."""
     from tracker.views import explanation_json
 

@@ -2,12 +2,13 @@
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_table
-from tracker.cli.setup import CursorOption, LimitOption, print_list, run_on_database, run_once
+from tracker.cli.options import AS_JSON, CURSOR, LIMIT, argument, flag, option
+from tracker.cli.output import note, print_fields, print_json, print_table
+from tracker.cli.setup import print_list, run_on_database, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
@@ -23,11 +24,11 @@ app = typer.Typer(
 
 @app.command("list")
 def list_(
-    outcome: Annotated[DeliveryOutcome | None, typer.Option(help="Filter by outcome.")] = None,
-    run: Annotated[str | None, typer.Option(metavar="RUN_ID", help="Filter by run.")] = None,
-    limit: LimitOption = 50,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    outcome: DeliveryOutcome | None = option("Filter by outcome."),
+    run: str | None = option("Filter by run.", metavar="RUN_ID"),
+    limit: int = LIMIT,
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List callbacks, newest first."""
     from tracker.store.queries.deliveries import list_deliveries
@@ -53,10 +54,8 @@ def list_(
 
 @app.command()
 def show(
-    delivery_id: Annotated[
-        str, typer.Argument(metavar="DELIVERY_ID", help="FLORA's whd_… identifier, as listed.")
-    ],
-    as_json: JsonFlag = False,
+    delivery_id: str = argument("DELIVERY_ID", "FLORA's whd_… identifier, as listed."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show a callback with its raw body."""
     from tracker.store.queries.deliveries import get_delivery
@@ -76,13 +75,9 @@ def show(
 
 @app.command()
 def replay(
-    delivery_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="DELIVERY_ID", help="Deliveries to replay.")
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Replay all quarantined deliveries, oldest first.")
-    ] = False,
-    as_json: JsonFlag = False,
+    delivery_ids: list[str] = argument("DELIVERY_ID", "Deliveries to replay.", default=[]),
+    every: bool = flag("--all", "Replay all quarantined deliveries, oldest first."),
+    as_json: bool = AS_JSON,
 ) -> int:
     """Apply quarantined callbacks again. Exit status 1 if one is still quarantined."""
     if bool(delivery_ids) == every:
@@ -107,13 +102,9 @@ def replay(
 
 @app.command()
 def acknowledge(
-    delivery_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="DELIVERY_ID", help="Deliveries to acknowledge.")
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Acknowledge all quarantined deliveries.")
-    ] = False,
-    as_json: JsonFlag = False,
+    delivery_ids: list[str] = argument("DELIVERY_ID", "Deliveries to acknowledge.", default=[]),
+    every: bool = flag("--all", "Acknowledge all quarantined deliveries."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Mark quarantined callbacks as seen: pages and alerts stop counting them.
 
@@ -125,7 +116,7 @@ def acknowledge(
     async def work(services: "Services") -> list[str]:
         from tracker.store.queries.deliveries import get_delivery
 
-        for one in delivery_ids or ():
+        for one in delivery_ids:
             if await get_delivery(services.database, one) is None:
                 raise TrackerError(f"delivery {one} is not known")
         chosen = delivery_ids or await _quarantined(services)

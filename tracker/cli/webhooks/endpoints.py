@@ -1,11 +1,12 @@
 """`tracker endpoints`: where events are sent, how that goes, and switching an endpoint on again."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_json
+from tracker.cli.options import AS_JSON, argument
+from tracker.cli.output import note, plain, print_json
 from tracker.cli.setup import print_list, run_once
 from tracker.core.clock import utc_now
 from tracker.core.formatting import duration
@@ -17,13 +18,11 @@ app = typer.Typer(
     name="endpoints", help="List, test and enable webhook endpoints.", no_args_is_help=True
 )
 
-EndpointId = Annotated[
-    str, typer.Argument(metavar="ENDPOINT_ID", help="Its id in the settings, as listed.")
-]
+ENDPOINT_ID: Final = argument("ENDPOINT_ID", "Its id in the settings, as listed.")
 
 
 @app.command("list")
-def list_(as_json: JsonFlag = False) -> None:
+def list_(as_json: bool = AS_JSON) -> None:
     """List endpoints with their backlog and delays.
 
     The delays are those of the last day: from an event to the endpoint's 2xx.
@@ -57,7 +56,7 @@ def list_(as_json: JsonFlag = False) -> None:
 
 
 @app.command("test")
-def send_test(endpoint_id: EndpointId, as_json: JsonFlag = False) -> int:
+def send_test(endpoint_id: str = ENDPOINT_ID, as_json: bool = AS_JSON) -> int:
     """Send a signed test event (tracker.test) to an endpoint of the settings.
 
     Exit status 1 if the answer is not 2xx.
@@ -77,7 +76,7 @@ def send_test(endpoint_id: EndpointId, as_json: JsonFlag = False) -> int:
 
 
 @app.command()
-def enable(endpoint_id: EndpointId, as_json: JsonFlag = False) -> None:
+def enable(endpoint_id: str = ENDPOINT_ID, as_json: bool = AS_JSON) -> None:
     """Enable a disabled endpoint. What waits for it is sent at once."""
     run_once(lambda services: services.webhooks.enable(endpoint_id))
     if as_json:

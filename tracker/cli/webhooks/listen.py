@@ -3,12 +3,13 @@
 import asyncio
 import json
 from contextlib import AsyncExitStack, aclosing
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
+from tracker.cli.options import checked, flag, option
 from tracker.cli.output import note, plain
-from tracker.cli.setup import checked, configure
+from tracker.cli.setup import configure
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType
 from tracker.core.formatting import duration, iso_time
@@ -22,39 +23,21 @@ _URL: Final = "http://127.0.0.1:8080"
 
 
 def listen(
-    forward_to: Annotated[
-        str | None, typer.Option("--forward-to", metavar="URL", help="Address to send events to.")
-    ] = None,
-    event: Annotated[
-        list[EventType] | None,
-        typer.Option(help="Events to forward. Repeatable.", show_default="all"),
-    ] = None,
-    only_print: Annotated[
-        bool, typer.Option("--print", help="Show events; forward nothing.")
-    ] = False,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACKER",
-            help="Root of the tracker.",
-            show_default="TRACKER_PUBLIC_URL, else http://127.0.0.1:8080",
-        ),
-    ] = None,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            help="API token with the scope read.", show_default="that of TRACKER_API_TOKEN"
-        ),
-    ] = None,
-    secret: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHSEC", help="Signing secret (whsec_…).", show_default="a new one, shown"
-        ),
-    ] = None,
-    json_lines: Annotated[
-        bool, typer.Option("--json-lines", help="Print a line of JSON for each event.")
-    ] = False,
+    forward_to: str | None = option("Address to send events to.", "--forward-to", metavar="URL"),
+    event: list[EventType] | None = option("Events to forward. Repeatable.", show_default="all"),
+    only_print: bool = flag("--print", "Show events; forward nothing."),
+    url: str | None = option(
+        "Root of the tracker.",
+        metavar="TRACKER",
+        show_default="TRACKER_PUBLIC_URL, else http://127.0.0.1:8080",
+    ),
+    token: str | None = option(
+        "API token with the scope read.", show_default="that of TRACKER_API_TOKEN"
+    ),
+    secret: str | None = option(
+        "Signing secret (whsec_…).", metavar="WHSEC", show_default="a new one, shown"
+    ),
+    json_lines: bool = flag("--json-lines", "Print a line of JSON for each event."),
 ) -> None:
     """Forward the events of a running tracker to a local address, while you develop.
 

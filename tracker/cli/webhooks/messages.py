@@ -2,19 +2,13 @@
 
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
-from tracker.cli.setup import (
-    CursorOption,
-    LimitOption,
-    parse_time,
-    print_list,
-    run_on_database,
-    run_once,
-)
+from tracker.cli.options import AS_JSON, CURSOR, LIMIT, argument, option, parse_time
+from tracker.cli.output import print_fields, print_json, print_table
+from tracker.cli.setup import print_list, run_on_database, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import counted, duration
@@ -33,13 +27,13 @@ _SENT_BY: Final = "workers send to endpoints that are enabled and in their setti
 
 @app.command("list")
 def list_(
-    endpoint: Annotated[str | None, typer.Option(metavar="ID", help="Filter by endpoint.")] = None,
-    state: Annotated[MessageState | None, typer.Option(help="Filter by state.")] = None,
-    event: Annotated[EventType | None, typer.Option(help="Filter by event.")] = None,
-    run: Annotated[str | None, typer.Option(metavar="RUN_ID", help="Filter by run.")] = None,
-    limit: LimitOption = 50,
-    cursor: CursorOption = None,
-    as_json: JsonFlag = False,
+    endpoint: str | None = option("Filter by endpoint.", metavar="ID"),
+    state: MessageState | None = option("Filter by state."),
+    event: EventType | None = option("Filter by event."),
+    run: str | None = option("Filter by run.", metavar="RUN_ID"),
+    limit: int = LIMIT,
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
 ) -> None:
     """List messages, newest first."""
     from tracker.store.queries.endpoints import list_messages
@@ -76,8 +70,8 @@ def list_(
 
 @app.command()
 def show(
-    message_id: Annotated[str, typer.Argument(metavar="MESSAGE_ID", help="The webhook-id.")],
-    as_json: JsonFlag = False,
+    message_id: str = argument("MESSAGE_ID", "The webhook-id."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show a message with its body and its attempts."""
     from tracker.views import message_json
@@ -121,10 +115,8 @@ def show(
 
 @app.command()
 def resend(
-    message_ids: Annotated[
-        list[str], typer.Argument(metavar="MESSAGE_ID", help="The webhook-ids of the messages.")
-    ],
-    as_json: JsonFlag = False,
+    message_ids: list[str] = argument("MESSAGE_ID", "The webhook-ids of the messages."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Send messages again, whatever their state, under the same webhook-id."""
 
@@ -141,16 +133,14 @@ def resend(
 
 @app.command()
 def recover(
-    endpoint: Annotated[str, typer.Option(metavar="ID", help="The endpoint.")],
-    since: Annotated[
-        datetime,
-        typer.Option(
-            metavar="T",
-            parser=parse_time,
-            help="Messages created since then: an age (24h, 3d) or a time (2026-11-28T03:00Z).",
-        ),
-    ],
-    as_json: JsonFlag = False,
+    endpoint: str = option("The endpoint.", metavar="ID", default=...),
+    since: datetime = option(
+        "Messages created since then: an age (24h, 3d) or a time (2026-11-28T03:00Z).",
+        metavar="T",
+        default=...,
+        parser=parse_time,
+    ),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Send the failed messages of an endpoint again, after an outage.
 
