@@ -1,11 +1,13 @@
 """A record as a row of `runs`, and back.
 
 What `merge` decides can be read back from the row alone: a test compares each row with the merge of
-its events. Both functions name each column, because a call for each field would double their time.
+its events.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, Select, bindparam, select
@@ -27,8 +29,20 @@ from tracker.core.schedule import NextPoll, PollReason
 from tracker.store.engine import Database
 from tracker.store.schema import run_outputs, runs
 
-RUN_COLUMNS: Final = tuple(runs.columns)
+_DERIVED: Final = (
+    *("retry_advice", "output_count", "status", "created_at_known", "precedence", "details"),
+    *("precedences", "source", "ended_via", "tracking", "next_check_at", "next_check_reason"),
+    *("created_at", "error_code", "error_message", "tags"),
+)
+"""The columns whose value is not simply the attribute of that name; the first two are not read."""
+_PLAIN: Final = {*runs.c.keys()} - {*_DERIVED}
+_RUN: Final = [each.name for each in fields(Run) if each.name in _PLAIN]
+_RECORD: Final = [each.name for each in fields(Record) if each.name in _PLAIN]
+RUN_COLUMNS: Final = tuple(runs.c[name] for name in (*_RUN, *_RECORD, *_DERIVED))
 """The columns of `runs`, in the order of `run_row`."""
+_of_run: Final = attrgetter(*_RUN)
+_of_record: Final = attrgetter(*_RECORD)
+_END: Final = len(_RUN) + len(_RECORD) + 2
 _STATUSES: Final = frozenset(map(str, RunStatus))
 _REASONS: Final = {str(reason): reason for reason in PollReason}
 
@@ -49,168 +63,56 @@ def _unpacked(packed: int) -> Precedences:
 
 def run_row(record: Record) -> tuple[Any, ...]:
     """The record's row, without its outputs, in the order of `RUN_COLUMNS`."""
-    run = record.run
-    error = run.error
-    outputs = run.outputs
+    run, error = record.run, record.run.error
     ended_via = record.ended_via
     return (
-        run.run_id,
-        run.run_type,
-        run.workspace_id,
-        run.project_id,
-        run.technique_id,
-        run.technique_name,
-        str(run.status),
-        run.progress,
-        record.created_at,
-        run.created_at is not None,
-        run.started_at,
-        run.completed_at,
-        run.quoted_cost,
-        run.charged_cost,
-        run.cost_read_at,
-        record.cost_final,
-        (error.code if error else "") or None,
-        (error.message if error else "") or None,
+        *_of_run(run),
+        *_of_record(record),
         run.retry_advice,
-        0 if outputs is None else len(outputs),
-        run.outputs_read_at,
-        run.poll_url,
+        0 if run.outputs is None else len(run.outputs),
+        str(run.status),
+        run.created_at is not None,
         int(run.precedence),
         int(run.details),
         _packed(run.precedences),
-        run.conflict,
         str(record.source),
-        record.first_seen_at,
-        record.callback_at,
-        record.callback_expected,
         None if ended_via is None else str(ended_via),
-        record.end_seen_at,
         record.tracking.value,
-        record.settled_at,
-        record.inputs,
-        record.tags or None,
-        record.reserved_at,
-        record.reserved_cost,
         *(record.next_poll or (None, None)),
-        record.recheck_at,
-        record.polls,
-        record.checks,
-        record.missing,
-        record.missing_since,
-        record.last_error,
-        record.lease_until,
-        record.lease_holder,
+        record.created_at,
+        (error.code if error else "") or None,
+        (error.message if error else "") or None,
+        record.tags or None,
     )
 
 
-def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
+def record_of(row: tuple[Any, ...], outputs: tuple[Output, ...] | None) -> Record:
     """The record of a row with all of `RUN_COLUMNS`, and its outputs (`None` for none)."""
-    (
-        run_id,
-        run_type,
-        workspace_id,
-        project_id,
-        technique_id,
-        technique_name,
-        status,
-        progress,
-        created_at,
-        created_at_known,
-        started_at,
-        completed_at,
-        quoted_cost,
-        charged_cost,
-        cost_read_at,
-        cost_final,
-        error_code,
-        error_message,
-        _retry_advice,
-        _output_count,
-        outputs_read_at,
-        poll_url,
-        precedence,
-        details,
-        precedences,
-        conflict,
-        source,
-        first_seen_at,
-        callback_at,
-        callback_expected,
-        ended_via,
-        end_seen_at,
-        tracking,
-        settled_at,
-        inputs,
-        tags,
-        reserved_at,
-        reserved_cost,
-        next_check_at,
-        next_check_reason,
-        recheck_at,
-        polls,
-        checks,
-        missing,
-        missing_since,
-        last_error,
-        lease_until,
-        lease_holder,
-    ) = row
-    precedences = _unpacked(precedences)
-    if charged_cost is not None and precedences.charged_cost < Precedence.FAILED:
+    of_run = dict(zip(_RUN, row, strict=False))
+    of_record = dict(zip(_RECORD, row[len(_RUN) :], strict=False))
+    status, is_dated, precedence, details, packed, source, via = row[_END : _END + 7]
+    tracking, due, why, created_at, code, message, tags = row[_END + 7 :]
+    precedences = _unpacked(packed)
+    if of_run["charged_cost"] is not None and precedences.charged_cost < Precedence.FAILED:
         # A version before 0010 wrote it: what was shown before the end is a quote.
-        quoted_cost, charged_cost = charged_cost, None
+        of_run |= {"quoted_cost": of_run["charged_cost"], "charged_cost": None}
     return Record(
         run=Run(
-            run_id=run_id,
+            **of_run,
             precedence=Precedence(precedence),
+            precedences=precedences,
             unknown_status=None if status in _STATUSES else status,
             details=Details(details),
-            progress=progress,
-            conflict=conflict,
-            run_type=run_type,
-            workspace_id=workspace_id,
-            project_id=project_id,
-            technique_id=technique_id,
-            technique_name=technique_name,
-            poll_url=poll_url,
-            created_at=created_at if created_at_known else None,
-            started_at=started_at,
-            completed_at=completed_at,
-            quoted_cost=quoted_cost,
-            charged_cost=charged_cost,
-            cost_read_at=cost_read_at,
-            error=RunError(error_code or "", error_message or "")
-            if error_code or error_message
-            else None,
+            created_at=created_at if is_dated else None,
+            error=RunError(code or "", message or "") if code or message else None,
             outputs=outputs,
-            outputs_read_at=outputs_read_at,
-            precedences=precedences,
         ),
+        **of_record,
         source=known(Source, source),
-        first_seen_at=first_seen_at,
-        callback_at=callback_at,
-        callback_expected=callback_expected,
-        ended_via=None if ended_via is None else known(Source, ended_via),
-        end_seen_at=end_seen_at,
-        settled_at=settled_at,
-        cost_final=cost_final,
-        recheck_at=recheck_at,
-        inputs=inputs,
+        ended_via=None if via is None else known(Source, via),
         tags=tags,
-        reserved_at=reserved_at,
-        reserved_cost=reserved_cost,
-        next_poll=None
-        if next_check_at is None
-        else NextPoll(next_check_at, _REASONS.get(next_check_reason)),
-        polls=polls,
-        checks=checks,
-        missing=missing,
-        missing_since=missing_since,
+        next_poll=None if due is None else NextPoll(due, _REASONS.get(why)),
         lost=tracking == "lost",
-        last_error=last_error,
-        lease_until=lease_until,
-        lease_holder=lease_holder,
     )
 
 

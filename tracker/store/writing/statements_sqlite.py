@@ -4,15 +4,14 @@ The text of each statement is made once, and the driver gets rows in SQLite's ow
 time. Lists of keys travel as one JSON text.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from typing import Any, Final
 
-from sqlalchemy import JSON, Column, Connection, Text, bindparam, func, select, update
-from sqlalchemy.dialects.sqlite import dialect, insert
+from sqlalchemy import JSON, Column, Connection, Table, Text, bindparam, func, select, update
 
 from tracker.store.engine import Database
 from tracker.store.errors import StoreRefused
@@ -42,8 +41,8 @@ from tracker.store.writing.statements import (
     close_starts,
 )
 
-_SIZES: Final = (64, 32, 16, 8, 4, 2, 1)
-"""How many rows one statement inserts: as many as possible, of these sizes."""
+_SIZES: Final = (1, 2, 4, *range(8, 64, 8), 64, 96, 128)
+"""How many rows one statement inserts: the next size, filled up with rows that are not inserted."""
 
 
 def _is_any_of(of: Any, parameter: str) -> Any:
@@ -52,58 +51,39 @@ def _is_any_of(of: Any, parameter: str) -> Any:
 
 
 class RowInsert:
-    """An insert of any number of rows, whose columns are in the order of the table.
+    """An insert of any number of rows into these columns of a table.
 
     After each statement the driver asks for Python's lock again, for which it may wait while other
     threads compute. So rows go many at a time, in statements of a few fixed sizes: the driver keeps
     each that it has prepared, with the values that it had last.
     """
 
-    def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
-        names = [column.key for column in columns]
-        self._one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=names))
-        self._row = f"({', '.join('?' * len(names))})"
-        self._texts = {size: self._one.replace(self._row, self._rows(size)) for size in _SIZES}
-        self._plain = plain_rows(columns)
-
-    def _rows(self, size: int) -> str:
-        return ", ".join([self._row] * size)
-
-    def __call__(self, connection: Connection, rows: Rows) -> None:
-        if not rows:
-            return
-        rows = self._plain(rows)
-        execute = driver_execute(connection)
-        done = 0
-        for size, text in self._texts.items():
-            while len(rows) - done >= size:
-                execute(text, tuple(chain.from_iterable(rows[done : done + size])))
-                done += size
-
-
-class WholeInsert(RowInsert):
-    """The same, also by one statement that is a transaction by itself, for up to `MOST` rows."""
-
-    MOST: Final = 128
-
-    def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
-        super().__init__(statement, columns)
-        self._whole = {
-            size: self._one.replace(
-                f"VALUES {self._row}",
-                f"SELECT * FROM (VALUES {self._rows(size)}) "  # noqa: S608 - places alone
-                "WHERE column1 IS NOT NULL",
-            )
-            for size in (1, 2, 4, *range(8, 64, 8), 64, 96, self.MOST)
+    def __init__(self, table: Table, names: Sequence[str], *, on_conflict: str = "") -> None:
+        columns = [table.c[name] for name in names]
+        into = f"INSERT INTO {table.name} ({', '.join(each.name for each in columns)})"
+        row = f"({', '.join('?' * len(columns))})"
+        self._texts = {
+            size: f"{into} SELECT * FROM (VALUES {', '.join([row] * size)}) "  # noqa: S608
+            f"WHERE column1 IS NOT NULL {on_conflict}"
+            for size in _SIZES
         }
+        self._plain = plain_rows(columns)
         self._nothing = (None,) * len(columns)
 
-    def whole(self, rows: Rows) -> tuple[str, tuple[Any, ...]]:
-        """The statement in the driver's form, and its values: up to the next size it is filled with
-        rows of NULL, which are not inserted."""
-        size = next(size for size in self._whole if size >= len(rows))
-        filled = [*self._plain(rows), *[self._nothing] * (size - len(rows))]
-        return self._whole[size], tuple(chain.from_iterable(filled))
+    def statements(self, rows: Rows) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Statements in the driver's form, each with its values."""
+        rows = self._plain(rows)
+        for first in range(0, len(rows), _SIZES[-1]):
+            some = rows[first : first + _SIZES[-1]]
+            size = next(size for size in _SIZES if size >= len(some))
+            filled = [*some, *[self._nothing] * (size - len(some))]
+            yield self._texts[size], tuple(chain.from_iterable(filled))
+
+    def __call__(self, connection: Connection, rows: Rows) -> None:
+        if rows:
+            execute = driver_execute(connection)
+            for text, values in self.statements(rows):
+                execute(text, values)
 
 
 def _moment(value: datetime) -> str:
@@ -150,32 +130,26 @@ def plain_rows(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
     return plain if forms else lambda rows: rows
 
 
-_INSERT: Final = insert(runs)
+_ALL_BUT_KEY: Final = (each.name for each in RUN_COLUMNS if not each.primary_key)
 UPSERT_RUNS: Final = RowInsert(
-    _INSERT.on_conflict_do_update(
-        index_elements=[runs.c.run_id],
-        set_={name: _INSERT.excluded[name] for name in runs.c.keys() if name != "run_id"},  # noqa: SIM118
-    ),
-    RUN_COLUMNS,
+    runs,
+    [each.key for each in RUN_COLUMNS],
+    on_conflict="ON CONFLICT (run_id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in _ALL_BUT_KEY),
 )
-INSERT_EVENTS: Final = RowInsert(insert(run_events), [run_events.c[name] for name in EVENT_COLUMNS])
-INSERT_ROLLUPS: Final = RowInsert(
-    insert(run_tally_changes), [run_tally_changes.c[name] for name in ROLLUP_COLUMNS]
-)
-INSERT_OUTBOX: Final = RowInsert(insert(outbox), [outbox.c[name] for name in OUTBOX_COLUMNS])
-INSERT_OUTPUTS: Final = RowInsert(
-    insert(run_outputs), [run_outputs.c[name] for name in OUTPUT_COLUMNS]
-)
+INSERT_EVENTS: Final = RowInsert(run_events, EVENT_COLUMNS)
+INSERT_ROLLUPS: Final = RowInsert(run_tally_changes, ROLLUP_COLUMNS)
+INSERT_OUTBOX: Final = RowInsert(outbox, OUTBOX_COLUMNS)
+INSERT_OUTPUTS: Final = RowInsert(run_outputs, OUTPUT_COLUMNS)
 CLOSE_STARTS: Final = close_starts(*(bindparam(name) for name in STARTED_COLUMNS))
 
-_DELIVERY_COLUMNS: Final = [
-    deliveries.c[name]
-    for name in (
+INSERT_DELIVERIES: Final = RowInsert(
+    deliveries,
+    (
         *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
         *("received_at", "last_received_at", "receipts", "outcome", "body", "callback_token"),
-    )
-]
-INSERT_DELIVERIES: Final = WholeInsert(insert(deliveries), _DELIVERY_COLUMNS)
+    ),
+)
 SELECT_STORED: Final = """
 SELECT delivery_id, outcome, body, body_removed_at IS NOT NULL
 FROM deliveries
@@ -214,9 +188,10 @@ class SqliteStatements(Statements):
             connection.execute(CLOSE_STARTS, rows)
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        if len(receipts) <= WholeInsert.MOST:
+        whole = [*INSERT_DELIVERIES.statements([*map(_delivery_row, receipts)])]
+        if len(whole) == 1:
             with suppress(StoreRefused):  # nothing is stored: perhaps one of them was before
-                await db.send(*INSERT_DELIVERIES.whole([*map(_delivery_row, receipts)]))
+                await db.send(*whole[0])
                 return {}
         return await db.write(partial(_store, receipts))
 
