@@ -64,8 +64,12 @@ def test_the_proxies_that_are_shown_fit() -> None:
         *(seconds(r"keepalive (\d+)s", text) for text in (public, private, *caddy.values())),
     ):
         assert kept < LIMITS.idle_seconds
-    for text in nginx.values():
-        assert seconds(r"client_max_body_size (\d+)m", text) * 1024**2 >= LIMITS.api_bytes
+    for title, text in nginx.items():
+        most = LIMITS.batch_bytes if title == "dashboard and API" else LIMITS.callback_bytes
+        assert seconds(r"client_max_body_size (\d+)m", text) * 1024**2 >= most
+    for text, most in ((public, LIMITS.callback_bytes), (private, LIMITS.batch_bytes)):
+        assert seconds(r"max_size (\d+)MB", text) * 1000**2 >= most
+        assert seconds(r"request_buffers (\d+)MB", text) * 1000**2 >= most
 
 
 def seconds(pattern: str, text: str) -> int:
