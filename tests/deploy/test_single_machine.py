@@ -112,4 +112,7 @@ def test_cron_starts_real_commands() -> None:
     assert len(lines) == 4
     for line in lines:
         assert line.split()[5] == "tracker"
-        assert_taken(line.partition(f"{PROGRAM} ")[2].split())
+        command, _, unread = line.partition(f"{PROGRAM} ")[2].partition(" >")
+        assert_taken(command.split())
+        # cron mails what is written, every minute of `poll`.
+        assert unread == ("" if command.startswith("verify") else "/dev/null")
