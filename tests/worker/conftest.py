@@ -122,7 +122,7 @@ def on_history(services: Services, hook: Callable[[list[str]], Awaitable[None]])
             await hook([one["run_id"] for one in response.json()["technique_runs"]])
 
     for workspace in services.workspaces:
-        workspace.require_client()._http.event_hooks = {"response": [answered]}
+        workspace.require_client().http.event_hooks = {"response": [answered]}
 
 
 async def the_run(services: Services, run_id: str) -> Record:

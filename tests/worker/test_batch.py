@@ -399,7 +399,7 @@ async def test_without_a_price_nothing_is_started(
     services.catalogue._asking.clear()
     flora.world.options = replace(flora.world.options, gateway_reads=1.0, gateway_works=0.0)
     (workspace,) = services.workspaces
-    workspace.require_client()._caller.deadline = 1.0
+    workspace.require_client().deadline = 1.0
     planned = await plan(services, "a")
     assert planned.price_error is not None
     with pytest.raises(TrackerError, match="price could not be read"):

@@ -609,11 +609,11 @@ async def test_a_creation_time_that_is_far_behind_hides_no_run(
                     raise httpx.ReadError("cut")
 
             [workspace] = services.workspaces
-            workspace.require_client()._caller.deadline = 0.1
+            workspace.require_client().deadline = 0.1
             on_history(services, cut)
             assert (await sweep(services)).error is not None
-            workspace.require_client()._http.event_hooks = {}
-            workspace.require_client()._caller.deadline = 30
+            workspace.require_client().http.event_hooks = {}
+            workspace.require_client().deadline = 30
             assert (await sweep(services)).error is None
             assert await known(services) == at_flora(flora)
             clock.move(300)

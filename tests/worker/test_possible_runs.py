@@ -181,7 +181,7 @@ async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
                     item["technique"] = {"technique_id": technique}
                 response._content = json.dumps(page).encode()
 
-        workspace.require_client()._http.event_hooks = {"response": [shown]}
+        workspace.require_client().http.event_hooks = {"response": [shown]}
         change(flora, keys_released=not known)
         assert await attempt(services) is None
         change(flora, lost_starts=0.0)

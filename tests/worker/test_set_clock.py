@@ -281,7 +281,7 @@ async def test_a_wait_that_flora_asks_for_lasts_no_longer(
 
 
 def waits_of(services: Services) -> DatabaseWaits:
-    shared = client_of(services)._caller.request_limit.shared
+    shared = client_of(services).request_limit.shared
     assert isinstance(shared, DatabaseWaits)
     return shared
 

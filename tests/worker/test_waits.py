@@ -21,7 +21,7 @@ def go_by(clock: HandClock, services: Services) -> None:
     async def sleep(seconds: float) -> None:
         clock.move(seconds)
 
-    caller = client_of(services)._caller
+    caller = client_of(services)
     for one in (caller, caller.request_limit):
         one.monotonic, one.sleep = lambda: clock().timestamp(), sleep
 

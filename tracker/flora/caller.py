@@ -154,9 +154,14 @@ class _Progress:
 class Caller:
     """Makes calls with one key, through one request limit and one breaker.
 
-    `deadline` is in seconds, for a call with all repetitions. `clock_offset` is FLORA's clock
-    minus ours, `request_id` the id of the last answer, both `None` before the first. `traced` means
-    that the transport reports when a request is written.
+    `deadline` is in seconds, for a call with all repetitions. `on_request` is called after every
+    request. `shared_waits` exchanges the waits that FLORA asks for with other processes.
+    `find_new_key` is called if FLORA refuses the key, and may replace it: the request is then sent
+    once more. `traced` means that the transport reports when a request is written.
+
+    `breaker` is open while FLORA refuses the key, `contact` says whether FLORA answers.
+    `clock_offset` is FLORA's clock minus ours, `request_id` the id of the last answer, for its
+    support; both are `None` before the first.
     """
 
     http: httpx.AsyncClient
@@ -167,14 +172,18 @@ class Caller:
     on_request: OnRequest | None = None
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    shared: InitVar[SharedWaits | None] = None
+    shared_waits: InitVar[SharedWaits | None] = None
     find_new_key: Callable[[], object] = lambda: None
     traced: bool = True
     largest_answer: int = LARGEST_ANSWER
 
-    def __post_init__(self, concurrency: int, shared: SharedWaits | None) -> None:
+    def __post_init__(self, concurrency: int, shared_waits: SharedWaits | None) -> None:
         self.request_limit = RequestLimit(
-            concurrency, monotonic=self.monotonic, sleep=self.sleep, shared=shared, clock=self.clock
+            concurrency,
+            monotonic=self.monotonic,
+            sleep=self.sleep,
+            shared=shared_waits,
+            clock=self.clock,
         )
         self.breaker = Breaker(clock=self.clock, monotonic=self.monotonic)
         self.contact = Contact(clock=self.clock, monotonic=self.monotonic)

@@ -11,15 +11,12 @@ limit, breaker and connections. A call without a usable answer raises a `FloraEr
 (`tracker.errors` draws the tree); none takes longer than `deadline` seconds.
 """
 
-import asyncio
 import hashlib
 import json
 import re
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Self
 
@@ -41,10 +38,9 @@ from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
 from tracker.core.starts.inputs import Technique, is_empty_text
 from tracker.flora import parse
-from tracker.flora.caller import LARGEST_ANSWER, Caller, FloraAnswer, FloraCall, OnRequest, Wait
+from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies
 from tracker.flora.parse import Page, as_text
-from tracker.flora.request_limit import SharedWaits
 from tracker.flora.technique import technique
 from tracker.flora.urls import FloraUrls
 
@@ -66,18 +62,13 @@ _LISTS: Final = {
 }
 
 
-class FloraClient:
+class FloraClient(Caller):
     """The calls that the tracker makes. `deadline` is in seconds, for a call with all repetitions.
 
-    `on_request(endpoint, status, seconds)` is called after every request. `shared_waits` exchanges
-    the waits that FLORA asks for with other processes. `find_new_key` is called if FLORA refuses
-    the key, and may call `rotate_key`: the request is then sent once more. Tests pass a
-    `transport`, a `monotonic` clock and a `sleep`. Proxies of the environment are used, but never
-    to this machine itself. `request_limit` is the workspace's, `breaker` is open while FLORA
-    refuses the key, and `contact` says whether FLORA answers. Reads of runs that have just ended
-    are `fresh`: the request limit favours them. Raises `SettingsError` for an invalid base URL or
-    key. `workspace_id` is the workspace that the settings name: of a key that sees several, its
-    runs alone are listed.
+    `workspace_id` is the workspace that the settings name: of a key that sees several, its runs
+    alone are listed. Tests pass a `transport`; `options` are those of `Caller`. Proxies of the
+    environment are used, but never to this machine itself. Reads of runs that have just ended are
+    `fresh`: the request limit favours them. Raises `SettingsError` for an invalid base URL or key.
     """
 
     def __init__(
@@ -89,14 +80,9 @@ class FloraClient:
         concurrency: int = 2,
         deadline: float = DEADLINE,
         clock: Clock = utc_now,
-        on_request: OnRequest | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        shared_waits: SharedWaits | None = None,
-        find_new_key: Callable[[], object] = lambda: None,
         start_seconds: float = START_SECONDS,
-        largest_answer: int = LARGEST_ANSWER,
+        **options: Any,
     ) -> None:
         self._workspace_id = workspace_id
         self._sees: set[str] = set()  # the workspaces that FLORA has listed for the key
@@ -104,8 +90,7 @@ class FloraClient:
         self.key_fingerprint = ""
         """Identifies the key without revealing it."""
         self._urls = FloraUrls(base_url)
-        self._clock = clock
-        self._http = httpx.AsyncClient(
+        http = httpx.AsyncClient(
             headers={
                 "accept": "application/json",
                 "accept-encoding": "gzip, deflate",
@@ -122,22 +107,14 @@ class FloraClient:
             trust_env=not self._urls.on_loopback,
             transport=transport,
         )
-        self._caller = Caller(
-            self._http,
+        super().__init__(
+            http,
             concurrency=concurrency,
             deadline=deadline,
             clock=clock,
-            on_request=on_request,
-            monotonic=monotonic,
-            sleep=sleep,
-            shared=shared_waits,
-            find_new_key=find_new_key,
             traced=transport is None,
-            largest_answer=largest_answer,
+            **options,
         )
-        self.request_limit = self._caller.request_limit
-        self.breaker = self._caller.breaker
-        self.contact = self._caller.contact
         self.rotate_key(api_key)
 
     def rotate_key(self, api_key: str) -> None:
@@ -148,8 +125,8 @@ class FloraClient:
         if not _KEY.fullmatch(api_key):
             raise SettingsError("FLORA_API_KEY holds characters that no key has, such as spaces")
         authorization = f"Bearer {api_key}"
-        if self._http.headers.get("authorization") != authorization:
-            self._http.headers["authorization"] = authorization
+        if self.http.headers.get("authorization") != authorization:
+            self.http.headers["authorization"] = authorization
             self.breaker.accepted()
             self.contact.checked_workspace(None)
             self._sees.clear()
@@ -165,12 +142,7 @@ class FloraClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        await self._http.aclose()
-
-    @property
-    def wait(self) -> Wait | None:
-        """What the oldest of the present calls waits for; `None` without a call."""
-        return self._caller.wait
+        await self.http.aclose()
 
     @property
     def state(self) -> ContactState | None:
@@ -181,16 +153,6 @@ class FloraClient:
             return state
         refused = OngoingTrouble(Trouble.KEY_REFUSED, since, self.breaker.reason or "")
         return replace(state, trouble=refused)
-
-    @property
-    def clock_offset(self) -> timedelta | None:
-        """FLORA's clock minus ours, by its last answer."""
-        return self._caller.clock_offset
-
-    @property
-    def request_id(self) -> str | None:
-        """The id of FLORA's last answer, for its support."""
-        return self._caller.request_id
 
     async def list_techniques(
         self, *, query: str | None = None, cursor: str | None = None, limit: int = 100
@@ -203,19 +165,19 @@ class FloraClient:
             cursor=cursor,
             limit=limit,
         )
-        answer = await self._caller.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
+        answer = await self.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
         return answer.read(partial(parse.page, key="techniques", read=technique, limit=limit))
 
     async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
         url = self._urls.of("techniques", id_or_slug)
         call = FloraCall(endpoint="GET /techniques/{id}", url=url)
-        answer = await self._caller.call(call, deadline=deadline)
+        answer = await self.call(call, deadline=deadline)
         return answer.read(technique)
 
     async def list_workspaces(self, *, deadline: float | None = None) -> list[str]:
         """The ids of the workspaces that the key can read: as documented its own, and no other."""
         call = FloraCall(endpoint="GET /workspaces", url=self._urls.of("workspaces"))
-        answer = await self._caller.call(call, deadline=deadline)
+        answer = await self.call(call, deadline=deadline)
         ids = answer.read(partial(parse.page, key="workspaces", read=parse.workspace_id)).items
         self._sees.update(ids)
         return ids
@@ -257,7 +219,7 @@ class FloraClient:
             fence=fence,
             answer_seconds=self._start_seconds,
         )
-        answer = await self._caller.call(call, deadline=deadline)
+        answer = await self.call(call, deadline=deadline)
         known_id = technique_id if technique_id.startswith("tech_") else None
         read = self._reader(
             answer, source=Source.START, run_type="technique", technique_id=known_id
@@ -339,7 +301,7 @@ class FloraClient:
                 lists=technique_id is None and kind == "technique",
                 fresh=fresh,
             )
-            answer = await self._caller.call(call, deadline=deadline)
+            answer = await self.call(call, deadline=deadline)
             run = self._reader(answer, source=Source.HISTORY, run_type=kind)
             return answer.read(partial(parse.page, key=key, read=run, limit=limit))
 
@@ -368,7 +330,7 @@ class FloraClient:
         is_foreign: bool = False,
     ) -> Observation:
         call = FloraCall(endpoint=endpoint, url=url, fresh=fresh, is_foreign=is_foreign)
-        answer = await self._caller.call(call, deadline=deadline)
+        answer = await self.call(call, deadline=deadline)
         return answer.read(
             self._reader(answer, source=Source.POLL, expect_run_id=run_id, run_type=run_type)
         )
@@ -376,9 +338,9 @@ class FloraClient:
     def _reader(self, answer: FloraAnswer, **options: Any) -> Callable[[object], Observation]:
         return partial(
             parse.run,
-            at=self._clock(),
+            at=self.clock(),
             sent_at=answer.sent_at,
-            clock_offset=self._caller.clock_offset,
+            clock_offset=self.clock_offset,
             **options,
         )
 
