@@ -43,7 +43,7 @@ from tracker.starting.catalogue import Catalogue, CatalogueSync
 from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import Recovery
 from tracker.starting.resolve import RunTracker, StartResolver
-from tracker.starting.sending import CallbackAddresses, StartSender
+from tracker.starting.sending import StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
 from tracker.store.clock import SharedClock, shared_clock
@@ -78,6 +78,7 @@ class Services:
     settings: Settings
     rotation: Rotation
     clock: SharedClock
+    process: str
     metrics: Metrics
     traced: Wrap
     database: Database
@@ -122,6 +123,7 @@ class _Shared(TypedDict):
     database: Database
     workspaces: Workspaces
     clock: SharedClock
+    process: str
 
 
 @asynccontextmanager
@@ -173,7 +175,12 @@ async def open_services(
         )
         for workspace in workspaces.keyed:
             stack.on_close("client", workspace.require_client().aclose)
-        shared: _Shared = {"database": database, "workspaces": workspaces, "clock": clock}
+        shared: _Shared = {
+            "database": database,
+            "workspaces": workspaces,
+            "clock": clock,
+            "process": process,
+        }
         contacts = await stack.open("contacts", Contacts(**shared, background=background))
         durations = DurationBook(database, seconds=clock.seconds)
         signals = Signals(database)
@@ -241,20 +248,11 @@ async def open_services(
             DatabaseGauges(**shared, contacts=contacts, budgets=budgets),
         )
         catalogue = Catalogue(**shared)
-        matcher = StartMatcher(database=database, writer=writer, clock=clock)
+        matcher = StartMatcher(**shared, writer=writer)
         stack.on_close("matcher", matcher.aclose)
-        sender = StartSender(
-            workspaces=workspaces,
-            matcher=matcher,
-            addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
-            clock=clock,
-        )
+        sender = StartSender(**shared, matcher=matcher, callback_url=settings.callback_url)
         recovery = Recovery(
-            **shared,
-            matcher=matcher,
-            sender=sender,
-            process=process,
-            doubt=settings.tracker_start_doubt,
+            **shared, matcher=matcher, sender=sender, doubt=settings.tracker_start_doubt
         )
         coalescer = Coalescer(clock.seconds)
         poller = Poller(
@@ -263,7 +261,6 @@ async def open_services(
             durations=durations,
             coalescer=coalescer,
             policy=settings.policy,
-            holder=process,
         )
         rotation.follow(lambda _: poller.keys_changed())
         rotation.follow(lambda _: signals.wake_due())
@@ -273,7 +270,6 @@ async def open_services(
             durations=durations,
             sender=sender,
             recovery=recovery,
-            process=process,
             deadline=START_SECONDS,
             budgets=settings.all_budgets,
             on_over_budget=metrics.over_budget,
@@ -286,7 +282,7 @@ async def open_services(
             **shared, catalogue=catalogue, starter=starter, recovery=recovery, poller=poller
         )
         batch_worker = BatchWorker(
-            **shared, batches=batches, process=process, concurrency=settings.tracker_api_concurrency
+            **shared, batches=batches, concurrency=settings.tracker_api_concurrency
         )
         yield Services(
             **shared,
@@ -300,7 +296,7 @@ async def open_services(
             changes=changes,
             contacts=contacts,
             catalogue=catalogue,
-            catalogue_sync=CatalogueSync(**shared, process=process),
+            catalogue_sync=CatalogueSync(**shared),
             applier=applier,
             receiver=Receiver(
                 inbox=inbox,
@@ -316,14 +312,11 @@ async def open_services(
             budgets=budgets,
             batches=batches,
             batch_orders=BatchOrders(
-                database=database,
-                budgets=settings.all_budgets,
-                clock=clock,
-                on_order=batch_worker.wake,
+                **shared, budgets=settings.all_budgets, on_order=batch_worker.wake
             ),
             batch_worker=batch_worker,
             recovery=recovery,
-            resolver=StartResolver(**shared, matcher=matcher, process=process),
+            resolver=StartResolver(**shared, matcher=matcher),
             tracker=RunTracker(**shared, writer=writer, poller=poller, catalogue=catalogue),
             poller=poller,
             sweeper=Sweeper(
@@ -331,7 +324,6 @@ async def open_services(
                 writer=writer,
                 durations=durations,
                 coalescer=coalescer,
-                holder=process,
                 first_since=settings.tracker_history_since,
             ),
             verifier=Verifier(**shared),

@@ -299,11 +299,13 @@ class Workspaces:
 
 @dataclass(kw_only=True, eq=False)
 class Service:
-    """Base of the parts of `tracker.services` that need the database and the workspaces."""
+    """Base of the parts of `tracker.services` that need the database and the workspaces. `process`
+    names this process in leases."""
 
     database: Database
     workspaces: Workspaces
     clock: SharedClock
+    process: str
 
 
 def _other_key(configured: str, ids: Sequence[str]) -> SettingsError:

@@ -106,7 +106,7 @@ class Process:
     @property
     def holder(self) -> str:
         """The name under which it claims runs."""
-        return self.services.poller.holder
+        return self.services.poller.process
 
     async def do(self, work: Awaitable[T]) -> T:
         """Run a coroutine in the process. Raises `Crashed` where it dies meanwhile."""

@@ -7,10 +7,11 @@ from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.starting.sending import holding
-from tracker.store.clock import shared_clock
+from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
+from tracker.workspaces import Service, Workspaces
 
 
 async def reserved(db: Database, key: str) -> StartRow:
@@ -26,6 +27,11 @@ async def reserved(db: Database, key: str) -> StartRow:
     )
 
 
+def service(db: Database, clock: SharedClock) -> Service:
+    workspaces = Workspaces([], database=db, clock=clock)
+    return Service(database=db, workspaces=workspaces, clock=clock, process="process")
+
+
 async def test_whenever_it_is_broken_off_nobody_holds_the_start(database_url: str) -> None:
     """Also while the hold is being taken, and nobody knows yet whether it was."""
     async with await Database.open(database_url) as db, shared_clock(db) as clock:
@@ -33,7 +39,7 @@ async def test_whenever_it_is_broken_off_nobody_holds_the_start(database_url: st
             row = await reserved(db, f"key-{moment}")
 
             async def hold(row: StartRow = row) -> None:
-                async with holding(db, row, "process", clock):
+                async with holding(service(db, clock), row):
                     await asyncio.sleep(30)
 
             holds = asyncio.create_task(hold())
@@ -58,7 +64,7 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
         with capture_logs() as lines:
 
             async def hold() -> None:
-                async with holding(db, row, "process", clock) as held:
+                async with holding(service(db, clock), row) as held:
                     assert held is not None
                     path.rename(away)
 
@@ -68,7 +74,7 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
             await holds
 
             async def given_back() -> bool:
-                async with holding(db, row, "process", clock) as again:
+                async with holding(service(db, clock), row) as again:
                     return again is not None
 
             await eventually(given_back)

@@ -171,7 +171,7 @@ async def test_five_missing_callbacks_bring_back_the_bare_address(
         clock.move(600)
         await services.poller.poll_due()
         clock.move(600)
-        services.starter.sender.addresses._checked_at = float("-inf")
+        services.starter.sender._checked_at = float("-inf")
         run_id = await attempt(services, "key-5")
         assert flora.world.runs[run_id or ""].callback_url == bare
         with monkeypatch.context() as patch:
@@ -179,6 +179,6 @@ async def test_five_missing_callbacks_bring_back_the_bare_address(
             patch.setattr(start_log, "AMONG", 1)  # which has the bare address
             assert not await start_log.own_are_missing(services.database, now=clock())
         clock.move(HOUR)
-        services.starter.sender.addresses._checked_at = float("-inf")
+        services.starter.sender._checked_at = float("-inf")
         run_id = await attempt(services, "key-6")
         assert (flora.world.runs[run_id or ""].callback_url or "").startswith(f"{bare}/")

@@ -42,13 +42,13 @@ class Rotated:
 
     def before_sending(self, act: Callable[[], object]) -> None:
         """Call `act` when a start has been prepared and is about to be sent."""
-        of = self.services.starter.sender.addresses.of
+        of = self.services.starter.sender.address_of
 
         async def then(token: str | None) -> str | None:
             act()
             return await of(token)
 
-        self.services.starter.sender.addresses.of = then  # type: ignore[method-assign]
+        self.services.starter.sender.address_of = then  # type: ignore[method-assign]
 
     @property
     def runs(self) -> list[str]:

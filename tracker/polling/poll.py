@@ -57,13 +57,12 @@ log = get_logger(__name__)
 
 @dataclass(kw_only=True, eq=False)
 class Poller(Service):
-    """Reads due runs. `holder` names this process in its claims."""
+    """Reads due runs."""
 
     writer: Writer
     durations: "DurationBook"
     coalescer: Coalescer
     policy: Policy
-    holder: str
     lease: timedelta = LEASE
     renew_after: float = RENEW_AFTER
 
@@ -159,7 +158,7 @@ class Poller(Service):
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""
-        await claims.release(self.database, self.holder)
+        await claims.release(self.database, self.process)
 
     def _reader(self, workspace: Workspace) -> RunReader:
         return RunReader(
@@ -167,7 +166,7 @@ class Poller(Service):
             others=self.readable,
             database=self.database,
             clock=self.clock,
-            holder=self.holder,
+            holder=self.process,
         )
 
     def _round(
@@ -213,12 +212,12 @@ class Poller(Service):
         now, among = self.clock(), self.workspaces.claimable(workspace)
         if not await claims.recheck_is_due(self.database, among, now=now):
             return PollReport()
-        name, holder = f"recheck:{workspace.place}", self.holder
+        name, holder = f"recheck:{workspace.place}", self.process
         if once_per and not await claims.take_lease(self.database, name, holder, now, once_per):
             return PollReport()
         due = await claims.claim_due(
             self.database,
-            holder=self.holder,
+            holder=self.process,
             now=now,
             lease=self.lease,
             limit=RECHECK_CLAIM,
@@ -240,7 +239,7 @@ class Poller(Service):
             renewing.cancel()
             # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
             if poll_round.remaining:
-                await claims.release(self.database, self.holder, list(poll_round.remaining))
+                await claims.release(self.database, self.process, list(poll_round.remaining))
         report = poll_round.report
         if not poll_round.broken_off:
             self.backoff.succeeded(workspace.place)
@@ -264,7 +263,7 @@ class Poller(Service):
         claim = partial(
             claims.claim_due,
             self.database,
-            holder=self.holder,
+            holder=self.process,
             now=now,
             lease=self.lease,
             workspaces=self.workspaces.claimable(workspace),
@@ -283,7 +282,7 @@ class Poller(Service):
         """Renew the claims on what remains in a while."""
         await asyncio.sleep(self.renew_after)
         until = self.clock() + self.lease
-        await claims.renew(self.database, self.holder, list(poll_round.remaining), until)
+        await claims.renew(self.database, self.process, list(poll_round.remaining), until)
 
 
 class DurationBook:

@@ -121,7 +121,6 @@ class Sweeper(Service):
     writer: Writer
     durations: DurationBook
     coalescer: Coalescer
-    holder: str
     first_since: timedelta
     lease: timedelta = LEASE
     renew_after: float = RENEW_AFTER
@@ -153,7 +152,7 @@ class Sweeper(Service):
     async def _drop(self, lease: str, renewing: "asyncio.Task[None] | None" = None) -> None:
         await cancel(renewing)  # else it might take back what is dropped
         with suppress(StoreError):  # it then expires
-            await claims.drop_lease(self.database, lease, self.holder)
+            await claims.drop_lease(self.database, lease, self.process)
 
 
 class _Sweep:
@@ -175,7 +174,7 @@ class _Sweep:
     async def hold(self) -> bool:
         """Take or renew the lease; false if another process has it."""
         return await claims.take_lease(
-            self._database, self.lease, self._sweeper.holder, self._clock(), self._sweeper.lease
+            self._database, self.lease, self._sweeper.process, self._clock(), self._sweeper.lease
         )
 
     async def renew(self) -> None:
@@ -223,7 +222,7 @@ class _Sweep:
             claims.take_lease,
             self._database,
             f"generations:{workspace.place}",
-            f"{sweeper.holder}:{uuid4()}",  # this process's next sweep does not have it either
+            f"{sweeper.process}:{uuid4()}",  # this process's next sweep does not have it either
             longest=GENERATIONS_EVERY,
         )
         if not known and not await take_lease(self._clock(), sweeper.lease):

@@ -41,8 +41,6 @@ FRESH: Final = timedelta(hours=1)
 """How long a definition is used without reading it again."""
 PAUSE: Final = timedelta(minutes=1)
 """How long after a read, or a failed one, the same definition is not read again."""
-MOST_FINDERS: Final = 10
-"""Techniques that are looked up to be shown at the same time, one after the other at FLORA."""
 EVERY: Final = timedelta(hours=6)
 """How often the catalogue is read."""
 LEASE: Final = timedelta(minutes=10)
@@ -71,7 +69,6 @@ class Catalogue(Service):
         self._failed_at: dict[_Key, datetime] = {}
         self._asking: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
         self._finding = asyncio.Lock()
-        self._finders = 0
 
     async def definition(
         self, workspace: Workspace, technique: str, *, deadline: float | None = None
@@ -83,25 +80,8 @@ class Catalogue(Service):
         `SettingsError` without a key, `StoreUnavailable`, and other `FloraError`s if no definition
         is known.
         """
-        key = (workspace.place, technique)
-        lock = self._asking.setdefault(key, asyncio.Lock())
-        async with lock:
-            known = await self._known(workspace, technique)
-            if known is None or not (known.defined_at or known.inputs):
-                return await self._ask(workspace, technique, deadline)
-            if self._is_current(known, key):
-                return known
-            try:
-                longest = min(deadline or self.renewal_seconds, self.renewal_seconds)
-                return await self._ask(workspace, technique, longest)
-            except FloraError as error:
-                if not _is_no_answer(error):
-                    raise
-                self._failed_at[key] = self.clock()
-                log.warning(
-                    "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
-                )
-                return known
+        longest = min(deadline or self.renewal_seconds, self.renewal_seconds)
+        return (await self._renewed(workspace, technique, deadline, if_old=longest))[0]
 
     async def priced(
         self, workspace: Workspace, technique: str
@@ -110,17 +90,37 @@ class Catalogue(Service):
 
         Raises like `definition`.
         """
+        return await self._renewed(workspace, technique, None)
+
+    async def _renewed(
+        self,
+        workspace: Workspace,
+        technique: str,
+        deadline: float | None,
+        *,
+        if_old: float | None = None,
+    ) -> tuple[TechniqueRow, FloraError | None]:
+        """The definition as FLORA shows it now, or the last known one and why it is not renewed.
+
+        With `if_old`, a known one is only renewed if it is old, in so many seconds.
+        """
         key = (workspace.place, technique)
-        try:
-            async with self._asking.setdefault(key, asyncio.Lock()):
-                return await self._ask(workspace, technique, None), None
-        except FloraError as error:
-            if not _is_no_answer(error):
-                raise
+        async with self._asking.setdefault(key, asyncio.Lock()):
             known = await self._known(workspace, technique)
             if known is None or not (known.defined_at or known.inputs):
-                raise
-            return known, error
+                return await self._ask(workspace, technique, deadline), None
+            if if_old is not None and self._is_current(known, key):
+                return known, None
+            try:
+                return await self._ask(workspace, technique, if_old), None
+            except FloraError as error:
+                if not _is_no_answer(error):
+                    raise
+                self._failed_at[key] = self.clock()
+                log.warning(
+                    "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
+                )
+                return known, error
 
     async def checked(
         self,
@@ -206,30 +206,23 @@ class Catalogue(Service):
             await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
 
     async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
-        """As `definition`, after other callers of this, unless these are too many; for
-        `renewal_seconds` in all."""
+        """As `definition`, after other callers of this; for `renewal_seconds` in all."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self.renewal_seconds
-        crowded = FloraUnreachable(
-            "FLORA was not asked for the technique, because too many others are being looked up",
-            may_have_acted=False,
-            timed_out=True,
-        )
-        if self._finders >= MOST_FINDERS:
-            raise crowded
-        self._finders += 1
         try:
             async with asyncio.timeout_at(until):
                 await self._finding.acquire()
         except TimeoutError:
-            raise crowded from None
-        else:
-            try:
-                return await self.definition(workspace, technique, deadline=until - loop.time())
-            finally:
-                self._finding.release()
+            raise FloraUnreachable(
+                "FLORA was not asked for the technique, because too many others are being looked "
+                "up",
+                may_have_acted=False,
+                timed_out=True,
+            ) from None
+        try:
+            return await self.definition(workspace, technique, deadline=until - loop.time())
         finally:
-            self._finders -= 1
+            self._finding.release()
 
     async def _ask(
         self, workspace: Workspace, technique: str, deadline: float | None
@@ -315,9 +308,8 @@ class SyncReport:
 
 @dataclass(kw_only=True, eq=False)
 class CatalogueSync(Service):
-    """Syncs the catalogue. `process` names this process."""
+    """Syncs the catalogue."""
 
-    process: str
     lease: timedelta = LEASE
 
     async def sync(self) -> SyncReport:

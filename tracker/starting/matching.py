@@ -21,12 +21,10 @@ from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.polling import history
-from tracker.store.clock import SharedClock
-from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
 from tracker.store.writing.writer import Writer
-from tracker.workspaces import Workspace
+from tracker.workspaces import Service, Workspace
 
 STORE_AGAIN: Final = (0.2, 5.0)
 """The first and the longest wait before an answer is stored again, in seconds."""
@@ -50,12 +48,10 @@ class HistoryRead:
 
 
 @dataclass(kw_only=True, eq=False)
-class StartMatcher:
+class StartMatcher(Service):
     """Stores the runs of starts, and finds them in the history."""
 
-    database: Database
     writer: Writer
-    clock: SharedClock
 
     def __post_init__(self) -> None:
         self._unfiltered: set[str] = set()

@@ -133,11 +133,10 @@ class DoubtTimes:
 
 @dataclass(kw_only=True, eq=False)
 class Recovery(Service):
-    """Ends the doubt about starts. `doubt` is TRACKER_START_DOUBT, `process` names this process."""
+    """Ends the doubt about starts. `doubt` is TRACKER_START_DOUBT."""
 
     matcher: StartMatcher
     sender: StartSender
-    process: str
     doubt: timedelta
 
     def __post_init__(self) -> None:
@@ -194,7 +193,7 @@ class Recovery(Service):
         due, technique_id = [], rows[0].technique_id
         for row in rows:
             if row.state is StartState.SENT:
-                async with holding(self.database, row, self.process, self.clock) as held:
+                async with holding(self, row) as held:
                     if held is not None and held.row.state is StartState.SENT:
                         error = held.row.error or {"message": NO_ANSWER}
                         await held.record(StartState.IN_DOUBT, error)
@@ -215,7 +214,7 @@ class Recovery(Service):
             log.warning("start.recovery_failed", technique_id=technique_id, error=str(error))
         found = 0
         for row in due:
-            async with holding(self.database, row, self.process, self.clock) as held:
+            async with holding(self, row) as held:
                 if held is not None and held.row.state is StartState.IN_DOUBT:
                     found += await self._end_doubt(workspace, held, read)
         return found

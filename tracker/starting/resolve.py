@@ -41,10 +41,9 @@ class UnknownStart(TrackerError):
 
 @dataclass(kw_only=True, eq=False)
 class StartResolver(Service):
-    """Ends the doubt about a start by a person's decision. `process` names this process."""
+    """Ends the doubt about a start by a person's decision."""
 
     matcher: StartMatcher
-    process: str
 
     async def find(self, key: str, *, workspace_id: str | None = None) -> StartRow:
         """The start of that key.
@@ -82,7 +81,7 @@ class StartResolver(Service):
         if owner is not None and owner.idempotency_key != row.idempotency_key:
             raise _fault(f"run {run_id} belongs to the start {owner.idempotency_key!r}")
         seen = await self._read(row, run_id)
-        async with holding(self.database, row, self.process, self.clock) as held:
+        async with holding(self, row) as held:
             _check(held, row)
             await self._audit(row, run_id, "it became a run")
             record = await self.matcher.adopt(row, run_id, seen)
@@ -92,7 +91,7 @@ class StartResolver(Service):
     async def is_nothing(self, row: StartRow) -> None:
         """Nothing was started: the key may be used again. Raises like `is_run`."""
         _check_state(row)
-        async with holding(self.database, row, self.process, self.clock) as held:
+        async with holding(self, row) as held:
             mine = _check(held, row)
             await self._audit(row, None, "nothing was started")
             await _store(mine, StartState.REFUSED, {"message": NOTHING_STARTED})
@@ -114,7 +113,7 @@ class StartResolver(Service):
         return [await starts.with_runs_left(self.database, row) for row in changed]
 
     async def _exclude(self, row: StartRow, run_id: str) -> StartRow:
-        async with holding(self.database, row, self.process, self.clock) as held:
+        async with holding(self, row) as held:
             mine = _check(held, row)
             row = mine.row
             left = await starts.possible(self.database, row, row.possible_runs or ())

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
-from tracker.core.clock import Clock, boot_seconds
+from tracker.core.clock import boot_seconds
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -40,7 +40,7 @@ from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import SentClock, StartRow, StartState
-from tracker.workspaces import Workspace, Workspaces
+from tracker.workspaces import Service, Workspace
 
 HELD_FOR: Final = timedelta(seconds=30)
 """How long the lease of a process that died lasts; a living one renews it."""
@@ -111,47 +111,22 @@ class _KeyReplaced(FloraError):
     """The API key was replaced, perhaps by another workspace's: nothing was sent with it."""
 
 
-class CallbackAddresses:
-    """Chooses the address for the callback of a start: one of its own, below the bare `url`.
+@dataclass(kw_only=True, eq=False)
+class StartSender(Service):
+    """Sends starts whose lease the caller holds.
 
-    A proxy may pass on exactly `/callbacks/flora`, so that callbacks to all other addresses are
-    lost. After five were missed, new starts get the bare address for an hour. `url` is `None` if
-    FLORA cannot reach this service.
+    `callback_url` is the bare callback address; `None` if FLORA cannot reach this service. Each
+    start has one of its own below it. A proxy may pass on exactly `/callbacks/flora`, so that
+    callbacks to all others are lost: after five were missed, new starts get the bare address for an
+    hour.
     """
 
-    def __init__(self, database: Database, *, url: str | None, clock: Clock) -> None:
-        self._database = database
-        self._url = url
-        self._clock = clock
+    matcher: StartMatcher
+    callback_url: str | None
+
+    def __post_init__(self) -> None:
         self._checked_at = float("-inf")
         self._own_are_missing = False
-
-    async def of(self, token: str | None) -> str | None:
-        """The address for a start with that token. Raises `StoreUnavailable`."""
-        if self._url is None or token is None:
-            return self._url
-        if time.monotonic() - self._checked_at >= CHECK_ADDRESSES_EVERY:
-            were_missing = self._own_are_missing
-            self._own_are_missing = await starts.own_are_missing(self._database, now=self._clock())
-            self._checked_at = time.monotonic()
-            if self._own_are_missing and not were_missing:
-                log.error(
-                    "callbacks.own_addresses_missing",
-                    count=starts.MISSING,
-                    advice=f"let {self._url}/ and everything below it through; `tracker doctor` "
-                    "tries both",
-                )
-        return self._url if self._own_are_missing else f"{self._url}/{token}"
-
-
-@dataclass(kw_only=True, eq=False)
-class StartSender:
-    """Sends starts whose lease the caller holds."""
-
-    workspaces: Workspaces
-    matcher: StartMatcher
-    addresses: CallbackAddresses
-    clock: Clock
 
     async def send(self, workspace: Workspace, held: "HeldStart", *, deadline: float) -> Record:
         """Send a start, or send it again exactly as before; the run that it became.
@@ -174,7 +149,7 @@ class StartSender:
         await self.workspaces.id_of(workspace, wanted=held.row.workspace_id, deadline=deadline)
         row = held.row
         in_doubt = not row.is_fresh
-        url = row.callback_url if in_doubt else await self.addresses.of(row.callback_token)
+        url = row.callback_url if in_doubt else await self.address_of(row.callback_token)
         # A start of a version before 0009 has no body, but everything that made it.
         body = row.request_body if in_doubt else None
         if not body:
@@ -199,6 +174,23 @@ class StartSender:
                 raise failure from error
             seen = Observation(run_id=error.run_id, source=Source.START, at=self.clock())
         return await self.matcher.track(held.row, seen)
+
+    async def address_of(self, token: str | None) -> str | None:
+        """The callback address for a start with that token. Raises `StoreUnavailable`."""
+        if self.callback_url is None or token is None:
+            return self.callback_url
+        if time.monotonic() - self._checked_at >= CHECK_ADDRESSES_EVERY:
+            were_missing = self._own_are_missing
+            self._own_are_missing = await starts.own_are_missing(self.database, now=self.clock())
+            self._checked_at = time.monotonic()
+            if self._own_are_missing and not were_missing:
+                log.error(
+                    "callbacks.own_addresses_missing",
+                    count=starts.MISSING,
+                    advice=f"let {self.callback_url}/ and everything below it through; `tracker "
+                    "doctor` tries both",
+                )
+        return self.callback_url if self._own_are_missing else f"{self.callback_url}/{token}"
 
     async def _failure(self, held: "HeldStart", error: FloraError, *, in_doubt: bool) -> Exception:
         """Record an answer without a run; the error to raise."""
@@ -350,32 +342,28 @@ class HeldStart:
         self.valid_until = valid_until if is_kept else float("-inf")
 
 
-def holding(
-    database: Database, row: StartRow, process: str, clock: SharedClock
-) -> AbstractAsyncContextManager[HeldStart | None]:
+def holding(service: Service, row: StartRow) -> AbstractAsyncContextManager[HeldStart | None]:
     """Hold the lease of a stored start. Raises `StoreUnavailable`; else as `held_by`."""
-    workspace_id, key = row.workspace_id, row.idempotency_key
+    start = row.workspace_id, row.idempotency_key
 
     async def take(holder: str, lease: timedelta) -> StartRow | None:
-        return await starts.take(database, workspace_id, key, holder, clock(), lease)
+        return await starts.take(service.database, *start, holder, service.clock(), lease)
 
-    return held_by(take, database, (workspace_id, key), process, clock)
+    return held_by(service, start, take)
 
 
 @asynccontextmanager
 async def held_by(
-    take: Callable[[str, timedelta], Awaitable[StartRow | None]],
-    database: Database,
+    service: Service,
     start: tuple[str, str],
-    process: str,
-    clock: SharedClock,
+    take: Callable[[str, timedelta], Awaitable[StartRow | None]],
 ) -> AsyncIterator[HeldStart | None]:
     """Hold the lease of a start; `None` if another caller has it, or the start became a run.
 
     `start` is its workspace and key; `take(holder, lease)` takes the lease for so long and returns
-    the row, or `None`. `process` names the process in the lease. Raises what `take` raises.
+    the row, or `None`. Raises what `take` raises.
     """
-    holder = f"{process}:{uuid4()}"
+    database, holder = service.database, f"{service.process}:{uuid4()}"
     taken = True  # as far as is known if taking it is interrupted
     valid_until = boot_seconds() + HELD_FOR.total_seconds()
     try:
@@ -390,7 +378,7 @@ async def held_by(
             taken = False
             yield None
             return
-        held = HeldStart(database, clock, row, holder, valid_until)
+        held = HeldStart(database, service.clock, row, holder, valid_until)
         renewing = asyncio.create_task(
             repeat("start lease", held.renew, is_over=lambda: boot_seconds() >= held.valid_until)
         )

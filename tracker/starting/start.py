@@ -9,7 +9,7 @@ again with the same key.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,16 +80,14 @@ class Started:
 class Starter(Service):
     """Starts runs.
 
-    `process` names this process in the start log. `deadline` is how many seconds a caller waits by
-    default; a start that was sent goes on. `on_over_budget` is called with the name of the budget
-    that a start did not fit into.
+    `deadline` is how many seconds a caller waits by default; a start that was sent goes on.
+    `on_over_budget` is called with the name of the budget that a start did not fit into.
     """
 
     catalogue: Catalogue
     durations: DurationBook
     sender: StartSender
     recovery: Recovery
-    process: str
     deadline: float
     budgets: Budgets = NO_BUDGETS
     on_over_budget: Callable[[str], None] = lambda budget: None
@@ -176,10 +174,14 @@ class Starter(Service):
             call.workspace, call.request.technique, call.request.inputs, deadline=self.deadline
         )
         await self.durations.learn([definition.technique_id])
+        task = asyncio.create_task(self._attempt(call, definition), name="start")
+        self._sending.add(task)
+        task.add_done_callback(self._sent)
+        # It goes on if the caller has no more time or is gone.
+        await asyncio.wait([task], timeout=max(call.give_up - self.monotonic(), 0.0))
         sent = True
-        with suppress(StartPending):
-            record = await self._within(call, self._attempt(call, definition))
-            if record is not None:
+        with suppress(StartPending, asyncio.InvalidStateError):  # the latter while it goes on
+            if (record := task.result()) is not None:
                 return record, True
             sent = False
         row = await starts.get(self.database, call.workspace_id, call.key)
@@ -187,18 +189,6 @@ class Starter(Service):
             raise pending(call.key)
         _compare(row, definition.technique_id, call.request)
         return row, sent
-
-    async def _within(
-        self, call: "_Call", sending: Coroutine[Any, Any, Record | None]
-    ) -> Record | None:
-        """The result of `sending`, which goes on if the caller has no more time or is gone."""
-        task = asyncio.create_task(sending, name="start")
-        self._sending.add(task)
-        task.add_done_callback(self._sent)
-        await asyncio.wait([task], timeout=max(call.give_up - self.monotonic(), 0.0))
-        if not task.done():
-            raise pending(call.key)
-        return task.result()
 
     def _sent(self, task: "asyncio.Task[Record | None]") -> None:
         self._sending.discard(task)
@@ -234,9 +224,7 @@ class Starter(Service):
             return row if row.lease_holder == holder else None
 
         try:
-            async with held_by(
-                reserve, self.database, (workspace_id, key), self.process, self.clock
-            ) as held:
+            async with held_by(self, (workspace_id, key), reserve) as held:
                 if held is None:
                     return None
                 return await self.sender.send(call.workspace, held, deadline=self.deadline)

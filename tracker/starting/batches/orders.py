@@ -8,16 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from tracker.core.clock import Clock
 from tracker.core.log import get_logger
 from tracker.core.starts.budget import Budget, Budgets
 from tracker.starting.batches.launch import Order
 from tracker.starting.batches.rows import BatchPlan
-from tracker.store.engine import Database
 from tracker.store.queries import audit, batches, spending
 from tracker.store.queries.audit import Action
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN
+from tracker.workspaces import Service
 
 log = get_logger(__name__)
 
@@ -33,12 +32,10 @@ class PlacedOrder:
 
 
 @dataclass(kw_only=True, eq=False)
-class BatchOrders:
+class BatchOrders(Service):
     """Takes orders. `on_order` is called after each."""
 
-    database: Database
     budgets: Budgets
-    clock: Clock
     on_order: Callable[[], None]
 
     async def check(self, plan: BatchPlan, order: Order) -> None:

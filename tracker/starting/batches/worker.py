@@ -50,11 +50,9 @@ BREAK_OFF_SECONDS: Final = 5.0
 
 @dataclass(kw_only=True, eq=False)
 class BatchWorker(Service):
-    """Launches due batches. `process` names this one in the leases; `concurrency` is how many rows
-    of a batch are started at a time."""
+    """Launches due batches. `concurrency` is how many rows of a batch are started at a time."""
 
     batches: Batches
-    process: str
     concurrency: int
     check_every: float = 5.0
     """Seconds between two reads of what is due; an order of this process is launched at once."""
