@@ -34,7 +34,7 @@ from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first
 from tracker.store.queries.sheet_rows import OUTCOME, RowOutcome, of_outcome, with_outcomes
 from tracker.store.queries.starts import StartState
-from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, runs, starts
+from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, runs, starts, word
 
 LEASE: Final = timedelta(seconds=30)
 """How long the lease of a process that died lasts; a living one renews it."""
@@ -165,18 +165,12 @@ async def keep(
         launch = {name: new.excluded[name] for name in ("launch", "launch_at")}
     else:
         launch = {"launch": case((batches.c.launch_at.is_not(None), batches.c.launch))}
+    first = {
+        name: func.coalesce(batches.c[name], new.excluded[name]) for name in ("mapping", "source")
+    }
+    last = {name: new.excluded[name] for name in ("name", "columns", "finished_at", "stopped")}
     updated = new.on_conflict_do_update(
-        index_elements=[batches.c.batch_id],
-        set_={
-            **{name: new.excluded[name] for name in ("name", "columns")},
-            **launch,
-            **{
-                name: func.coalesce(batches.c[name], new.excluded[name])
-                for name in ("mapping", "source")
-            },
-            "finished_at": None,
-            "stopped": None,
-        },
+        index_elements=[batches.c.batch_id], set_=first | last | launch
     )
     rows = db.insert(batch_rows)
     rows = rows.on_conflict_do_update(
@@ -190,7 +184,6 @@ async def keep(
     values = [_values(batch.batch_id, entry) for entry in entries]
     header = {_COLUMN_OF.get(name, name): value for name, value in asdict(batch).items()}
     header |= {"finished_at": None, "stopped": None}
-
     header_statement = new.on_conflict_do_nothing() if only_new else updated
 
     def work(connection: Connection) -> bool:
@@ -215,12 +208,8 @@ async def finish(
 ) -> None:
     """Store how a launch ended: when the batch was followed to its end, or why that is not so, and
     why rows could not be tried, by position."""
-    header = (
-        update(batches)
-        .where(batches.c.batch_id == batch_id)
-        .values(finished_at=at, stopped=stopped)
-    )
-
+    header = update(batches).where(batches.c.batch_id == batch_id)
+    header = header.values(finished_at=at, stopped=stopped)
     await db.write(lambda connection: _end(connection, header, batch_id, errors or {}))
 
 
@@ -305,25 +294,46 @@ async def entries(
     ]
 
 
+_IS_SETTLED: Final = runs.c.tracking == word(Tracking.SETTLED)
+_IS_COMPLETED: Final = runs.c.status == word(RunStatus.COMPLETED)
+_COUNTED: Final[Mapping[str, ColumnElement[bool]]] = {
+    "started": starts.c.state == word(StartState.STARTED),
+    "refused": starts.c.state == word(StartState.REFUSED),
+    "unresolved": starts.c.state == word(StartState.UNRESOLVED),
+    "doubt": starts.c.state.in_([word(StartState.SENT), word(StartState.IN_DOUBT)]),
+    "unsent": and_(
+        func.coalesce(starts.c.state, StartState.STORED) == word(StartState.STORED),
+        OUTCOME == RowOutcome.FAILED,
+    ),
+    "active": runs.c.tracking == word(Tracking.ACTIVE),
+    "lost": runs.c.tracking == word(Tracking.LOST),
+    "completed": and_(_IS_SETTLED, _IS_COMPLETED),
+    "failed": and_(_IS_SETTLED, ~_IS_COMPLETED),
+    "not_final": ~runs.c.cost_final,
+}
+"""Which rows each number of `BatchCounts` counts."""
+
+
 async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
-    found = {batch_id: BatchCounts() for batch_id in batch_ids}
-    by = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
+    is_quoted = and_(~runs.c.cost_final, runs.c.charged_cost.is_(None))
     counted = select(
-        *by,
-        func.count().label("count"),
-        func.count().filter(OUTCOME == RowOutcome.FAILED).label("bad"),
+        batch_rows.c.batch_id,
+        func.count().label("rows"),
+        *(func.count().filter(which).label(name) for name, which in _COUNTED.items()),
         func.sum(runs.c.charged_cost).label("cost"),
-        func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
-        func.sum(runs.c.quoted_cost)
-        .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
-        .label("quoted"),
+        func.sum(runs.c.quoted_cost).filter(is_quoted).label("quoted"),
         func.min(runs.c.next_check_at).label("next_check_at"),
         func.max(runs.c.completed_at).label("last_end_at"),
     )
     of_batches = with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids))
-    for row in await db.fetch(of_batches.group_by(*by)):
-        _count(found[row.batch_id], row)
+    found = {batch_id: BatchCounts() for batch_id in batch_ids}
+    for row in await db.fetch(of_batches.group_by(batch_rows.c.batch_id)):
+        batch_id, values = row.batch_id, row._asdict()
+        del values["batch_id"]
+        for name in ("cost", "quoted"):  # sums of doubles have spurious digits
+            values[name] = round(values[name] or Decimal(0), 6)
+        found[batch_id] = BatchCounts(**values)
     return found
 
 
@@ -341,37 +351,6 @@ def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
         "carried": entry.carried or None,
         "error": None,
     }
-
-
-def _count(progress: BatchCounts, row: Any) -> None:
-    progress.rows += row.count
-    match row.state:
-        case StartState.STARTED:
-            progress.started += row.count
-        case StartState.REFUSED:
-            progress.refused += row.count
-        case StartState.UNRESOLVED:
-            progress.unresolved += row.count
-        case StartState.SENT | StartState.IN_DOUBT:
-            progress.doubt += row.count
-        case _:
-            progress.unsent += row.bad
-    ends = (progress.last_end_at, row.last_end_at)
-    progress.last_end_at = max((one for one in ends if one is not None), default=None)
-    if row.tracking == Tracking.ACTIVE:
-        progress.active += row.count
-        moments = (progress.next_check_at, row.next_check_at)
-        progress.next_check_at = min((one for one in moments if one is not None), default=None)
-    elif row.tracking == Tracking.LOST:
-        progress.lost += row.count
-    elif row.status == RunStatus.COMPLETED:
-        progress.completed += row.count
-    elif row.tracking == Tracking.SETTLED:
-        progress.failed += row.count
-    # Sums of doubles have spurious digits.
-    progress.cost += round(row.cost or Decimal(0), 6)
-    progress.quoted += round(row.quoted or Decimal(0), 6)
-    progress.not_final += row.not_final
 
 
 # Batches that a worker launches.
@@ -403,10 +382,8 @@ async def claim_due(
         .returning(*BATCH_COLUMNS)
     )
 
-    def work(connection: Connection) -> list[BatchRow]:
-        return [BatchRow(**row._asdict()) for row in connection.execute(statement)]
-
-    return await db.write(work)
+    claimed = await db.write(lambda connection: connection.execute(statement).all())
+    return [BatchRow(**row._asdict()) for row in claimed]
 
 
 async def renew_launch(

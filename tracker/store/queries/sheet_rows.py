@@ -301,26 +301,15 @@ async def latest_run_numbers(
     """The number of the last run of each of these rows in any batch of the workspace; its
     generation is finished if any batch with it is."""
     found: dict[str, LatestRunNumber] = {}
-    async with db.read() as connection:
-        for some in chunks(digests):
-            statement = (
-                select(
-                    batch_rows.c.row_digest,
-                    batch_rows.c.generation,
-                    batch_rows.c.attempt,
-                    batches.c.finished_at,
-                )
-                .join(batches)
-                .where(batches.c.workspace_slot == workspace_id, batch_rows.c.row_digest.in_(some))
-            )
-            for digest, *numbers, finished_at in await connection.execute(statement):
-                last, known = RunNumber(*numbers), found.get(digest)
-                finished = finished_at is not None
-                if known is not None and known.run_number.generation == last.generation:
-                    last, finished = max(known.run_number, last), known.finished or finished
-                elif known is not None and known.run_number > last:
-                    continue
-                found[digest] = LatestRunNumber(run_number=last, finished=finished)
+    by = (batch_rows.c.row_digest, batch_rows.c.generation)
+    numbers = select(*by, func.max(batch_rows.c.attempt), func.count(batches.c.finished_at))
+    numbers = numbers.join(batches).where(batches.c.workspace_slot == workspace_id)
+    numbers = numbers.group_by(*by).order_by(batch_rows.c.generation)
+    for some in chunks(digests):
+        rows = await db.fetch(numbers.where(batch_rows.c.row_digest.in_(some)))
+        for digest, generation, attempt, finished in rows:  # a row's last generation comes last
+            run_number = RunNumber(generation, attempt)
+            found[digest] = LatestRunNumber(run_number=run_number, finished=finished > 0)
     return found
 
 

@@ -8,10 +8,23 @@ it appears again.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from itertools import groupby
 from typing import Any, Final, NamedTuple, Self
 
-from sqlalchemy import Connection, Row, Select, and_, func, literal, or_, select, tuple_, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from tracker.core.starts.inputs import Technique
 from tracker.store.engine import Database
@@ -77,22 +90,24 @@ async def add_listed(db: Database, rows: Sequence[TechniqueRow], at: datetime) -
     latest = {row.technique_id: row for row in rows}
     if not latest:
         return ListResult(0, 0)
-    in_order = sorted(latest.values(), key=lambda row: (*_shows(row), row.technique_id))
-    groups = [
-        (
-            _list_statement(db, shows_inputs=shows[0], shows_outputs=shows[1]),
-            [_values(row, at) | {"listed_at": at} for row in group],
-        )
-        for shows, group in groupby(in_order, key=_shows)
-    ]
+    insert = db.insert(techniques)
+    shown = ("name", "description", "run_cost", "synced_at", "listed_at", "gone_at")
+    defined = {
+        name: case((cast(insert.excluded[name], Text) == "[]", column), else_=insert.excluded[name])
+        for name, column in (("inputs", techniques.c.inputs), ("outputs", techniques.c.outputs))
+    }
+    statement = insert.on_conflict_do_update(
+        index_elements=[techniques.c.technique_id],
+        set_={name: insert.excluded[name] for name in shown} | defined,
+    )
+    values = [_values(latest[one], at) | {"listed_at": at} for one in sorted(latest)]
     known = select(techniques.c.technique_id, techniques.c.gone_at).where(
         techniques.c.technique_id.in_(list(latest))
     )
 
     def work(connection: Connection) -> ListResult:
         before = connection.execute(known).all()
-        for statement, values in groups:
-            connection.execute(statement, values)
+        connection.execute(statement, values)
         back = sum(row.gone_at is not None for row in before)
         return ListResult(new=len(latest) - len(before), back=back)
 
@@ -181,20 +196,6 @@ _SEARCHED: Final = ("technique_id", "slug", "name", "description")
 async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:
     found = await db.fetchrow(statement)
     return None if found is None else _row(found)
-
-
-def _shows(row: TechniqueRow) -> tuple[bool, bool]:
-    return bool(row.inputs), bool(row.outputs)
-
-
-def _list_statement(db: Database, *, shows_inputs: bool, shows_outputs: bool) -> Any:
-    insert = db.insert(techniques)
-    shown = ["name", "description", "run_cost", "synced_at", "listed_at", "gone_at"]
-    shown += ["inputs"] * shows_inputs + ["outputs"] * shows_outputs
-    return insert.on_conflict_do_update(
-        index_elements=[techniques.c.technique_id],
-        set_={name: insert.excluded[name] for name in shown},
-    )
 
 
 def _values(row: TechniqueRow, at: datetime) -> dict[str, Any]:

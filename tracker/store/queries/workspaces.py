@@ -4,14 +4,13 @@ whether FLORA answers each process.
 A wait is a row of the leases, shared by all processes with the same key; the latest counts.
 """
 
-import json
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, exists, or_, select, tuple_, update
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, Row, exists, or_, select, tuple_, update
 
-from tracker.core.contact import ContactState, OngoingTrouble, Trouble, joined
-from tracker.core.run import known
+from tracker.core.contact import ContactState, joined
 from tracker.store.engine import Database
 from tracker.store.schema import batches, leases, runs, starts, workspace_keys
 
@@ -66,7 +65,6 @@ async def give_ids(db: Database, workspace_id: str) -> None:
     A start belongs to the workspace of its run, or to the calling workspace, whose key is at the
     top of the settings. An idempotency key that exists under both names is left alone.
     """
-    old = and_(starts.c.workspace_slot == BEFORE_IDS, starts.c.workspace_id.is_(None))
     other = starts.alias()
     taken = exists().where(
         other.c.workspace_slot == workspace_id, other.c.idempotency_key == starts.c.idempotency_key
@@ -76,37 +74,18 @@ async def give_ids(db: Database, workspace_id: str) -> None:
         runs.c.workspace_id.is_not(None),
         runs.c.workspace_id != workspace_id,
     )
-    one = tuple_(starts.c.workspace_slot, starts.c.idempotency_key)
-    some = (
-        select(starts.c.workspace_slot, starts.c.idempotency_key)
-        .where(old, ~taken, ~elsewhere)
-        .limit(_AT_ONCE)
+    slot = starts.c.workspace_slot
+    key = tuple_(slot, starts.c.idempotency_key)
+    some = select(slot, starts.c.idempotency_key).where(
+        starts.c.workspace_id.is_(None),
+        slot.in_([workspace_id, BEFORE_IDS]),
+        or_(slot == workspace_id, ~or_(taken, elsewhere)),
     )
-    moved = (
-        update(starts)
-        .where(one.in_(some))
-        .values(workspace_slot=workspace_id, workspace_id=workspace_id)
-    )
-    named = (
-        update(starts)
-        .where(
-            one.in_(
-                select(starts.c.workspace_slot, starts.c.idempotency_key)
-                .where(starts.c.workspace_slot == workspace_id, starts.c.workspace_id.is_(None))
-                .limit(_AT_ONCE)
-            )
-        )
-        .values(workspace_id=workspace_id)
-    )
-    batched = (
-        update(batches)
-        .where(batches.c.workspace_slot == BEFORE_IDS)
-        .values(workspace_slot=workspace_id)
-    )
-    for statement in (moved, named):
-        while await db.execute(statement):
-            pass
-    await db.execute(batched)
+    named = update(starts).where(key.in_(some.limit(_AT_ONCE)))
+    while await db.execute(named.values(workspace_slot=workspace_id, workspace_id=workspace_id)):
+        pass
+    batched = update(batches).where(batches.c.workspace_slot == BEFORE_IDS)
+    await db.execute(batched.values(workspace_slot=workspace_id))
 
 
 async def keep_wait(
@@ -130,10 +109,11 @@ async def waits_until(db: Database, place: str) -> datetime | None:
 
 # Whether FLORA answers, as the processes on one database have seen it.
 #
-# The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named
-# after the workspace's place in the settings, `until` being when FLORA was last asked, and `holder`
-# the rest as JSON. It describes the moment, and is neither copied nor kept with the history.
+# The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named after the
+# workspace's place in the settings, `until` being when FLORA was last asked, `holder` the state as
+# JSON.
 
+_STATE: Final = TypeAdapter(ContactState)
 _AHEAD: Final = timedelta(minutes=1)
 """A state that is further ahead was stored before the clock was set back, and says nothing."""
 
@@ -145,7 +125,7 @@ async def keep_contact(db: Database, place: str, own: ContactState, *, now: date
         stored = connection.execute(select(leases).where(leases.c.name == _CONTACT + place))
         before = _state(stored.one_or_none(), now)
         state = own if before is None else joined(before, own)
-        values = {"holder": _text(state), "until": state.asked_at}
+        values = {"holder": _STATE.dump_json(state).decode(), "until": state.asked_at}
         connection.execute(db.upsert(leases, {"name": _CONTACT + place}, values))
 
     await db.write(work)
@@ -159,32 +139,10 @@ async def stored_contacts(db: Database, *, now: datetime) -> dict[str, ContactSt
     return {place: state for place, state in states.items() if state is not None}
 
 
-def _text(state: ContactState) -> str:
-    values: dict[str, str] = {}
-    if state.answered_at is not None:
-        values["answered_at"] = state.answered_at.isoformat()
-    if (found := state.trouble) is not None:
-        values |= {
-            "trouble": str(found.trouble),
-            "since": found.since.isoformat(),
-            "reason": found.reason,
-        }
-    return json.dumps(values)
-
-
 def _state(row: Row[Any] | None, now: datetime) -> ContactState | None:
     if row is None or row.until > now + _AHEAD:
         return None
     try:
-        values: dict[str, str] = json.loads(row.holder)
-        answered_at, trouble = values.get("answered_at"), None
-        if "trouble" in values:
-            since = datetime.fromisoformat(values["since"])
-            trouble = OngoingTrouble(known(Trouble, values["trouble"]), since, values["reason"])
-        return ContactState(
-            asked_at=row.until,
-            answered_at=datetime.fromisoformat(answered_at) if answered_at else None,
-            trouble=trouble,
-        )
-    except (AttributeError, LookupError, TypeError, ValueError):
-        return None  # a newer version stores it in another form
+        return _STATE.validate_json(row.holder)
+    except ValueError:
+        return None  # another version stores it in another form
