@@ -21,14 +21,7 @@ from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import (
-    Connection,
-    and_,
-    delete,
-    func,
-    select,
-    update,
-)
+from sqlalchemy import Connection, func, select, update
 
 from tracker.core.clock import Clock, boot_id, boot_seconds, utc_now
 from tracker.core.errors import StoreUnavailable
@@ -46,8 +39,6 @@ DRIFT: Final = timedelta(seconds=0.5)
 """From how much on it is stored that they have drifted apart."""
 LOGGED_FROM: Final = timedelta(seconds=5)
 """A machine's clock that is off by more is logged."""
-KEPT: Final = timedelta(days=5 * 365)
-"""How long after a machine was started its clock is kept: for longer than any runs."""
 MOVE_SECONDS: Final = 60.0
 """How long moving what waits may take: a large backlog is many rows."""
 MOVE_AGAIN_AFTER: Final = (1.0, 30.0)
@@ -158,10 +149,6 @@ class SharedClock:
             start, rows = await self._read()
             if start is None:
                 return None
-            if not _is_known(rows.get(_JUMPS)):
-                # A newer version stores it in another form: its processes move what waits.
-                self._at, self._start = _Position(start, 0.0), start
-                return None
             agreed = _compare(self._at, start, rows, self._name)
             if agreed is None:
                 work = partial(_agree, self._db, self._name, self._at, start, self.seconds())
@@ -223,13 +210,6 @@ class SharedClock:
             raise error
 
 
-def _is_known(row: Any) -> bool:
-    try:
-        return math.isfinite(_total(row))
-    except ValueError:
-        return False
-
-
 def _total(row: Any) -> float:
     return 0.0 if row is None else float(row.holder)
 
@@ -285,10 +265,6 @@ def _agree(
             stored = update(leases).where(leases.c.name == _JUMPS)
             connection.execute(stored.values(holder=repr(total), until=jumped_at))
     if boot_id() is not None:
-        if name not in rows:
-            long_ago = start + timedelta(seconds=seconds) - KEPT
-            is_old = and_(leases.c.name.startswith(_BOOT), leases.c.until < long_ago)
-            connection.execute(delete(leases).where(is_old))
         values = {"holder": socket.gethostname(), "until": start - timedelta(seconds=total)}
         connection.execute(db.upsert(leases, {"name": name}, values))
     return _Agreed(_Position(start, total), jumped_at, jump, moved)
