@@ -202,30 +202,30 @@ class Database:
         It is in the driver's own form (`?` on SQLite, `$1` on PostgreSQL): SQLAlchemy's work for a
         transaction costs this process as much as storing fifty callbacks. Raises as `read` does.
         """
+        if self._transactions.engine.dispatch.before_cursor_execute:  # tracing would miss it
+            return await self.write(partial(_send_traced, statement, values))
         return await self._retry(partial(self._transactions.send, statement, values))
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
         try:
-            done = await self._attempts(attempt, seconds)
+            async with self._guarded(seconds):
+                for number in range(1, ATTEMPTS + 1):
+                    try:
+                        done = await attempt()
+                    except self._conflicts as exc:
+                        if not is_conflict(exc):
+                            raise
+                        conflict = exc
+                    else:
+                        self.refuses_writes = False
+                        return done
+                    await asyncio.sleep(random.uniform(0, 0.01 * number))
+                raise StoreUnavailable(
+                    "the database is too busy: every attempt met a conflict"
+                ) from conflict
         except StoreUnavailable as error:
             self.refuses_writes = not isinstance(error, StoreBusy | StoreClosed)
             raise
-        self.refuses_writes = False
-        return done
-
-    async def _attempts(self, attempt: Callable[[], Awaitable[T]], seconds: float | None) -> T:
-        async with self._guarded(seconds):
-            for number in range(1, ATTEMPTS + 1):
-                try:
-                    return await attempt()
-                except self._conflicts as exc:
-                    if not is_conflict(exc):
-                        raise
-                    conflict = exc
-                await asyncio.sleep(random.uniform(0, 0.01 * number))
-            raise StoreUnavailable(
-                "the database is too busy: every attempt met a conflict"
-            ) from conflict
 
     @asynccontextmanager
     async def _guarded(self, seconds: float | None = None) -> AsyncIterator[None]:
@@ -264,6 +264,13 @@ def _at_length(seconds: float, work: Callable[[Connection], T], connection: Conn
     return work(connection)
 
 
+def _send_traced(
+    statement: str, values: tuple[Any, ...], connection: Connection
+) -> list[Sequence[Any]]:
+    result = connection.exec_driver_sql(statement, values)
+    return list(result.all()) if result.returns_rows else []
+
+
 class _PostgresPool:
     """Runs write transactions over a pool of asyncpg connections."""
 
@@ -281,9 +288,6 @@ class _PostgresPool:
             return await connection.run_sync(work)
 
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
-        if self.engine.dispatch.before_cursor_execute:  # tracing would miss the statement
-            async with self._engine.begin() as traced:
-                return list((await traced.exec_driver_sql(statement, values)).all())
         connection, driver = await self._take()
         is_usable = False
         try:

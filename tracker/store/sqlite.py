@@ -159,8 +159,6 @@ class SqliteThread:
         return await self._in_thread(partial(self._run, work))
 
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
-        if self.engine.dispatch.before_cursor_execute:  # tracing would miss the statement
-            return await self.run(partial(_send_traced, statement, values))
         return await self._in_thread(partial(self._send, statement, values))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
@@ -198,13 +196,6 @@ class SqliteThread:
         self._file.close()
         for thread in tuple(_ABANDONED):
             await asyncio.to_thread(thread.join, self._times.busy)
-
-
-def _send_traced(
-    statement: str, values: tuple[Any, ...], connection: Connection
-) -> list[Sequence[Any]]:
-    result = connection.exec_driver_sql(statement, values)
-    return list(result.all()) if result.returns_rows else []
 
 
 def driver_execute(connection: Connection) -> Callable[[str, Sequence[Any]], Any]:

@@ -5,7 +5,7 @@ the number of open requests is limited over all processes, and no two of them de
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -89,20 +89,12 @@ class Claimed:
     disabled: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Health:
-    """The columns of `endpoints` that attempts change."""
-
-    state: str
-    disabled_at: datetime | None
-    disabled_reason: str | None
-    enabled_at: datetime | None
-    failing_since: datetime | None
-    last_success_at: datetime | None
-    last_error_at: datetime | None
-    last_error: str | None
-    catch_up_from: datetime | None
-    catch_up_to: datetime | None
+_Health = Mapping[str, Any]
+_HEALTH: Final = (
+    *("state", "disabled_at", "disabled_reason", "enabled_at", "failing_since", "last_success_at"),
+    *("last_error_at", "last_error", "catch_up_from", "catch_up_to"),
+)
+"""The columns of `endpoints` that attempts change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,52 +135,49 @@ def record_and_claim(
 ) -> Claimed:
     """Store the outcomes of attempts, by message, and claim up to `most` further messages."""
     mine = endpoints.c.endpoint_id == sending.endpoint_id
-    columns = (*_Health.__slots__, "configured_at")
-    wanted = select(*(endpoints.c[name] for name in columns)).where(mine).with_for_update()
-    row = connection.execute(wanted).one_or_none()
+    wanted = select(*(endpoints.c[name] for name in (*_HEALTH, "configured_at")))
+    row = connection.execute(wanted.where(mine).with_for_update()).one_or_none()
     if row is None:
         return Claimed([])
-    *health, configured_at = row
-    before = after = _Health(**dict(zip(_Health.__slots__, health, strict=True)))
-    if configured_at < now - CONFIGURED_WITHIN:
+    before: _Health = row._asdict()
+    after = before
+    if row.configured_at < now - CONFIGURED_WITHIN:
         # This process has slept for as long, and is about to note it (`configure`).
-        after = replace(after, failing_since=None, enabled_at=now)
+        after = {**before, "failing_since": None, "enabled_at": now}
     if outcomes:
-        _store(connection, sending, outcomes, after.enabled_at)
+        _store(connection, sending, outcomes, after["enabled_at"])
         for _, attempt in outcomes:
-            after = _judged(after, attempt, sending.waits[0])
+            after = {**after, **_judged(after, attempt, sending.waits[0])}
     claims: list[Claim] = []
-    if after.state == "enabled":
+    if after["state"] == "enabled":
         claims, is_caught_up = _claim(connection, sending, after, most, now)
         if is_caught_up:
-            after = replace(after, catch_up_from=None, catch_up_to=None)
+            after = {**after, "catch_up_from": None, "catch_up_to": None}
     if after != before:
-        changed = {name: getattr(after, name) for name in _Health.__slots__}
+        changed = {name: after[name] for name in _HEALTH}
         connection.execute(update(endpoints).where(mine).values(changed))
-    return Claimed(claims, after.disabled_reason if after.state != before.state else None)
+    return Claimed(claims, after["disabled_reason"] if after["state"] != before["state"] else None)
 
 
 def _judged(health: _Health, attempt: Attempt, first_wait: timedelta) -> _Health:
-    """The health of an endpoint after one more attempt.
+    """What one more attempt changes of the health of an endpoint.
 
     After an outage, the messages that failed during it are due at once. Those that failed in its
     first seconds are tried again then anyway; leaving them out keeps a message that the endpoint
     refuses, while it takes others, to its schedule.
     """
+    since = health["failing_since"]
     if attempt.delivered:
-        recovered = replace(health, failing_since=None, last_success_at=attempt.at)
-        since = health.failing_since
+        recovered = {"failing_since": None, "last_success_at": attempt.at}
         if since is None or since + first_wait > attempt.at:
             return recovered
-        begin = min(since + first_wait, health.catch_up_from or attempt.at)
-        return replace(recovered, catch_up_from=begin, catch_up_to=attempt.at)
+        begin = min(since + first_wait, health["catch_up_from"] or attempt.at)
+        return recovered | {"catch_up_from": begin, "catch_up_to": attempt.at}
+    failed = {"last_error_at": attempt.at, "last_error": attempt.error}
     if attempt.final:  # says something about the message, and nothing about the endpoint
-        return replace(health, last_error_at=attempt.at, last_error=attempt.error)
-    since = health.failing_since or attempt.at
-    failed = replace(
-        health, failing_since=since, last_error_at=attempt.at, last_error=attempt.error
-    )
-    if health.state == "disabled":
+        return failed
+    since = failed["failing_since"] = since or attempt.at
+    if health["state"] == "disabled":
         return failed
     if attempt.status == GONE:
         reason = "it answered 410 Gone"
@@ -196,7 +185,7 @@ def _judged(health: _Health, attempt: Attempt, first_wait: timedelta) -> _Health
         reason = f"every attempt failed for {FAILING_FOR.days} days; last: {attempt.error}"
     else:
         return failed
-    return replace(failed, state="disabled", disabled_at=attempt.at, disabled_reason=reason)
+    return failed | {"state": "disabled", "disabled_at": attempt.at, "disabled_reason": reason}
 
 
 _CHANGED: Final = (
@@ -209,6 +198,9 @@ _FINISH: Final = (
     .values({name: bindparam(f"as_{name}", type_=messages.c[name].type) for name in _CHANGED})
 )
 """With all its columns bound, so that one prepared statement serves every outcome."""
+
+
+_ATTEMPT: Final = ("at", "seconds", "status", "answer", "error")
 
 
 def _store(
@@ -227,17 +219,8 @@ def _store(
         if (row := found.get(message_id)) is None:
             continue
         row |= _changes(row, attempt, sending, enabled_at)
-        attempts.append(
-            {
-                "message_id": message_id,
-                "number": row["attempts"],
-                "at": attempt.at,
-                "seconds": attempt.seconds,
-                "status": attempt.status,
-                "answer": attempt.answer,
-                "error": attempt.error,
-            }
-        )
+        shown = {name: getattr(attempt, name) for name in _ATTEMPT}
+        attempts.append({"message_id": message_id, "number": row["attempts"], **shown})
     if attempts:
         connection.execute(insert(message_attempts), attempts)
         changes = [{f"as_{name}": value for name, value in row.items()} for row in found.values()]
@@ -297,11 +280,11 @@ def _claim(
     waiting = select(messages.c.message_id).where(mine, _PENDING, free)
     due = waiting.where(messages.c.next_attempt_at <= now)
     claims = _take(connection, sending, due, room, now)
-    if health.catch_up_from is None or len(claims) == room:
+    if health["catch_up_from"] is None or len(claims) == room:
         return claims, False
     failed = waiting.where(
         messages.c.next_attempt_at > now,
-        messages.c.last_attempt_at.between(health.catch_up_from, health.catch_up_to),
+        messages.c.last_attempt_at.between(health["catch_up_from"], health["catch_up_to"]),
     )
     more = _take(connection, sending, failed, room - len(claims), now)
     return claims + more, not more

@@ -385,7 +385,7 @@ async def old_sweeps(
     if after is not None:
         statement = statement.where(sweeps.c.id > after.id)
     async with db.read() as connection:
-        kept = await connection.run_sync(_needed_sweeps)
+        kept = {one for row in await connection.execute(_needed_sweeps()) for one in row if one}
         statement = statement.where(sweeps.c.id.not_in(kept)).order_by(sweeps.c.id).limit(limit)
         rows = (await connection.execute(statement)).all()
     return PrunePage([PruneKey(row.started_at, row.id) for row in rows], _end(rows, limit))
@@ -439,22 +439,16 @@ def _is_over(before: datetime) -> ColumnElement[bool]:
     )
 
 
-def _needed_sweeps(connection: Connection) -> list[int]:
+def _needed_sweeps() -> Select[Any]:
     complete = and_(sweeps.c.finished_at.is_not(None), sweeps.c.error.is_(None))
-    conditions = (
+    kinds = (
         true(),
         complete,
         and_(complete, sweeps.c.through.is_not(None)),
         and_(complete, sweeps.c.generations_through.is_not(None)),
     )
-    found: list[int] = []
-    for workspace_id in connection.execute(select(sweeps.c.workspace_id).distinct()).scalars():
-        mine = sweeps.c.workspace_id == workspace_id  # IS NULL for an unknown one
-        for condition in conditions:
-            newest = select(sweeps.c.id).where(mine, condition)
-            newest = newest.order_by(sweeps.c.started_at.desc(), sweeps.c.id.desc()).limit(1)
-            found += connection.execute(newest).scalars()
-    return found
+    last = (func.max(sweeps.c.id).filter(kind) for kind in kinds)
+    return select(*last).group_by(sweeps.c.workspace_id)
 
 
 def _applied_for(run_ids: Sequence[str], before: datetime) -> ColumnElement[bool]:

@@ -146,21 +146,12 @@ class Statements(ABC):
             whole = select(deliveries.c.delivery_id, deliveries.c.body)
             found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
             bodies = dict(found.all())
-        taken = [
-            Delivery(
-                delivery_id=delivery_id,
-                received_at=received_at,
-                body=bodies[delivery_id] if body is None else body,
-                run_id=run_id,
-                event_type=event_type,
-                workspace_id=workspace_id,
-                callback_token=token,
-            )
-            for delivery_id, received_at, run_id, event_type, workspace_id, token, body in map(
-                tuple, rows
-            )
-            if body is not None or delivery_id in bodies
-        ]
+        taken = []
+        for delivery_id, *others, body in rows:
+            if body is not None or delivery_id in bodies:
+                one = dict(zip(_APPLIED_COLUMNS[1:], others, strict=True))
+                body = bodies[delivery_id] if body is None else body
+                taken.append(Delivery(delivery_id=delivery_id, body=body, **one))
         return taken, len(rows)
 
     def finish(
