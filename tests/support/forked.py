@@ -26,8 +26,7 @@ from tests.support.waiting import eventually
 
 # What the commands import when they run, and what libraries import when they are first used:
 # loaded once, before any is forked.
-from tracker import demo  # noqa: F401
-from tracker.cli import main, output
+from tracker.cli import demo, main, output  # noqa: F401
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
 from tracker.store.writing import statements_postgres, statements_sqlite  # noqa: F401

@@ -110,6 +110,6 @@ def demo(as_json: bool = AS_JSON) -> int:
 
     It uses a temporary SQLite file.
     """
-    from tracker.demo import run
+    from tracker.cli.demo import run
 
     return run(as_json=as_json)

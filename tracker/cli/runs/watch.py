@@ -103,8 +103,8 @@ async def follow(
 
     known: dict[str, Record] = {}
     try:
-        with screen(_columns, transient=False) as shown:
-            runs = _RunScreen(shown, services.clock)
+        with screen(run_columns, transient=False) as shown:
+            runs = RunScreen(shown, services.clock)
             async with (
                 services.signals,
                 aclosing(services.follower.follow(run_ids, notify=shown.notice)) as changes,
@@ -142,7 +142,7 @@ def exit_status(records: Iterable[Record]) -> int:
     return status
 
 
-class _RunScreen:
+class RunScreen:
     """The progress of runs: a bar for each on a terminal, a line for each change elsewhere."""
 
     def __init__(self, screen: Screen, clock: Clock) -> None:
@@ -173,7 +173,8 @@ class _RunScreen:
         )
 
 
-def _columns() -> "Sequence[ProgressColumn]":
+def run_columns() -> "Sequence[ProgressColumn]":
+    """The columns of a run's bar."""
     from rich.progress import BarColumn, TaskProgressColumn
 
     return cell("status"), BarColumn(), TaskProgressColumn(), cell("elapsed"), cell("remark")
