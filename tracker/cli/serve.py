@@ -58,20 +58,14 @@ def serve(
     from tracker.web.http import server
     from tracker.worker.scheduler import Worker
 
+    public = partial(server.Listener, build=app.build_callbacks_app, is_open=True)
     if callbacks_only:
-        listeners = [
-            server.Listener(host=host, port=port, build=app.build_callbacks_app, is_open=True)
-        ]
+        listeners = [public(host=host, port=port)]
     elif callbacks_port is not None:
         private = partial(app.build_app, callbacks=False)
         listeners = [
             server.Listener(host=host, port=port, build=private),
-            server.Listener(
-                host=callbacks_host or host,
-                port=callbacks_port,
-                build=app.build_callbacks_app,
-                is_open=True,
-            ),
+            public(host=callbacks_host or host, port=callbacks_port),
         ]
     else:
         listeners = [server.Listener(host=host, port=port, build=app.build_app)]

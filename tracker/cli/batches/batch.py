@@ -3,7 +3,6 @@
 import asyncio
 import sys
 import time
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,10 +43,9 @@ from tracker.core.starts.tags import check_tag_key
 from tracker.starting.sheets.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:
-    from tracker.delivering.downloads import DownloadReport
     from tracker.services import Services
     from tracker.starting.batches.batches import BatchOutcome
-    from tracker.starting.batches.rows import BatchPlan, Retry
+    from tracker.starting.batches.rows import BatchPlan
     from tracker.starting.sheets.columns import ColumnMapping
 
 
@@ -112,8 +110,11 @@ def batch(
     technique's inputs by name. An invalid row refuses the whole file before anything is paid. Exit
     status 1 if a row did not complete.
     """
-    from tracker.delivering.downloads import DownloadReport
+    from tracker.delivering.downloads import DownloadOptions, DownloadReport
+    from tracker.delivering.files import DownloadDirectory
+    from tracker.delivering.names import naming_column
     from tracker.starting.batches.rows import Retry
+    from tracker.views import values_of
 
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(
@@ -130,39 +131,85 @@ def batch(
     name = "stdin" if file == "-" else Path(file).name
     if sheet.detected:
         note(f"{name}: read with {sheet.detected}")
-    command = _BatchCommand(
-        technique=technique,
-        sheet=sheet,
-        name=name,
-        mappings=mappings,
-        workspace_id=workspace,
-        tags=tags,
-        tag_columns=tag_columns,
-        again=again,
-        retry=Retry.FAILED if retry_failed else Retry.ALL if retry_all else None,
-        accept_changes=accept_changes,
-        skip_bad_rows=skip_bad_rows,
-        dry_run=dry_run,
-        yes=yes,
-        max_cost=max_cost,
-        wait_for_budget=wait_for_budget,
-        concurrency=concurrency,
-        wait=wait,
-        download=download,
-        name_by=name_by,
-        allow_private=allow_private,
-        files=DownloadReport(),
-    )
+    retry = Retry.FAILED if retry_failed else Retry.ALL if retry_all else None
+    files = DownloadReport()
+
+    async def plan_rows(services: "Services") -> "tuple[BatchPlan, bool]":
+        """The plan, and whether rows are skipped; all is checked that can be known now."""
+        async with flora_deadline(services):
+            plan, skipped = await services.batches.plan(
+                technique,
+                sheet,
+                name=name,
+                explicit=mappings,
+                workspace_id=workspace,
+                again=again,
+                retry=retry,
+                skip_bad_rows=skip_bad_rows,
+                accept_changes=accept_changes,
+                tags=tags,
+                tag_columns=tag_columns,
+            )
+        report_problems(name, skipped)
+        report_plan(plan, retried=retry is not None)
+        if name_by is not None:
+            naming_column(plan.batch, name_by)
+        plan.check_cost(max_cost, name="--max-cost")
+        return plan, bool(skipped)
+
+    async def launch(services: "Services", plan: "BatchPlan") -> "BatchOutcome":
+        """Start the rows and follow their runs, with downloads if they are wanted."""
+        if download is not None:
+            with DownloadDirectory(download):
+                pass  # it can be written to: known before anything is paid
+        with screen(bar_columns) as shown:
+            display = BatchScreen(shown, name, downloads=download is not None, waits=wait)
+            running = services.batches.run(
+                plan,
+                concurrency=concurrency or services.settings.tracker_api_concurrency,
+                wait=wait,
+                on_progress=display.show,
+                max_cost=max_cost,
+                wait_for_budget=wait_for_budget,
+            )
+            if download is None:
+                return await running
+            async with services.signals:
+                return await services.downloader.alongside(
+                    running,
+                    plan.batch.batch_id,
+                    DownloadOptions(
+                        to=download,
+                        allow_private=allow_private or services.settings.flora_is_local,
+                    ),
+                    files,
+                    begun=display.begun,
+                    name_by=name_by,
+                    on_result=display.show_file,
+                )
+
+    async def work(services: "Services") -> "tuple[BatchPlan, bool, BatchOutcome | None]":
+        """As `plan_rows`, with the outcome where anything was to be started."""
+        plan, skipped = await plan_rows(services)
+        if dry_run:
+            return plan, skipped, None
+        note(intention(plan))
+        if not (yes or await confirmed(plan)):
+            raise TrackerError("nothing was started")
+        try:
+            return plan, skipped, await launch(services, plan)
+        except asyncio.CancelledError:
+            note("tracker: interrupted; started runs stay tracked. Repeat the command to continue")
+            raise
+
     began = time.monotonic()
     try:
         plan, skipped, outcome = run_once(
-            command.run, needs_key=True, concurrency=concurrency, actor="batch"
+            work, needs_key=True, concurrency=concurrency, actor="batch"
         )
     except SheetRefused as refused:
         report_problems(name, refused.problems)
         if as_json:
-            from tracker.views import values_of
-
             problems = [values_of(one, "line", "column", "message") for one in refused.problems]
             print_json({"problems": problems})
         raise
@@ -177,115 +224,14 @@ def batch(
         # The program that wrote the sheet can read the results.
         delimiter=sheet.delimiter,
         bom=sheet.bom,
-        more={} if download is None else {"downloads": report_json(command.files, download)},
+        more={} if download is None else {"downloads": report_json(files, download)},
     )
     failed = report_outcome(outcome, waited=wait, seconds=time.monotonic() - began)
     if download is not None:
-        failed |= report_files(command.files, download)
+        failed |= report_files(files, download)
     at_hand = output is not None or as_json or not sys.stdout.isatty()
     report_next_steps(outcome, plan, shown=at_hand, downloaded=download is not None)
     return int(failed or skipped)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BatchCommand:
-    """What the command is to do with a sheet; `files` has the results of its downloads."""
-
-    technique: str
-    sheet: Sheet
-    name: str
-    mappings: "list[ColumnMapping]"
-    workspace_id: str | None
-    tags: dict[str, str]
-    tag_columns: dict[str, str]
-    again: bool
-    retry: "Retry | None"
-    accept_changes: bool
-    skip_bad_rows: bool
-    dry_run: bool
-    yes: bool
-    max_cost: Decimal | None
-    wait_for_budget: bool
-    concurrency: int | None
-    wait: bool
-    download: Path | None
-    name_by: str | None
-    allow_private: bool
-    files: "DownloadReport"
-
-    async def run(self, services: "Services") -> "tuple[BatchPlan, bool, BatchOutcome | None]":
-        """The plan, whether rows were skipped, and the outcome where anything was to be started."""
-        plan, skipped = await self._plan(services)
-        if self.dry_run:
-            return plan, skipped, None
-        note(intention(plan))
-        if not (self.yes or await confirmed(plan)):
-            raise TrackerError("nothing was started")
-        try:
-            return plan, skipped, await self._launch(services, plan)
-        except asyncio.CancelledError:
-            note("tracker: interrupted; started runs stay tracked. Repeat the command to continue")
-            raise
-
-    async def _plan(self, services: "Services") -> "tuple[BatchPlan, bool]":
-        """Plan and report the batch, and check all that can be known before anything is paid."""
-        from tracker.delivering.names import naming_column
-
-        async with flora_deadline(services):
-            plan, skipped = await services.batches.plan(
-                self.technique,
-                self.sheet,
-                name=self.name,
-                explicit=self.mappings,
-                workspace_id=self.workspace_id,
-                again=self.again,
-                retry=self.retry,
-                skip_bad_rows=self.skip_bad_rows,
-                accept_changes=self.accept_changes,
-                tags=self.tags,
-                tag_columns=self.tag_columns,
-            )
-        report_problems(self.name, skipped)
-        report_plan(plan, retried=self.retry is not None)
-        if self.name_by is not None:
-            naming_column(plan.batch, self.name_by)
-        plan.check_cost(self.max_cost, name="--max-cost")
-        return plan, bool(skipped)
-
-    async def _launch(self, services: "Services", plan: "BatchPlan") -> "BatchOutcome":
-        """Start the rows and follow their runs, with downloads if they are wanted."""
-        from tracker.delivering.downloads import DownloadOptions
-        from tracker.delivering.files import DownloadDirectory
-
-        if self.download is not None:
-            with DownloadDirectory(self.download):
-                pass  # it can be written to: known before anything is paid
-        with screen(bar_columns) as shown:
-            downloads = self.download is not None
-            display = BatchScreen(shown, self.name, downloads=downloads, waits=self.wait)
-            running = services.batches.run(
-                plan,
-                concurrency=self.concurrency or services.settings.tracker_api_concurrency,
-                wait=self.wait,
-                on_progress=display.show,
-                max_cost=self.max_cost,
-                wait_for_budget=self.wait_for_budget,
-            )
-            if self.download is None:
-                return await running
-            async with services.signals:
-                return await services.downloader.alongside(
-                    running,
-                    plan.batch.batch_id,
-                    DownloadOptions(
-                        to=self.download,
-                        allow_private=self.allow_private or services.settings.flora_is_local,
-                    ),
-                    self.files,
-                    begun=display.begun,
-                    name_by=self.name_by,
-                    on_result=display.show_file,
-                )
 
 
 def _mapping(text: str) -> "ColumnMapping":
