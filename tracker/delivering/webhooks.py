@@ -12,10 +12,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
@@ -41,6 +41,9 @@ RETRY_SECONDS: Final = 1.0
 
 OnAttempt = Callable[[str, Claim, Attempt], None]
 """Called with the endpoint's id and the outcome of an attempt, once it is committed."""
+
+Target = EndpointClient | HandlerClient
+"""Where the messages of one endpoint go."""
 
 log = get_logger(__name__)
 
@@ -71,20 +74,6 @@ class UnknownEndpoint(TrackerError):
 
 class UnknownMessage(TrackerError):
     """No message of that id is stored."""
-
-
-class Target(Protocol):
-    """Where the messages of one endpoint go."""
-
-    @property
-    def most_open(self) -> int:
-        """How many attempts may be open."""
-
-    async def send(self, claim: Claim) -> Attempt:
-        """Make one attempt. Never raises for what the receiver does."""
-
-    async def aclose(self) -> None:
-        """Release what it holds."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,27 +136,10 @@ class Webhooks:
             client = self._clients[endpoint_id] = EndpointClient(
                 endpoint, clock=self.clock, answer_seconds=self.times.answer
             )
-            self._open_sender(endpoint_id, client, self.times.lease)
+            self._senders[endpoint_id] = _Sender(self, endpoint_id, client, self.times.lease)
         for name, handler in self._handlers.items():
             target = HandlerClient(handler, clock=self.clock)
-            self._open_sender(name, target, handler.lease)
-
-    def _open_sender(self, endpoint_id: str, target: Target, lease: timedelta) -> None:
-        sending = Sending(
-            endpoint_id=endpoint_id,
-            holder=self.process,
-            lease=lease,
-            most_open=target.most_open,
-            waits=self.waits,
-        )
-        self._senders[endpoint_id] = _Sender(
-            sending,
-            target,
-            database=self.database,
-            clock=self.clock,
-            times=self.times,
-            on_attempt=self.on_attempt,
-        )
+            self._senders[name] = _Sender(self, name, target, handler.lease)
 
     async def stop(self) -> None:
         """Finish or interrupt the open requests, and release their messages."""
@@ -307,25 +279,27 @@ async def _end(task: asyncio.Task[None], seconds: float) -> None:
     await cancel(task)
 
 
-@dataclass(eq=False)
 class _Sender:
     """Sends the messages of one endpoint, from when it is made until `stop`."""
 
-    sending: Sending
-    target: Target
-    _: KW_ONLY
-    database: Database
-    clock: Clock
-    times: DeliveryTimes
-    on_attempt: Sequence[OnAttempt]
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, webhooks: Webhooks, endpoint_id: str, target: Target, lease: timedelta
+    ) -> None:
+        self._webhooks = webhooks
+        self._endpoint_id = endpoint_id
+        self.target = target
+        self._sending = Sending(
+            endpoint_id=endpoint_id,
+            holder=webhooks.process,
+            lease=lease,
+            most_open=target.most_open,
+            waits=webhooks.waits,
+        )
         self._woken = asyncio.Event()
         self._stopping = False
         self._open: dict[asyncio.Task[None], str] = {}
         self._outcomes: list[tuple[Claim, Attempt]] = []
-        self._endpoint_id = self.sending.endpoint_id
-        name = f"endpoint {self._endpoint_id}"
+        name = f"endpoint {endpoint_id}"
         sending = repeat(name, self._send_next, is_over=lambda: self._stopping)
         self._task = asyncio.create_task(sending, name=name)
 
@@ -340,25 +314,24 @@ class _Sender:
 
     async def stop(self) -> None:
         """Let open requests end for a moment, interrupt the rest, and store what came of them."""
+        times, database = self._webhooks.times, self._webhooks.database
         self._stopping = True
         self.wake()
-        await _end(self._task, self.times.last_commits)
+        await _end(self._task, times.last_commits)
         if self._open:
-            await asyncio.wait(self._open, timeout=self.times.stop)
+            await asyncio.wait(self._open, timeout=times.stop)
         cancelled = dict(self._open)
-        await cancel(*cancelled, seconds=self.times.cancel)
+        await cancel(*cancelled, seconds=times.cancel)
         ended = {claim.message_id for claim, _ in self._outcomes}
         interrupted = sorted({*cancelled.values()} - ended)
         try:
-            async with asyncio.timeout(self.times.last_commits):
+            async with asyncio.timeout(times.last_commits):
                 if self._outcomes:
                     await self._record_and_claim(0)
                 if interrupted:
-                    await self.database.write(
-                        partial(
-                            messages.release, holder=self.sending.holder, message_ids=interrupted
-                        )
-                    )
+                    holder = self._sending.holder
+                    work = partial(messages.release, holder=holder, message_ids=interrupted)
+                    await database.write(work)
         except (StoreError, TimeoutError):
             log.warning(
                 "endpoint.claims_kept", endpoint_id=self._endpoint_id, advice="they run out"
@@ -367,25 +340,24 @@ class _Sender:
 
     async def _record_and_claim(self, free: int) -> float:
         """Store outcomes and claim up to `free` messages; returns how long to wait then."""
-        now = self.clock()
+        now, database = self._webhooks.clock(), self._webhooks.database
         if not self._outcomes:
             due = None
             if free > 0:
-                due = await next_due_at(self.database, self.sending, now=now)
+                due = await next_due_at(database, self._sending, now=now)
             if due is None or due > now:
-                tick = self.times.tick
+                tick = self._webhooks.times.tick
                 return tick if due is None else min(tick, (due - now).total_seconds())
         outcomes, self._outcomes = self._outcomes, []
+        work = partial(
+            record_and_claim,
+            sending=self._sending,
+            outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
+            most=free,
+            now=now,
+        )
         try:
-            claimed = await self.database.write(
-                partial(
-                    record_and_claim,
-                    sending=self.sending,
-                    outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
-                    most=free,
-                    now=now,
-                )
-            )
+            claimed = await database.write(work)
         except BaseException:
             self._outcomes = outcomes + self._outcomes
             raise
@@ -394,7 +366,7 @@ class _Sender:
             self._open[task] = claim.message_id
             task.add_done_callback(self._ended)
         for claim, attempt in outcomes:
-            for hook in self.on_attempt:
+            for hook in self._webhooks.on_attempt:
                 call_hook(hook, self._endpoint_id, claim, attempt)
         if claimed.disabled:
             log.error(
@@ -412,7 +384,7 @@ class _Sender:
         except Exception as error:  # a fault of the tracker must not stop this endpoint
             log.exception("endpoint.send_failed", endpoint_id=self._endpoint_id)
             failure = f"it could not be sent: {type(error).__name__}"
-            attempt = Attempt(at=self.clock(), seconds=0.0, error=failure)
+            attempt = Attempt(at=self._webhooks.clock(), seconds=0.0, error=failure)
         self._outcomes.append((claim, attempt))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
