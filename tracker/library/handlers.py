@@ -5,14 +5,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from tracker.core.errors import SettingsError
 from tracker.library.run import Run
 
 if TYPE_CHECKING:
     from tracker.delivering.handlers import Handler
-    from tracker.settings.model import HandlerSettings
     from tracker.store.writing.messages import Claim
 
 EventName = Literal["run.settled", "run.lost", "run.cost_changed"]
@@ -58,82 +57,53 @@ class RunEvent(RunEventFields):
 HandlerFunction = TypeVar("HandlerFunction", bound=Callable[[RunEvent], object])
 
 
-class Handlers:
-    """The handlers of one tracker."""
+def registering(
+    known: "dict[str, Handler]",
+    event_of: "Callable[[Claim], object]",
+    *,
+    name: str,
+    **given: object,
+) -> Callable[[HandlerFunction], HandlerFunction]:
+    """A decorator that adds a function to the handlers that are `known` by name.
 
-    def __init__(self) -> None:
-        self._by_name: dict[str, Handler] = {}
+    The function gets the event that `event_of` makes. Raises `SettingsError`.
+    """
+    from pydantic import ValidationError
 
-    @property
-    def all(self) -> "list[Handler]":
-        """The handlers, in the order of their registration."""
-        return list(self._by_name.values())
+    from tracker.core.formatting import requirement
+    from tracker.delivering.handlers import Handler
+    from tracker.settings.model import HandlerSettings
+    from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
 
-    def register(
-        self,
-        event_of: "Callable[[Claim], object]",
-        *,
-        name: str,
-        concurrency: int,
-        timeout: float,
-        **wanted: object,
-    ) -> Callable[[HandlerFunction], HandlerFunction]:
-        """A decorator that registers a function, which gets the event that `event_of` makes. Raises
-        `SettingsError`."""
-        from pydantic import ValidationError
+    try:
+        settings = HandlerSettings.model_validate({"id": name, **given})
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{_argument(one['loc'])} {requirement(one['type'], one['msg'])}"
+            for one in error.errors()
+        )
+        raise SettingsError(f"handler {name!r}: {faults}") from None
 
-        from tracker.core.formatting import requirement
-        from tracker.settings.model import HandlerSettings
-
-        given = {"id": name, "concurrency": concurrency, "timeout": timeout, **wanted}
-        try:
-            settings = HandlerSettings.model_validate(given)
-        except ValidationError as error:
-            faults = "; ".join(
-                f"{_argument(one['loc'])} {requirement(one['type'], one['msg'])}"
-                for one in error.errors()
-            )
-            raise SettingsError(f"handler {name!r}: {faults}") from None
-
-        def decorate(function: HandlerFunction) -> HandlerFunction:
-            self._add(settings, function, event_of)
-            return function
-
-        return decorate
-
-    def _add(
-        self,
-        settings: "HandlerSettings",
-        function: Callable[[Any], object],
-        event_of: "Callable[[Claim], object]",
-    ) -> None:
-        from tracker.delivering.handlers import Handler
-        from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
-
-        shown = _check(settings.id, function)
-        url = f"{HANDLER_URL}{shown}"
-        known = self._by_name.get(settings.id)
-        if known is not None and known.config.url != url:  # else a cell or module is run again
-            other = known.config.url.removeprefix(HANDLER_URL)
+    def decorate(function: HandlerFunction) -> HandlerFunction:
+        url = f"{HANDLER_URL}{_check(name, function)}"
+        if name in known and known[name].config.url != url:  # else a cell or module is run again
+            other = known[name].config.url.removeprefix(HANDLER_URL)
             raise SettingsError(
-                f"handler {settings.id!r}: {other} has this name already; names must differ"
+                f"handler {name!r}: {other} has this name already; names must differ"
             )
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004 - its kind, not whether there is one
-        )
-        config = EndpointConfig(
-            endpoint_id=settings.id,
-            url=url,
-            events=settings.events,
-            filter=settings.filter,
-        )
-        self._by_name[settings.id] = Handler(
-            config=config,
-            call=lambda claim: function(event_of(claim)),
-            is_async=is_async,
+        call = getattr(function, "__call__", None)  # noqa: B004 - its kind, not whether it has one
+        known[name] = Handler(
+            config=EndpointConfig(
+                endpoint_id=name, url=url, events=settings.events, filter=settings.filter
+            ),
+            call=lambda claim: cast("Callable[[object], object]", function)(event_of(claim)),
+            is_async=any(map(inspect.iscoroutinefunction, (function, call))),
             concurrency=settings.concurrency,
             timeout=settings.timeout,
         )
+        return function
+
+    return decorate
 
 
 def _argument(loc: tuple[int | str, ...]) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger
 from tracker.errors import TrackerNotOpen
-from tracker.library.handlers import HandlerFunction, Handlers
+from tracker.library.handlers import HandlerFunction, registering
 
 if TYPE_CHECKING:
+    from tracker.delivering.handlers import Handler
     from tracker.library.mounted import Mounted
     from tracker.services import Services
     from tracker.settings import Loaded, Settings
@@ -44,7 +45,7 @@ class OpenedTracker:
         self._worker = worker
         self._works = False
         self._application: Mounted | None = None
-        self._handlers = Handlers()
+        self._handlers: dict[str, Handler] = {}
         self._stack: AsyncExitStack | None = None
         self._opened: tuple[Services, asyncio.AbstractEventLoop] | None = None
 
@@ -65,7 +66,7 @@ class OpenedTracker:
             )
         self._stack = stack = AsyncExitStack()
         stopping = asyncio.Event()
-        handlers = self._handlers.all
+        handlers = list(self._handlers.values())
         mounted = self._application is not None
         works = mounted or bool(handlers)
         self._works = works if self._worker is None else self._worker
@@ -197,4 +198,4 @@ class OpenedTracker:
             raise SettingsError(
                 f"handler {name!r}: the tracker is open; register handlers before it is opened"
             )
-        return self._handlers.register(event_of, name=name, **wanted)
+        return registering(self._handlers, event_of, name=name, **wanted)
