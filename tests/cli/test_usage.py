@@ -233,6 +233,14 @@ def test_an_output_that_cannot_be_written_is_status_1(
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
+def test_what_the_encoding_of_stdout_lacks_is_escaped(tmp_path: Path) -> None:
+    """In place of a traceback, which would hide the results of a batch that was paid."""
+    shown = _in_shell("doctor", tmp_path, "PYTHONIOENCODING=latin-1 ")
+    assert "Nothing is set" in shown.stdout
+    assert "\\u2192 Run the doctor with" in shown.stdout
+    assert shown.stderr == ""
+
+
 def _fill_stdout(unbuffered: bool) -> None:
     """Give the process the stdout that Python makes as it starts where the disk is full."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)

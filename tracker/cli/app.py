@@ -6,6 +6,7 @@ error is one line on stderr; only a bug shows a traceback.
 
 import errno
 import gc
+import io
 import os
 import re
 import sys
@@ -84,7 +85,7 @@ _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def main() -> NoReturn:
     """Run the command that `sys.argv` names, and exit with its status."""
     _collect_late()
-    _open_closed_streams()
+    _prepare_streams()
     try:
         sys.exit(_run())
     finally:
@@ -125,11 +126,14 @@ def _run() -> int:
     return status if isinstance(status, int) else 0
 
 
-def _open_closed_streams() -> None:
-    """Discard what is printed to a stream that the caller has closed (`>&-`)."""
+def _prepare_streams() -> None:
+    """Discard what is printed to a stream that the caller has closed (`>&-`), and escape what the
+    encoding of stdout lacks, as Python does for stderr."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _is_output_lost() -> bool:
