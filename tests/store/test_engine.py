@@ -66,7 +66,10 @@ def test_addresses_are_read_and_shown_without_secrets(url: str, shown: str) -> N
 
 def test_what_only_libpq_knows_is_left_out() -> None:
     """An address as hosters give it works; asyncpg takes what it does not know for settings."""
-    parsed = DatabaseUrl.parse("postgres://u:p@db/t?sslmode=require&channel_binding=require")
+    parsed = DatabaseUrl.parse(
+        "postgres://u:p@db/t?sslmode=require&channel_binding=require&connect_timeout=10"
+        "&keepalives=1&keepalives_idle=30"
+    )
     assert parsed.dsn == "postgresql://u:p@db/t?sslmode=require"
 
 

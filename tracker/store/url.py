@@ -30,7 +30,12 @@ _HOST_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%\w]*\]|[^\[\]:]*)(:(?P<port>\d{
 _ENCODE: Final = (
     "in user and password, @ : / ? # [ ] and % must be encoded, as %40 %3A %2F %3F %23 %5B %5D %25"
 )
-_UNKNOWN_TO_ASYNCPG: Final = ("channel_binding",)
+_UNKNOWN_TO_ASYNCPG: Final = (
+    *("channel_binding", "connect_timeout", "fallback_application_name", "tcp_user_timeout"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+)
+"""Options of libpq that are left out, since asyncpg would send them to the server as settings:
+`DatabaseTimes` has the time limits, and TLS is verified by certificate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
