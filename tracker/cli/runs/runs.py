@@ -126,7 +126,7 @@ def track(
     if tracked.known:
         note("The run was tracked already.")
     if tracked.record.last_error:
-        note(f"FLORA could not be asked about it yet: {tracked.record.last_error}")
+        note(f"FLORA has not shown it yet: {tracked.record.last_error}")
     _print_run(tracked.record, as_json=as_json)
 
 
