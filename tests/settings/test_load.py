@@ -101,6 +101,14 @@ def test_the_environment_wins_over_the_file(config: Path) -> None:
     assert settings.tracker_history_since == timedelta(days=2)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_value(config: Path) -> None:
+    """Windows' editors and shells begin files with one. A signing secret with it matches nothing."""
+    config.write_text('flora_webhook_secret = "file:hook"', encoding="utf-8-sig")
+    config.with_name("hook").write_text("whsec_one\r\n", encoding="utf-8-sig")
+    settings = load_settings({"TRACKER_CONFIG": str(config)})
+    assert settings.top_workspace.clear_secrets == ("whsec_one",)
+
+
 def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
     """`env:NAME` and `file:PATH` are read from there; a path counts from the file's folder."""
     (config.parent / "secrets").mkdir()

@@ -182,7 +182,7 @@ class _File:
     def _read_text(self, path: Path) -> str:
         self.states[path] = file_state(path)
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise _UnreadableError(error.strerror or type(error).__name__) from error
         except ValueError as error:  # not UTF-8, or a NUL in the path; it would show the bytes
