@@ -102,7 +102,7 @@ def test_the_environment_wins_over_the_file(config: Path) -> None:
 
 
 def test_a_byte_order_mark_is_no_part_of_a_value(config: Path) -> None:
-    """Windows' editors and shells begin files with one. A signing secret with it matches nothing."""
+    """Programs of Windows begin files with one. A signing secret with it matches nothing."""
     config.write_text('flora_webhook_secret = "file:hook"', encoding="utf-8-sig")
     config.with_name("hook").write_text("whsec_one\r\n", encoding="utf-8-sig")
     settings = load_settings({"TRACKER_CONFIG": str(config)})
