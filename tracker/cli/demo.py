@@ -21,7 +21,7 @@ import httpx
 import typer
 
 from tracker.cli.output import note, print_json, print_table, screen
-from tracker.cli.runs.watch import RunScreen, run_columns
+from tracker.cli.runs.watch import RunScreen
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money
 from tracker.operations.logs import configure_logs
@@ -157,7 +157,7 @@ async def _start_runs(simulator: Simulator, api: httpx.AsyncClient, started: lis
 
 async def _follow(services: Services, *run_ids: str, more: More | None = None) -> None:
     """Show the progress of runs until all are settled."""
-    with screen(run_columns, transient=False) as shown:
+    with screen(transient=False) as shown:
         runs = RunScreen(shown, services.clock)
         async with aclosing(services.follower.follow(run_ids, more=more)) as changes:
             async for observed in changes:

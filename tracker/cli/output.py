@@ -19,7 +19,7 @@ from tracker.core.formatting import plain as plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, ProgressColumn, TaskID
+    from rich.progress import Progress, Task, TaskID
 
     from tracker.flora.caller import Wait
     from tracker.services import Services
@@ -155,8 +155,10 @@ _WAIT_SHOWN_AFTER: Final = 1.0
 """Seconds after which a call to FLORA is reported as waiting."""
 _REFRESH_SECONDS: Final = 0.5
 
-Cell = Callable[[], tuple[str, str]]
-"""A cell of a bar: its text and style at each refresh."""
+BAR_WIDTH: Final = 10
+
+BarText = Callable[["Task"], Iterable[str | tuple[str, str]]]
+"""The text behind a bar at each refresh: its parts, some with a style."""
 
 
 class Screen:
@@ -173,14 +175,13 @@ class Screen:
         """Whether stderr is a terminal."""
         return self._bars is not None
 
-    def bar(self, name: str, *, done: float, total: float | None, **cells: Cell) -> None:
-        """Show or update the bar `name`, with `cells` by the names of their columns."""
+    def bar(self, name: str, *, done: float, total: float | None, text: BarText) -> None:
+        """Show or update the bar `name`."""
         if self._bars is None:
             return
-        fields: dict[str, Any] = dict(cells)
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(plain(name), total=total, **fields)
-        self._bars.update(self._tasks[name], completed=done, total=total, **fields)
+            self._tasks[name] = self._bars.add_task(plain(name), total=total, text=text)
+        self._bars.update(self._tasks[name], completed=done, total=total, text=text)
 
     def remove(self, name: str) -> None:
         if self._bars is not None and name in self._tasks:
@@ -204,22 +205,23 @@ class Screen:
 
 
 @contextmanager
-def screen(
-    columns: "Callable[[], Sequence[ProgressColumn]]", *, transient: bool = True
-) -> Iterator[Screen]:
-    """A screen with bars of these `columns` where stderr is a terminal.
-
-    The bars stay when the block ends unless they are `transient`.
-    """
+def screen(*, transient: bool = True) -> Iterator[Screen]:
+    """A screen with bars where stderr is a terminal; they stay unless they are `transient`."""
     if not sys.stderr.isatty():
         yield Screen()
         return
     from rich.console import Console
-    from rich.progress import Progress, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+    from rich.text import Text
+
+    class TextOfBar(ProgressColumn):
+        def render(self, task: "Task") -> Text:
+            return Text.assemble(*task.fields["text"](task), no_wrap=True)
 
     with Progress(
         TextColumn("{task.description}", markup=False),
-        *columns(),
+        BarColumn(bar_width=BAR_WIDTH),
+        TextOfBar(),
         console=Console(stderr=True, highlight=False, soft_wrap=True),
         transient=transient,
     ) as bars:
@@ -282,15 +284,3 @@ def _cause(wait: "Wait") -> tuple[str, float]:
         case FloraRefusal(status=status):
             return f"FLORA answers {status}, retrying", wait.left
     return "FLORA's answer cannot be read, retrying", wait.left
-
-
-def cell(name: str) -> "ProgressColumn":
-    """A column for the cell `name` of each bar."""
-    from rich.progress import ProgressColumn, Task
-    from rich.text import Text
-
-    class CellColumn(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(*task.fields[name](), no_wrap=True)
-
-    return CellColumn()

@@ -12,7 +12,6 @@ import typer
 from tracker.cli.batches.batches import OUTPUT, RESULTS, Results, check_output, print_batch
 from tracker.cli.batches.report import (
     BatchScreen,
-    bar_columns,
     confirmed,
     intention,
     print_plan,
@@ -162,7 +161,7 @@ def batch(
         if download is not None:
             with DownloadDirectory(download):
                 pass  # it can be written to: known before anything is paid
-        with screen(bar_columns) as shown:
+        with screen() as shown:
             display = BatchScreen(shown, name, downloads=download is not None, waits=wait)
             running = services.batches.run(
                 plan,

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from tracker.cli.batches.batches import cost_text
-from tracker.cli.output import Screen, cell, note, plain, print_json, print_table
+from tracker.cli.output import BAR_WIDTH, Screen, note, plain, print_json, print_table
 from tracker.core.formatting import counted, duration, line_numbers, money
 from tracker.core.run import RetryAdvice
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
-
     from tracker.delivering.files import FileKey
     from tracker.delivering.saving import DownloadResult
     from tracker.starting.batches.batches import BatchOutcome, BatchProgress
@@ -30,7 +28,6 @@ _REPEATS: Final = 5
 """How many repeated rows are named."""
 _STATUS_SECONDS: Final = 5.0
 _WIDTH: Final = 79
-_BAR: Final = 10
 _NAME: Final = 16
 _ONCE: Final = ("--again", "--retry-failed", "--retry-all", "--yes", "-y", "--no-wait", "--json")
 """Options that the command for the next step does not repeat."""
@@ -205,22 +202,14 @@ class BatchScreen:
                 "list`. If you interrupt the command, a running worker resolves them"
             )
         if self._screen.has_bars:
-            text = progress_text(progress, files, width=_WIDTH - _NAME - _BAR - 2)
-            self._screen.bar(
-                self._name, done=counts.ended, total=counts.rows, text=lambda: (text, "")
-            )
+            text = progress_text(progress, files, width=_WIDTH - _NAME - BAR_WIDTH - 2)
+            done, total = counts.ended, counts.rows
+            self._screen.bar(self._name, done=done, total=total, text=lambda _: [text])
             return
         phase = (progress.left == 0, counts.active == 0)
         text = progress_text(progress, files)
         self._screen.status(text, seconds=_STATUS_SECONDS, now=phase != self._phase)
         self._phase = phase
-
-
-def bar_columns() -> "Sequence[ProgressColumn]":
-    """The columns of the batch's bar."""
-    from rich.progress import BarColumn
-
-    return BarColumn(bar_width=_BAR), cell("text")
 
 
 def progress_text(

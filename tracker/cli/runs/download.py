@@ -17,9 +17,9 @@ from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
-    from rich.progress import ProgressColumn
+    from rich.progress import Task
 
     from tracker.delivering.downloads import DownloadReport, RunWithoutOutputs
     from tracker.delivering.saving import DownloadJob, DownloadResult, WantedRun
@@ -108,10 +108,10 @@ def download(
         )
         report = DownloadReport()
         try:
-            with screen(_columns) as shown:
+            with screen() as shown:
 
                 def show_bytes(job: "DownloadJob", done: int, total: int | None) -> None:
-                    shown.bar(job.name, done=done, total=total)
+                    shown.bar(job.name, done=done, total=total, text=_bytes)
 
                 def show_result(result: "DownloadResult") -> None:
                     shown.remove(result.job.name)
@@ -141,10 +141,10 @@ def download(
     return 0 if report.complete else 1
 
 
-def _columns() -> "Sequence[ProgressColumn]":
-    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
-
-    return BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()
+def _bytes(task: "Task") -> tuple[str]:
+    of = "" if task.total is None else f" of {size_text(int(task.total))}"
+    speed = "" if task.speed is None else f", {size_text(int(task.speed))}/s"
+    return (f"{size_text(int(task.completed))}{of}{speed}",)
 
 
 def _line(result: "DownloadResult") -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from tracker.cli.options import AS_JSON, RUN_ID, RUN_IDS, flag
-from tracker.cli.output import Screen, cell, note, plain, print_json, print_table, screen
+from tracker.cli.output import Screen, note, plain, print_json, print_table, screen
 from tracker.cli.setup import run_once
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
@@ -21,8 +21,6 @@ from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
-
     from tracker.core.observation import Source
     from tracker.polling.follow import RunUpdate
     from tracker.services import Services
@@ -103,7 +101,7 @@ async def follow(
 
     known: dict[str, Record] = {}
     try:
-        with screen(run_columns, transient=False) as shown:
+        with screen(transient=False) as shown:
             runs = RunScreen(shown, services.clock)
             async with (
                 services.signals,
@@ -167,17 +165,12 @@ class RunScreen:
             run.run_id,
             done=100 if record.tracking is Tracking.SETTLED else run.progress,
             total=100,
-            status=lambda: (plain(run.status), _STYLES.get(run.status, "")),
-            elapsed=lambda: (_elapsed(record, self._clock), ""),
-            remark=lambda: (f"{source}{error}", "dim"),
+            text=lambda task: (
+                (f"{plain(run.status):<9}", _STYLES.get(run.status, "")),
+                f" {task.percentage:3.0f} %  {_elapsed(record, self._clock)}  ",
+                (f"{source}{error}", "dim"),
+            ),
         )
-
-
-def run_columns() -> "Sequence[ProgressColumn]":
-    """The columns of a run's bar."""
-    from rich.progress import BarColumn, TaskProgressColumn
-
-    return cell("status"), BarColumn(), TaskProgressColumn(), cell("elapsed"), cell("remark")
 
 
 def _state(record: Record) -> str:
