@@ -160,6 +160,17 @@ async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simul
             tracker.verify_callback(body, {})
 
 
+async def test_a_callback_to_an_address_that_no_start_has_is_stored(
+    tracker: Tracker, flora: Simulator
+) -> None:
+    """A framework decodes what stands after `/callbacks/flora/`, which may be anything."""
+    for number, token in enumerate(["", "unknown", "\0", "\ud800", "a" * 100]):
+        body = event(f"run_{number}")
+        headers = signed(body, flora.world.options.webhook_secret)
+        received = await tracker.receive_callback(body, headers, token=token)
+        assert (received.run_id, received.repeated) == (f"run_{number}", False)
+
+
 def test_a_signing_secret_that_is_rotated_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,11 @@ A sender waits for storing alone: one statement for a group, which reads no run 
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
@@ -23,6 +24,9 @@ from tracker.store.writing.statements import Receipt, statements_for
 from tracker.workspaces import Workspaces
 
 Positions = list[tuple[int, Delivery]]
+
+_TOKEN: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
+"""A start's token; an address that ends in anything else counts as the bare one."""
 
 
 class Stored(NamedTuple):
@@ -185,7 +189,7 @@ class Receiver:
         """Verify one callback and queue it for its commit. It is applied to its run later.
 
         `body` is the raw bytes, `signature` and `webhook_id` are the `Flora-Signature` and
-        `Flora-Webhook-Id` headers, `token` is the last part of a start's own callback address.
+        `Flora-Webhook-Id` headers, `token` is what follows the callback address, if anything.
         Raises `SignatureError` and `NoSecrets`, and `StoreUnavailable` if the queue is full; then
         nothing is stored.
         """
@@ -197,7 +201,7 @@ class Receiver:
             at=now,
             webhook_id=webhook_id,
             signers=[workspace.workspace_id for workspace in signers],
-            token=token,
+            token=token if token and _TOKEN.fullmatch(token) else None,
         )
         signer = next(
             (one for one in signers if one.workspace_id == delivery.workspace_id), signers[0]

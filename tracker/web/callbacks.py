@@ -8,7 +8,6 @@ ASGI application.
 
 import asyncio
 import logging
-import re
 from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
@@ -33,8 +32,6 @@ from tracker.web.http.responses import (
 
 _RECEIVING: Final = "tracker.receiving"
 """The key of a callback in its scope that waits for its commit, or of why it is refused."""
-_TOKEN: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
-"""A start's token; an address that ends in anything else counts as the bare one."""
 
 E = TypeVar("E", bound=Exception)
 
@@ -129,12 +126,7 @@ class Callbacks:
             elif name == b"flora-webhook-id":
                 webhook_id = value.decode("latin-1")
         token = scope["path"][len(CALLBACK_PATH) + 1 :].removesuffix("/")
-        return self._receiver.receive(
-            body,
-            signature=signature,
-            webhook_id=webhook_id,
-            token=token if _TOKEN.fullmatch(token) else None,
-        )
+        return self._receiver.receive(body, signature=signature, webhook_id=webhook_id, token=token)
 
     def _taken(self, received: Received, started: float) -> PrebuiltResponse:
         """Count and log a callback that is stored; its response."""
