@@ -257,7 +257,7 @@ def row_json(row: "RowState") -> dict[str, Any]:
         **{name: _value(value) for name, value in row.result.items()},
         "carried": row.entry.carried,
         "inputs": row.inputs,
-        "tags": row.entry.tags,
+        "tags": row.tags,
         "outputs": [output_json(one) for one in outputs],
     }
 

@@ -133,6 +133,7 @@ async def test_a_batch_is_launched_from_a_script(
     assert all(one.run is not None and one.run.succeeded for one in results)
     again = await tracker.start_batch("icon-pack", rows)
     assert (await again.wait(timeout=40)).batch_id == batch.batch_id
+    assert [one.tags for one in await again.results()] == [one.tags for one in results]
     assert [one.batch_id async for one in tracker.batches()] == [batch.batch_id]
     assert len(flora.world.runs) == 3
     with pytest.raises(errors.InvalidRequest, match=r"rows\.2\.prompt"):
@@ -228,7 +229,7 @@ async def test_outputs_are_downloaded(
     """`download` waits for the runs, and reports each file, in the order of runs and outputs."""
     async with make_tracker() as tracker:
         runs = [await tracker.start("icon-pack", INPUTS) for _ in range(3)]
-        report = await tracker.download(runs, tmp_path / "files")
+        report = await tracker.download(runs, tmp_path / "files", concurrency=0)
         done = await tracker.wait(runs)
     assert report.complete
     assert [one.job.run_id for one in report.results[::4]] == list(

@@ -52,7 +52,7 @@ class BatchResult(Generic[AnyRun]):
             error=row.why,
             retry_advice=row.advice and str(row.advice),
             inputs=tuple(row.inputs or ()),
-            tags=row.entry.tags,
+            tags=row.tags,
             carried=row.entry.carried,
             idempotency_key=row.entry.key,
         )

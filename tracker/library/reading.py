@@ -213,9 +213,10 @@ class RunCalls(OpenedTracker):
     ) -> "DownloadReport":
         """Download the outputs of runs into a folder, and wait for runs that have not ended.
 
-        Files that are there already are not downloaded again; an interrupted download goes on. The
-        report has a result with its file or error for each output, and the runs without outputs.
-        Raises `RunUnknown` and `DownloadDirectoryError`.
+        Files that are there already are not downloaded again; an interrupted download goes on. One
+        file at least, and `concurrency` at most, are fetched at a time. The report has a result
+        with its file or error for each output, and the runs without outputs. Raises `RunUnknown` and
+        `DownloadDirectoryError`.
         """
         from pathlib import Path
 
@@ -231,7 +232,7 @@ class RunCalls(OpenedTracker):
             to=Path(to),
             allow_private=allow_private or services.settings.flora_is_local,
             max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
-            concurrency=concurrency,
+            concurrency=max(concurrency, 1),
         )
         found = services.downloader.named(run_ids, watch=True, notify=following.notify)
         await services.downloader.download(found, options, report)

@@ -13,6 +13,7 @@ from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
 from tracker.core.starts.inputs import Technique
 from tracker.core.starts.row_keys import RunNumber
+from tracker.core.starts.tags import Tags
 from tracker.flora.technique import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
@@ -65,6 +66,13 @@ class RowState:
     def inputs(self) -> list[dict[str, Any]] | None:
         """Its inputs; `None` for a row that a version before 0015 stored and never tried."""
         return self.entry.inputs if self.start is None else self.start.inputs
+
+    @property
+    def tags(self) -> Tags:
+        """Its tags: those that it was sent with, if it was. They do not change any more."""
+        if self.start is None or self.start.is_fresh:
+            return self.entry.tags
+        return self.start.tags or {}
 
     @property
     def status(self) -> str:
