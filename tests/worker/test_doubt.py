@@ -1,10 +1,12 @@
 """A start is known by evidence, never by a guess: whatever FLORA answers, nothing is paid twice."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +28,20 @@ from tests.worker.doubt import (
     state_of,
     sweep,
 )
-from tracker.core.errors import FloraError, StartError, StartPending, StoreUnavailable
+from tracker.core.errors import (
+    FloraError,
+    FloraUnreachable,
+    StartError,
+    StartPending,
+    StoreUnavailable,
+)
 from tracker.core.events import MessageState
 from tracker.core.observation import Source
+from tracker.flora.client import FloraClient, HistoryPage
 from tracker.services import open_services
 from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, Simulator, running
+from tracker.starting import matching, recover
 from tracker.store import clock as store_clock
 from tracker.store.queries import starts as start_log
 from tracker.store.queries.endpoints import list_messages
@@ -165,6 +175,58 @@ async def test_a_start_that_reached_nobody_is_sent_again_after_the_window(
         clock.move(20)
         assert await services.recovery.recover() == 1
         assert list(flora.world.runs) == [await attempt(services)]
+
+
+async def test_a_caller_waits_no_longer_for_a_start_that_is_sent_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """FLORA is as slow with it as with the first request. Its answer counts all the same."""
+    async with make_flora(**GATEWAY, slow_seconds=3.0) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0, slow_starts=1.0)
+        clock.move(200)
+        async with asyncio.timeout(2.5):
+            with pytest.raises(StartPending):
+                await services.starter.start(request(), wait=1)
+
+        async def is_started() -> bool:
+            return await state_of(services.database) == "started"
+
+        await eventually(is_started)
+        assert (posts(flora), len(flora.world.runs)) == (2, 1)
+
+
+async def test_a_history_of_many_runs_is_read_however_long_that_takes(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a large batch. Here FLORA takes a second for each page."""
+    history = {"history": 2200, "history_seconds": 5000, "refuse": {"filtered": "forbidden"}}
+    async with make_flora(**GATEWAY, **history) as flora:
+        services = await open_on(flora)
+        await sweep(services)
+        clock.move(120)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        clock.move(200)
+        read, seconds = FloraClient.history, 0
+
+        async def read_slowly(client: FloraClient, *, deadline: float, **more: Any) -> HistoryPage:
+            nonlocal seconds
+            if deadline < 1:
+                raise FloraUnreachable("too slow", may_have_acted=False, timed_out=True)
+            seconds += 1
+            return await read(client, deadline=deadline, **more)
+
+        monkeypatch.setattr(FloraClient, "history", read_slowly)
+        for module in (matching, recover):
+            passed = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds)
+            monkeypatch.setattr(module, "time", passed)
+        assert await services.recovery.recover() == 1
+        assert seconds > 20
 
 
 async def test_doubt_outlives_the_refusal_of_what_is_sent_again(

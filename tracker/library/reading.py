@@ -215,8 +215,8 @@ class RunCalls(OpenedTracker):
 
         Files that are there already are not downloaded again; an interrupted download goes on. One
         file at least, and `concurrency` at most, are fetched at a time. The report has a result
-        with its file or error for each output, and the runs without outputs. Raises `RunUnknown` and
-        `DownloadDirectoryError`.
+        with its file or error for each output, and the runs without outputs. Raises
+        `RunUnknown` and `DownloadDirectoryError`.
         """
         from pathlib import Path
 

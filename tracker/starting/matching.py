@@ -35,6 +35,9 @@ FIRST_READ: Final = timedelta(days=3)
 """How far the history is read where none was known before a start: FLORA's clock differs from ours
 and from `Date` by less."""
 
+PAGE_SECONDS: Final = 20.0
+"""How long FLORA may take for a page."""
+
 log = get_logger(__name__)
 
 
@@ -161,7 +164,7 @@ class StartMatcher(Service):
         pages = history.pages(
             client,
             technique_id=technique_id if filtered else None,
-            deadline=lambda: max(give_up - time.monotonic(), 0.1),
+            deadline=lambda: min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
         )
         async with aclosing(pages):
             async for page in pages:

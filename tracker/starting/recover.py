@@ -26,8 +26,11 @@ from tracker.workspaces import Service, Workspace
 KEY_KEPT: Final = timedelta(minutes=115)
 """How long FLORA surely remembers a key: two hours, the shorter of its two accounts, less a
 margin."""
-SEARCH_SECONDS: Final = 20.0
-"""How long FLORA may take about the starts of one technique."""
+SEARCH_SECONDS: Final = 300.0
+"""How long the history may be read for the starts of one technique: a large batch fills a hundred
+pages."""
+SEND_SECONDS: Final = 20.0
+"""How long a start may wait until it is sent again."""
 SEARCH_WAITS: Final = (timedelta(seconds=1), timedelta(minutes=2))
 """The shortest and the longest wait between two reads of the history for one start; in between it
 grows with the time since the start was last sent."""
@@ -266,7 +269,7 @@ class Recovery(Service):
                 return False
         log.info("start.sent_again", key=held.key, technique_id=held.row.technique_id)
         try:
-            await self.sender.send(workspace, held, deadline=SEARCH_SECONDS)
+            await self.sender.send(workspace, held, deadline=SEND_SECONDS)
         except (FloraError, SettingsError, StartError) as error:
             log.warning("start.recovery_failed", key=held.key, error=str(error))
             return False

@@ -9,11 +9,11 @@ again with the same key.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from tracker.core.errors import (
@@ -42,6 +42,8 @@ from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
 from tracker.store.queries.starts import StartRow, StartState
 from tracker.workspaces import Service, Workspace
+
+T = TypeVar("T")
 
 NO_BUDGETS: Final = Budgets()
 LAST_SECONDS: Final = 3.0
@@ -95,7 +97,7 @@ class Starter(Service):
     monotonic: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._sending: set[asyncio.Task[Record | None]] = set()
+        self._sending: set[asyncio.Task[Any]] = set()
         self._stopping = False
 
     def stop_waiting(self) -> None:
@@ -148,7 +150,7 @@ class Starter(Service):
             elif row.state is StartState.UNRESOLVED:
                 raise _unresolved(row)
             else:
-                await self.recovery.recover_one(workspace, row)
+                await self._within(call, self.recovery.recover_one(workspace, row))
             if row.state is StartState.IN_DOUBT and not wait_in_doubt:
                 raise pending(key)
             if self._stopping or self.monotonic() + pause >= give_up:
@@ -174,14 +176,10 @@ class Starter(Service):
             call.workspace, call.request.technique, call.request.inputs, deadline=self.deadline
         )
         await self.durations.learn([definition.technique_id])
-        task = asyncio.create_task(self._attempt(call, definition), name="start")
-        self._sending.add(task)
-        task.add_done_callback(self._sent)
-        # It goes on if the caller has no more time or is gone.
-        await asyncio.wait([task], timeout=max(call.give_up - self.monotonic(), 0.0))
         sent = True
-        with suppress(StartPending, asyncio.InvalidStateError):  # the latter while it goes on
-            if (record := task.result()) is not None:
+        with suppress(StartPending):
+            record = await self._within(call, self._attempt(call, definition))
+            if record is not None:
                 return record, True
             sent = False
         row = await starts.get(self.database, call.workspace_id, call.key)
@@ -190,7 +188,17 @@ class Starter(Service):
         _compare(row, definition.technique_id, call.request)
         return row, sent
 
-    def _sent(self, task: "asyncio.Task[Record | None]") -> None:
+    async def _within(self, call: "_Call", sending: Coroutine[Any, Any, T]) -> T:
+        """The result of `sending`, which goes on if the caller has no more time or is gone."""
+        task = asyncio.create_task(sending, name="start")
+        self._sending.add(task)
+        task.add_done_callback(self._sent)
+        await asyncio.wait([task], timeout=max(call.give_up - self.monotonic(), 0.0))
+        if not task.done():
+            raise pending(call.key)
+        return task.result()
+
+    def _sent(self, task: asyncio.Task[Any]) -> None:
         self._sending.discard(task)
         failure = None if task.cancelled() else task.exception()
         # The caller may be gone. An expected error is in the start log.
