@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from tests.core.strategies import START
 from tracker.core.run import Details, Precedence, Run
-from tracker.core.schedule import Durations, NextPoll, Policy, PollReason, next_poll, wait_after
+from tracker.core.schedule import (
+    Durations,
+    NextPoll,
+    Policy,
+    PollReason,
+    next_poll,
+    next_recheck,
+    wait_after,
+)
 
 POLICY = Policy()
 KNOWN = Durations(count=40, p50=8.0, p95=20.0)
@@ -120,3 +128,10 @@ def test_nothing_is_due_where_nothing_is_left_to_read() -> None:
     """A settled run is not polled."""
     run = Run(run_id="run_1", precedence=Precedence.COMPLETED, details=Details.READ)
     assert following(run) is None
+
+
+@given(since=st.timedeltas(timedelta(0), timedelta(days=90)), answered=st.booleans())
+def test_no_bill_waits_longer_than_until_it_is_given_up(since: timedelta, answered: bool) -> None:
+    """A longer one is taken for that of a clock that was set back, and ended every five minutes."""
+    due = next_recheck(POLICY, since_end=since, now=START, was_answered=answered)
+    assert due is None or START < due <= START + POLICY.cost_give_up

@@ -187,10 +187,11 @@ def next_recheck(
 
     FLORA bills after the end (flora-api.md, 8): the first recheck is `cost_recheck` after it, then
     the wait doubles, and the last is at `cost_give_up`; `None` after that. Only an answer of FLORA
-    can be the last: until there is one (`was_answered`), each wait adds an eighth to the time.
+    can be the last: until there is one (`was_answered`), each wait adds an eighth to the time, or
+    `cost_give_up` if that is less.
     """
     if since_end >= policy.cost_give_up:
-        return None if was_answered else now + since_end / 8
+        return None if was_answered else now + min(since_end / 8, policy.cost_give_up)
     first = since_end < policy.cost_recheck
     due = policy.cost_recheck if first else 2 * since_end + policy.cost_recheck
     return now + min(due, policy.cost_give_up) - since_end

@@ -100,7 +100,8 @@ class Poller(Service):
         brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
         self._brought_near_at = self.clock.seconds()
         if brought:
-            log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
+            cause = "the clock was set back, or the waits were shortened"
+            log.warning("poll.brought_near", runs=brought, cause=cause)
 
     async def next_due_at(self, *, coalesce: bool = False) -> datetime | None:
         """When the next run that can be read is due, UTC; in the past if one is due already.
