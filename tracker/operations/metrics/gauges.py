@@ -7,10 +7,9 @@ would hide the failure.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
-from decimal import Decimal
 from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,9 +26,8 @@ from tracker.polling.contacts import Contacts
 from tracker.starting.start import BudgetReader
 from tracker.store import claims
 from tracker.store.queries import endpoints, starts, sweeps
-from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
-from tracker.store.queries.endpoints import Backlog, EndpointRow
-from tracker.store.queries.spending import Usage
+from tracker.store.queries.attention import read_gauges, sweep_health
+from tracker.store.queries.endpoints import Backlog
 from tracker.workspaces import UNKNOWN, Service, Workspaces
 
 KEEP_SECONDS: Final = 5.0
@@ -37,55 +35,109 @@ KEEP_SECONDS: Final = 5.0
 PATIENCE: Final = 4.0
 """Seconds for reading the database; Prometheus gives up after ten."""
 EXPECTED: Final = ("came", "late", "missed")
+_MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
+
+_HELP: Final[dict[tuple[str, ...], dict[str, str]]] = {
+    (): {
+        "database_up": "1 if the database answered this process in time, and takes its writes.",
+        "state_read_seconds": "Time to read the database's metrics.",
+        "runs_due": "Runs due to be polled.",
+        "runs_overdue": "Runs due for over a minute.",
+        "oldest_due_seconds": "How long the oldest of them is due.",
+        "runs_awaiting_callback": "Open runs whose callback has not arrived.",
+        "starts_open": "Starts with no known outcome yet.",
+        "starts_unresolved": "Starts whose outcome a person has to resolve.",
+        "callback_last_received_timestamp_seconds": "When the newest callback arrived; 0 if none "
+        "has.",
+        "deliveries_quarantined": "Authentic callbacks not understood, not acknowledged.",
+        "inbox_waiting": "Acknowledged callbacks not applied yet.",
+        "inbox_oldest_seconds": "How long the oldest of them has waited.",
+        "callback_own_addresses_missing": "1 if callbacks to addresses of single starts do not "
+        "arrive; new starts use the bare one.",
+        "settings_stale": "1 if settings in files have changed and are not in force.",
+        "queue_entries": "Entries not committed yet.",
+        "worker_running": "1 in a process with a worker.",
+        "worker_last_round_timestamp_seconds": "When the worker last checked for due runs; 0 if "
+        "never.",
+        "sweep_interval_seconds": "Longest time between two scheduled sweeps.",
+    },
+    ("version",): {"build_info": "1, with the version."},
+    ("workspace_id",): {
+        "cost_today_usd": "Billed cost of runs that ended today (UTC).",
+        "quoted_today_usd": "Quotes of those without a bill yet.",
+        "runs_cost_not_final": "Runs of the last 7 days whose bill may still arrive or change.",
+        "runs_unpriced": "Runs of the last 7 days that were never billed.",
+        "recent_callback_miss_ratio": "Share of the expected callbacks that did not arrive.",
+        "sweep_last_complete_timestamp_seconds": "When the last complete sweep ended; 0 if there "
+        "was none.",
+        "sweep_failed": "1 if the newest sweep failed.",
+        "history_verified_timestamp_seconds": "Time on FLORA's clock up to which the history was "
+        "checked.",
+        "flora_requests_in_flight": "Requests to FLORA in flight.",
+        "flora_requests_waiting": "Queued requests to FLORA.",
+        "flora_paused_seconds": "Rest of a wait set by FLORA.",
+        "flora_budget_rate": "Allowed requests per second, if limited.",
+        "flora_rate_limited": "Requests that FLORA answered 429.",
+        "flora_budget_wait_seconds": "Time in the request queue.",
+        "flora_breaker_open": "1 while FLORA refuses the API key.",
+        "flora_up": "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks "
+        "it.",
+        "flora_misconfigured": "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to "
+        "another workspace.",
+        "flora_last_answer_timestamp_seconds": "When FLORA last answered any process; 0 if never.",
+    },
+    ("workspace_id", "status", "tracking"): {"runs": "Runs by state."},
+    ("workspace_id", "retry_advice"): {
+        "failed_today": "Runs that failed today (UTC), by retry advice.",
+    },
+    ("workspace_id", "outcome"): {
+        "recent_callbacks": "Callbacks of runs that ended in this hour or the one before, by "
+        "outcome.",
+    },
+    ("workspace_id", "run_type"): {
+        "history_gaps": "Spans of the history that FLORA did not let the tracker read.",
+    },
+    ("budget",): {"budget_usd": "Limit of the budget."},
+    ("budget", "part"): {
+        "budget_used_usd": "Used: reserved by starts, quoted for runs without a bill, charged.",
+    },
+    ("endpoint_id",): {
+        "endpoint_up": "0 while an endpoint fails or is disabled.",
+        "endpoint_disabled": "1 while nothing is sent to the endpoint.",
+        "messages_pending": "Messages that wait for their first or next attempt.",
+        "messages_failed": "Messages that were given up.",
+        "messages_oldest_pending_seconds": "How long the oldest pending message has waited.",
+    },
+}
+"""What each metric means, by labels and name."""
+_METRICS: Final = {
+    name: (meaning, labels) for labels, named in _HELP.items() for name, meaning in named.items()
+}
+_TOTALS: Final = frozenset({"flora_rate_limited", "flora_budget_wait_seconds"})
+"""Those that only grow, and so are counters."""
+
+Values = dict[str, Any]
+"""The values of metrics, by name: a number; with labels, numbers by label or tuple of labels, of
+which `None` is left out."""
 
 log = get_logger(__name__)
 
 
-def gauge(name: str, meaning: str, value: float) -> Metric:
-    """A gauge without labels."""
-    return GaugeMetricFamily(f"tracker_{name}", meaning, value=value)
-
-
-def labelled(
-    name: str,
-    meaning: str,
-    values: Mapping[Any, float | Decimal | None],
-    *labels: str,
-    family: type[GaugeMetricFamily | CounterMetricFamily] = GaugeMetricFamily,
-) -> Metric:
-    """A metric with samples, by `workspace_id` unless other `labels` are named; the keys of
-    `values` are one label value or a tuple of them."""
-    metric = family(f"tracker_{name}", meaning, labels=labels or ("workspace_id",))
-    for key, value in values.items():
-        if value is not None:
-            words = (key,) if isinstance(key, str) else key
-            metric.add_metric([word or UNKNOWN for word in words], float(value))
-    return metric
+def _metrics(values: Values) -> Iterator[Metric]:
+    for name, value in values.items():
+        meaning, labels = _METRICS[name]
+        kind = CounterMetricFamily if name in _TOTALS else GaugeMetricFamily
+        metric = kind(f"tracker_{name}", meaning, labels=labels)
+        for key, one in value.items() if labels else [((), value)]:
+            if one is not None:
+                words = (key,) if isinstance(key, str) else key
+                metric.add_metric([word or UNKNOWN for word in words], float(one))
+        yield metric
 
 
 def timestamp(at: datetime | None) -> float:
     """Unix seconds; 0 for never."""
     return at.timestamp() if at else 0
-
-
-def age(now: datetime, since: datetime | None) -> float:
-    """Seconds since then; 0 for never."""
-    return max((now - since).total_seconds(), 0) if since else 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Snapshot:
-    """One reading of the database. `swept` is by configured workspace, `never_swept` are such."""
-
-    now: datetime
-    gauges: Gauges
-    own_addresses_missing: bool
-    swept: Mapping[str, SweepHealth]
-    never_swept: Sequence[str]
-    usages: Sequence[Usage]
-    unread: Sequence[sweeps.UnreadSpan]
-    endpoints: Sequence[EndpointRow]
-    backlogs: Mapping[str, Backlog]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -101,7 +153,7 @@ class DatabaseGauges(Service, Collector):
         self._reading: asyncio.Task[None] | None = None
         self._fresh_until = 0.0
         self._took = 0.0
-        self._snapshot: _Snapshot | None = None
+        self._values: Values = {}
         self._up = self._failing = False
 
     async def refresh(self) -> None:
@@ -117,15 +169,19 @@ class DatabaseGauges(Service, Collector):
     async def aclose(self) -> None:
         await cancel(self._reading)
 
+    def collect(self) -> Iterator[Metric]:
+        state = {"database_up": self._up, "state_read_seconds": self._took}
+        return _metrics(state | self._values)
+
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._snapshot, self._up = None, False
+        self._values, self._up = {}, False
         try:
             async with asyncio.timeout(self.patience):
-                self._snapshot = await self._take_snapshot()
+                values = await self._read_values()
                 await claims.check_writes(self.database)
-            self._up, self._failing = True, False
+            self._values, self._up, self._failing = values, True, False
         except (StoreError, TimeoutError) as error:
             if not self._failing:
                 message = str(error) or "the database does not answer in time"
@@ -134,224 +190,88 @@ class DatabaseGauges(Service, Collector):
         self._took = loop.time() - began
         self._fresh_until = loop.time() + self.keep_seconds
 
-    async def _take_snapshot(self) -> _Snapshot:
-        now = self.clock()
+    async def _read_values(self) -> Values:
+        db, now = self.database, self.clock()
+
+        def age(since: datetime | None) -> float:
+            return max((now - since).total_seconds(), 0) if since else 0
+
         await self.contacts.read()
-        ids = {one.workspace_id for one in self.workspaces}  # of one that was removed, nothing
+        found = await read_gauges(db, now=now)
+        ratios = {}
+        for workspace in {workspace for workspace, _ in found.callbacks}:
+            counts = [found.callbacks.get((workspace, outcome), 0) for outcome in EXPECTED]
+            if sum(counts):
+                ratios[workspace] = counts[-1] / sum(counts)
+        usages = await self.budgets.usages()
+        rows = {
+            one.endpoint_id: one
+            for one in await endpoints.list_endpoints(db)
+            if one.is_configured(now)
+        }
+        all_backlogs = await endpoints.backlogs(db)
+        backlogs = {name: all_backlogs.get(name, Backlog()) for name in rows}
+        return await self._history() | {
+            "runs": found.runs,
+            "runs_due": found.due,
+            "runs_overdue": found.overdue,
+            "oldest_due_seconds": age(found.oldest_due_at),
+            "runs_awaiting_callback": found.awaiting_callback,
+            "starts_open": found.open_starts,
+            "starts_unresolved": found.unresolved_starts,
+            "failed_today": found.failed_today,
+            "cost_today_usd": found.cost_today,
+            "quoted_today_usd": found.quoted_today,
+            "runs_cost_not_final": found.not_final,
+            "runs_unpriced": found.unpriced,
+            "budget_usd": {one.budget.name: one.budget.usd for one in usages},
+            "budget_used_usd": {
+                (one.budget.name, part): getattr(one, part)
+                for one in usages
+                for part in ("reserved", "quoted", "charged")
+            },
+            "callback_last_received_timestamp_seconds": timestamp(found.last_callback_at),
+            "deliveries_quarantined": found.quarantined,
+            "recent_callbacks": found.callbacks,
+            "recent_callback_miss_ratio": ratios,
+            "inbox_waiting": found.waiting,
+            "inbox_oldest_seconds": age(found.oldest_waiting_at),
+            "callback_own_addresses_missing": await starts.own_are_missing(db, now=now),
+            "endpoint_up": {
+                name: row.enabled and row.failing_since is None for name, row in rows.items()
+            },
+            "endpoint_disabled": {name: not row.enabled for name, row in rows.items()},
+            "messages_pending": {name: one.pending for name, one in backlogs.items()},
+            "messages_failed": {name: one.failed for name, one in backlogs.items()},
+            "messages_oldest_pending_seconds": {
+                name: age(one.oldest_at) for name, one in backlogs.items()
+            },
+        }
+
+    async def _history(self) -> Values:
+        """The sweeps of each configured workspace; of one that was removed, nothing."""
+        ids = {one.workspace_id for one in self.workspaces}
         swept = {
             one.workspace_id or UNKNOWN: one
             for one in await sweep_health(self.database)
             if one.workspace_id in ids
         }
-        keyed = [one.name for one in self.workspaces.keyed if one.workspace_id]
-        return _Snapshot(
-            now=now,
-            gauges=await read_gauges(self.database, now=now),
-            own_addresses_missing=await starts.own_are_missing(self.database, now=now),
-            swept=swept,
-            never_swept=[name for name in keyed if name not in swept],
-            usages=await self.budgets.usages(),
-            unread=sweeps.unread(await sweeps.everything(self.database)),
-            endpoints=[
-                one
-                for one in await endpoints.list_endpoints(self.database)
-                if one.is_configured(now)
-            ],
-            backlogs=await endpoints.backlogs(self.database),
-        )
-
-    def collect(self) -> Iterator[Metric]:
-        yield gauge(
-            "database_up",
-            "1 if the database answered this process in time, and takes its writes.",
-            self._up,
-        )
-        yield gauge("state_read_seconds", "Time to read the database's metrics.", self._took)
-        if self._snapshot is not None:
-            yield from _runs(self._snapshot)
-            yield from _money(self._snapshot)
-            yield from _callbacks(self._snapshot)
-            yield from _history(self._snapshot)
-            yield from _webhooks(self._snapshot)
-
-
-def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
-    gauges, now = snapshot.gauges, snapshot.now
-    yield labelled("runs", "Runs by state.", gauges.runs, "workspace_id", "status", "tracking")
-    yield gauge("runs_due", "Runs due to be polled.", gauges.due)
-    yield gauge("runs_overdue", "Runs due for over a minute.", gauges.overdue)
-    yield gauge(
-        "oldest_due_seconds", "How long the oldest of them is due.", age(now, gauges.oldest_due_at)
-    )
-    yield gauge(
-        "runs_awaiting_callback",
-        "Open runs whose callback has not arrived.",
-        gauges.awaiting_callback,
-    )
-    yield gauge("starts_open", "Starts with no known outcome yet.", gauges.open_starts)
-    yield gauge(
-        "starts_unresolved",
-        "Starts whose outcome a person has to resolve.",
-        gauges.unresolved_starts,
-    )
-    yield labelled(
-        "failed_today",
-        "Runs that failed today (UTC), by retry advice.",
-        gauges.failed_today,
-        "workspace_id",
-        "retry_advice",
-    )
-
-
-def _money(snapshot: _Snapshot) -> Iterator[Metric]:
-    gauges, usages = snapshot.gauges, snapshot.usages
-    for name, meaning, values in (
-        ("cost_today_usd", "Billed cost of runs that ended today (UTC).", gauges.cost_today),
-        ("quoted_today_usd", "Quotes of those without a bill yet.", gauges.quoted_today),
-        (
-            "runs_cost_not_final",
-            "Runs of the last 7 days whose bill may still arrive or change.",
-            gauges.not_final,
-        ),
-        ("runs_unpriced", "Runs of the last 7 days that were never billed.", gauges.unpriced),
-    ):
-        yield labelled(name, meaning, values)
-    yield labelled(
-        "budget_usd",
-        "Limit of the budget.",
-        {usage.budget.name: usage.budget.usd for usage in usages},
-        "budget",
-    )
-    used = {}
-    for usage in usages:
-        for part in ("reserved", "quoted", "charged"):
-            used[usage.budget.name, part] = getattr(usage, part)
-    yield labelled(
-        "budget_used_usd",
-        "Used: reserved by starts, quoted for runs without a bill, charged.",
-        used,
-        "budget",
-        "part",
-    )
-
-
-def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
-    gauges = snapshot.gauges
-    yield gauge(
-        "callback_last_received_timestamp_seconds",
-        "When the newest callback arrived; 0 if none has.",
-        timestamp(gauges.last_callback_at),
-    )
-    yield gauge(
-        "deliveries_quarantined",
-        "Authentic callbacks not understood, not acknowledged.",
-        gauges.quarantined,
-    )
-    yield labelled(
-        "recent_callbacks",
-        "Callbacks of runs that ended in this hour or the one before, by outcome.",
-        gauges.callbacks,
-        "workspace_id",
-        "outcome",
-    )
-    ratios = {}
-    for workspace in {workspace for workspace, _ in gauges.callbacks}:
-        counts = [gauges.callbacks.get((workspace, outcome), 0) for outcome in EXPECTED]
-        if sum(counts):
-            ratios[workspace] = counts[-1] / sum(counts)
-    yield labelled(
-        "recent_callback_miss_ratio", "Share of the expected callbacks that did not arrive.", ratios
-    )
-    yield gauge("inbox_waiting", "Acknowledged callbacks not applied yet.", gauges.waiting)
-    yield gauge(
-        "inbox_oldest_seconds",
-        "How long the oldest of them has waited.",
-        age(snapshot.now, gauges.oldest_waiting_at),
-    )
-    yield gauge(
-        "callback_own_addresses_missing",
-        "1 if callbacks to addresses of single starts do not arrive; new starts use the bare one.",
-        snapshot.own_addresses_missing,
-    )
-
-
-def _history(snapshot: _Snapshot) -> Iterator[Metric]:
-    swept = snapshot.swept
-    complete = {name: timestamp(one.complete_at) for name, one in swept.items()}
-    yield labelled(
-        "sweep_last_complete_timestamp_seconds",
-        "When the last complete sweep ended; 0 if there was none.",
-        complete | dict.fromkeys(snapshot.never_swept, 0),
-    )
-    yield labelled(
-        "sweep_failed",
-        "1 if the newest sweep failed.",
-        {name: one.last_error is not None for name, one in swept.items()},
-    )
-    yield labelled(
-        "history_verified_timestamp_seconds",
-        "Time on FLORA's clock up to which the history was checked.",
-        {name: one.through.timestamp() for name, one in swept.items() if one.through},
-    )
-    unread = Counter((one.workspace_id, one.run_type) for one in snapshot.unread)
-    gaps = {(name, "technique"): unread[name, "technique"] for name in swept}
-    for name, one in swept.items():
-        not_listed = one.generations_error is not None
-        gaps[name, "generation"] = unread[name, "generation"] + not_listed
-    yield labelled(
-        "history_gaps",
-        "Spans of the history that FLORA did not let the tracker read.",
-        gaps,
-        "workspace_id",
-        "run_type",
-    )
-
-
-def _webhooks(snapshot: _Snapshot) -> Iterator[Metric]:
-    rows = {one.endpoint_id: one for one in snapshot.endpoints}
-    backlogs = {name: snapshot.backlogs.get(name, Backlog()) for name in rows}
-    values: tuple[tuple[str, str, Mapping[str, float]], ...] = (
-        (
-            "endpoint_up",
-            "0 while an endpoint fails or is disabled.",
-            {name: row.enabled and row.failing_since is None for name, row in rows.items()},
-        ),
-        (
-            "endpoint_disabled",
-            "1 while nothing is sent to the endpoint.",
-            {name: not row.enabled for name, row in rows.items()},
-        ),
-        (
-            "messages_pending",
-            "Messages that wait for their first or next attempt.",
-            {name: one.pending for name, one in backlogs.items()},
-        ),
-        (
-            "messages_failed",
-            "Messages that were given up.",
-            {name: one.failed for name, one in backlogs.items()},
-        ),
-        (
-            "messages_oldest_pending_seconds",
-            "How long the oldest pending message has waited.",
-            {name: age(snapshot.now, one.oldest_at) for name, one in backlogs.items()},
-        ),
-    )
-    for name, meaning, by_endpoint in values:
-        yield labelled(name, meaning, by_endpoint, "endpoint_id")
-
-
-_MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
-_GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
-# Of a `RequestLimitState`.
-_REQUEST_LIMITS: Final = (
-    (_GAUGE, "flora_requests_in_flight", "Requests to FLORA in flight.", "in_flight"),
-    (_GAUGE, "flora_requests_waiting", "Queued requests to FLORA.", "waiting"),
-    (_GAUGE, "flora_paused_seconds", "Rest of a wait set by FLORA.", "paused"),
-    (_GAUGE, "flora_budget_rate", "Allowed requests per second, if limited.", "rate"),
-    (_TOTAL, "flora_rate_limited", "Requests that FLORA answered 429.", "limited"),
-    (_TOTAL, "flora_budget_wait_seconds", "Time in the request queue.", "waited"),
-)
+        never = {one.name: 0.0 for one in self.workspaces.keyed if one.workspace_id}
+        spans = sweeps.unread(await sweeps.everything(self.database))
+        unread = Counter((one.workspace_id, one.run_type) for one in spans)
+        gaps = {(name, "technique"): unread[name, "technique"] for name in swept}
+        for name, one in swept.items():
+            not_listed = one.generations_error is not None
+            gaps[name, "generation"] = unread[name, "generation"] + not_listed
+        return {
+            "sweep_last_complete_timestamp_seconds": never
+            | {name: timestamp(one.complete_at) for name, one in swept.items()},
+            "sweep_failed": {name: one.last_error is not None for name, one in swept.items()},
+            "history_verified_timestamp_seconds": {
+                name: one.through and one.through.timestamp() for name, one in swept.items()
+            },
+            "history_gaps": gaps,
+        }
 
 
 @dataclass(eq=False)
@@ -372,56 +292,39 @@ class ProcessGauges(Collector):
     clock: Clock
 
     def collect(self) -> Iterator[Metric]:
-        yield labelled("build_info", "1, with the version.", {__version__: 1}, "version")
-        yield gauge(
-            "settings_stale",
-            "1 if settings in files have changed and are not in force.",
-            self.is_stale(),
-        )
-        yield gauge("queue_entries", "Entries not committed yet.", self.waiting())
-        yield gauge("worker_running", "1 in a process with a worker.", self.counters.worker_running)
-        yield gauge(
-            "worker_last_round_timestamp_seconds",
-            "When the worker last checked for due runs; 0 if never.",
-            timestamp(self.counters.last_round_at),
-        )
-        yield gauge(
-            "sweep_interval_seconds",
-            "Longest time between two scheduled sweeps.",
-            self.sweep_seconds(),
-        )
-        yield from self._flora()
-
-    def _flora(self) -> Iterator[Metric]:
+        now = self.clock()
         keyed = {one.name: one for one in self.workspaces.keyed}
         limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
-        for family, name, meaning, field in _REQUEST_LIMITS:
-            values = {workspace: getattr(limit, field) for workspace, limit in limits.items()}
-            yield labelled(name, meaning, values, family=family)
-        now = self.clock()
         states = {name: self.contacts.of(one) for name, one in keyed.items()}
         troubles = {
             name: one.trouble.trouble
             for name, one in states.items()
             if one and one.trouble and one.is_current(now)
         }
-        yield labelled(
-            "flora_breaker_open",
-            "1 while FLORA refuses the API key.",
-            {name: troubles.get(name) is Trouble.KEY_REFUSED for name in keyed},
-        )
-        yield labelled(
-            "flora_up",
-            "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks it.",
-            {name: one.answers(now) for name, one in states.items() if one},
-        )
-        yield labelled(
-            "flora_misconfigured",
-            "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to another workspace.",
-            {name: troubles.get(name) in _MISCONFIGURED for name in keyed},
-        )
-        yield labelled(
-            "flora_last_answer_timestamp_seconds",
-            "When FLORA last answered any process; 0 if never.",
-            {name: timestamp(one.answered_at if one else None) for name, one in states.items()},
+        return _metrics(
+            {
+                "build_info": {__version__: 1},
+                "settings_stale": self.is_stale(),
+                "queue_entries": self.waiting(),
+                "worker_running": self.counters.worker_running,
+                "worker_last_round_timestamp_seconds": timestamp(self.counters.last_round_at),
+                "sweep_interval_seconds": self.sweep_seconds(),
+                "flora_requests_in_flight": {name: one.in_flight for name, one in limits.items()},
+                "flora_requests_waiting": {name: one.waiting for name, one in limits.items()},
+                "flora_paused_seconds": {name: one.paused for name, one in limits.items()},
+                "flora_budget_rate": {name: one.rate for name, one in limits.items()},
+                "flora_rate_limited": {name: one.limited for name, one in limits.items()},
+                "flora_budget_wait_seconds": {name: one.waited for name, one in limits.items()},
+                "flora_breaker_open": {
+                    name: troubles.get(name) is Trouble.KEY_REFUSED for name in keyed
+                },
+                "flora_up": {name: one.answers(now) for name, one in states.items() if one},
+                "flora_misconfigured": {
+                    name: troubles.get(name) in _MISCONFIGURED for name in keyed
+                },
+                "flora_last_answer_timestamp_seconds": {
+                    name: timestamp(one.answered_at if one else None)
+                    for name, one in states.items()
+                },
+            }
         )
