@@ -12,8 +12,8 @@ from tracker.store.queries import audit
 from tracker.store.queries.audit import Action, acting
 from tracker.views import audit_facts
 from tracker.web.auth import AccessControl, principal_of, session_of
-from tracker.web.dashboard.forms import query_choice, query_field, read_form
-from tracker.web.dashboard.render import PageGroup, Renderer, action, page, page_links, query
+from tracker.web.dashboard.forms import query_field, read_filters, read_form
+from tracker.web.dashboard.render import PageGroup, Renderer, action, page, query
 from tracker.web.http.limits import Limits
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import Fault
@@ -61,7 +61,7 @@ class AccessPages(PageGroup):
         log.info("auth.signed_in", token=token.name, peer=peer_of(request.scope))
         return answer
 
-    @action("/logout", scope=None, has_page=False)
+    @action("/logout", scope=None)
     async def logout(self, request: Request) -> Response:
         """Ends the session, for every copy of its cookie."""
         session = session_of(request.scope)
@@ -73,17 +73,17 @@ class AccessPages(PageGroup):
 
     @page("/audit", scope=Scope.ADMIN)  # who works with the tracker, and from where
     async def audit(self, request: Request) -> Response:
-        action, cursor = query_choice(request, "action", Action), query_field(request, "cursor")
+        filters, cursor = read_filters(request, {"action": Action}), query_field(request, "cursor")
         rows, next_cursor = await audit.list_audit(
-            self._database, action=action, cursor=cursor, limit=PAGE_SIZE
+            self._database, action=filters["action"], cursor=cursor, limit=PAGE_SIZE
         )
-        return self._render(
+        return self._list(
             request,
             "audit.html",
+            next_cursor,
+            filters,
             rows=[(row, audit_facts(row.detail)) for row in rows],
-            action=action,
             actions={one.value: one.value.replace("_", " ") for one in Action},
-            **page_links(request, next_cursor, action=action),
         )
 
     def _form(self, request: Request, wanted: str, *, refusal: Fault | None = None) -> Response:

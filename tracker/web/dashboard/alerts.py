@@ -1,6 +1,6 @@
 """The state of each workspace, and what on the overview needs attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
@@ -157,31 +157,96 @@ class Findings:
 
 def alerts(found: Findings) -> list[Alert]:
     """What else needs attention, what is bad first."""
+    return sorted(_alerts(found), key=lambda one: one.kind != "bad")
+
+
+def _alerts(found: Findings) -> Iterator[Alert]:
     workspaces, counts, now = found.workspaces, found.counts, found.now
-    silent = any(one.trouble and one.trouble.silent for one in workspaces)
-    needed = [
-        *(_sweeps(one, now, alone=len(workspaces) == 1) for one in workspaces),
-        _gaps(found.unread),
-        _overdue(silent=silent) if found.overdue else None,
-        _waiting(counts.waiting, counts.oldest_waiting_at, now),
-        _quarantined(counts.quarantined),
-        _unresolved(counts.unresolved_starts),
-        _unpriced(found.unpriced),
-        _lost(counts.lost),
-        _missed(found.callbacks, found.callback_url),
-        *(_endpoint(endpoint, backlog, now) for endpoint, backlog in found.endpoints),
-        *(_budget(usage) for usage in found.budgets),
-    ]
-    return sorted((one for one in needed if one is not None), key=lambda one: one.kind != "bad")
+    for one in workspaces:
+        yield from _sweeps(one, now, of="" if len(workspaces) == 1 else f" of workspace {one.name}")
+    if found.unread:
+        yield Alert(
+            title=f"{counted(found.unread, 'gap')} in FLORA's history could not be read",
+            advice="The tracker tries again. Runs that others started in that time may be missing.",
+            href="/health",
+            link="Show coverage",
+            section="trackerhistorygap",
+        )
+    if found.overdue:
+        silent = any(one.trouble and one.trouble.silent for one in workspaces)
+        yield Alert(
+            kind="bad",
+            title="Runs are overdue",
+            advice="They wait for FLORA to answer and are retried; none is lost."
+            if silent
+            else "Is a worker running, and does FLORA answer it?",
+            href="/runs?state=open",
+            link="Show open runs",
+            section="trackerrunsoverdue",
+        )
+    waiting_since = counts.oldest_waiting_at
+    if waiting_since is not None and now - waiting_since > APPLIED_WITHIN:
+        yield Alert(
+            title=f"{_are(counts.waiting, 'callback')} not applied yet",
+            advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
+            "version running?",
+            href="/deliveries?outcome=waiting",
+            link="Show callbacks",
+            section="trackerinboxbehind",
+        )
+    if counts.quarantined:
+        yield Alert(
+            title=f"{_are(counts.quarantined, 'callback')} quarantined",
+            advice="FLORA signed them, but they were not understood. Fix the cause, then replay "
+            "them.",
+            href="/deliveries?outcome=quarantined",
+            link="Show callbacks",
+            section="trackerquarantine",
+        )
+    if counts.unresolved_starts:
+        yield Alert(
+            title=f"{_are(counts.unresolved_starts, 'start')} unresolved",
+            advice="FLORA may or may not have started a run, and nothing is sent again. Check "
+            "at FLORA, then use the command tracker starts resolve.",
+            href="/starts?state=unresolved",
+            link="Show starts",
+            section="trackerstartsunresolved",
+        )
+    if found.unpriced:
+        yield Alert(
+            title=f"FLORA never billed {counted(found.unpriced, 'run')}",
+            advice="Their cost is unknown, so totals of the last 7 days may be too low. "
+            "Compare with FLORA's billing page.",
+            section="trackerrunsunpriced",
+        )
+    if counts.lost:
+        yield Alert(
+            title=f"{_are(counts.lost, 'run')} lost",
+            advice="FLORA answers that they do not exist, and is asked again once a day. Were they "
+            "removed there, or has the key or its workspace changed?",
+            href="/runs?state=lost",
+            link="Show lost runs",
+        )
+    rate = found.callbacks.miss_rate
+    if rate is not None and rate >= MISS_RATE and found.callbacks.expected >= MIN_CALLBACKS:
+        check = f"Can FLORA reach {found.callback_url}? " if found.callback_url else ""
+        yield Alert(
+            title=f"{percent(rate)} of the expected callbacks are missing",
+            advice=f"{check}No results lost: polling found them.",
+            section="trackercallbacksmissed",
+        )
+    for endpoint, backlog in found.endpoints:
+        yield from _endpoint(endpoint, backlog, now)
+    yield from (_budget(usage) for usage in found.budgets if usage.share >= BUDGET_SHARE)
 
 
-def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None:
+def _sweeps(one: WorkspaceHealth, now: datetime, *, of: str) -> Iterator[Alert]:
     """What is wrong with the sweeps of a workspace in which FLORA answers."""
     if one.trouble is not None or one.sweep is None:
-        return None
-    of = "" if alone else f" of workspace {one.name}"
+        return
+    complete_at = one.sweep.complete_at
     if one.sweep.last_error:
-        return Alert(
+        yield Alert(
             kind="bad",
             title=f"The last history sweep{of} failed",
             advice=one.sweep.last_error,
@@ -189,9 +254,8 @@ def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None
             link="Show sweeps",
             section="trackersweepfailing",
         )
-    complete_at = one.sweep.complete_at
-    if complete_at is not None and now - complete_at > SWEPT_WITHIN:
-        return Alert(
+    elif complete_at is not None and now - complete_at > SWEPT_WITHIN:
+        yield Alert(
             title=f"No history sweep{of} has been complete",
             since=complete_at,
             advice="Is a worker running?",
@@ -199,114 +263,13 @@ def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None
             link="Show sweeps",
             section="trackersweeplate",
         )
-    return None
 
 
-def _gaps(unread: int) -> Alert | None:
-    if not unread:
-        return None
-    return Alert(
-        title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
-        advice="The tracker tries again. Runs that others started in that time may be missing.",
-        href="/health",
-        link="Show coverage",
-        section="trackerhistorygap",
-    )
-
-
-def _overdue(*, silent: bool) -> Alert:
-    """Runs have not been read in time; `silent` is whether FLORA does not answer."""
-    return Alert(
-        kind="bad",
-        title="Runs are overdue",
-        advice="They wait for FLORA to answer and are retried; none is lost."
-        if silent
-        else "Is a worker running, and does FLORA answer it?",
-        href="/runs?state=open",
-        link="Show open runs",
-        section="trackerrunsoverdue",
-    )
-
-
-def _waiting(count: int, since: datetime | None, now: datetime) -> Alert | None:
-    """Acknowledged callbacks wait to be applied, the oldest `since` then."""
-    if since is None or now - since <= APPLIED_WITHIN:
-        return None
-    return Alert(
-        title=f"{_are(count, 'callback')} not applied yet",
-        advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
-        "version running?",
-        href="/deliveries?outcome=waiting",
-        link="Show callbacks",
-        section="trackerinboxbehind",
-    )
-
-
-def _quarantined(count: int) -> Alert | None:
-    if not count:
-        return None
-    return Alert(
-        title=f"{_are(count, 'callback')} quarantined",
-        advice="FLORA signed them, but they were not understood. Fix the cause, then replay them.",
-        href="/deliveries?outcome=quarantined",
-        link="Show callbacks",
-        section="trackerquarantine",
-    )
-
-
-def _unresolved(count: int) -> Alert | None:
-    if not count:
-        return None
-    return Alert(
-        title=f"{_are(count, 'start')} unresolved",
-        advice="FLORA may or may not have started a run, and nothing is sent again. Check "
-        "at FLORA, then use the command tracker starts resolve.",
-        href="/starts?state=unresolved",
-        link="Show starts",
-        section="trackerstartsunresolved",
-    )
-
-
-def _unpriced(count: int) -> Alert | None:
-    if not count:
-        return None
-    return Alert(
-        title=f"FLORA never billed {counted(count, 'run')}",
-        advice="Their cost is unknown, so totals of the last 7 days may be too low. "
-        "Compare with FLORA's billing page.",
-        section="trackerrunsunpriced",
-    )
-
-
-def _lost(count: int) -> Alert | None:
-    if not count:
-        return None
-    return Alert(
-        title=f"{_are(count, 'run')} lost",
-        advice="FLORA answers that they do not exist, and is asked again once a day. Were they "
-        "removed there, or has the key or its workspace changed?",
-        href="/runs?state=lost",
-        link="Show lost runs",
-    )
-
-
-def _missed(callbacks: CallbackHealth, callback_url: str | None) -> Alert | None:
-    rate = callbacks.miss_rate
-    if rate is None or rate < MISS_RATE or callbacks.expected < MIN_CALLBACKS:
-        return None
-    check = f"Can FLORA reach {callback_url}? " if callback_url else ""
-    return Alert(
-        title=f"{percent(rate)} of the expected callbacks are missing",
-        advice=f"{check}No results lost: polling found them.",
-        section="trackercallbacksmissed",
-    )
-
-
-def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Alert | None:
+def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Iterator[Alert]:
     """What is wrong with an endpoint: it is disabled, or its messages wait for long."""
-    name, health = endpoint.endpoint_id, endpoint.health(now)
+    name, health, oldest_at = endpoint.endpoint_id, endpoint.health(now), backlog.oldest_at
     if health == "disabled":
-        return Alert(
+        yield Alert(
             kind="bad",
             title=f"Nothing is sent to the endpoint {name}",
             since=endpoint.disabled_at,
@@ -315,18 +278,16 @@ def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Alert |
             link="Show webhooks",
             section="trackerendpointdisabled",
         )
-    oldest_at = backlog.oldest_at
-    if health == "not configured" or oldest_at is None or now - oldest_at <= SENT_WITHIN:
-        return None
-    error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
-    return Alert(
-        title=f"Messages to the endpoint {name} have waited",
-        since=oldest_at,
-        advice=f"Each is tried again for three days.{error}",
-        href=f"/endpoints/{quote(name, safe='')}",
-        link="Show endpoint",
-        section="trackermessageslate",
-    )
+    elif health != "not configured" and oldest_at is not None and now - oldest_at > SENT_WITHIN:
+        error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
+        yield Alert(
+            title=f"Messages to the endpoint {name} have waited",
+            since=oldest_at,
+            advice=f"Each is tried again for three days.{error}",
+            href=f"/endpoints/{quote(name, safe='')}",
+            link="Show endpoint",
+            section="trackermessageslate",
+        )
 
 
 def _requests(client: FloraClient) -> str:
@@ -343,10 +304,8 @@ def _requests(client: FloraClient) -> str:
     return ", ".join(parts)
 
 
-def _budget(usage: Usage) -> Alert | None:
+def _budget(usage: Usage) -> Alert:
     """How much of a budget is used, and which one it is."""
-    if usage.share < BUDGET_SHARE:
-        return None
     budget = usage.budget
     words = {"workspace_id": "workspace", "technique_id": "technique", "tag": "tag"}
     covers = ", ".join(f"{words[name]} {value}" for name, value in budget.scope.items())

@@ -33,6 +33,7 @@ from tracker.web.dashboard.forms import (
     query_choice,
     query_field,
     query_position,
+    read_filters,
     read_form,
 )
 from tracker.web.dashboard.media import OutputView
@@ -42,7 +43,6 @@ from tracker.web.dashboard.render import (
     Renderer,
     action,
     page,
-    page_links,
     prompt,
     query,
 )
@@ -134,33 +134,31 @@ class BatchPages(PageGroup):
         ids = [one.batch_id for one in rows]
         counts = await batches.batch_counts(database, ids)
         outputs = await sheet_rows.first_outputs(database, ids, most=PICTURES)
-        return self._render(
+        return self._list(
             request,
             "batches.html",
+            next_cursor,
             batches=rows,
             counts=counts,
             splits={batch_id: split_of(found) for batch_id, found in counts.items()},
             views={batch_id: self._views(found) for batch_id, found in outputs.items()},
             names=await technique_names(database, sorted({one.technique_id for one in rows})),
-            **page_links(request, next_cursor),
         )
 
     @page("/starts")
     async def list_starts(self, request: Request) -> Response:
-        state, cursor = query_choice(request, "state", LISTED), query_field(request, "cursor")
+        filters, cursor = read_filters(request, {"state": LISTED}), query_field(request, "cursor")
+        states = [filters["state"]] if filters["state"] else None
         rows, next_cursor = await starts.list_starts(
-            self._database,
-            states=None if state is None else [state],
-            cursor=cursor,
-            limit=PAGE_SIZE,
+            self._database, states=states, cursor=cursor, limit=PAGE_SIZE
         )
-        return self._render(
+        return self._list(
             request,
             "starts.html",
+            next_cursor,
+            filters,
             rows=rows,
-            state=state,
             states={one.value: one.value.replace("_", " ").capitalize() for one in LISTED},
-            **page_links(request, next_cursor, state=state),
         )
 
     @page("/batches/{batch_id:any}")
@@ -261,7 +259,7 @@ class BatchPages(PageGroup):
             return self._confirmation(request, plan, which, refusal=str(error))
         return _to_batch(batch)
 
-    @action("/batches/{batch_id:any}/stop", scope=TokenScope.START, has_page=False)
+    @action("/batches/{batch_id:any}/stop", scope=TokenScope.START)
     async def stop(self, request: Request) -> Response:
         batch = await self._batch(request)
         await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)

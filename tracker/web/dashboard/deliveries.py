@@ -14,7 +14,7 @@ from starlette.responses import Response
 from tracker.core.errors import FieldFault
 from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
-from tracker.receiving.replay import Replay, UnknownDelivery
+from tracker.receiving.replay import UnknownDelivery
 from tracker.store.queries import attention
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import (
@@ -24,8 +24,14 @@ from tracker.store.queries.deliveries import (
     list_deliveries,
     unseen_deliveries,
 )
-from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
-from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links, query
+from tracker.web.dashboard.forms import (
+    PERIOD_NAMES,
+    PERIODS,
+    query_field,
+    read_filters,
+    read_form,
+)
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, query
 from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
@@ -43,56 +49,55 @@ OUTCOMES: Final = {
     "quarantined": "Quarantined",
     "acknowledged": "Quarantined, acknowledged",
 }
+FILTERS: Final = {
+    "run": None,
+    "workspace": None,
+    "cause": None,
+    "outcome": OUTCOMES,
+    "within": PERIODS,
+}
 
 
 class DeliveryPages(PageGroup):
     """The list, one delivery, and their actions."""
 
     @page("/deliveries")
-    async def list(self, request: Request, *, flash: FlashMessage | None = None) -> Response:
+    async def list(self, request: Request, flash: FlashMessage | None = None) -> Response:
         """The problems, and a page of deliveries, newest first."""
-        names = ("run", "workspace", "cause")
-        filters: dict[str, str | None] = {name: query_field(request, name) for name in names}
-        filters["outcome"] = query_choice(request, "outcome", OUTCOMES)
-        filters["within"] = query_choice(request, "within", PERIODS)
-        cursor, now = query_field(request, "cursor"), self._services.clock()
+        filters, now = read_filters(request, FILTERS), self._services.clock()
         rows, next_cursor = await list_deliveries(
             self._database,
             run_id=filters["run"],
             workspace_id=filters["workspace"],
-            since=now - PERIODS[filters["within"]][1] if filters["within"] else None,
+            since=now - PERIODS[filters["within"]] if filters["within"] else None,
             cause=filters["cause"],
             **_wanted(filters["outcome"], filters["cause"]),
-            cursor=cursor,
+            cursor=query_field(request, "cursor"),
             limit=PAGE_SIZE,
         )
         counts = await attention.counts(self._database, now=now)
         oldest = counts.oldest_waiting_at
-        return self._render(
+        return self._list(
             request,
             "deliveries.html",
+            next_cursor,
+            filters,
             flash=flash,
-            filters=filters,
             filtered=any(filters.values()),
             address=query("/deliveries", **filters),
             rows=rows,
             outcomes=OUTCOMES,
-            periods={value: name for value, (name, _) in PERIODS.items()},
-            workspaces={
-                one.workspace_id: one.workspace_id
-                for one in self._services.workspaces
-                if one.workspace_id
-            },
+            periods=PERIOD_NAMES,
+            workspaces={one: one for one in self._workspace_ids},
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
             causes=await causes(self._database, limit=CAUSES),
             late=counts.waiting if oldest is not None and oldest < now - LATE else 0,
             oldest_waiting_at=oldest,
-            **page_links(request, next_cursor, **filters),
         )
 
-    @action("/deliveries", has_page=False)
-    async def act(self, request: Request) -> Response:
+    @action("/deliveries", list)
+    async def act(self, request: Request) -> FlashMessage:
         """Replays or acknowledges the selected deliveries, or those with one cause."""
         form = await read_form(request)
         chosen: Sequence[str] = form.getlist("delivery_id")
@@ -102,16 +107,14 @@ class DeliveryPages(PageGroup):
                 self._database, cause=form["cause"], until=until, limit=BULK_DELIVERIES
             )
         action = form.get("action")
-        if action == "acknowledge":
-            done = await self._services.replayer.acknowledge(chosen)
-            flash = FlashMessage("good", f"{_deliveries(len(done))} acknowledged.")
-        elif action == "replay":
-            flash = await self._replay_all(chosen)
-        else:
+        if action not in ("replay", "acknowledge"):
             raise invalid(FieldFault("action", "must be one of replay, acknowledge"))
         if not chosen:
-            flash = FlashMessage("warn", "Nothing was selected.")
-        return await self.list(request, flash=flash)
+            return FlashMessage("warn", "Nothing was selected.")
+        if action == "replay":
+            return await self._replay_all(chosen)
+        done = await self._services.replayer.acknowledge(chosen)
+        return FlashMessage("good", f"{_deliveries(len(done))} acknowledged.")
 
     async def _replay_all(self, delivery_ids: Sequence[str]) -> FlashMessage:
         loop = asyncio.get_running_loop()
@@ -132,31 +135,29 @@ class DeliveryPages(PageGroup):
         return FlashMessage("warn" if bad or left else "good", f"Replayed: {', '.join(parts)}.")
 
     @page("/deliveries/{delivery_id:any}")
-    async def show(self, request: Request) -> Response:
-        return await self._page(request, await self._row(request))
-
-    @action("/deliveries/{delivery_id:any}/replay")
-    async def replay(self, request: Request) -> Response:
-        """Applies a quarantined delivery again and shows it."""
+    async def show(self, request: Request, flash: FlashMessage | None = None) -> Response:
         row = await self._row(request)
-        replay = await self._services.replayer.replay(row.delivery_id)
-        return await self._page(request, await self._row(request), flash=_replay_result(replay))
-
-    @action("/deliveries/{delivery_id:any}/acknowledge")
-    async def acknowledge(self, request: Request) -> Response:
-        """Marks a quarantined delivery as seen and shows it."""
-        row = await self._row(request)
-        done = await self._services.replayer.acknowledge([row.delivery_id])
-        text = "Acknowledged." if done else "Nothing to do."
-        return await self._page(request, await self._row(request), flash=FlashMessage("good", text))
-
-    async def _page(
-        self, request: Request, row: DeliveryRow, *, flash: FlashMessage | None = None
-    ) -> Response:
         run = await read.get_run(self._database, row.run_id) if row.run_id else None
         return self._render(
             request, "delivery.html", row=row, flash=flash, run_known=run is not None
         )
+
+    @action("/deliveries/{delivery_id:any}/replay", show)
+    async def replay(self, request: Request) -> FlashMessage:
+        """Applies a quarantined delivery again."""
+        replay = await self._services.replayer.replay((await self._row(request)).delivery_id)
+        if replay.already:
+            return FlashMessage("good", f"Nothing to do: {replay.reason}.")
+        if replay.outcome is DeliveryOutcome.APPLIED:
+            return FlashMessage("good", f"Replayed: applied to run {replay.run_id}.")
+        return FlashMessage("warn", f"Still quarantined: {replay.reason}.")
+
+    @action("/deliveries/{delivery_id:any}/acknowledge", show)
+    async def acknowledge(self, request: Request) -> FlashMessage:
+        """Marks a quarantined delivery as seen."""
+        row = await self._row(request)
+        done = await self._services.replayer.acknowledge([row.delivery_id])
+        return FlashMessage("good", "Acknowledged." if done else "Nothing to do.")
 
     async def _row(self, request: Request) -> DeliveryRow:
         return await self._stored(request, get_delivery, "Delivery {} is not stored here.")
@@ -181,11 +182,3 @@ def _moment(text: str) -> datetime:
 
 def _deliveries(count: int) -> str:
     return counted(count, "delivery", "deliveries")
-
-
-def _replay_result(replay: Replay) -> FlashMessage:
-    if replay.already:
-        return FlashMessage("good", f"Nothing to do: {replay.reason}.")
-    if replay.outcome is DeliveryOutcome.APPLIED:
-        return FlashMessage("good", f"Replayed: applied to run {replay.run_id}.")
-    return FlashMessage("warn", f"Still quarantined: {replay.reason}.")

@@ -1,6 +1,6 @@
 """What browsers send: ids in paths, fields of queries and forms, and the CSRF token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Final
 from urllib.parse import parse_qsl
@@ -20,12 +20,18 @@ MAX_FIELDS: Final = 100
 READ_SECONDS: Final = 10.0
 _FORM: Final = "tracker.form"
 PERIODS: Final = {
-    "1h": ("Last hour", timedelta(hours=1)),
-    "24h": ("Last 24 hours", timedelta(hours=24)),
-    "7d": ("Last 7 days", timedelta(days=7)),
-    "30d": ("Last 30 days", timedelta(days=30)),
+    "1h": timedelta(hours=1),
+    "24h": timedelta(hours=24),
+    "7d": timedelta(days=7),
+    "30d": timedelta(days=30),
 }
-"""The times back to which lists go: the name and length of each choice."""
+"""How far back lists go."""
+PERIOD_NAMES: Final = {
+    "1h": "Last hour",
+    "24h": "Last 24 hours",
+    "7d": "Last 7 days",
+    "30d": "Last 30 days",
+}
 
 
 class _AnyId(PathConvertor):
@@ -49,6 +55,19 @@ def query_choice(request: Request, name: str, choices: Iterable[str]) -> str | N
     if value is not None and value not in allowed:
         raise invalid(FieldFault(name, f"must be one of {', '.join(allowed)}"))
     return value
+
+
+def read_filters(
+    request: Request, fields: Mapping[str, Iterable[str] | None]
+) -> dict[str, str | None]:
+    """The fields of the query by name, as `query_choice` where the values that one may have are
+    given."""
+    return {
+        name: query_field(request, name)
+        if choices is None
+        else query_choice(request, name, choices)
+        for name, choices in fields.items()
+    }
 
 
 def query_position(request: Request, name: str) -> int | None:

@@ -172,12 +172,13 @@ class Renderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        docs_url = services.settings.tracker_docs_url or ""  # else the runbook is read here
         self._environment.globals.update(
             asset=self.assets.url,
             version=__version__,
             query=query,
             counted=counted,
-            runbook=partial(_runbook, services.settings.tracker_docs_url),
+            runbook=lambda section: f"{docs_url}/runbook.html#{section}",
         )
         self._environment.filters.update(
             time=time,
@@ -249,36 +250,36 @@ class Renderer:
 
 
 T = TypeVar("T")
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Response]])
+Handler = Callable[..., Awaitable[Response]]
+Act = TypeVar("Act", bound=Callable[..., Awaitable[Response | FlashMessage]])
 _ROUTE: Final = "page_route"
-"""The attribute of a page's handler that holds its path, the scope that each method needs, and
-whether it is an action."""
+"""The attribute of a handler that holds its path, the scope that each method needs, and, of an
+action, the page that shows its result."""
 
 
-def page(
-    path: str, *, scope: Scope = Scope.READ, post: Scope | None = None
-) -> Callable[[Handler], Handler]:
+def page(path: str, *, scope: Scope = Scope.READ, post: Scope | None = None) -> Callable[[T], T]:
     """Decorates what answers requests to `path`: `GET`, and `POST` if there is a scope for it."""
     return _routed(path, {"GET": scope} | ({} if post is None else {"POST": post}))
 
 
 def action(
-    path: str, *, scope: Scope | None = Scope.ADMIN, has_page: bool = True
-) -> Callable[[Handler], Handler]:
+    path: str, shows: Handler | None = None, *, scope: Scope | None = Scope.ADMIN
+) -> Callable[[Act], Act]:
     """Decorates what a form of a page does, by `POST`, once the CSRF token is checked.
 
-    Where `path` is below the path of the page that it answers with, `has_page`, `GET` leads there:
-    so the page can be reloaded.
+    It returns a response, or the message with which the page `shows` is shown. Where `path` is
+    below that page, `GET` leads there: so the answer can be reloaded.
     """
-    get: dict[str, Scope | None] = {"GET": Scope.READ} if has_page else {}
-    return _routed(path, get | {"POST": scope}, is_action=True)
+    is_below = shows is not None and getattr(shows, _ROUTE)[0] != path
+    get: dict[str, Scope | None] = {"GET": Scope.READ} if is_below else {}
+    return _routed(path, get | {"POST": scope}, shows)
 
 
 def _routed(
-    path: str, scopes: Mapping[str, Scope | None], *, is_action: bool = False
-) -> Callable[[Handler], Handler]:
-    def decorate(handler: Handler) -> Handler:
-        setattr(handler, _ROUTE, (path, scopes, is_action))
+    path: str, scopes: Mapping[str, Scope | None], *action: Handler | None
+) -> Callable[[T], T]:
+    def decorate(handler: T) -> T:
+        setattr(handler, _ROUTE, (path, scopes, action))
         return handler
 
     return decorate
@@ -299,12 +300,43 @@ class PageGroup:
         found = []
         for handler in vars(type(self)).values():
             if (route := getattr(handler, _ROUTE, None)) is not None:
-                path, scopes, is_action = route
-                endpoint = partial(handler, self)
-                if is_action:
-                    endpoint = partial(_act, endpoint, path.rpartition("/")[0])
+                path, scopes, act = route
+                endpoint = partial(self._act, handler, *act) if act else partial(handler, self)
                 found.append(ScopedRoute(path, endpoint, scopes))
         return found
+
+    async def _act(self, act: Handler, shows: Handler, request: Request) -> Response:
+        if request.method != "POST":
+            ids = {name: quote(value, safe="") for name, value in request.path_params.items()}
+            path: str = getattr(shows, _ROUTE)[0]
+            return RedirectResponse(path.replace(":any}", "}").format(**ids), status_code=303)
+        await check_csrf(request)
+        done: Any = await act(self, request)
+        answer: Response = await shows(self, request, done) if type(done) is FlashMessage else done
+        return answer
+
+    def _list(
+        self,
+        request: Request,
+        template: str,
+        next_cursor: str | None,
+        filters: Mapping[str, str | None] | None = None,
+        **values: Any,
+    ) -> Response:
+        """A page of a list, with links to the next page, and from any other page to the first."""
+        path, filters = request.url.path, filters or {}
+        return self._render(
+            request,
+            template,
+            filters=filters,
+            older=query(path, **filters, cursor=next_cursor) if next_cursor else None,
+            newest=query(path, **filters) if query_field(request, "cursor") else None,
+            **values,
+        )
+
+    @property
+    def _workspace_ids(self) -> list[str]:
+        return [one.workspace_id for one in self._services.workspaces if one.workspace_id]
 
     async def _stored(
         self, request: Request, find: Callable[[Database, str], Awaitable[T | None]], missing: str
@@ -322,22 +354,6 @@ class PageGroup:
         return bool(self._services.workspaces.keyed)
 
 
-async def _act(
-    act: Callable[[Request], Awaitable[Response]], page_path: str, request: Request
-) -> Response:
-    """Do what a form asks for, or lead to the page at `page_path` where its answer is reloaded."""
-    if request.method != "POST":
-        ids = {name: quote(value, safe="") for name, value in request.path_params.items()}
-        return RedirectResponse(page_path.replace(":any}", "}").format(**ids), status_code=303)
-    await check_csrf(request)
-    return await act(request)
-
-
-def _runbook(docs_url: str | None, section: str) -> str:
-    """The address of a section of the runbook: here, or in the documentation at `docs_url`."""
-    return f"{docs_url or ''}/runbook.html#{section}"
-
-
 def _is_below(path: str, page: str) -> bool:
     return path == page or (page != "/" and path.startswith(f"{page}/"))
 
@@ -346,15 +362,6 @@ def query(path: str, **values: str | None) -> str:
     """`path` with the values that are not empty as its query."""
     pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value]
     return f"{path}?{'&'.join(pairs)}" if pairs else path
-
-
-def page_links(request: Request, next_cursor: str | None, **filters: str | None) -> dict[str, Any]:
-    """The links below a list: to the next page, and from any other page to the first."""
-    path = request.url.path
-    return {
-        "older": query(path, **filters, cursor=next_cursor) if next_cursor else None,
-        "newest": query(path, **filters) if query_field(request, "cursor") else None,
-    }
 
 
 def time(at: datetime | None, style: str = "ago") -> Markup:

@@ -2,7 +2,7 @@
 timeline, "Check now", and starting it again."""
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -39,9 +39,15 @@ from tracker.store.queries.sheet_rows import RowOfBatch, SheetMatches, rows_of_s
 from tracker.store.text import dump_json
 from tracker.views import run_json
 from tracker.web.auth import actor_of
-from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
+from tracker.web.dashboard.forms import (
+    PERIOD_NAMES,
+    PERIODS,
+    query_field,
+    read_filters,
+    read_form,
+)
 from tracker.web.dashboard.media import web_link
-from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links, query
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, query
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import invalid
 
@@ -76,10 +82,15 @@ ADVICE_NAMES: Final[Mapping[str, str]] = {
     RetryAdvice.NOT_RETRYABLE: "Do not retry",
 }
 SORT_NAMES: Final = {Sort.COST.value: "Cost", Sort.DURATION.value: "Duration"}
-_FILTERS: Final = (
-    *("text", "state", "advice", "technique", "batch", "workspace", "project", "tag", "within"),
-    *("from", "to", "sort"),
-)
+_FILTERS: Final[Mapping[str, Iterable[str] | None]] = {
+    "text": None,
+    "state": STATES,
+    "advice": ADVICE_NAMES,
+    **dict.fromkeys(("technique", "batch", "workspace", "project", "tag")),
+    "within": PERIODS,
+    **dict.fromkeys(("from", "to")),
+    "sort": Sort,
+}
 
 log = get_logger(__name__)
 
@@ -105,20 +116,22 @@ class RunPages(PageGroup):
         database = self._database
         filters = await self._filters(request)
         cursor = query_field(request, "cursor")
-        wanted, matches = await self._wanted(request, filters)
+        wanted, matches = await self._wanted(filters)
         found = await search_runs(database, wanted, cursor=cursor, limit=PAGE_SIZE)
         catalogue = {row.technique_id: row for row in await techniques.list_all(database)}
         names = {technique_id: row.name for technique_id, row in catalogue.items()}
+        workspaces = {one: one for one in self._workspace_ids}
         newest, _ = await batches.list_batches(database, limit=BATCHES)
-        ids = [one.workspace_id for one in self._services.workspaces if one.workspace_id]
         ports = {technique_id: row.outputs for technique_id, row in catalogue.items()}
         unsorted = {name: value for name, value in filters.items() if name != "sort"}
-        return self._render(
+        return self._list(
             request,
             "runs.html",
-            filters=filters,
-            date_fields={
-                name: _local_field(_moment(name, filters[name])) for name in ("from", "to")
+            found.next_cursor,
+            filters,
+            date_fields={  # as a `datetime-local` field holds them
+                name: f"{at:%Y-%m-%dT%H:%M:%S}" if (at := _moment(name, filters[name])) else ""
+                for name in ("from", "to")
             },
             filtered=any(filters.values()) or cursor is not None,
             found=found,
@@ -127,7 +140,10 @@ class RunPages(PageGroup):
             filtered_by=any(unsorted.values()),
             matches=matches,
             sort=wanted.sort.value,
-            sorted_by={one.value: query("/runs", **unsorted, sort=_name(one)) for one in Sort},
+            sorted_by={
+                one.value: query("/runs", **unsorted, sort=one.value if one in SORT_NAMES else None)
+                for one in Sort
+            },
             csv=query("/runs.csv", **filters),
             csv_runs=self._limits.csv_runs,
             views={
@@ -139,56 +155,71 @@ class RunPages(PageGroup):
             states=STATE_NAMES,
             advices=ADVICE_NAMES,
             sorts=SORT_NAMES,
-            periods={value: name for value, (name, _) in PERIODS.items()},
+            periods=PERIOD_NAMES,
             names=names,
             techniques=_with_chosen(names, filters["technique"]),
             batches=_with_chosen({one.batch_id: one.name for one in newest}, filters["batch"]),
-            workspaces=_with_chosen({one: one for one in ids}, filters["workspace"]),
+            workspaces=_with_chosen(workspaces, filters["workspace"]),
             has_key=self._has_key,
-            **page_links(request, found.next_cursor, **filters),
         )
 
     @page("/runs.csv")
     async def csv(self, request: Request) -> Response:
         """All runs that match the filters, up to `Limits.csv_runs`."""
         filters = await self._filters(request)
-        wanted, _ = await self._wanted(request, filters)
+        wanted, _ = await self._wanted(filters)
         headers = {"Content-Disposition": 'attachment; filename="runs.csv"'}
         if request.method == "HEAD":
             return Response(media_type="text/csv", headers=headers)
         return StreamingResponse(self._csv_lines(wanted), media_type="text/csv", headers=headers)
 
     @page("/runs/{run_id:any}")
-    async def show(self, request: Request) -> Response:
-        return await self._page(request, await self._record(request))
+    async def show(self, request: Request, flash: FlashMessage | None = None) -> Response:
+        database, record = self._database, await self._record(request)
+        run = record.run
+        explanation = await self._services.explainer.explain(run.run_id)
+        outputs = run.outputs or ()
+        technique = run.technique_id and await techniques.get(database, run.technique_id)
+        rows = await self._rows(record)
+        sentences = explanation.sentences if explanation else ()
+        return self._render(
+            request,
+            "run.html",
+            record=record,
+            names=await technique_names(database, [run.technique_id] if run.technique_id else []),
+            flash=flash,
+            can_check=record.tracking is not Tracking.SETTLED and self._can_poll(record),
+            views=self._views(outputs, technique.outputs if technique else ())[:MAX_SHOWN],
+            inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
+            rows=rows,
+            again=await self._again(record, rows),
+            sentences=sentences[-MAX_SHOWN:],
+            truncated=max(len(sentences), len(outputs)) > MAX_SHOWN,
+        )
 
-    @action("/runs/{run_id:any}/check", scope=Scope.START)
-    async def check(self, request: Request) -> Response:
-        """Polls the run now and shows it."""
+    @action("/runs/{run_id:any}/check", show, scope=Scope.START)
+    async def check(self, request: Request) -> FlashMessage:
+        """Polls the run now."""
         before = await self._record(request)
         if before.tracking is Tracking.SETTLED:  # the button of an older page
             final = "Final" if before.recheck_at is None else "Settled; the bill is checked again."
-            return await self._page(request, before, flash=FlashMessage("good", final))
+            return FlashMessage("good", final)
         if not self._can_poll(before):
-            reason = "No FLORA API key is set for this workspace."
-            return await self._page(request, before, flash=FlashMessage("bad", reason))
-        after = await self._services.poller.read_now(before)
-        return await self._page(request, after, flash=_check_result(before, after))
+            return FlashMessage("bad", "No FLORA API key is set for this workspace.")
+        return _check_result(before, await self._services.poller.read_now(before))
 
-    @action("/runs/{run_id:any}/retry", scope=Scope.START)
-    async def retry(self, request: Request) -> Response:
+    @action("/runs/{run_id:any}/retry", show, scope=Scope.START)
+    async def retry(self, request: Request) -> Response | FlashMessage:
         """Starts the same inputs again, once for each run, and shows the new run."""
         form = await read_form(request)
         record = await self._record(request)
         again = await self._again(record, await self._rows(record))
         if again is None:
-            reason = "This run cannot be started again here."
-            return await self._page(request, record, flash=FlashMessage("bad", reason))
+            return FlashMessage("bad", "This run cannot be started again here.")
         if again.run_id is not None:
             return _to_run(again.run_id)
         if form.get("cost", "") != ("" if again.cost is None else str(again.cost)):
-            changed = FlashMessage("warn", "The price has changed. Nothing was started.")
-            return await self._page(request, record, flash=changed)
+            return FlashMessage("warn", "The price has changed. Nothing was started.")
         run = record.run
         by = {"token": actor_of(request.scope).name, "peer": peer_of(request.scope)}
         start = StartRequest(
@@ -217,20 +248,19 @@ class RunPages(PageGroup):
                 return
 
     async def _filters(self, request: Request) -> dict[str, str | None]:
-        filters = {name: query_field(request, name) for name in _FILTERS}
+        filters = read_filters(request, _FILTERS)
         return filters | {"technique": await techniques.id_of(self._database, filters["technique"])}
 
     async def _wanted(
-        self, request: Request, filters: Mapping[str, str | None]
+        self, filters: Mapping[str, str | None]
     ) -> tuple[SearchFilters, SheetMatches | None]:
         """What the filters ask for, and what the text finds in batches. Raises `Fault` 400."""
-        within = query_choice(request, "within", PERIODS)
         since, until = _moment("from", filters["from"]), _moment("to", filters["to"])
-        if since is None and within is not None:
-            since = self._services.clock() - PERIODS[within][1]
+        if since is None and filters["within"]:
+            since = self._services.clock() - PERIODS[filters["within"]]
         wanted = SearchFilters(
-            state=query_choice(request, "state", STATES),
-            advice=query_choice(request, "advice", ADVICE_NAMES),
+            state=filters["state"],
+            advice=filters["advice"],
             technique_id=filters["technique"],
             workspace_id=filters["workspace"],
             project_id=filters["project"],
@@ -239,7 +269,7 @@ class RunPages(PageGroup):
             since=since,
             until=until,
             text=filters["text"],
-            sort=Sort(query_choice(request, "sort", Sort) or Sort.NEWEST),
+            sort=Sort(filters["sort"] or Sort.NEWEST),
         )
         if wanted.text is None:
             return wanted, None
@@ -251,30 +281,6 @@ class RunPages(PageGroup):
         if first and found.next_cursor is None:
             return RunTotal(len(found.records), more=False)
         return await count_runs(self._database, wanted)
-
-    async def _page(
-        self, request: Request, record: Record, *, flash: FlashMessage | None = None
-    ) -> Response:
-        database, run = self._database, record.run
-        explanation = await self._services.explainer.explain(run.run_id)
-        outputs = run.outputs or ()
-        technique = run.technique_id and await techniques.get(database, run.technique_id)
-        rows = await self._rows(record)
-        sentences = explanation.sentences if explanation else ()
-        return self._render(
-            request,
-            "run.html",
-            record=record,
-            names=await technique_names(database, [run.technique_id] if run.technique_id else []),
-            flash=flash,
-            can_check=record.tracking is not Tracking.SETTLED and self._can_poll(record),
-            views=self._views(outputs, technique.outputs if technique else ())[:MAX_SHOWN],
-            inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
-            rows=rows,
-            again=await self._again(record, rows),
-            sentences=sentences[-MAX_SHOWN:],
-            truncated=max(len(sentences), len(outputs)) > MAX_SHOWN,
-        )
 
     async def _record(self, request: Request) -> Record:
         return await self._stored(
@@ -316,11 +322,6 @@ def _cells(record: Record) -> list[Any]:
     return [values[name] for name in CSV_COLUMNS]
 
 
-def _name(sort: Sort) -> str | None:
-    """The order as the address has it; the usual one is left out."""
-    return None if sort is Sort.NEWEST else sort.value
-
-
 def _with_chosen(choices: Mapping[str, str], chosen: str | None) -> dict[str, str]:
     """Choices by value, the chosen one among them."""
     return {**choices} if chosen is None else {**choices, chosen: choices.get(chosen, chosen)}
@@ -343,11 +344,6 @@ def _moment(name: str, text: str | None) -> datetime | None:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         raise invalid(FieldFault(name, "must be a time such as 2026-06-01T12:00")) from None
-
-
-def _local_field(moment: datetime | None) -> str:
-    """A UTC time as a `datetime-local` field holds it."""
-    return "" if moment is None else f"{moment:%Y-%m-%dT%H:%M:%S}"
 
 
 def _to_run(run_id: str) -> Response:

@@ -38,7 +38,7 @@ class SpendingPage(PageGroup):
         by_tag: list[Spending] = []
         if key is not None:
             by_tag, _ = await spending(db, f"tag:{key}", since=since, workspace_id=workspace)
-        ids = {one.workspace_id for one in self._services.workspaces} | {workspace}
+        ids = {*self._workspace_ids, workspace}
         days = _each_day(by_day, since, PERIODS[period])
         return self._render(
             request,

@@ -14,8 +14,8 @@ from tracker.core.formatting import safe_cell
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.web.dashboard.forms import query_field
-from tracker.web.dashboard.render import PageGroup, page, page_links
+from tracker.web.dashboard.forms import query_field, read_filters
+from tracker.web.dashboard.render import PageGroup, page
 from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 60
@@ -35,23 +35,22 @@ class TechniquePages(PageGroup):
 
     @page("/techniques")
     async def list(self, request: Request) -> Response:
-        filters = {name: query_field(request, name) for name in ("text", "gone")}
-        cursor = query_field(request, "cursor")
+        filters = read_filters(request, {"text": None, "gone": None})
         rows, next_cursor = await techniques.page(
             self._database,
             query=filters["text"] or "",
             gone=filters["gone"] is not None,
-            cursor=cursor,
+            cursor=query_field(request, "cursor"),
             limit=PAGE_SIZE,
         )
         durations = await read.durations_of(self._database, [one.technique_id for one in rows])
-        return self._render(
+        return self._list(
             request,
             "techniques.html",
-            filters=filters,
+            next_cursor,
+            filters,
             rows=[(row, durations[row.technique_id]) for row in rows],
             has_key=self._has_key,
-            **page_links(request, next_cursor, **filters),
         )
 
     @page("/techniques/{technique_id:any}")

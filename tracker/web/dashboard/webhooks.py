@@ -12,8 +12,8 @@ from tracker.core.formatting import counted, duration
 from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.store.queries import endpoints
 from tracker.store.queries.endpoints import Backlog, EndpointRow, MessageRow
-from tracker.web.dashboard.forms import query_choice, query_field, read_form
-from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links
+from tracker.web.dashboard.forms import query_field, read_filters, read_form
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page
 from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
@@ -36,33 +36,42 @@ class WebhookPages(PageGroup):
         return self._render(request, "endpoints.html", rows=rows)
 
     @page("/endpoints/{endpoint_id:any}")
-    async def show_endpoint(self, request: Request) -> Response:
-        return await self._endpoint_page(request, await self._endpoint(request))
+    async def show_endpoint(self, request: Request, flash: FlashMessage | None = None) -> Response:
+        db, row = self._database, await self._endpoint(request)
+        since = self._services.clock() - DELAYS_OF
+        latest, _ = await endpoints.list_messages(db, endpoint_id=row.endpoint_id, limit=LATEST)
+        return self._render(
+            request,
+            "endpoint.html",
+            row=row,
+            flash=flash,
+            backlog=(await endpoints.backlogs(db)).get(row.endpoint_id, Backlog()),
+            delays=await endpoints.delays(db, row.endpoint_id, since=since),
+            latest=latest,
+            since=SINCE,
+        )
 
-    @action("/endpoints/{endpoint_id:any}/test")
-    async def test(self, request: Request) -> Response:
-        """Sends a signed test event and shows the answer."""
+    @action("/endpoints/{endpoint_id:any}/test", show_endpoint)
+    async def test(self, request: Request) -> FlashMessage:
+        """Sends a signed test event."""
         row = await self._endpoint(request)
         try:
             attempt = await self._services.webhooks.test(row.endpoint_id)
         except UnknownEndpoint as error:
-            return await self._endpoint_page(request, row, FlashMessage("bad", f"{error}"))
+            return FlashMessage("bad", f"{error}")
         took = duration(attempt.seconds)
         if attempt.error is None:
-            flash = FlashMessage("good", f"Test event answered {attempt.status} in {took}.")
-        else:
-            flash = FlashMessage("bad", f"Test event failed after {took}: {attempt.error}.")
-        return await self._endpoint_page(request, row, flash)
+            return FlashMessage("good", f"Test event answered {attempt.status} in {took}.")
+        return FlashMessage("bad", f"Test event failed after {took}: {attempt.error}.")
 
-    @action("/endpoints/{endpoint_id:any}/enable")
-    async def enable(self, request: Request) -> Response:
+    @action("/endpoints/{endpoint_id:any}/enable", show_endpoint)
+    async def enable(self, request: Request) -> FlashMessage:
         row = await self._endpoint(request)
         await self._services.webhooks.enable(row.endpoint_id)
-        flash = FlashMessage("good", "Enabled. What waits for it is sent now.")
-        return await self._endpoint_page(request, await self._endpoint(request), flash)
+        return FlashMessage("good", "Enabled. What waits for it is sent now.")
 
-    @action("/endpoints/{endpoint_id:any}/recover")
-    async def recover(self, request: Request) -> Response:
+    @action("/endpoints/{endpoint_id:any}/recover", show_endpoint)
+    async def recover(self, request: Request) -> FlashMessage:
         """Sends the failed messages of an endpoint again."""
         form = await read_form(request)
         row = await self._endpoint(request)
@@ -71,70 +80,36 @@ class WebhookPages(PageGroup):
             raise invalid(FieldFault("since", f"must be one of {', '.join(SINCE)}"))
         since = self._services.clock() - timedelta(hours=int(hours))
         count = await self._services.webhooks.recover(row.endpoint_id, since=since)
-        flash = FlashMessage("good", f"Made due now: {counted(count, 'failed message')}. {HELD}")
-        return await self._endpoint_page(request, row, flash)
+        return FlashMessage("good", f"Made due now: {counted(count, 'failed message')}. {HELD}")
 
     @page("/messages")
     async def list_messages(self, request: Request) -> Response:
-        state = query_choice(request, "state", MessageState)
-        event = query_choice(request, "event", EventType)
-        endpoint, run_id = query_field(request, "endpoint"), query_field(request, "run")
-        cursor = query_field(request, "cursor")
+        filters = read_filters(
+            request, {"endpoint": None, "state": MessageState, "event": EventType, "run": None}
+        )
         rows, next_cursor = await endpoints.list_messages(
             self._database,
-            endpoint_id=endpoint,
-            state=state,
-            event=event,
-            run_id=run_id,
-            cursor=cursor,
+            endpoint_id=filters["endpoint"],
+            state=filters["state"],
+            event=filters["event"],
+            run_id=filters["run"],
+            cursor=query_field(request, "cursor"),
             limit=PAGE_SIZE,
         )
-        filters = {"endpoint": endpoint, "state": state, "event": event, "run": run_id}
-        return self._render(
+        known = [one.endpoint_id for one in await endpoints.list_endpoints(self._database)]
+        return self._list(
             request,
             "messages.html",
+            next_cursor,
+            filters,
             rows=rows,
-            filters=filters,
-            endpoints={
-                one.endpoint_id: one.endpoint_id
-                for one in await endpoints.list_endpoints(self._database)
-            },
+            endpoints=dict(zip(known, known, strict=True)),
             events={one.value: one.value for one in EventType},
-            **page_links(request, next_cursor, **filters),
         )
 
     @page("/messages/{message_id:any}")
-    async def show_message(self, request: Request) -> Response:
-        return await self._message_page(request, await self._message(request))
-
-    @action("/messages/{message_id:any}/resend")
-    async def resend(self, request: Request) -> Response:
+    async def show_message(self, request: Request, flash: FlashMessage | None = None) -> Response:
         row = await self._message(request)
-        await self._services.webhooks.resend(row.message_id)
-        flash = FlashMessage("good", f"It is due now. {HELD}")
-        return await self._message_page(request, await self._message(request), flash)
-
-    async def _endpoint_page(
-        self, request: Request, row: EndpointRow, flash: FlashMessage | None = None
-    ) -> Response:
-        since = self._services.clock() - DELAYS_OF
-        latest, _ = await endpoints.list_messages(
-            self._database, endpoint_id=row.endpoint_id, limit=LATEST
-        )
-        return self._render(
-            request,
-            "endpoint.html",
-            row=row,
-            flash=flash,
-            backlog=(await endpoints.backlogs(self._database)).get(row.endpoint_id, Backlog()),
-            delays=await endpoints.delays(self._database, row.endpoint_id, since=since),
-            latest=latest,
-            since=SINCE,
-        )
-
-    async def _message_page(
-        self, request: Request, row: MessageRow, flash: FlashMessage | None = None
-    ) -> Response:
         endpoint = await endpoints.get_endpoint(self._database, row.endpoint_id)
         return self._render(
             request,
@@ -144,6 +119,11 @@ class WebhookPages(PageGroup):
             attempts=await endpoints.list_attempts(self._database, row.message_id),
             is_handler=endpoint is not None and endpoint.is_handler,
         )
+
+    @action("/messages/{message_id:any}/resend", show_message)
+    async def resend(self, request: Request) -> FlashMessage:
+        await self._services.webhooks.resend((await self._message(request)).message_id)
+        return FlashMessage("good", f"It is due now. {HELD}")
 
     async def _endpoint(self, request: Request) -> EndpointRow:
         return await self._stored(request, endpoints.get_endpoint, "There is no endpoint {}.")
