@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.store.queries.techniques import TechniqueRow
 
 _ENDPOINT_FILTERS: Final = ("workspace_id", "technique_id", "status", "tag")
+_BATCH: Final = ("batch_id", "workspace_id", "technique_id", "name", "source", "created_at")
 _BATCH_COUNTS: Final = (
     *("rows", "started", "completed", "failed", "active", "lost", "refused", "unresolved"),
 )
@@ -187,35 +188,24 @@ def spending_json(
 
 def start_json(row: "StartRow") -> dict[str, Any]:
     """A start, without its callback address, which is a secret."""
+    hidden = ("possible", "excluded")  # what `possible_runs` is made of
     return {
-        "idempotency_key": row.idempotency_key,
-        "workspace_id": row.workspace_id,
-        **values_of(row, "technique_id", "state", "run_id", "created_at"),
+        **values_of(row, "idempotency_key", "workspace_id", "technique_id"),
+        **values_of(row, "state", "run_id", "created_at"),
         "first_sent_at": _value(row.in_use_since),
         **values_of(row, "sent_at", "started_by"),
         "tags": row.tags or {},
         **values_of(row, "reserved_at", "reserved_cost", "inputs"),
-        "error": _last_answer(row),
+        "error": row.error
+        and {name: value for name, value in row.error.items() if name not in hidden},
         "possible_runs": sorted(row.possible_runs or ()),
     }
-
-
-def _last_answer(row: "StartRow") -> dict[str, Any] | None:
-    if row.error is None:
-        return None
-    hidden = ("possible", "excluded")  # what `possible_runs` is made of
-    return {name: value for name, value in row.error.items() if name not in hidden}
 
 
 def batch_columns(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
     """The values of a batch, by their public names."""
     return {
-        "batch_id": batch.batch_id,
-        "workspace_id": batch.workspace_id,
-        "technique_id": batch.technique_id,
-        "name": batch.name,
-        "source": batch.source,
-        "created_at": batch.created_at,
+        **{name: getattr(batch, name) for name in _BATCH},
         "finished_at": counts.finished_at(batch),
         "launching": batch.launch_at is not None,
         "stopped": batch.stopped,

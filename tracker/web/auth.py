@@ -25,7 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Final, Literal
 
@@ -92,6 +92,7 @@ LOCAL: Final = Actor(token=Token(name="local", value="", scopes=frozenset({Token
 """Any program on this machine, if no token is set."""
 
 
+@dataclass(kw_only=True, eq=False)
 class AccessControl:
     """Identifies who sends a request.
 
@@ -100,36 +101,26 @@ class AccessControl:
     have a log line every `log_interval` seconds, with their number.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: Callable[[], Tokens],
-        refresh: Callable[[], bool],
-        is_public: bool,
-        sessions: Sessions,
-        refusals: Refusals,
-        metrics: Metrics,
-        clock: Clock,
-        limits: Limits | None = None,
-        log_interval: float = LOG_INTERVAL,
-    ) -> None:
-        self._tokens = tokens
-        self._refresh = refresh
-        self._is_public = is_public
-        self._refusals = refusals
-        self._metrics = metrics
-        self._clock = clock
-        self._each = Throttle(burst=EACH_BURST, refill=(limits or Limits()).wrong_token_seconds)
+    tokens: Callable[[], Tokens]
+    refresh: Callable[[], bool]
+    is_public: bool
+    sessions: Sessions
+    refusals: Refusals
+    metrics: Metrics
+    clock: Clock
+    limits: Limits = field(default_factory=Limits)
+    log_interval: float = LOG_INTERVAL
+
+    def __post_init__(self) -> None:
+        self._each = Throttle(burst=EACH_BURST, refill=self.limits.wrong_token_seconds)
         self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
-        self._log_interval = log_interval
-        self._logged = LogRateLimit(log_interval)
+        self._logged = LogRateLimit(self.log_interval)
         self._log_scheduled: set[Reason] = set()
-        self.sessions = sessions
 
     @property
     def has_tokens(self) -> bool:
         """Whether any token is set, so that there is something to sign in with."""
-        return len(self._tokens()) > 0
+        return len(self.tokens()) > 0
 
     async def authenticate(self, scope: Scope, needs: TokenScope | None = None) -> Actor:
         """Who sends this request.
@@ -183,8 +174,8 @@ class AccessControl:
         if actor.session is not None:
             token = await self.sessions.token_of(actor.session)
         else:
-            token = self._tokens().find(actor.token.value.encode())
-            if token is not None and token.expired(self._clock()):
+            token = self.tokens().find(actor.token.value.encode())
+            if token is not None and token.expired(self.clock()):
                 token = None
         return token is not None and token.allows(TokenScope.READ)
 
@@ -193,9 +184,9 @@ class AccessControl:
 
         A valid token is looked up first, so that the guesses of others never lock it out.
         """
-        token = self._tokens().find(presented)
-        if token is None and self._refresh():
-            token = self._tokens().find(presented)
+        token = self.tokens().find(presented)
+        if token is None and self.refresh():
+            token = self.tokens().find(presented)
         if token is None:
             if (wait := self._throttle(network_of(scope))) > 0:
                 seconds = ceil(wait)
@@ -209,7 +200,7 @@ class AccessControl:
             else:
                 fault = Fault(401, "unauthorized", "The token is wrong.", headers=_CHALLENGE)
             raise self.refuse("wrong", scope, fault)
-        if token.expired(self._clock()):
+        if token.expired(self.clock()):
             message = f"The token {token.name} has expired."
             fault = Fault(401, "unauthorized", message, headers=_CHALLENGE)
             raise self.refuse("expired", scope, fault, token=token.name)
@@ -231,8 +222,8 @@ class AccessControl:
         Many are one log line per interval, and one row of the audit log per address and minute.
         """
         path = hide_callback_token(scope["path"])[:200]
-        self._metrics.auth_refused(reason)
-        self._refusals.add(
+        self.metrics.auth_refused(reason)
+        self.refusals.add(
             reason,
             address=network_of(scope),
             actor=token,
@@ -253,7 +244,7 @@ class AccessControl:
             log.warning("auth.refused", count=count, **fields)
         elif reason not in self._log_scheduled:
             self._log_scheduled.add(reason)
-            loop.call_later(self._log_interval, self._log_rest, reason, fields)
+            loop.call_later(self.log_interval, self._log_rest, reason, fields)
         return fault
 
     def _log_rest(self, reason: Reason, fields: dict[str, str]) -> None:
@@ -265,7 +256,7 @@ class AccessControl:
     def _not_local(self, scope: Scope) -> str | None:
         """Why the request may come from another machine; `None` if it comes from this one."""
         server, host = scope.get("server"), requested_host(scope)
-        if self._is_public:
+        if self.is_public:
             why = "TRACKER_PUBLIC_URL is set, so any request may come from another machine."
         elif host is None or not is_loopback(host):
             named = "no host" if host is None else repr(host[:255])

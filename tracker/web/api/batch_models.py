@@ -1,7 +1,6 @@
 """Models of the requests and responses about batches."""
 
 from datetime import datetime
-from decimal import Decimal
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, RootModel, WithJsonSchema
@@ -13,10 +12,9 @@ from tracker.web.api.requests import (
     BY_TAG,
     NONE_IF_EMPTY,
     Body,
-    Cursor,
     Filter,
-    Limit,
     Name,
+    PageQuery,
     Query,
     TagsField,
     one_of,
@@ -35,22 +33,25 @@ _ROW: Final = {
         ]
     },
 }
-MaxCost = Annotated[
-    float | None,
-    Field(
+
+
+class OrderBody(Body):
+    """What starts rows of a batch."""
+
+    max_cost: float | None = Field(
+        None,
         ge=0,
         le=1e9,
         allow_inf_nan=False,
         description="Start nothing if the rows could cost more than this, in USD.",
-    ),
-]
-WaitForBudget = Annotated[
-    bool, Field(description="Wait for a used-up budget to start again, in place of an error.")
-]
-DryRun = Annotated[bool, Field(description="Only return what would be started, and its price.")]
+    )
+    wait_for_budget: bool = Field(
+        False, description="Wait for a used-up budget to start again, in place of an error."
+    )
+    dry_run: bool = Field(False, description="Only return what would be started, and its price.")
 
 
-class BatchBody(Body):
+class BatchBody(OrderBody):
     """Rows to start a run of each. Unknown fields are refused."""
 
     model_config = ConfigDict(
@@ -99,12 +100,9 @@ class BatchBody(Body):
         False,
         description="Start rows again whose fields are other inputs since the technique changed.",
     )
-    max_cost: MaxCost = None
-    wait_for_budget: WaitForBudget = False
-    dry_run: DryRun = False
 
 
-class RetryBody(Body):
+class RetryBody(OrderBody):
     """Which rows of a batch to start again. Unknown fields are refused."""
 
     model_config = ConfigDict(
@@ -115,27 +113,15 @@ class RetryBody(Body):
         description="`unstarted`: rows without a run. `failed`: also rows that failed temporarily, "
         "once, after a wait where advised. `all`: also every other row that failed."
     )
-    max_cost: MaxCost = None
-    wait_for_budget: WaitForBudget = False
-    dry_run: DryRun = False
 
 
-class BatchesQuery(Query):
-    """The query of `GET /api/batches`."""
-
-    cursor: Cursor = None
-    limit: Limit = 50
-
-
-class RowsQuery(Query):
+class RowsQuery(PageQuery):
     """The query of `GET /api/batches/{batch_id}/rows`."""
 
     outcome: Annotated[RowOutcome | None, NONE_IF_EMPTY, one_of(RowOutcome)] = Field(
         None, description="Default: all rows."
     )
     code: Filter = Field(None, description="Rows of the error group with this code.")
-    cursor: Cursor = None
-    limit: Limit = 50
 
 
 class ResultsQuery(Query):
@@ -268,8 +254,3 @@ class Row(ResponseModel):
     tags: dict[str, str]
     carried: dict[str, str] = Field(description="The fields that are no input.")
     outputs: list[BatchOutput]
-
-
-def usd(amount: float | None) -> Decimal | None:
-    """An amount of a request, exactly as it was written."""
-    return None if amount is None else Decimal(repr(amount))

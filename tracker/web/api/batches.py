@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from itertools import islice
 from typing import Any, Final
 
@@ -23,16 +24,16 @@ from tracker.views import batch_json, error_group_json, plan_json, row_json
 from tracker.web.api.batch_models import (
     Batch,
     BatchBody,
-    BatchesQuery,
+    OrderBody,
     PlacedBatch,
     ResultsQuery,
     RetryBody,
     Row,
     RowsQuery,
     ShownBatch,
-    usd,
 )
 from tracker.web.api.openapi import Answer, Operation, page_of
+from tracker.web.api.requests import PageQuery
 from tracker.web.auth import actor_of
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 
@@ -48,11 +49,9 @@ class BatchOperations:
     _database: Database
 
     @Operation("GET /api/batches", page_of("batches", Batch, "A page of batches, newest first."))
-    async def list_batches(self, request: Request, query: BatchesQuery) -> Response:
+    async def list_batches(self, request: Request, query: PageQuery) -> Response:
         """List batches, newest first."""
-        rows, cursor = await batches.list_batches(
-            self._database, cursor=query.cursor, limit=query.limit
-        )
+        rows, cursor = await batches.list_batches(self._database, **dict(query))
         counts = await batches.batch_counts(self._database, [one.batch_id for one in rows])
         shown = [batch_json(one, counts[one.batch_id]) for one in rows]
         return Json({"batches": shown, "meta": {"next_cursor": cursor}})
@@ -174,11 +173,12 @@ class BatchOperations:
         await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
         return Json(await self._shown(await self._batch(batch_id)))
 
-    def _order(self, request: Request, body: BatchBody | RetryBody, *, at_once: bool) -> Order:
+    def _order(self, request: Request, body: OrderBody, *, at_once: bool) -> Order:
         return Order(
             started_by=actor_of(request.scope).name,
             ordered_at=self._services.clock(),
-            max_cost=usd(body.max_cost),
+            # Exactly as it was written.
+            max_cost=None if body.max_cost is None else Decimal(repr(body.max_cost)),
             wait_for_budget=body.wait_for_budget,
             at_once=at_once,
         )

@@ -114,6 +114,13 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class PageQuery(Query):
+    """The query of a list, which comes a page at a time."""
+
+    cursor: Cursor = None
+    limit: Limit = 50
+
+
 class KeyHeader(BaseModel):
     """The header `Idempotency-Key`."""
 
@@ -176,7 +183,7 @@ class TrackBody(Body):
     )
 
 
-class RunsQuery(Query):
+class RunsQuery(PageQuery):
     """The query of `GET /api/runs`. An empty filter counts as omitted."""
 
     status: Filter = Field(
@@ -190,40 +197,32 @@ class RunsQuery(Query):
     ] = Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
     tracking: Annotated[Tracking | None, NONE_IF_EMPTY, one_of(Tracking)] = None
     retry_advice: Annotated[RetryAdvice | None, NONE_IF_EMPTY, one_of(RetryAdvice)] = None
-    cursor: Cursor = None
-    limit: Limit = 50
 
 
-class StartsQuery(Query):
+class StartsQuery(PageQuery):
     """The query of `GET /api/starts`."""
 
     state: Annotated[
         Literal["stored", "sent", "in_doubt", "unresolved"] | None, NONE_IF_EMPTY, one_of(LISTED)
     ] = Field(None, description="Default: all whose outcome is not known.")
     workspace_id: Filter = None
-    cursor: Cursor = None
-    limit: Limit = 50
 
 
-class DeliveriesQuery(Query):
+class DeliveriesQuery(PageQuery):
     """The query of `GET /api/deliveries`."""
 
     outcome: Annotated[DeliveryOutcome | None, NONE_IF_EMPTY, one_of(DeliveryOutcome)] = None
     run_id: Filter = None
     workspace_id: Filter = None
-    cursor: Cursor = None
-    limit: Limit = 50
 
 
-class MessagesQuery(Query):
+class MessagesQuery(PageQuery):
     """The query of `GET /api/messages`."""
 
     endpoint_id: Filter = None
     state: Annotated[MessageState | None, NONE_IF_EMPTY, one_of(MessageState)] = None
     event: Annotated[EventType | None, NONE_IF_EMPTY, one_of(EventType)] = None
     run_id: Filter = None
-    cursor: Cursor = None
-    limit: Limit = 50
 
 
 class SpendingQuery(Query):
@@ -241,7 +240,7 @@ class SpendingQuery(Query):
     workspace_id: Filter = None
 
 
-class TechniquesQuery(Query):
+class TechniquesQuery(PageQuery):
     """The query of `GET /api/techniques`."""
 
     query: str = Field(
@@ -251,5 +250,3 @@ class TechniquesQuery(Query):
         description="Words that must all occur in id, slug, name or description.",
     )
     gone: bool = Field(False, description="Include retired techniques.")
-    cursor: Cursor = None
-    limit: Limit = 50
