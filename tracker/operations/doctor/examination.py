@@ -6,14 +6,15 @@ each other as tasks.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from threading import Thread
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from tracker.core.clock import utc_now
 from tracker.core.log import Redactor
+from tracker.core.waiting import in_thread
 from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.operations.doctor import (
     Finding,
@@ -34,7 +35,6 @@ from tracker.settings import Settings
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,27 +67,15 @@ async def examine(
     """
     limits = limits or TimeLimits()
     url = DatabaseUrl.parse(configured.tracker_database_url)
-    at_database = _start(
-        "database", limits.database, database.check(url, clock=utc_now), DatabaseState
-    )
-    at_flora = _start(
-        "key",
-        limits.flora,
-        flora.check(configured, clock=utc_now, deadline=limits.flora_read),
-        FloraState,
-    )
-    at_callbacks = _start(
-        "callbacks",
-        limits.callbacks,
-        callbacks.check(configured, at_database, clock=utc_now, timeout=limits.delivery),
-        list,
-    )
-    at_endpoints = _start(
-        "endpoints",
-        limits.endpoints,
-        endpoints.check(configured, clock=utc_now, seconds=limits.endpoint),
-        list,
-    )
+    start = asyncio.create_task
+    check = database.check(url, clock=utc_now)
+    at_database = start(_within("database", limits.database, check, DatabaseState))
+    reading = flora.check(configured, clock=utc_now, deadline=limits.flora_read)
+    at_flora = start(_within("key", limits.flora, reading, FloraState))
+    sending = callbacks.check(configured, at_database, clock=utc_now, timeout=limits.delivery)
+    at_callbacks = start(_within("callbacks", limits.callbacks, sending, list))
+    testing = endpoints.check(configured, clock=utc_now, seconds=limits.endpoint)
+    at_endpoints = start(_within("endpoints", limits.endpoints, testing, list))
 
     async def check_work() -> list[Finding]:
         in_database, in_flora = await at_database, await at_flora
@@ -107,7 +95,7 @@ async def examine(
         size = (await at_database).size if url.dialect == "postgresql" else None
         return await _within("disk", limits.disk, database.check_disk(url, size), list)
 
-    at_work, at_disk = asyncio.create_task(check_work()), asyncio.create_task(check_disk())
+    at_work, at_disk = start(check_work()), start(check_disk())
     in_database, in_flora = await at_database, await at_flora
     findings = [
         *settings.check(configured, sources, unknown, now=utc_now()),
@@ -125,12 +113,6 @@ async def examine(
     ]
     redact = Redactor(configured.secret_values)
     return [replace(one, seen=redact(one.seen), advice=redact(one.advice)) for one in findings]
-
-
-def _start(
-    name: Name, seconds: float, check: Coroutine[Any, Any, T], result: Callable[[list[Finding]], T]
-) -> "asyncio.Task[T]":
-    return asyncio.create_task(_within(name, seconds, check, result))
 
 
 async def _within(
@@ -162,22 +144,8 @@ class _AbandonedThreads(ThreadPoolExecutor):
     cancelled. An event loop and a process wait for such threads when they end.
     """
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
-
-        Thread(target=call, daemon=True, name="doctor").start()
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Leave running threads behind."""
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        return in_thread("doctor", partial(fn, *args, **kwargs))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

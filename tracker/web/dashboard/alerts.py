@@ -1,6 +1,6 @@
 """The state of each workspace, and what on the overview needs attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
@@ -11,8 +11,8 @@ from tracker.core.formatting import counted, duration, money, number, percent
 from tracker.core.starts.budget import Period
 from tracker.flora.client import FloraClient
 from tracker.services import Services
-from tracker.store.queries import attention
-from tracker.store.queries.attention import AttentionCounts, SweepHealth
+from tracker.store.queries import attention, endpoints, overview, sweeps
+from tracker.store.queries.attention import BILL_DAYS, SweepHealth
 from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.spending import Usage
@@ -68,13 +68,13 @@ class WorkspaceHealth:
         self,
         workspace: Workspace,
         state: ContactState | None,
-        sweeps: dict[str | None, SweepHealth],
+        swept: dict[str | None, SweepHealth],
         *,
         now: datetime,
     ) -> None:
         self.name = workspace.name
         self.secret = bool(workspace.secrets)
-        self.sweep = sweeps.get(workspace.workspace_id)
+        self.sweep = swept.get(workspace.workspace_id)
         self.state = state
         self.answered_at = state.answered_at if state is not None else None
         self.current = state is not None and state.is_current(now)
@@ -138,41 +138,36 @@ def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    """What is known when the overview is shown. `unread` counts the gaps of the history that could
-    not be read, `overdue` whether a run is, `unpriced` the runs that FLORA never billed."""
-
-    workspaces: Sequence[WorkspaceHealth]
-    counts: AttentionCounts
-    callbacks: CallbackHealth
-    unread: int
-    overdue: bool
-    unpriced: int
-    budgets: Sequence[Usage]
-    endpoints: Sequence[tuple[EndpointRow, Backlog]]
-    callback_url: str | None
-    now: datetime
-
-
-def alerts(found: Findings) -> list[Alert]:
-    """What else needs attention, what is bad first."""
-    return sorted(_alerts(found), key=lambda one: one.kind != "bad")
-
-
-def _alerts(found: Findings) -> Iterator[Alert]:
-    workspaces, counts, now = found.workspaces, found.counts, found.now
+async def alerts(
+    services: Services,
+    workspaces: Sequence[WorkspaceHealth],
+    callbacks: CallbackHealth,
+    *,
+    overdue: bool,
+    now: datetime,
+) -> AsyncIterator[Alert]:
+    """What else needs attention. `overdue` is whether a run is."""
+    db = services.database
+    counts = await attention.counts(db, now=now)
+    unread = sum(
+        services.workspaces.of(one.workspace_id) is not None
+        for one in sweeps.unread(await sweeps.everything(db))
+    )
+    billed = await overview.costs(db, now=now, days=BILL_DAYS)
+    unpriced = sum(one.unpriced for one in billed)
     for one in workspaces:
-        yield from _sweeps(one, now, of="" if len(workspaces) == 1 else f" of workspace {one.name}")
-    if found.unread:
+        of = "" if len(workspaces) == 1 else f" of workspace {one.name}"
+        for alert in _sweeps(one, now, of=of):
+            yield alert
+    if unread:
         yield Alert(
-            title=f"{counted(found.unread, 'gap')} in FLORA's history could not be read",
+            title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
             advice="The tracker tries again. Runs that others started in that time may be missing.",
             href="/health",
             link="Show coverage",
             section="trackerhistorygap",
         )
-    if found.overdue:
+    if overdue:
         silent = any(one.trouble and one.trouble.silent for one in workspaces)
         yield Alert(
             kind="bad",
@@ -212,9 +207,9 @@ def _alerts(found: Findings) -> Iterator[Alert]:
             link="Show starts",
             section="trackerstartsunresolved",
         )
-    if found.unpriced:
+    if unpriced:
         yield Alert(
-            title=f"FLORA never billed {counted(found.unpriced, 'run')}",
+            title=f"FLORA never billed {counted(unpriced, 'run')}",
             advice="Their cost is unknown, so totals of the last 7 days may be too low. "
             "Compare with FLORA's billing page.",
             section="trackerrunsunpriced",
@@ -227,17 +222,21 @@ def _alerts(found: Findings) -> Iterator[Alert]:
             href="/runs?state=lost",
             link="Show lost runs",
         )
-    rate = found.callbacks.miss_rate
-    if rate is not None and rate >= MISS_RATE and found.callbacks.expected >= MIN_CALLBACKS:
-        check = f"Can FLORA reach {found.callback_url}? " if found.callback_url else ""
+    rate = callbacks.miss_rate
+    if rate is not None and rate >= MISS_RATE and callbacks.expected >= MIN_CALLBACKS:
+        check = f"Can FLORA reach {url}? " if (url := services.settings.callback_url) else ""
         yield Alert(
             title=f"{percent(rate)} of the expected callbacks are missing",
             advice=f"{check}No results lost: polling found them.",
             section="trackercallbacksmissed",
         )
-    for endpoint, backlog in found.endpoints:
-        yield from _endpoint(endpoint, backlog, now)
-    yield from (_budget(usage) for usage in found.budgets if usage.share >= BUDGET_SHARE)
+    backlogs = await endpoints.backlogs(db)
+    for endpoint in await endpoints.list_endpoints(db):
+        for alert in _endpoint(endpoint, backlogs.get(endpoint.endpoint_id, Backlog()), now):
+            yield alert
+    for usage in await services.budgets.usages():
+        if usage.share >= BUDGET_SHARE:
+            yield _budget(usage)
 
 
 def _sweeps(one: WorkspaceHealth, now: datetime, *, of: str) -> Iterator[Alert]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -14,14 +15,11 @@ from starlette.responses import Response
 from tracker.core.record import Record
 from tracker.core.rollup import EDGES
 from tracker.core.run import RunStatus, Tracking
-from tracker.store.queries import attention, batches, endpoints, overview, sweeps
+from tracker.store.queries import attention, batches, overview
 from tracker.store.queries import runs as read
-from tracker.store.queries.attention import BILL_DAYS
-from tracker.store.queries.endpoints import Backlog
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
 from tracker.web.dashboard.alerts import (
     Alert,
-    Findings,
     WorkspaceHealth,
     alerts,
     connection,
@@ -64,7 +62,6 @@ class OverviewPage(PageGroup):
         workspaces = await workspace_health(services, now=now)
         callbacks = await overview.callback_health(db, now=now, hours=hours)
         costs = await overview.costs(db, now=now)
-        billed = await overview.costs(db, now=now, days=BILL_DAYS)
         overdue = await attention.overdue(db, now=now, limit=OVERDUE)
         ends = await overview.ends_by_hour(db, now=now, hours=hours)
         outcomes = _outcomes(ends)
@@ -72,32 +69,17 @@ class OverviewPage(PageGroup):
         open_batches = await batches.unfinished(db, since=now - BATCHES_SINCE, limit=BATCHES)
         counted_rows = await batches.batch_counts(db, [one.batch_id for one in open_batches])
         newest, _ = await read.list_runs(db, status=RunStatus.COMPLETED, limit=RESULTS)
-        backlogs = await endpoints.backlogs(db)
         techniques = {one.technique_id for one in open_batches}
         techniques |= {one.run.technique_id for one in newest if one.run.technique_id}
-        found = Findings(
-            workspaces=workspaces,
-            counts=await attention.counts(db, now=now),
-            callbacks=callbacks,
-            unread=sum(
-                services.workspaces.of(one.workspace_id) is not None
-                for one in sweeps.unread(await sweeps.everything(db))
-            ),
-            overdue=bool(overdue),
-            unpriced=sum(one.unpriced for one in billed),
-            budgets=await services.budgets.usages(),
-            endpoints=[
-                (one, backlogs.get(one.endpoint_id, Backlog()))
-                for one in await endpoints.list_endpoints(db)
-            ],
-            callback_url=services.settings.callback_url,
-            now=now,
-        )
+        needed = [
+            one
+            async for one in alerts(services, workspaces, callbacks, overdue=bool(overdue), now=now)
+        ]
         return self._render(
             request,
             "overview.html",
             connections=_connections(workspaces),
-            alerts=alerts(found),
+            alerts=sorted(needed, key=lambda one: one.kind != "bad"),  # what is bad first
             answered_at=min(
                 (one.answered_at for one in workspaces if one.answered_at), default=None
             ),
@@ -176,11 +158,8 @@ def _states(counts: list[StateCount]) -> dict[str, int]:
 
 def _outcomes(hours: list[HourOfEnds]) -> dict[str, int]:
     """The ends of all hours, by the status that they ended with."""
-    counted = {status.value: 0 for status in OUTCOMES}
-    for hour in hours:
-        for status, count in hour.by_status.items():
-            counted[status] = counted.get(status, 0) + count
-    return counted
+    ends = sum((Counter(hour.by_status) for hour in hours), Counter[str]())
+    return {status.value: 0 for status in OUTCOMES} | ends
 
 
 def _chart(hours: list[HourOfEnds], outcomes: list[str]) -> dict[str, Any]:
