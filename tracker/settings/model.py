@@ -165,27 +165,27 @@ class TokenSettings(_Model):
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
 
 
-class BudgetSettings(_Model):
+class _FilterSettings(_Model):
+    workspace_id: Annotated[str, Field(min_length=1)] | None = None
+    technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
+    tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
+
+
+class BudgetSettings(_FilterSettings):
     """A table of `[[budgets]]`: USD for each period (UTC), for the runs that match all of
     `workspace_id`, `technique_id` and `tag`, as far as these are set."""
 
     usd: Dollars
     period: Period
-    workspace_id: Annotated[str, Field(min_length=1)] | None = None
-    technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
-    tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
 
 
-class EventSettings(_Model):
+class EventSettings(_FilterSettings):
     """Which events an endpoint or a handler gets: `events`, of the runs that match all of
     `workspace_id`, `technique_id`, `status` and `tag`, as far as these are set."""
 
     id: Annotated[str, AfterValidator(_name)]
     events: Annotated[tuple[EventType, ...], Field(min_length=1)] = (EventType.SETTLED,)
-    workspace_id: Annotated[str, Field(min_length=1)] | None = None
-    technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
     status: Annotated[str, Field(min_length=1)] | None = None
-    tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
 
     @property
     def filter(self) -> RunFilter:

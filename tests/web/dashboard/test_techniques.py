@@ -44,4 +44,4 @@ async def test_without_known_inputs_there_is_no_sheet(small_site: Site) -> None:
     command = page.split("tracker batch")[1].split("</code>")[0].replace("&#39;", "'")
     assert shlex.split(command)[:2] == ["odd; name", "odd-name.csv"]
     sheet = (await small_site.client.get("/techniques/tech_odd; name/sheet.csv")).text
-    assert sheet == "\ufeffSKU,'=cmd()\r\n"
+    assert sheet == "\ufeffSKU,'=cmd()\n"

@@ -2,7 +2,6 @@
 its actions; and `/starts`, starts whose outcome is unknown."""
 
 import asyncio
-import re
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping
 from decimal import Decimal
@@ -42,6 +41,7 @@ from tracker.web.dashboard.render import (
     PageGroup,
     Renderer,
     action,
+    attachment,
     page,
     prompt,
     query,
@@ -214,7 +214,7 @@ class BatchPages(PageGroup):
         name_by = query_field(request, "name_by")
         if name_by is not None:
             naming_column(batch, name_by)
-        headers = {"Content-Disposition": _attachment(batch.name)}
+        headers = attachment(f"{PurePath(batch.name).stem or 'outputs'}.zip")
         if request.method == "HEAD":
             return Response(media_type="application/zip", headers=headers)
         if self._archives.locked():
@@ -329,13 +329,6 @@ class _Archive(StreamingResponse):
         finally:
             self._on_close()
             await self._body.aclose()
-
-
-def _attachment(name: str) -> str:
-    """The header that names the ZIP of the sheet `name`."""
-    stem = PurePath(name).stem or "outputs"
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)
-    return f"attachment; filename=\"{plain}.zip\"; filename*=UTF-8''{quote(stem, safe='')}.zip"
 
 
 def _page_links(links: list[str], here: int) -> list[PageLink | None]:

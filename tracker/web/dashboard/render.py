@@ -364,6 +364,13 @@ def query(path: str, **values: str | None) -> str:
     return f"{path}?{'&'.join(pairs)}" if pairs else path
 
 
+def attachment(name: str) -> dict[str, str]:
+    """The header that saves a response as a file of that name."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    text = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
+    return {"Content-Disposition": text}
+
+
 def time(at: datetime | None, style: str = "ago") -> Markup:
     """A `<time>` in UTC, which a script shows in the viewer's time zone.
 

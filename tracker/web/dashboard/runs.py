@@ -47,7 +47,7 @@ from tracker.web.dashboard.forms import (
     read_form,
 )
 from tracker.web.dashboard.media import web_link
-from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, query
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, attachment, page, query
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import invalid
 
@@ -168,7 +168,7 @@ class RunPages(PageGroup):
         """All runs that match the filters, up to `Limits.csv_runs`."""
         filters = await self._filters(request)
         wanted, _ = await self._wanted(filters)
-        headers = {"Content-Disposition": 'attachment; filename="runs.csv"'}
+        headers = attachment("runs.csv")
         if request.method == "HEAD":
             return Response(media_type="text/csv", headers=headers)
         return StreamingResponse(self._csv_lines(wanted), media_type="text/csv", headers=headers)

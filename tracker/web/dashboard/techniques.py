@@ -1,21 +1,19 @@
 """`/techniques`: FLORA's catalogue as last synced, and how long each technique takes."""
 
-import csv
-import io
 import re
 import shlex
 from typing import Final
-from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tracker.core.formatting import safe_cell
+from tracker.core.formatting import csv_text
+from tracker.starting.batches.rows import BOM
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 from tracker.web.dashboard.forms import query_field, read_filters
-from tracker.web.dashboard.render import PageGroup, page
+from tracker.web.dashboard.render import PageGroup, attachment, page
 from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 60
@@ -80,14 +78,8 @@ class TechniquePages(PageGroup):
             raise not_found(
                 f"The inputs of {row.name} are not known here, or not all can be given."
             )
-        line = io.StringIO()
-        csv.writer(line).writerow([safe_cell(column) for column in columns])
-        name = quote(_sheet_name(row), safe="")
-        return Response(
-            line.getvalue().encode("utf-8-sig"),  # by the mark Excel knows that it is UTF-8
-            media_type="text/csv",
-            headers={"Content-Disposition": f"attachment; filename*=UTF-8''{name}"},
-        )
+        content = BOM + csv_text([columns])  # by the mark Excel knows that it is UTF-8
+        return Response(content, media_type="text/csv", headers=attachment(_sheet_name(row)))
 
     async def _row(self, request: Request) -> TechniqueRow:
         """The technique of the path: in the catalogue, or known from a run."""
