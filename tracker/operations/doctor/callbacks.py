@@ -7,7 +7,6 @@ looked up in the database, then two large ones. They are deleted again, whatever
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_address
 from secrets import token_hex
@@ -177,24 +176,31 @@ async def _send_signed(
     large = [DoctorDelivery.signed(secrets[0], now, size=size) for size in SIZES]
     ids = [delivery.delivery_id for delivery in (*small, *large)]
     url = settings.tracker_database_url
+    found, trouble = None, ""
     async with await Database.open(url, application_name="tracker-doctor") as database:
-        stored = _StoredDeliveries(database, ids)
         try:
             replies = await asyncio.gather(*map(send, small))
-            await stored.find()
-            findings = [_judge_signed(small, replies, stored.found)]
+            try:
+                found = await stored_test_deliveries(database, ids)
+            except StoreError as error:
+                trouble = str(error)
+            findings = [_judge_signed(small, replies, found)]
             if findings[0].level is not Level.FAILED:
                 seconds = max(reply.seconds for reply in replies)
                 findings.append(_judge_time(seconds, slow))
                 if seconds < slow:  # else large ones would only time out
                     findings.append(_judge_sizes(await asyncio.gather(*map(send, large))))
         finally:
-            await stored.delete(now - LEFT_AFTER)
-    if stored.error:
+            try:
+                async with asyncio.timeout(DELETE_SECONDS):
+                    await remove_test_deliveries(database, ids, left_before=now - LEFT_AFTER)
+            except (StoreError, TimeoutError) as error:
+                trouble = str(error) or "the database did not answer in time"
+    if trouble:
         findings.append(
             warning(
                 "test deliveries",
-                f"They could not be looked up or deleted: {stored.error}.",
+                f"They could not be looked up or deleted: {trouble}.",
                 "They are applied to nothing and counted nowhere; the doctor deletes what is left "
                 "when it runs again an hour later.",
             )
@@ -202,34 +208,11 @@ async def _send_signed(
     return findings
 
 
-@dataclass(slots=True)
-class _StoredDeliveries:
-    """The test deliveries in the database. `found` is `None` if they could not be looked up."""
-
-    database: Database
-    ids: Sequence[str]
-    found: set[str] | None = None
-    error: str = ""
-
-    async def find(self) -> None:
-        try:
-            self.found = await stored_test_deliveries(self.database, self.ids)
-        except StoreError as error:
-            self.error = str(error)
-
-    async def delete(self, left_before: datetime) -> None:
-        """Delete them, and those that earlier doctors left."""
-        try:
-            async with asyncio.timeout(DELETE_SECONDS):
-                await remove_test_deliveries(self.database, self.ids, left_before=left_before)
-        except (StoreError, TimeoutError) as error:
-            self.error = str(error) or "the database did not answer in time"
-
-
 def _judge_signed(
     sent: Sequence[DoctorDelivery], replies: Sequence[Reply], found: set[str] | None
 ) -> Finding:
-    """Whether the delivery of every secret was accepted, and is in this database."""
+    """Whether the delivery of every secret was accepted, and is in this database: `found` are the
+    ids there, `None` if they could not be looked up."""
     for number, reply in enumerate(replies, start=1):
         if reply.outcome is None:
             which = "" if len(sent) == 1 else f" signed with secret {number}"

@@ -80,20 +80,16 @@ class Reply:
     error: str = ""
     status: int = 0
     headers: httpx.Headers = field(default_factory=httpx.Headers)
-    content: Any = None
+    content: dict[str, Any] = field(default_factory=dict)
     expires: datetime | None = None
 
     @property
-    def error_code(self) -> str | None:
-        """The code of an error of the tracker itself; `None` for any other answer."""
-        error = self.content.get("error") if isinstance(self.content, dict) else None
-        code = error.get("code") if isinstance(error, dict) else None
-        return code if isinstance(code, str) and "x-request-id" in self.headers else None
-
-    @property
-    def error_message(self) -> str:
-        """The message of that error."""
-        return str(self.content["error"].get("message", "")) if self.error_code else ""
+    def error_message(self) -> str | None:
+        """The message of an error of the tracker itself; `None` for any other answer."""
+        match self.content.get("error"):
+            case {"code": str(), "message": message} if "x-request-id" in self.headers:
+                return str(message)
+        return None
 
     @property
     def to_sign_in(self) -> bool:
@@ -104,16 +100,17 @@ class Reply:
     @property
     def signature(self) -> Literal["missing", "expired", "wrong"] | None:
         """Why the tracker refused the signature, if it did."""
-        if self.status != 401 or "signature is" not in self.error_message:
+        message = self.error_message or ""
+        if self.status != 401 or "signature is" not in message:
             return None
-        if "missing" in self.error_message:
+        if "missing" in message:
             return "missing"
-        return "expired" if "expired" in self.error_message else "wrong"
+        return "expired" if "expired" in message else "wrong"
 
     @property
     def outcome(self) -> str | None:
         """What the tracker did with the delivery, if it accepted it."""
-        outcome = self.content.get("outcome") if isinstance(self.content, dict) else None
+        outcome = self.content.get("outcome")
         return outcome if self.status == 200 and isinstance(outcome, str) else None
 
 
@@ -175,17 +172,18 @@ async def open_sender(url: str, timeout: float) -> AsyncIterator[Send]:
         yield partial(_send, http, url, timeout)
 
 
-async def _json(response: httpx.Response) -> Any:
-    """The JSON value of an answer; `None` if it has none, or is too large."""
+async def _json(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of an answer; empty if it has none, or is too large."""
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
         if len(body) > LONGEST_ANSWER:
-            return None
+            return {}
     try:
-        return json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError):
-        return None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _certificate_end(response: httpx.Response) -> datetime | None:
@@ -217,7 +215,7 @@ def diagnose(reply: Reply) -> Diagnosis:
     """Why a delivery was not accepted as it should be."""
     if reply.kind != "answer":
         return _no_answer(reply)
-    if reply.error_code is not None or reply.to_sign_in:
+    if reply.error_message is not None or reply.to_sign_in:
         return _by_the_tracker(reply)
     return _in_front(reply)
 
@@ -245,7 +243,8 @@ def _no_answer(reply: Reply) -> Diagnosis:
 
 
 def _by_the_tracker(reply: Reply) -> Diagnosis:
-    seen = f"is answered {reply.status} by the tracker: {_quote(reply.error_message)}"
+    message = reply.error_message or ""
+    seen = f"is answered {reply.status} by the tracker: {_quote(message)}"
     match reply.status:
         case 401 if reply.signature == "missing":
             return Diagnosis(
@@ -272,7 +271,7 @@ def _by_the_tracker(reply: Reply) -> Diagnosis:
                 "Let the proxy in front forward method and path unchanged, without adding or "
                 "removing a prefix; TRACKER_PUBLIC_URL includes the path below which it forwards.",
             )
-        case 503 if "not set up" in reply.error_message:
+        case 503 if "not set up" in message:
             return Diagnosis(
                 "is answered 503 by the tracker, which has no signing secret",
                 f"Set FLORA_WEBHOOK_SECRET where {_SERVER} runs too, and restart it.",
