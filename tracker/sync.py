@@ -15,7 +15,15 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial, update_wrapper
@@ -26,7 +34,6 @@ from typing import (
     ClassVar,
     Concatenate,
     Final,
-    Generic,
     ParamSpec,
     Self,
     TypeVar,
@@ -323,13 +330,18 @@ class Tracker:
         return running.call(work)
 
     def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        steps = _Steps(items)
+        lock = asyncio.Lock()  # a step that Ctrl-C interrupted may still be ending
+
+        async def locked(step: Callable[[], Awaitable[S]]) -> S:
+            async with lock:
+                return await step()
+
         try:
-            while (item := self._call(steps.next())) is not _END:
-                yield item  # type: ignore[misc]
+            while (item := self._call(locked(lambda: anext(items, _END)))) is not _END:
+                yield cast("T", item)
         finally:
             with suppress(TrackerNotOpen):  # closing ended it
-                self._call(steps.end())
+                self._call(locked(items.aclose))
 
     def _forked(self) -> None:
         """In a child process: leave what the parent opened as it is, and open anew when needed."""
@@ -381,24 +393,6 @@ class RunEvent(RunEventFields):
     """An event of a run, as a handler gets it; see `tracker.RunEvent`."""
 
     run: Run
-
-
-class _Steps(Generic[T]):
-    """Steps through an asynchronous generator, one at a time, also where one was interrupted."""
-
-    def __init__(self, items: AsyncGenerator[T, None]) -> None:
-        self._items = items
-        self._lock = asyncio.Lock()
-
-    async def next(self) -> T | object:
-        """The next item, or `_END`."""
-        async with self._lock:
-            return await anext(self._items, _END)
-
-    async def end(self) -> None:
-        """Close the generator."""
-        async with self._lock:
-            await self._items.aclose()
 
 
 def __dir__() -> list[str]:
