@@ -116,12 +116,15 @@ class SimulatedTechnique:
 
 
 GENERATIONS: Final = {
-    "image": (SimulatedPort("image", "imageUrl"), 0.04),
-    "video": (SimulatedPort("video", "videoUrl"), 0.5),
-    "audio": (SimulatedPort("audio", "audioUrl"), 0.06),
-    "text": (SimulatedPort("text", "text"), 0.01),
+    output.id: SimulatedTechnique("", output.id, "", price, (), (output,))
+    for output, price in (
+        (SimulatedPort("image", "imageUrl"), 0.04),
+        (SimulatedPort("video", "videoUrl"), 0.5),
+        (SimulatedPort("audio", "audioUrl"), 0.06),
+        (SimulatedPort("text", "text"), 0.01),
+    )
 }
-"""The output and the price in USD of each type of generation."""
+"""The output and the price of each type of generation, in the form of a technique."""
 
 
 @cache

@@ -25,13 +25,6 @@ from tracker.simulator.options import SECRETS
 from tracker.simulator.starts import parse_body
 from tracker.simulator.world import World
 
-_CONTENT_TYPES: Final = {
-    "png": "image/png",
-    "mp4": "video/mp4",
-    "wav": "audio/wav",
-    "pdf": "application/pdf",
-}
-
 
 class ControlRoutes:
     """Routes that FLORA does not have, without a key."""
@@ -125,10 +118,11 @@ class ControlRoutes:
         if name not in self._world.media_files:
             raise ErrorAnswer.not_found("output")
         output_id, _, extension = name.partition(".")
+        content_type, make = _MEDIA[extension]
         file = self._directory() / name
         if not file.exists():
-            file.write_bytes(_media_bytes(output_id, extension))
-        return FileResponse(file, media_type=_CONTENT_TYPES[extension])
+            file.write_bytes(make(output_id.encode()))
+        return FileResponse(file, media_type=content_type)
 
     def close(self) -> None:
         if self._files is not None:
@@ -142,25 +136,9 @@ class ControlRoutes:
         return self._files
 
 
-def _media_bytes(output_id: str, extension: str) -> bytes:
-    """The content of an output's file.
-
-    Images, sounds and documents are valid; a video is only a container without a track.
-    """
-    seed = hashlib.sha256(output_id.encode()).digest()
-    match extension:
-        case "png":
-            return _png(seed)
-        case "wav":
-            return _wav(seed)
-        case "pdf":
-            return _pdf(output_id)
-        case _:
-            return _mp4(seed)
-
-
-def _png(seed: bytes, size: int = 96) -> bytes:
+def _png(output_id: bytes, size: int = 96) -> bytes:
     """A square that runs from one colour to another."""
+    seed = hashlib.sha256(output_id).digest()
     first, last = seed[:3], seed[3:6]
     rows = bytearray()
     for y in range(size):
@@ -176,9 +154,9 @@ def _png(seed: bytes, size: int = 96) -> bytes:
     )
 
 
-def _wav(seed: bytes) -> bytes:
+def _wav(output_id: bytes) -> bytes:
     """A quarter of a second of a square wave."""
-    half_period = 8 + seed[0] % 24
+    half_period = 8 + hashlib.sha256(output_id).digest()[0] % 24
     samples = bytes(160 if i // half_period % 2 else 96 for i in range(2000))
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
@@ -189,9 +167,9 @@ def _wav(seed: bytes) -> bytes:
     return file.getvalue()
 
 
-def _pdf(output_id: str) -> bytes:
+def _pdf(output_id: bytes) -> bytes:
     """One page that names its output."""
-    text = b"BT /F1 12 Tf 20 60 Td (%s) Tj ET" % output_id.encode("ascii", "replace")
+    text = b"BT /F1 12 Tf 20 60 Td (%s) Tj ET" % output_id
     objects = (
         b"<</Type/Catalog/Pages 2 0 R>>",
         b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
@@ -213,10 +191,19 @@ def _pdf(output_id: str) -> bytes:
     )
 
 
-def _mp4(seed: bytes) -> bytes:
-    """A file type box and a data box of a few bytes."""
+def _mp4(output_id: bytes) -> bytes:
+    """A file type box and a data box of a few bytes: a container without a track."""
     kind = b"isom" + struct.pack(">I", 512) + b"isomiso2mp41"
     return b"".join(
         struct.pack(">I", 8 + len(data)) + name + data
-        for name, data in ((b"ftyp", kind), (b"mdat", seed))
+        for name, data in ((b"ftyp", kind), (b"mdat", output_id))
     )
+
+
+_MEDIA: Final = {
+    "png": ("image/png", _png),
+    "mp4": ("video/mp4", _mp4),
+    "wav": ("audio/wav", _wav),
+    "pdf": ("application/pdf", _pdf),
+}
+"""For each ending of a link, the content type and what makes the content from the output's id."""

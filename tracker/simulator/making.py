@@ -115,7 +115,7 @@ def make_run(
     outputs_ms = completed_ms
     if succeeds and draws.hit(options, "late_outputs"):
         outputs_ms += int(options.outputs_seconds / options.speed * 1000)
-    technique = request.technique
+    technique, product = request.technique, request.product
     path = "runs" if technique is None else f"techniques/{technique.technique_id}/runs"
     return SimulatedRun(
         run_id=run_id,
@@ -131,10 +131,12 @@ def make_run(
         completed_ms=completed_ms,
         error_code=failure and failure[0],
         error_message=failure and failure[1],
-        bill=_bill(options, draws, request.price, succeeds=succeeds, completed_ms=completed_ms),
+        bill=_bill(
+            options, draws, request.product.run_cost, succeeds=succeeds, completed_ms=completed_ms
+        ),
         outputs=tuple(
             _output(request, port, root, digest(run_id, "output", position))
-            for position, port in enumerate(request.outputs if succeeds else ())
+            for position, port in enumerate(product.outputs if succeeds else ())
         ),
         outputs_ms=outputs_ms,
         poll_url=f"{root}/api/v1/{path}/{run_id}",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from tracker.simulator.catalogue import GENERATIONS, SimulatedPort, SimulatedTechnique
+from tracker.simulator.catalogue import GENERATIONS, SimulatedTechnique
 from tracker.simulator.options import SimulatedWorkspace
 
 if TYPE_CHECKING:
@@ -33,17 +33,9 @@ class RunRequest:
         return "generation" if self.technique is None else "technique"
 
     @property
-    def outputs(self) -> tuple[SimulatedPort, ...]:
-        if self.technique is None:
-            return (GENERATIONS[self.generation][0],)
-        return self.technique.outputs
-
-    @property
-    def price(self) -> float:
-        """Its price in USD."""
-        return (
-            GENERATIONS[self.generation][1] if self.technique is None else self.technique.run_cost
-        )
+    def product(self) -> SimulatedTechnique:
+        """What has its outputs and its price: the technique, or the type of generation."""
+        return self.technique or GENERATIONS[self.generation]
 
     @property
     def unreachable(self) -> bool:

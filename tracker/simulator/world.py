@@ -144,7 +144,7 @@ class World:
         Raises `ErrorAnswer` (402) where the credits do not suffice.
         """
         options = self.options
-        if options.credits is not None and self._spent + request.price > options.credits:
+        if options.credits is not None and self._spent + request.product.run_cost > options.credits:
             raise ErrorAnswer(402, "insufficient_credits", "The workspace has no credits left.")
         ordinal = len(self.runs) + 1
         run = make_run(
