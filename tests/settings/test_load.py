@@ -152,7 +152,14 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
             '[[workspaces]]\nid = "a"\n[[workspaces]]\nid = "b"\napi_keys = "x"',
             "workspaces[1].api_keys in {path}: unknown key; did you mean api_key?",
         ),
-        ('workspaces = "ws_1"', "workspaces in {path} must be a valid tuple"),
+        (
+            '[workspaces]\nid = "ws_1"',
+            "workspaces in {path} must be tables: begin each with [[workspaces]]",
+        ),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = "read"',
+            "tokens[0].scopes in {path} must be a list",
+        ),
         ('[[workspaces]]\nid = "a"\n[[workspaces]]\nid = "a"', "workspace a is set more than once"),
         ('[[workspaces]]\nid = "a"\n[[workspaces]]\n', "each needs an id"),
         ('flora_api_key = "sk"\n[[workspaces]]\nid = "a"', "FLORA_WORKSPACE_ID for the one"),

@@ -17,6 +17,8 @@ _REQUIREMENTS: Final = {
     "extra_forbidden": "is not a known field",
     "model_type": "must be an object",
     "dict_type": "must be an object",
+    "tuple_type": "must be a list",
+    "frozen_set_type": "must be a list",
 }
 _DETAIL: Final = re.compile(r" after validation, not \d+$|, unable to parse .*$")
 _TIMEDELTA: Final = re.compile(r"datetime\.timedelta\((?:days=(\d+))?(?:, )?(?:seconds=(\d+))?0?\)")

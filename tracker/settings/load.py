@@ -212,6 +212,8 @@ def _message(error: ErrorDetails, file: _File | None) -> str:
     if not error["loc"]:
         return message
     key, *rest = error["loc"]
+    if file is not None and key in _TABLES and not rest:
+        message = f"must be tables: begin each with [[{key}]]"
     inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if file is not None and key in file.keys:
         where = f"{key}{inner} in {file.path}"
