@@ -23,7 +23,6 @@ from sqlalchemy import (
     select,
     table,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.record import TEST_DELIVERY, Record
 from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
@@ -193,40 +192,29 @@ async def read_gauges(db: Database, *, now: datetime, bound: int = BOUND) -> Gau
     """
     hour = now.replace(minute=0, second=0, microsecond=0)
     day = hour.replace(hour=0)
+    two_hours, week = hour - timedelta(hours=RECENT_HOURS - 1), day - timedelta(days=BILL_DAYS - 1)
+    of = "workspace_id"
     async with db.read() as connection:
-        states = await _rollups(connection, STATE, "workspace_id", "status", "word")
-        came = await _rollups(
-            connection,
-            CALLBACK,
-            *("workspace_id", "word"),
-            since=hour - timedelta(hours=RECENT_HOURS - 1),
-        )
-        costs = await _rollups(connection, COST, "workspace_id", since=day)
-        quotes = await _rollups(connection, QUOTE, "workspace_id", since=day)
-        failed = await _rollups(connection, FAILURE, "workspace_id", "word", since=day)
-        since = day - timedelta(days=BILL_DAYS - 1)
-        bills = await _rollups(connection, COST, "workspace_id", "word", since=since)
+        read = partial(rollups, connection)
+        states = await read(STATE, by=(of, "status", "word"))
+        came = await read(CALLBACK, by=(of, "word"), since=two_hours)
+        costs = await read(COST, by=(of,), since=day)
+        quotes = await read(QUOTE, by=(of,), since=day)
+        failed = await read(FAILURE, by=(of, "word"), since=day)
+        bills = await read(COST, by=(of, "word"), since=week)
         backlog = (await connection.execute(_backlog(now, bound))).one()
         rest = (await connection.execute(_REST)).one()
     return Gauges(
-        runs={(key[0], key[1], key[2]): count for key, (count, _) in states.items() if count},
-        callbacks={(key[0], key[1]): count for key, (count, _) in came.items() if count},
-        cost_today={key[0]: dollars(amount) for key, (count, amount) in costs.items() if count},
-        quoted_today={key[0]: dollars(amount) for key, (count, amount) in quotes.items() if count},
-        not_final={key[0]: count for key, (count, _) in bills.items() if key[1] == OPEN},
-        unpriced={key[0]: count for key, (count, _) in bills.items() if key[1] == UNPRICED},
-        failed_today={(key[0], key[1]): count for key, (count, _) in failed.items() if count},
+        runs={(one, status, word): count for one, status, word, count, _ in states if count},
+        callbacks={(one, outcome): count for one, outcome, count, _ in came if count},
+        cost_today={one: dollars(amount) for one, count, amount in costs if count},
+        quoted_today={one: dollars(amount) for one, count, amount in quotes if count},
+        not_final={one: count for one, billed, count, _ in bills if billed == OPEN},
+        unpriced={one: count for one, billed, count, _ in bills if billed == UNPRICED},
+        failed_today={(one, advice): count for one, advice, count, _ in failed if count},
         **backlog._asdict(),
         **rest._asdict(),
     )
-
-
-async def _rollups(
-    connection: AsyncConnection, measure: str, *by: str, since: datetime | None = None
-) -> dict[tuple[str, ...], tuple[int, int]]:
-    """Number of runs and amount, by the values of these columns."""
-    rows = await rollups(connection, measure, by=by, since=since)
-    return {row[:-2]: row[-2:] for row in rows}
 
 
 def _backlog(now: datetime, bound: int) -> Select[*tuple[Any, ...]]:

@@ -72,6 +72,7 @@ SET_BACK: Final = timedelta(minutes=1)
 """By how much our clock may have been set back since a start was sent."""
 MOST_POSSIBLE: Final = 100
 """How many runs that a start may have become are stored."""
+_IS_FRESH: Final = starts.c.state.in_([word("stored"), word("refused")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,35 +218,28 @@ async def reserve(
     held, and then for as long as the start may have been sent. Raises `BudgetExceeded`; then
     nothing is stored.
     """
-    entry = audit.entry(
-        Action.START,
-        at,
-        technique_id=technique_id,
-        workspace_id=workspace_id,
-        idempotency_key=idempotency_key,
-    )
+    request = {"technique_id": technique_id, "workspace_id": workspace_id}
+    request["idempotency_key"] = idempotency_key
+    entry = audit.entry(Action.START, at, **request)
     held: dict[str, Any] = {"tags": tags or None}
     if holder is not None:
         held |= {"lease_holder": holder, "lease_until": at + lease, "reserved_at": at}
         held |= {"reserved_cost": cost, "reserved_runs": runs}
     new = db.insert(starts).values(
         workspace_slot=workspace_id,
-        workspace_id=workspace_id,
-        idempotency_key=idempotency_key,
-        technique_id=technique_id,
         fingerprint=fingerprint,
         inputs=inputs,
         state=StartState.STORED.value,
         created_at=at,
         callback_token=callback_token,
         started_by=started_by,
+        **request,
         **held,
     )
     on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
     statement = new.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
     existing = select(starts).where(_is(workspace_id, idempotency_key))
-    fresh = starts.c.state.in_([word("stored"), word("refused")])
-    again = _update(workspace_id, idempotency_key, fresh, is_free(starts, at))
+    again = _update(workspace_id, idempotency_key, _IS_FRESH, is_free(starts, at))
     again = again.values(state="stored", **held).returning(*starts.c)
 
     def work(connection: Connection) -> StartRow:
@@ -352,15 +346,13 @@ async def prolong(
     """
     lasts = or_(starts.c.state != word("stored"), starts.c.lease_until > now)
     mine = _update(workspace_id, key, starts.c.lease_holder == holder, lasts)
-    statement = mine.values(lease_until=now + lease)
-    return await db.execute(statement) == 1
+    return await db.execute(mine.values(lease_until=now + lease)) == 1
 
 
 async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
     """Release the lease if `holder` still has it."""
     mine = _update(workspace_id, key, starts.c.lease_holder == holder)
-    statement = mine.values(lease_until=None, lease_holder=None)
-    await db.execute(statement)
+    await db.execute(mine.values(lease_until=None, lease_holder=None))
 
 
 async def mark_sent(
@@ -382,20 +374,20 @@ async def mark_sent(
     neither, and leaves a start in doubt. `sent` says of `at` what the seconds of `boot` were.
     """
     sent_clock = sent and {"boot": boot, "sent_at": at.isoformat(), **asdict(sent)}
-    fresh = starts.c.state.in_([word("stored"), word("refused")])
-    open_ones = starts.c.state.in_([word(one) for one in ("stored", "refused", "sent", "in_doubt")])
+    first = {
+        "state": word("sent"),
+        "set_back": null(),
+        "in_use_since": at,
+        "callback_url": callback_url,
+        "request_body": request_body,
+        "error": null(),
+    }
+    values = {name: case((_IS_FRESH, new), else_=starts.c[name]) for name, new in first.items()}
+    is_open = or_(_IS_FRESH, starts.c.state.in_([word("sent"), word("in_doubt")]))
     held = and_(starts.c.lease_holder == holder, starts.c.lease_until > at)
-    statement = _update(workspace_id, key, open_ones, held).values(
-        state=case((fresh, word("sent")), else_=starts.c.state),
-        sent_at=at,
-        sent_clock=sent_clock,
-        set_back=case((fresh, null()), else_=starts.c.set_back),
-        in_use_since=case((fresh, at), else_=starts.c.in_use_since),
-        callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
-        request_body=case((fresh, request_body), else_=starts.c.request_body),
-        error=case((fresh, null()), else_=starts.c.error),
-    )
-    return await _mark(db, statement.returning(*starts.c))
+    statement = _update(workspace_id, key, is_open, held)
+    statement = statement.values(sent_at=at, sent_clock=sent_clock, **values)
+    return _found(await db.execute_row(statement.returning(*starts.c)))
 
 
 async def mark(
@@ -416,11 +408,7 @@ async def mark(
         values["request_body"] = None
     held = and_(starts.c.state != StartState.STARTED, starts.c.lease_holder == holder)
     statement = _update(workspace_id, key, held).values(**values)
-    return await _mark(db, statement.returning(*starts.c))
-
-
-async def _mark(db: Database, statement: Any) -> StartRow | None:
-    return _found(await db.execute_row(statement))
+    return _found(await db.execute_row(statement.returning(*starts.c)))
 
 
 async def open_starts(db: Database) -> list[StartRow]:
@@ -459,11 +447,9 @@ async def possible(db: Database, row: StartRow, run_ids: Iterable[str]) -> set[s
     listed = row.possible_runs
     found = {run_id for run_id in run_ids if listed is None or run_id in listed}
     found -= row.excluded_runs
+    known_before = row.first_sent - SET_BACK
     return found - await accounted(
-        db,
-        list(found),
-        technique_id=row.technique_id,
-        known_before=row.first_sent - SET_BACK,
+        db, list(found), technique_id=row.technique_id, known_before=known_before
     )
 
 

@@ -32,11 +32,13 @@ from sqlalchemy import (
     select,
     true,
     tuple_,
+    union_all,
     update,
 )
 
 from tracker.core.run import RunType
 from tracker.store.engine import Database, insert_on
+from tracker.store.queries.starts import LISTED, is_in
 from tracker.store.queries.sweeps import covers, everything
 from tracker.store.schema import (
     UtcDateTime,
@@ -143,23 +145,15 @@ async def marks(db: Database, what: Mark) -> dict[str, datetime]:
 def advance(connection: Connection, what: Mark, removed: Iterable[tuple[str, datetime]]) -> None:
     """Move the marks forward, given workspaces and times, in one order so that no two processes
     deadlock."""
-    latest: dict[str, datetime] = {}
-    for workspace_id, at in removed:
-        latest[workspace_id] = max(at, latest.get(workspace_id, at))
-    dialect = connection.dialect.name
-    later: Any = func.greatest if dialect == "postgresql" else func.max
-    kept = insert_on(dialect)(retention).values(
-        [
-            {"what": what, "workspace_id": workspace_id, "through": through}
-            for workspace_id, through in sorted(latest.items())
-        ]
+    latest = dict(sorted(removed))  # of each workspace the last
+    rows = [{"what": what, "workspace_id": one, "through": at} for one, at in latest.items()]
+    kept = insert_on(connection.dialect.name)(retention).values(rows)
+    later = kept.on_conflict_do_update(
+        index_elements=[retention.c.what, retention.c.workspace_id],
+        set_={"through": kept.excluded.through},
+        where=kept.excluded.through > retention.c.through,
     )
-    connection.execute(
-        kept.on_conflict_do_update(
-            index_elements=[retention.c.what, retention.c.workspace_id],
-            set_={"through": later(retention.c.through, kept.excluded.through)},
-        )
-    )
+    connection.execute(later)
 
 
 def step_back(connection: Connection, what: Mark, at: datetime) -> None:
@@ -174,15 +168,8 @@ Protected = dict[str | None, list[tuple[datetime, datetime]]]
 
 async def protected_runs(db: Database) -> Protected:
     """Where the runs of open and unresolved starts may be."""
-    columns = (starts.c.technique_id, starts.c.created_at, starts.c.sent_at)
-    unknown = (
-        select(*columns)
-        .where(starts.c.state.in_([word("stored"), word("sent")]))
-        .union_all(
-            select(*columns).where(starts.c.state == word("in_doubt")),
-            select(*columns).where(starts.c.state == word("unresolved")),
-        )
-    )
+    of_start = select(starts.c.technique_id, starts.c.created_at, starts.c.sent_at)
+    unknown = union_all(*(of_start.where(is_in(state)) for state in LISTED))
     found: Protected = {}
     for technique_id, created_at, sent_at in await db.fetch(unknown):
         span = (created_at - AROUND, (sent_at or created_at) + AROUND)
@@ -213,15 +200,16 @@ async def old_runs(
 def count_runs(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
     """What `delete_runs` would remove, without bodies."""
     run_ids = [key.id for key in keys]
-    counted = Counts(runs=len(run_ids))
-    for table, condition in (
-        (run_outputs, run_outputs.c.run_id.in_(run_ids)),
-        (run_events, run_events.c.run_id.in_(run_ids)),
-        (deliveries, _applied_for(run_ids, before)),
-    ):
-        statement = select(func.count()).select_from(table).where(condition)
-        counted[table.name] = connection.execute(statement).scalar_one()
-    return counted
+    return Counts(
+        runs=len(run_ids),
+        run_outputs=_count(connection, run_outputs.c.run_id.in_(run_ids)),
+        run_events=_count(connection, run_events.c.run_id.in_(run_ids)),
+        deliveries=_count(connection, _applied_for(run_ids, before)),
+    )
+
+
+def _count(connection: Connection, condition: ColumnElement[bool]) -> int:
+    return connection.execute(select(func.count()).where(condition)).scalar_one()
 
 
 def delete_runs(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
@@ -318,43 +306,37 @@ async def old_start_keys(
     One technique after the other, by age, because that has an index. Those of batches stay: a row
     without a known start would be started again.
     """
-    last = (BEGINNING, "", "")
+    technique_id, *ids = after.id if after else ("", "", "")
+    key = (starts.c.created_at, *_START_KEY)
     async with db.read() as connection:
-        if after is None:
-            technique_id = await connection.scalar(select(func.min(starts.c.technique_id)))
-            if technique_id is None:
-                return PrunePage([], None)
-        else:
-            technique_id, *ids = after.id
-            last = (after.at, *ids)
-        key = (starts.c.created_at, starts.c.workspace_slot, starts.c.idempotency_key)
         statement = select(*key, starts.c.state, starts.c.run_id).where(
             starts.c.technique_id == technique_id,
             starts.c.created_at < before,
-            _is_after(key, last),
+            _is_after(key, (after.at if after else BEGINNING, *ids)),
         )
         rows = (await connection.execute(statement.order_by(*key).limit(limit))).all()
         doomed = await connection.run_sync(_no_longer_needed, rows)
-        found = [PruneKey(row[0], (technique_id, *row[1:3])) for row in rows if row[1:3] in doomed]
-        if len(rows) == limit:
-            return PrunePage(found, PruneKey(rows[-1][0], (technique_id, *rows[-1][1:3])))
-        others = select(func.min(starts.c.technique_id)).where(starts.c.technique_id > technique_id)
-        following = await connection.scalar(others)
-    return PrunePage(found, None if following is None else PruneKey(BEGINNING, (following, "", "")))
+        keys = [PruneKey(row[0], (technique_id, *row[1:3])) for row in rows]
+        end = keys[-1] if len(keys) == limit else None
+        if end is None:
+            following = select(func.min(starts.c.technique_id))
+            following = following.where(starts.c.technique_id > technique_id)
+            if (following_id := await connection.scalar(following)) is not None:
+                end = PruneKey(BEGINNING, (following_id, "", ""))
+    return PrunePage([one for one in keys if one.id[1:] in doomed], end)
 
 
 def delete_start_keys(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
     """Remove starts that are not locked and still not needed."""
-    id_columns = (starts.c.workspace_slot, starts.c.idempotency_key)
-    wanted = (
-        select(starts.c.created_at, *id_columns, starts.c.state, starts.c.run_id)
-        .where(tuple_(*id_columns).in_([key.id[1:] for key in keys]))
-        .order_by(*id_columns)
-        .with_for_update(skip_locked=True)
-    )
-    doomed = _no_longer_needed(connection, connection.execute(wanted).all())
-    removed = connection.execute(delete(starts).where(tuple_(*id_columns).in_(doomed)))
+    key = tuple_(*_START_KEY)
+    wanted = select(*_START_KEY, starts.c.state, starts.c.run_id)
+    wanted = wanted.where(key.in_([one.id[1:] for one in keys])).order_by(*_START_KEY)
+    rows = connection.execute(wanted.with_for_update(skip_locked=True)).all()
+    removed = connection.execute(delete(starts).where(key.in_(_no_longer_needed(connection, rows))))
     return Counts(starts=removed.rowcount)
+
+
+_START_KEY: Final = (starts.c.workspace_slot, starts.c.idempotency_key)
 
 
 def _no_longer_needed(connection: Connection, rows: Sequence[Any]) -> list[tuple[str, str]]:
@@ -411,10 +393,8 @@ def old_messages(before: datetime) -> Select[Any]:
 
 def count_messages(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
     """What `delete_messages` would remove."""
-    some = message_attempts.c.message_id.in_([key.id for key in keys])
-    statement = select(func.count()).select_from(message_attempts).where(some)
-    attempts = connection.execute(statement).scalar_one()
-    return Counts(messages=len(keys), message_attempts=attempts)
+    attempts = message_attempts.c.message_id.in_([key.id for key in keys])
+    return Counts(messages=len(keys), message_attempts=_count(connection, attempts))
 
 
 def delete_messages(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:

@@ -78,6 +78,23 @@ class Receipt:
     positions: list[int]
 
 
+DELIVERY_COLUMNS: Final = (
+    *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
+    *("received_at", "last_received_at", "receipts", "callback_token", "outcome"),
+)
+"""The columns of a new delivery beside its body."""
+
+
+def delivery_row(receipt: Receipt) -> tuple[Any, ...]:
+    """The values of `DELIVERY_COLUMNS`."""
+    one = receipt.delivery
+    return (
+        *(one.delivery_id, one.run_id, one.event_type, one.api_version, one.workspace_id),
+        *(one.created_at, one.received_at, receipt.last_received_at, len(receipt.positions)),
+        *(one.callback_token, "waiting"),
+    )
+
+
 class Statements(ABC):
     """The statements for one kind of database.
 

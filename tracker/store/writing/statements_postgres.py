@@ -34,9 +34,18 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from tracker.store.engine import Database
 from tracker.store.errors import WriteConflict
 from tracker.store.rows import RUN_COLUMNS, run_row
-from tracker.store.schema import outbox, run_events, run_outputs, run_tally_changes, runs
+from tracker.store.schema import (
+    UtcDateTime,
+    deliveries,
+    outbox,
+    run_events,
+    run_outputs,
+    run_tally_changes,
+    runs,
+)
 from tracker.store.signals import DUE, OUTBOX, run_notices
 from tracker.store.writing.statements import (
+    DELIVERY_COLUMNS,
     EVENT_COLUMNS,
     OUTBOX_COLUMNS,
     OUTPUT_COLUMNS,
@@ -47,6 +56,7 @@ from tracker.store.writing.statements import (
     Rows,
     Statements,
     close_starts,
+    delivery_row,
 )
 
 
@@ -124,30 +134,21 @@ CLOSE_STARTS: Final = close_starts(*_incoming("started", _STARTED).c)
 # Bodies are bytes, so they travel beside the JSON. A body that retention has removed cannot be
 # compared: what comes under its id counts as a repetition. Of new deliveries, which are nearly all,
 # nothing is sent back.
-STORE: Final = """
+_TYPES: Final = {UtcDateTime: "timestamptz", Integer: "integer"}
+_TYPED: Final = ", ".join(
+    f"{name} {_TYPES.get(type(deliveries.c[name].type), 'text')}" for name in DELIVERY_COLUMNS
+)
+_DELIVERY: Final = ", ".join(DELIVERY_COLUMNS)
+STORE: Final = f"""
 WITH came AS (
     SELECT *
     FROM ROWS FROM (
-        json_to_recordset($1::text::json) AS (
-            delivery_id text, run_id text, event_type text, api_version text, workspace_id text,
-            created_at timestamptz, received_at timestamptz, last_received_at timestamptz,
-            receipts integer, callback_token text
-        ),
+        json_to_recordset($1::text::json) AS ({_TYPED}),
         unnest($2::bytea[])
-    ) AS came (
-        delivery_id, run_id, event_type, api_version, workspace_id, created_at,
-        received_at, last_received_at, receipts, callback_token, body
-    )
+    ) AS came ({_DELIVERY}, body)
 ), stored AS (
-    INSERT INTO deliveries (
-        delivery_id, run_id, event_type, api_version, workspace_id, created_at,
-        received_at, last_received_at, receipts, body, callback_token, outcome
-    )
-    SELECT
-        delivery_id, run_id, event_type, api_version, workspace_id, created_at,
-        received_at, last_received_at, receipts, body, callback_token,
-        'waiting'
-    FROM came
+    INSERT INTO deliveries ({_DELIVERY}, body)
+    SELECT * FROM came
     ON CONFLICT (delivery_id) DO UPDATE SET
         receipts = deliveries.receipts + excluded.receipts,
         last_received_at = greatest(deliveries.last_received_at, excluded.last_received_at)
@@ -157,7 +158,7 @@ WITH came AS (
 SELECT delivery_id, stored.outcome
 FROM came LEFT JOIN stored USING (delivery_id)
 WHERE stored.receipts IS DISTINCT FROM came.receipts
-"""
+"""  # noqa: S608 - names of columns alone
 
 
 class PostgresStatements(Statements):
@@ -202,26 +203,10 @@ class PostgresStatements(Statements):
             connection.execute(CLOSE_STARTS, {"started": started})
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        incoming = orjson.dumps([_receipt_row(receipt) for receipt in receipts]).decode()
+        incoming = _to_json(DELIVERY_COLUMNS, [*map(delivery_row, receipts)])
         bodies = [receipt.delivery.body for receipt in receipts]
         rows = await db.send(STORE, (incoming, bodies))
         return {row[0]: row[1] for row in rows}
-
-
-def _receipt_row(receipt: Receipt) -> dict[str, Any]:
-    one = receipt.delivery
-    return {
-        "delivery_id": one.delivery_id,
-        "run_id": one.run_id,
-        "event_type": one.event_type,
-        "api_version": one.api_version,
-        "workspace_id": one.workspace_id,
-        "created_at": one.created_at,
-        "received_at": one.received_at,
-        "last_received_at": receipt.last_received_at,
-        "receipts": len(receipt.positions),
-        "callback_token": one.callback_token,
-    }
 
 
 def _to_json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:

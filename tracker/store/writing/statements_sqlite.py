@@ -29,6 +29,7 @@ from tracker.store.schema import (
 from tracker.store.sqlite import driver_execute
 from tracker.store.text import dump_json
 from tracker.store.writing.statements import (
+    DELIVERY_COLUMNS,
     EVENT_COLUMNS,
     OUTBOX_COLUMNS,
     OUTPUT_COLUMNS,
@@ -39,6 +40,7 @@ from tracker.store.writing.statements import (
     Rows,
     Statements,
     close_starts,
+    delivery_row,
 )
 
 _SIZES: Final = (1, 2, 4, *range(8, 64, 8), 64, 96, 128)
@@ -143,13 +145,7 @@ INSERT_OUTBOX: Final = RowInsert(outbox, OUTBOX_COLUMNS)
 INSERT_OUTPUTS: Final = RowInsert(run_outputs, OUTPUT_COLUMNS)
 CLOSE_STARTS: Final = close_starts(*(bindparam(name) for name in STARTED_COLUMNS))
 
-INSERT_DELIVERIES: Final = RowInsert(
-    deliveries,
-    (
-        *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
-        *("received_at", "last_received_at", "receipts", "outcome", "body", "callback_token"),
-    ),
-)
+INSERT_DELIVERIES: Final = RowInsert(deliveries, (*DELIVERY_COLUMNS, "body"))
 SELECT_STORED: Final = """
 SELECT delivery_id, outcome, body, body_removed_at IS NOT NULL
 FROM deliveries
@@ -188,21 +184,13 @@ class SqliteStatements(Statements):
             connection.execute(CLOSE_STARTS, rows)
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        whole = [*INSERT_DELIVERIES.statements([*map(_delivery_row, receipts)])]
+        rows = [(*delivery_row(one), one.delivery.body) for one in receipts]
+        whole = [*INSERT_DELIVERIES.statements(rows)]
         if len(whole) == 1:
             with suppress(StoreRefused):  # nothing is stored: perhaps one of them was before
                 await db.send(*whole[0])
                 return {}
         return await db.write(partial(_store, receipts))
-
-
-def _delivery_row(receipt: Receipt) -> tuple[Any, ...]:
-    one = receipt.delivery
-    return (
-        *(one.delivery_id, one.run_id, one.event_type, one.api_version, one.workspace_id),
-        *(one.created_at, one.received_at, receipt.last_received_at, len(receipt.positions)),
-        *("waiting", one.body, one.callback_token),
-    )
 
 
 def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str | None]:
@@ -214,19 +202,15 @@ def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str
     for receipt in receipts:
         one = receipt.delivery
         if (row := before.get(one.delivery_id)) is None:
-            new.append(_delivery_row(receipt))
+            new.append((*delivery_row(receipt), one.body))
             continue
         _, outcome, body, body_is_gone = row
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
         is_same = body == one.body or body_is_gone
         outcomes[one.delivery_id] = outcome if is_same else None
         if is_same:
-            values = {
-                "stored": one.delivery_id,
-                "more": len(receipt.positions),
-                "last": receipt.last_received_at,
-            }
-            repeated.append(values)
+            more, last = len(receipt.positions), receipt.last_received_at
+            repeated.append({"stored": one.delivery_id, "more": more, "last": last})
     INSERT_DELIVERIES(connection, new)
     if repeated:
         connection.execute(COUNT_RECEIPTS, repeated)
