@@ -16,7 +16,6 @@ from sqlalchemy import (
     and_,
     delete,
     func,
-    literal,
     not_,
     or_,
     select,
@@ -73,10 +72,9 @@ async def claim_due(
         .returning(*RUN_COLUMNS)
     )
 
-    def work(connection: Connection) -> list[Record]:
-        return records(connection, connection.execute(statement).all())
-
-    claimed = await db.write(work)
+    claimed = await db.write(
+        lambda connection: records(connection, connection.execute(statement).all())
+    )
     return sorted(
         claimed,
         key=lambda record: (record.next_check_at or record.recheck_at or now, record.run.run_id),
@@ -86,8 +84,8 @@ async def claim_due(
 
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
     """Extend the claims of `holder` on these runs until then; returns how many."""
-    held = _held(db, holder, runs.c.run_id.in_(run_ids))
-    return await db.execute(held.values(lease_until=until))
+    mine = _in_order(db, runs.c.run_id.in_(run_ids), runs.c.lease_holder == holder)
+    return await db.execute(update(runs).where(mine).values(lease_until=until))
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
@@ -96,8 +94,9 @@ async def release(db: Database, holder: str, run_ids: Sequence[str] | None = Non
     Other processes, to which a claimed run is due when its claim ends, are notified.
     """
     which = _CLAIMED if run_ids is None else [runs.c.run_id.in_(run_ids)]
-    free = {"lease_until": None, "lease_holder": None}
-    statements = [_held(db, holder, among).values(free) for among in which]
+    held = [_in_order(db, among, runs.c.lease_holder == holder) for among in which]
+    free = update(runs).values(lease_until=None, lease_holder=None)
+    statements = [free.where(mine) for mine in held]
 
     def work(connection: Connection) -> int:
         released = _count_updated(connection, *statements)
@@ -110,11 +109,6 @@ async def release(db: Database, holder: str, run_ids: Sequence[str] | None = Non
 
 def _count_updated(connection: Connection, *statements: Update) -> int:
     return sum(connection.execute(each).rowcount for each in statements)
-
-
-def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
-    """An update of the runs among these that `holder` has claimed."""
-    return update(runs).where(_in_order(db, among, runs.c.lease_holder == holder))
 
 
 def _in_order(db: Database, *among: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -225,10 +219,10 @@ def within(
     workspaces: WorkspaceScope, column: ColumnElement[Any] = runs.c.workspace_id
 ) -> ColumnElement[bool]:
     """The condition that `column` is one of these workspaces."""
-    if workspaces is None:
-        return true()
     # An expression, so that the planner uses no index by workspace: there are few workspaces, many
     # runs, and few due ones.
+    if workspaces is None:
+        return true()
     return func.coalesce(column, "").in_([each or "" for each in workspaces])
 
 
@@ -245,21 +239,17 @@ async def list_positions(
     Runs that are not `among` the newest of all workspaces are left out.
     """
     newest = (
-        select(runs.c.run_id, runs.c.run_type, runs.c.workspace_id)
-        .add_columns(runs.c.created_at)
+        select(*(runs.c[name] for name in ("run_id", "run_type", "workspace_id", "created_at")))
         .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
         .limit(min(among, MAX_LISTED))
         .subquery()
     )
     position = func.row_number().over(order_by=(newest.c.created_at.desc(), newest.c.run_id.desc()))
-    listed = (
-        select(newest.c.run_id, position.label("position"))
-        .where(
-            or_(newest.c.run_type.is_(None), newest.c.run_type != literal("generation")),
-            within(workspaces, newest.c.workspace_id),
-        )
-        .subquery()
+    is_listed = newest.c.run_type.is_distinct_from("generation")
+    of_kind = select(newest.c.run_id, position.label("position")).where(
+        is_listed, within(workspaces, newest.c.workspace_id)
     )
+    listed = of_kind.subquery()
     statement = select(listed.c.run_id, listed.c.position).where(listed.c.run_id.in_(run_ids))
     return {row.run_id: row.position for row in await db.fetch(statement)}
 

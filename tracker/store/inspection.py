@@ -8,14 +8,14 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final
 from urllib.parse import quote
 
-from sqlalchemy import delete, select
+from sqlalchemy import and_, delete, select
 
 from tracker.core.clock import Clock
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
@@ -56,31 +56,22 @@ async def inspect_sqlite(url: DatabaseUrl, *, patience: float = PATIENCE) -> Sql
 
 def _inspect_sqlite(file: str, patience: float) -> SqliteInspection:
     path = Path(file).resolve()
-    directory_writable = os.access(path.parent, os.W_OK | os.X_OK)
-    if not path.exists():
-        return SqliteInspection(path=path, directory_writable=directory_writable, exists=False)
+    is_writable = os.access(path.parent, os.W_OK | os.X_OK)
+    inspection = SqliteInspection(path=path, directory_writable=is_writable, exists=path.exists())
+    if not inspection.exists:
+        return inspection
+    # Not `rwc`, which creates. A file that is write-protected is opened for reading.
+    address = f"file:{quote(str(path))}?mode=rw"
     try:
-        # Not `rwc`, which creates. A file that is write-protected is opened for reading.
         with closing(
-            sqlite3.connect(
-                f"file:{quote(str(path))}?mode=rw",
-                uri=True,
-                isolation_level=None,
-                timeout=patience,
-            )
+            sqlite3.connect(address, uri=True, isolation_level=None, timeout=patience)
         ) as connection:
             (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
             revision = _sqlite_revision(connection)
-            return SqliteInspection(
-                path=path,
-                directory_writable=directory_writable,
-                exists=True,
-                journal_mode=journal_mode,
-                revision=revision,
-                refuses_writes=_sqlite_refuses_writes(connection, has_tables=revision is not None),
-            )
+            refusal = _sqlite_refuses_writes(connection, has_tables=revision is not None)
     except sqlite3.Error as exc:
         raise translate(exc) from exc
+    return replace(inspection, journal_mode=journal_mode, revision=revision, refuses_writes=refusal)
 
 
 def _sqlite_revision(connection: sqlite3.Connection) -> str | None:
@@ -257,15 +248,9 @@ async def remove_test_deliveries(
 
     Nothing but a test delivery is ever removed. Raises `StoreUnavailable`.
     """
-    these = delete(deliveries).where(
-        deliveries.c.delivery_id.in_(delivery_ids), deliveries.c.event_type == TEST_DELIVERY
-    )
-    left = delete(deliveries).where(
-        # A range of the primary key: no digit sorts after "g".
-        deliveries.c.delivery_id >= TEST_DELIVERY_IDS,
-        deliveries.c.delivery_id < f"{TEST_DELIVERY_IDS}g",
-        deliveries.c.event_type == TEST_DELIVERY,
-        deliveries.c.received_at < left_before,
-    )
-    await db.execute(these)
-    await db.execute(left)
+    key = deliveries.c.delivery_id
+    # A range of the primary key: no digit sorts after "g".
+    left = key.between(TEST_DELIVERY_IDS, f"{TEST_DELIVERY_IDS}g")
+    for which in (key.in_(delivery_ids), and_(left, deliveries.c.received_at < left_before)):
+        is_test = deliveries.c.event_type == TEST_DELIVERY
+        await db.execute(delete(deliveries).where(which, is_test))

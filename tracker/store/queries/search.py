@@ -171,7 +171,9 @@ class _Search:
         self._wanted = wanted
         tagged = None if wanted.tag is None else read.is_tagged(db, wanted.tag)
         self._leading, self._others = _conditions(db, wanted, tagged)
-        self._times = _within_time(wanted)
+        self._times = paging.between(runs.c.created_at, wanted.since)
+        if wanted.until is not None:
+            self._times.append(runs.c.created_at <= wanted.until)
         leads = db.dialect == "sqlite" and any(each is tagged for each in self._leading)
         self._scanned = tagged if leads else None
         """A leading tag that SQLite scans for: as far as a page needs, but not to count."""
@@ -241,33 +243,25 @@ def _conditions(
     db: Database, wanted: SearchFilters, tagged: ColumnElement[bool] | None
 ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
     """The leading condition, by index, if any; and the conditions for the window."""
-    leading: list[ColumnElement[bool]] = []
-    others: list[ColumnElement[bool]] = []
-
-    def add(condition: ColumnElement[bool]) -> None:
-        (others if leading else leading).append(condition)
-
+    ranked: list[ColumnElement[bool]] = []  # the most selective first
     state = wanted.state or ""
     if wanted.batch_id is not None:
-        add(runs.c.run_id.in_(run_ids_of([wanted.batch_id])))
+        ranked.append(runs.c.run_id.in_(run_ids_of([wanted.batch_id])))
     if state in _FEW:
-        add(_FEW[state])
+        ranked.append(_FEW[state])
     if wanted.advice is not None:
-        add(runs.c.retry_advice == word(RetryAdvice(wanted.advice).value))
-    if wanted.technique_id is not None:
-        add(runs.c.technique_id == wanted.technique_id)
+        ranked.append(runs.c.retry_advice == word(RetryAdvice(wanted.advice).value))
+    ranked += paging.matching(runs, technique_id=wanted.technique_id)
     if state == "failed":
-        add(STATES[state])
-    if wanted.project_id is not None:
-        add(runs.c.project_id == wanted.project_id)
-    if wanted.workspace_id is not None:
-        add(runs.c.workspace_id == wanted.workspace_id)
-    if state == "completed":  # the least selective
-        add(STATES[state])
-    if state in ("details", "other", "conflict"):
-        others.append(STATES[state])
+        ranked.append(STATES[state])
+    ranked += paging.matching(runs, project_id=wanted.project_id, workspace_id=wanted.workspace_id)
+    if state == "completed":
+        ranked.append(STATES[state])
     if tagged is not None:
-        add(tagged)
+        ranked.append(tagged)
+    leading, others = ranked[:1], ranked[1:]
+    if state in ("details", "other", "conflict"):  # which no index finds
+        others.append(STATES[state])
     if wanted.text:
         others.append(_has_text(db, wanted.text, wanted.among))
     return leading, others
@@ -280,12 +274,3 @@ def _has_text(db: Database, text: str, among: Collection[str]) -> ColumnElement[
     if among:
         found.append(runs.c.run_id.in_(among))
     return or_(*found)
-
-
-def _within_time(wanted: SearchFilters) -> list[ColumnElement[bool]]:
-    times = []
-    if wanted.since is not None:
-        times.append(runs.c.created_at >= wanted.since)
-    if wanted.until is not None:
-        times.append(runs.c.created_at <= wanted.until)
-    return times
