@@ -4,7 +4,7 @@ Times are UTC, durations seconds, costs USD; "the last hours" and "today" end at
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
@@ -129,9 +129,7 @@ async def callback_health(db: Database, *, now: datetime, hours: int = 24) -> Ca
     since = _first_of(hours, now)
     rows = await _rollups(db, CALLBACK, by=("word",), since=since)
     found = {outcome: count for outcome, count, _ in rows}
-    return CallbackHealth(
-        *(found.get(name, 0) for name in ("came", "late", "missed", "unexpected"))
-    )
+    return CallbackHealth(*(found.get(one.name, 0) for one in fields(CallbackHealth)))
 
 
 async def lags(db: Database, *, now: datetime, hours: int = 24) -> Lag:
@@ -154,10 +152,10 @@ async def costs(db: Database, *, now: datetime, days: int = 1) -> list[Technique
             continue
         found[technique_id] = so_far._replace(
             runs=so_far.runs + count,
-            completed=so_far.completed + (count if status == RunStatus.COMPLETED else 0),
-            failed=so_far.failed + (count if status == RunStatus.FAILED else 0),
-            unpriced=so_far.unpriced + (count if billed == UNPRICED else 0),
-            not_final=so_far.not_final + (count if billed in (OPEN, UNPRICED) else 0),
+            completed=so_far.completed + count * (status == RunStatus.COMPLETED),
+            failed=so_far.failed + count * (status == RunStatus.FAILED),
+            unpriced=so_far.unpriced + count * (billed == UNPRICED),
+            not_final=so_far.not_final + count * (billed in (OPEN, UNPRICED)),
             cost=so_far.cost + dollars(amount),
         )
     names = await technique_names(db, [each for each in found if each])

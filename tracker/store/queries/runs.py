@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -54,6 +54,8 @@ def is_tracked_as(tracking: Tracking) -> ColumnElement[bool]:
     """The run has this tracking state."""
     return is_rare(runs.c.tracking, tracking, Tracking.SETTLED)
 
+
+_Event = TypeVar("_Event", "TimelineEvent", "EventLine")
 
 NEWEST_FIRST: Final = (runs.c.created_at, runs.c.run_id)
 """The key of lists of runs."""
@@ -173,13 +175,12 @@ async def events(db: Database, run_id: str) -> list[TimelineEvent]:
     """The run's timeline, oldest first."""
     statement = select(*(run_events.c[name] for name in TimelineEvent._fields))
     statement = statement.where(run_events.c.run_id == run_id).order_by(run_events.c.id)
-    rows = await db.fetch(statement)
-    return [
-        TimelineEvent(**row._asdict())._replace(
-            source=known(Source, row.source), status=status_of(row.status)
-        )
-        for row in rows
-    ]
+    return [_known(TimelineEvent(*row)) for row in await db.fetch(statement)]
+
+
+def _known(event: _Event) -> _Event:
+    """The event with the words of this version, where it knows them."""
+    return event._replace(source=known(Source, event.source), status=status_of(event.status))
 
 
 async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, Durations]:
@@ -260,12 +261,7 @@ async def events_after(
     if not ordered:
         statement = _with_snapshot(statement)
     rows = await db.fetch(statement)
-    lines = [
-        EventLine(*row[: len(_COLUMNS)])._replace(
-            source=known(Source, row.source), status=status_of(row.status)
-        )
-        for row in rows
-    ]
+    lines = [_known(EventLine(*row[: len(_COLUMNS)])) for row in rows]
     if ordered:
         return EventPage(lines, None)
     return EventPage(lines, Snapshot(*rows[0][-2:]) if rows else Snapshot(0, 0))

@@ -2,7 +2,7 @@
 batches did with the same rows and columns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
@@ -89,22 +89,14 @@ async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
     once = and_(runs.c.retry_advice == RetryAdvice.RETRY_NOW.value, batch_rows.c.attempt == 0)
     retryable = or_(once, runs.c.retry_advice == RetryAdvice.RETRY_LATER.value)
     statement = (
-        with_outcomes(select(*by, func.min(_MESSAGE).label("message"), func.count().label("rows")))
+        with_outcomes(select(*by, func.min(_MESSAGE).label("message"), func.count().label("count")))
         .add_columns(func.count().filter(retryable).label("retryable"))
         .where(batch_rows.c.batch_id == batch_id, OUTCOME == RowOutcome.FAILED)
         .group_by(*by)
         .order_by(func.count().desc(), by[0])
     )
-    return [
-        ErrorGroup(
-            code=row.code,
-            message=row.message,
-            advice=None if row.advice is None else known(RetryAdvice, row.advice),
-            count=row.rows,
-            retryable=row.retryable,
-        )
-        for row in await db.fetch(statement)
-    ]
+    groups = [ErrorGroup(**row._asdict()) for row in await db.fetch(statement)]
+    return [replace(one, advice=one.advice and known(RetryAdvice, one.advice)) for one in groups]
 
 
 OUTCOME: Final = case(

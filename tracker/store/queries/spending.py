@@ -83,17 +83,15 @@ class Usage:
 async def usages(db: Database, budgets: Sequence[Budget], *, now: datetime) -> list[Usage]:
     """The use of each budget, in one snapshot."""
 
-    def read(connection: Connection) -> list[Usage]:
-        return [_usage(connection, budget, now) for budget in budgets]
-
     async with db.read() as connection:
-        return await connection.run_sync(read)
+        return [await connection.run_sync(_usage, budget, now) for budget in budgets]
 
 
 def lock(connection: Connection, budgets: Sequence[Budget]) -> None:
     """Lock the budgets until the commit."""
     if budgets and connection.dialect.name == "postgresql":  # SQLite has one writer
-        keys = sorted(_lock_key(budget) for budget in budgets)
+        digests = (sha256(f"tracker budget {budget.name}".encode()).digest() for budget in budgets)
+        keys = sorted(int.from_bytes(digest[:8], signed=True) for digest in digests)
         connection.execute(_LOCK, {"keys": keys})
 
 
@@ -111,11 +109,6 @@ def check_room(
 _LOCK: Final = select(
     func.pg_advisory_xact_lock(func.unnest(bindparam("keys", type_=ARRAY(BigInteger))))
 )
-
-
-def _lock_key(budget: Budget) -> int:
-    digest = sha256(f"tracker budget {budget.name}".encode()).digest()
-    return int.from_bytes(digest[:8], signed=True)
 
 
 def exceeded(
@@ -275,14 +268,11 @@ async def spending(
             names = {row[0]: row[1] for row in await connection.execute(called)}
             names[""] = "no technique"  # generations, and runs that were not read yet
     rows = [_spending(row.of or None, *row[1:], name=names.get(row.of)) for row in found]
-    rest = Spending(
-        of=None,
-        runs=total.runs - sum(row.runs for row in rows),
-        charged=total.charged - sum(row.charged for row in rows),
-        quoted=total.quoted - sum(row.quoted for row in rows),
-        unpriced=total.unpriced - sum(row.unpriced for row in rows),
-    )
-    return (rows, total) if by == "day" or not rest.runs else ([*rows, rest], total)
+    names_of = ("runs", "charged", "quoted", "unpriced")
+    left = {one: getattr(total, one) - sum(getattr(row, one) for row in rows) for one in names_of}
+    if by == "day" or not left["runs"]:
+        return rows, total
+    return [*rows, Spending(of=None, **left)], total
 
 
 async def tag_keys(db: Database, *, since: datetime) -> list[str]:
@@ -300,13 +290,12 @@ async def tag_keys(db: Database, *, since: datetime) -> list[str]:
 
 def _sums() -> list[ColumnElement[Any]]:
     def of(column: ColumnElement[Any], *parts: str) -> ColumnElement[Any]:
-        counted: Any = func.sum(column)
-        if parts:
-            counted = counted.filter(ROLLUPS.c.status.in_([word(part) for part in parts]))
+        counted = func.sum(column).filter(ROLLUPS.c.status.in_([word(part) for part in parts]))
         return func.coalesce(cast(counted, BigInteger), literal_column("0"))
 
     runs, amount = ROLLUPS.c.runs, ROLLUPS.c.amount
-    return [of(runs), of(amount, CHARGED), of(amount, QUOTED, UNPRICED), of(runs, UNPRICED)]
+    every = of(runs, CHARGED, QUOTED, UNPRICED)
+    return [every, of(amount, CHARGED), of(amount, QUOTED, UNPRICED), of(runs, UNPRICED)]
 
 
 def _spending(

@@ -12,7 +12,18 @@ from datetime import datetime
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    delete,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from tracker.core.run import RunType
 from tracker.store.engine import Database
@@ -193,8 +204,7 @@ def covers(intervals: Sequence[Interval], at: datetime) -> bool:
 
 async def of(db: Database, workspace_id: str, kind: RunType) -> list[Interval]:
     """The intervals of one kind of runs, newest first."""
-    async with db.read() as connection:
-        return await connection.run_sync(_of, workspace_id, kind)
+    return merged(map(_interval, await db.fetch(_rows_of(workspace_id, kind))))
 
 
 async def everything(db: Database) -> Coverage:
@@ -215,8 +225,8 @@ async def add(
     """
 
     def work(connection: Connection) -> list[Interval]:
-        before = _of(connection, workspace_id, kind)
-        after = merged([*before, *intervals])
+        before = connection.execute(_rows_of(workspace_id, kind))
+        after = merged([*map(_interval, before), *intervals])
         keep(connection, workspace_id, kind, after)
         return after
 
@@ -239,9 +249,8 @@ def keep(
         connection.execute(insert(table), [key | asdict(one) for one in intervals])
 
 
-def _of(connection: Connection, workspace_id: str, kind: str) -> list[Interval]:
-    rows = connection.execute(select(table).where(_is_of(workspace_id, kind)))
-    return merged(_interval(row) for row in rows)
+def _rows_of(workspace_id: str, kind: str) -> Select[Any]:
+    return select(table).where(_is_of(workspace_id, kind))
 
 
 def _is_of(workspace_id: str, kind: str) -> ColumnElement[bool]:

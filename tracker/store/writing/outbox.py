@@ -67,7 +67,7 @@ def fan_out(
     newest = [one.configured_at for one in receivers if not RunFilter.knows(one.filters)]
     if any(at > now - LEFT_FOR for at in newest):
         return FanOut(0)
-    made = list(_messages_of(connection, events, receivers, now, body)) if receivers else []
+    made = _messages_of(connection, events, receivers, now, body) if receivers else []
     if made:
         rows = insert_on(connection.dialect.name)(messages).on_conflict_do_nothing(
             index_elements=[messages.c.endpoint_id, messages.c.event_id]
@@ -100,23 +100,13 @@ def _messages_of(
             and endpoint.since <= ended_at
             and RunFilter.from_json(endpoint.filters).matches(record)
         ]
-        text = body(event, row.at, record) if wanting else ""
-        made += [
-            {
-                "message_id": f"msg_{uuid4().hex}",
-                "endpoint_id": endpoint_id,
-                "event_id": row.event_id,
-                "event": event.value,
-                "run_id": row.run_id,
-                "body": text,
-                "event_at": row.at,
-                "created_at": now,
-                "state": "pending",
-                "attempts": 0,
-                "next_attempt_at": now,
-            }
-            for endpoint_id in wanting
-        ]
+        if not wanting:
+            continue
+        message = {"event_id": row.event_id, "event": event.value, "run_id": row.run_id}
+        message |= {"body": body(event, row.at, record), "event_at": row.at, "created_at": now}
+        message |= {"state": "pending", "attempts": 0, "next_attempt_at": now}
+        ids = ({"message_id": f"msg_{uuid4().hex}", "endpoint_id": one} for one in wanting)
+        made += [message | each for each in ids]
     return made
 
 

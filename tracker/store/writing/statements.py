@@ -316,8 +316,7 @@ async def forget_run(
         if not (force or record.lost) and connection.execute(select(shown)).scalar():
             raise ShownByFlora
         rollups.remove(connection, record)
-        for table in (run_outputs, run_events, runs):
-            connection.execute(delete(table).where(table.c.run_id == run_id))
+        connection.execute(delete(runs).where(runs.c.run_id == run_id))
         audit.note(connection, entry)
         return record
 
