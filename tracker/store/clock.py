@@ -137,14 +137,10 @@ class SharedClock:
             raise RuntimeError("the clock has not been compared with its source yet")
         return self._start + timedelta(seconds=seconds)
 
-    async def check(self) -> None:
+    async def check(self) -> StoreUnavailable | None:
         """Compare the clock with its source. If that was set, move what waits, unless another
-        process has. If that fails, the clock goes on as it was, and `check_after` tries again.
-        Raises `StoreUnavailable` if the source does not answer."""
-        await self._check()
-
-    async def _check(self) -> StoreUnavailable | None:
-        """As `check`; why what waits could not be moved."""
+        process has. If that fails, the clock goes on as it was, `check_after` tries again, and the
+        error is returned. Raises `StoreUnavailable` if the source does not answer."""
         async with self._checking:
             start, rows = await self._read()
             if start is None:
@@ -179,7 +175,7 @@ class SharedClock:
         rest = self._since + 1.2 * ASK_EVERY - self.seconds()
         if self.is_servers and rest > 0:
             await asyncio.sleep(rest)
-            if error := await self._check():
+            if error := await self.check():
                 raise error
 
     async def _read(self) -> tuple[datetime | None, dict[str, Any]]:
@@ -206,7 +202,7 @@ class SharedClock:
         `StoreUnavailable`, also if what waits could not be moved."""
         await wait_for(self._was_set, seconds)
         self._was_set.clear()
-        if error := await self._check():
+        if error := await self.check():
             raise error
 
 

@@ -84,9 +84,12 @@ async def copy(
         raise SettingsError("a database cannot be copied to itself: name another target")
     from_, to = (f"{name} {url}" for name, url in zip(names, (origin, destination), strict=True))
     with _naming(from_):
-        await _check_source(source, origin)
+        if await _revision(source) is None:
+            lacking = "is no such file" if origin.missing else "are no tables of the tracker"
+            raise StoreError(f"there {lacking}, so there is nothing to copy")
     with _naming(to):
-        migrated = await _prepare_target(target)
+        if migrated := await _revision(target) is None:
+            await migrate.upgrade(target)
     async with AsyncExitStack() as stack:
         with _naming(from_):
             reading = await stack.enter_async_context(_snapshot(source))
@@ -131,28 +134,12 @@ def _naming(*what: str) -> Iterator[None]:
         raise type(error)(": ".join((*what, str(error)))) from exc
 
 
-async def _check_source(source: str, url: DatabaseUrl) -> None:
-    if url.missing:
-        raise StoreError("there is no such file, so there is nothing to copy")
-    found = await migrate.current(source)
-    if found is None:
-        raise StoreError("there are no tables of the tracker, so there is nothing to copy")
-    _check_revision(found)
-
-
-async def _prepare_target(target: str) -> bool:
-    """Whether the target had to be migrated."""
-    found = await migrate.current(target)
-    if found is None:
-        await migrate.upgrade(target)
-        return True
-    _check_revision(found)
-    return False
-
-
-def _check_revision(found: str) -> None:
-    if found == migrate.head():
-        return
+async def _revision(url: str) -> str | None:
+    """This version's newest revision, or `None` if there are no tables. Raises `StoreError` for
+    any other."""
+    found = await migrate.current(url)
+    if found in (None, migrate.head()):
+        return found
     needed = f"it is at revision {found}, and this version copies {migrate.head()}"
     if migrate.is_known(found):
         raise SchemaOutdated(f"{needed}: run `tracker db upgrade` with it as TRACKER_DATABASE_URL")

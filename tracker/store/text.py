@@ -6,6 +6,7 @@ ones.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -27,14 +28,14 @@ def dump_json(value: Any) -> str:
     Numbers that JSON or the databases cannot hold become floats or null. Raises `ValueError` for
     values that are no JSON, or are nested too deep.
     """
-    try:
+    with suppress(TypeError):  # orjson refuses surrogates and integers of more than 64 bits
         text = orjson.dumps(value).decode()
-    except TypeError:  # orjson refuses surrogates and integers of more than 64 bits
-        text = _dump_cleaned(value)
-    else:
-        if "\\u0000" in text:
-            text = _dump_cleaned(value)
-    return text
+        if "\\u0000" not in text:
+            return text
+    try:
+        return orjson.dumps(_clean_value(value)).decode()
+    except (TypeError, RecursionError) as exc:
+        raise ValueError(f"this cannot be stored as JSON: {exc}") from exc
 
 
 _TEXTS: Final[dict[type, tuple[str, ...]]] = {
@@ -69,13 +70,6 @@ def cleaned(value: T) -> T:
         if changes:
             made = replace(made, **changes)
     return value if made is value or made == value else made
-
-
-def _dump_cleaned(value: Any) -> str:
-    try:
-        return orjson.dumps(_clean_value(value)).decode()
-    except (TypeError, RecursionError) as exc:
-        raise ValueError(f"this cannot be stored as JSON: {exc}") from exc
 
 
 def _clean_value(value: Any) -> Any:

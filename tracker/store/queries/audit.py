@@ -225,11 +225,11 @@ class Refusals:
         try:
             await self._db.write(partial(_store, sorted(pending.items(), key=lambda one: one[0])))
         except BaseException:
-            for key, refused in pending.items():
-                newer = self._pending.pop(key, None)
-                if newer is not None:
-                    refused.reasons += newer.reasons
-                self._pending[key] = refused
+            for key, newer in self._pending.items():
+                pending.setdefault(key, newer)
+                if pending[key] is not newer:
+                    pending[key].reasons += newer.reasons
+            self._pending = pending
             raise
 
     async def _store_soon(self) -> None:
@@ -260,13 +260,9 @@ def _store(pending: Sequence[tuple[_Key, _Refused]], connection: Connection) -> 
         made = insert(audit).values(**row).on_conflict_do_nothing(**_ONCE).returning(audit.c.id)
         if connection.execute(made).first() is not None:
             continue
-        wanted = select(audit.c.id, audit.c.detail).where(
-            audit.c.action == word("refused"),
-            audit.c.address == address,
-            audit.c.at == minute,
-            audit.c.actor == actor,
-        )
-        wanted = wanted.with_for_update()
+        of = {"address": address, "at": minute, "actor": actor}
+        wanted = select(audit.c.id, audit.c.detail).where(audit.c.action == word("refused"))
+        wanted = wanted.where(*matching(audit, **of)).with_for_update()
         for audit_id, detail in connection.execute(wanted).all():
             reasons = Counter(detail.get("reasons", {})) + refused.reasons
             more = {"detail": detail | {"reasons": dict(reasons)}, "count": reasons.total()}

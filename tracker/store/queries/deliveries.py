@@ -70,8 +70,7 @@ async def list_deliveries(
 
 async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
     """The delivery with its body, if known."""
-    statement = select(*deliveries.c).where(deliveries.c.delivery_id == delivery_id)
-    found = await db.fetchrow(statement)
+    found = await db.fetchrow(select(deliveries).where(deliveries.c.delivery_id == delivery_id))
     return None if found is None else _delivery(found)
 
 
@@ -132,11 +131,8 @@ async def causes(db: Database, *, limit: int) -> list[Cause]:
 
 async def unseen_deliveries(db: Database, *, cause: str, until: datetime, limit: int) -> list[str]:
     """The ids of unseen deliveries with this cause that were received until then, oldest first."""
-    key = (deliveries.c.received_at, deliveries.c.delivery_id)
-    statement = (
-        select(deliveries.c.delivery_id)
-        .where(IS_UNSEEN, has_cause(cause), deliveries.c.received_at <= until)
-        .order_by(*key)
-        .limit(limit)
+    statement = select(deliveries.c.delivery_id).where(
+        IS_UNSEEN, has_cause(cause), deliveries.c.received_at <= until
     )
-    return await db.fetchcol(statement)
+    key = (deliveries.c.received_at, deliveries.c.delivery_id)
+    return await db.fetchcol(statement.order_by(*key).limit(limit))

@@ -134,12 +134,10 @@ async def backlogs(db: Database, *, most: int = COUNTED) -> dict[str, Backlog]:
             by_endpoint = select(few.c.endpoint_id, func.count(), func.min(few.c.created_at))
             rows = await connection.execute(by_endpoint.group_by(few.c.endpoint_id))
             for name, count, oldest_at in rows:
-                if (known := found.get(name)) is None:
-                    continue
-                if state is MessageState.PENDING:
-                    found[name] = replace(known, oldest_at=oldest_at)
-                else:
-                    found[name] = replace(known, failed=count)
+                is_pending = state is MessageState.PENDING
+                more = {"oldest_at": oldest_at} if is_pending else {"failed": count}
+                if name in found:
+                    found[name] = replace(found[name], **more)
     return found
 
 
@@ -222,8 +220,7 @@ def _at_most(now: datetime, column: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 def _endpoint(row: Row[Any]) -> EndpointRow:
-    values = dict(row._mapping)
-    return EndpointRow(**values | {"events": tuple(values["events"])})
+    return EndpointRow(**row._asdict() | {"events": tuple(row.events)})
 
 
 # Queries of messages, the events sent to endpoints, and of their attempts.
@@ -310,16 +307,12 @@ async def get_message(db: Database, message_id: str) -> MessageRow | None:
 
 async def list_attempts(db: Database, message_id: str) -> list[AttemptRow]:
     """The attempts to deliver a message, oldest first."""
-    columns = [message_attempts.c[name] for name in AttemptRow.__slots__]
-    statement = (
-        select(*columns)
-        .where(message_attempts.c.message_id == message_id)
-        .order_by(message_attempts.c.number)
-    )
-    return [AttemptRow(**row._mapping) for row in await db.fetch(statement)]
+    shown = select(*(message_attempts.c[name] for name in AttemptRow.__slots__))
+    statement = shown.where(message_attempts.c.message_id == message_id)
+    rows = await db.fetch(statement.order_by(message_attempts.c.number))
+    return [AttemptRow(**row._mapping) for row in rows]
 
 
-def _message(row: Any) -> MessageRow:
-    values = dict(row._mapping)
-    event, state = known(EventType, values["event"]), known(MessageState, values["state"])
-    return MessageRow(**values | {"event": event, "state": state})
+def _message(row: Row[Any]) -> MessageRow:
+    words = {"event": known(EventType, row.event), "state": known(MessageState, row.state)}
+    return MessageRow(**row._asdict() | words)

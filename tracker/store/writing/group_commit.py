@@ -214,7 +214,7 @@ class GroupCommit(Generic[T, R]):
                 # A locked row holds up its own item alone.
                 self._refuse_or_split(part, exc, parts)
             except (StoreUnavailable, SchemaOutdated) as exc:
-                self._report_trouble(exc)
+                self._note(exc)
                 parts.appendleft(part)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, RETRY_SECONDS[1])
@@ -223,24 +223,22 @@ class GroupCommit(Generic[T, R]):
                 self._refuse_or_split(part, exc, parts)
             else:
                 if self.trouble is not None:
-                    self._report_recovery()
+                    self._note(None)
                 pause = RETRY_SECONDS[0]
                 for waiting, result in zip(part, results, strict=True):
                     if not waiting.answer.done():
                         waiting.answer.set_result(result)
 
-    def _report_trouble(self, error: StoreError) -> None:
-        if self.trouble is None:
+    def _note(self, trouble: StoreError | None) -> None:
+        """Log the first failure, at intervals, and the recovery from one that was logged."""
+        if trouble is not None and self.trouble is None:
             now = asyncio.get_running_loop().time()
             self._is_reported = bool(self._log_limit.count("unavailable", now=now))
             if self._is_reported:
-                log.warning("writer.unavailable", writer=self._name, error=str(error))
-        self.trouble = error
-
-    def _report_recovery(self) -> None:
-        if self._is_reported:
+                log.warning("writer.unavailable", writer=self._name, error=str(trouble))
+        elif trouble is None and self._is_reported:
             log.info("writer.recovered", writer=self._name)
-        self.trouble = None
+        self.trouble = trouble
 
     def _refuse_or_split(
         self, part: list[_Waiting[T, R]], error: Exception, parts: deque[list[_Waiting[T, R]]]

@@ -380,6 +380,6 @@ def _due_again(now: datetime) -> Update:
 
 def release(connection: Connection, holder: str, message_ids: Sequence[str]) -> None:
     """Release claims whose attempt was interrupted."""
-    held = (messages.c.message_id.in_(message_ids), messages.c.lease_holder == holder)
-    statement = update(messages).where(*held)
-    connection.execute(statement.values(lease_until=None, lease_holder=None))
+    mine = update(messages).where(messages.c.lease_holder == holder)
+    free = mine.values(lease_until=None, lease_holder=None)
+    connection.execute(free.where(messages.c.message_id.in_(message_ids)))

@@ -120,9 +120,8 @@ class Writer(GroupCommit[Entry, WriteResult]):
         return results
 
     async def _commit_entries(self, entries: list[Entry]) -> list[WriteResult]:
-        outcome = await self._db.write(
-            partial(write_batch, entries, rules=self._rules, statements=self._statements)
-        )
+        work = partial(write_batch, entries, rules=self._rules, statements=self._statements)
+        outcome = await self._db.write(work)
         for hook in self._on_commit:
             call_hook(hook, outcome)
         return outcome.results
@@ -197,8 +196,7 @@ class WriteBatch:
                 continue
             changes.records.append(new)
             if old is None or not same(old, new):
-                if old is not None:
-                    _count(rollups, old, -1)
+                _count(rollups, old, -1)
                 _count(rollups, new, 1)
             for event in events_between(old, new):
                 row = (event_id(event, new), event.value, run_id, self._last[run_id].at)
@@ -210,14 +208,13 @@ class WriteBatch:
             if old is None or new.run is not old.run or new.tracking is not old.tracking:
                 changes.changed_runs.append(run_id)
             stored = None if old is None else old.run.outputs
-            outputs = new.run.outputs
-            if outputs is stored or outputs == stored:
+            if new.run.outputs == stored:
                 continue
             if stored is not None:
                 changes.replaced_outputs.append(run_id)
             changes.outputs.extend(
                 (run_id, position, output.output_id, output.type, output.url)
-                for position, output in enumerate(outputs or ())
+                for position, output in enumerate(new.run.outputs or ())
             )
         changes.rollups = [(*key, *counts) for key, counts in rollups.items() if any(counts)]
         changes.started = [
@@ -232,8 +229,8 @@ class WriteBatch:
         )
 
 
-def _count(rollups: dict[RollupKey, list[int]], record: Record, sign: int) -> None:
-    for key, amount in facts(record):
+def _count(rollups: dict[RollupKey, list[int]], record: Record | None, sign: int) -> None:
+    for key, amount in () if record is None else facts(record):
         counts = rollups.setdefault(key, [0, 0])
         counts[0] += sign
         counts[1] += sign * amount
