@@ -6,8 +6,8 @@ the key.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
@@ -18,6 +18,7 @@ from tracker.core.errors import (
     FieldFault,
     FloraError,
     FloraRefusal,
+    FloraUnreachable,
     InvalidRequest,
     KeyRefused,
     OtherWorkspace,
@@ -235,7 +236,7 @@ class Workspaces:
         workspace: Workspace,
         *,
         wanted: str | None = None,
-        deadline: float = ASK_SECONDS,
+        deadline: float | None = None,
     ) -> str:
         """The id of the workspace that its key belongs to. `deadline` is in seconds.
 
@@ -248,7 +249,7 @@ class Workspaces:
         fingerprint = client.key_fingerprint
         workspace_id = self._ids.get((workspace.place, fingerprint))
         if workspace_id is None:
-            workspace_id = await self._find_id(workspace, client, min(deadline, ASK_SECONDS))
+            workspace_id = await self._find_id(workspace, client, deadline)
             if client.key_fingerprint != fingerprint:
                 return await self.id_of(workspace, wanted=wanted, deadline=deadline)
             self._ids[workspace.place, fingerprint] = workspace_id
@@ -258,9 +259,14 @@ class Workspaces:
             raise _other_key(wanted, [workspace_id])
         return workspace_id
 
-    async def _find_id(self, workspace: Workspace, client: FloraClient, seconds: float) -> str:
+    async def _find_id(
+        self, workspace: Workspace, client: FloraClient, deadline: float | None
+    ) -> str:
         fingerprint = client.key_fingerprint
-        async with self._asking:
+        seconds = ASK_SECONDS if deadline is None else min(deadline, ASK_SECONDS)
+        async with asking_in_turn(self._asking, deadline):
+            if (found := self._ids.get((workspace.place, fingerprint))) is not None:
+                return found
             workspace_id = await stored.workspace_of(self._database, fingerprint)
             if workspace_id is None:
                 workspace_id = await self._learn(workspace, client, fingerprint, seconds)
@@ -295,6 +301,30 @@ class Workspaces:
             self._database, fingerprint, found, place=workspace.place, at=self._clock()
         )
         return found
+
+
+@asynccontextmanager
+async def asking_in_turn(lock: asyncio.Lock, seconds: float | None) -> AsyncIterator[float | None]:
+    """Hold a lock under which FLORA is asked for what others want to know, too; yields how many of
+    the seconds are left.
+
+    Raises `FloraUnreachable` if none are: those before it got no answer.
+    """
+    loop = asyncio.get_running_loop()
+    until = None if seconds is None else loop.time() + seconds
+    try:
+        async with asyncio.timeout_at(until):
+            await lock.acquire()
+    except TimeoutError:
+        raise FloraUnreachable(
+            "FLORA was not asked, because too many others wait for its answer",
+            may_have_acted=False,
+            timed_out=True,
+        ) from None
+    try:
+        yield None if until is None else max(until - loop.time(), 0.0)
+    finally:
+        lock.release()
 
 
 @dataclass(kw_only=True, eq=False)

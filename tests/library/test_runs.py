@@ -4,6 +4,7 @@ import asyncio
 import copy
 import dataclasses
 import pickle
+import socket
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -60,6 +61,20 @@ async def test_a_start_rides_out_a_doubt(tracker: Tracker, flora: Simulator) -> 
     flora.world.change({"failed_starts": 0.0})
     run = await tracker.start("icon-pack", INPUTS, idempotency_key="order-18", timeout=40)
     assert list(flora.world.runs) == [run.run_id]
+
+
+@pytest.mark.parametrize(
+    "inputs", [INPUTS, [{"id": "prompt", "type": "text", "value": "garden tools"}]]
+)
+async def test_a_start_waits_no_longer_for_a_flora_that_does_not_answer(
+    make_tracker: MakeTracker, inputs: Any
+) -> None:
+    """Neither for the definition that checks the inputs, nor for anything else."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts connections
+        root = f"http://127.0.0.1:{silent.getsockname()[1]}/api/v1"
+        async with make_tracker(flora_base_url=root) as tracker, asyncio.timeout(4):
+            with pytest.raises(errors.FloraUnreachable):
+                await tracker.start("icon-pack", inputs, timeout=1)
 
 
 async def test_many_are_waited_for_by_whoever_brings_the_news(

@@ -1,6 +1,7 @@
 """The catalogue: read as a whole on a schedule, and one definition at a time before a start."""
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -266,6 +267,20 @@ async def test_a_stored_definition_serves_while_flora_does_not(
     assert reads_of(flora)["techniques.get"] == asked
     with pytest.raises(FloraRefusal, match=r"50[03]"):
         await services.catalogue.definition(workspace, "sigil")
+
+
+async def test_many_who_wait_for_one_definition_wait_no_longer_than_one(
+    open_on: OpenServices, flora: Simulator
+) -> None:
+    """FLORA accepts connections and answers nothing: as many starts, one after the other, would ask
+    for the technique that none of them got."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        root = f"http://127.0.0.1:{silent.getsockname()[1]}/api/v1"
+        services = await open_on(flora, flora_base_url=root, flora_workspace_id="ws_simulator")
+        async with asyncio.timeout(15):
+            starting = [services.starter.start(start([FACE]), wait=2) for _ in range(10)]
+            found = await asyncio.gather(*starting, return_exceptions=True)
+    assert {type(one) for one in found} == {FloraUnreachable}
 
 
 async def test_an_empty_definition_checks_nothing(services: Services, flora: Simulator) -> None:

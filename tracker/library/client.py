@@ -89,7 +89,10 @@ class Tracker(BatchCalls):
                 services = self._services()  # it may be closed meanwhile
                 try:
                     if typed is None:
-                        typed = await given_inputs(services, technique, inputs, workspace_id)
+                        typed = await given_inputs(
+                            *(services, technique, inputs, workspace_id),
+                            deadline=services.starter.reading_time(give_up),
+                        )
                     request = StartRequest(
                         technique=technique,
                         inputs=typed,

@@ -28,7 +28,12 @@ _POSITION: Final = re.compile(r"inputs\.(\d+)\.(id|type|value)")
 
 
 async def given_inputs(
-    services: "Services", technique: str, inputs: InputValues, workspace_id: str | None
+    services: "Services",
+    technique: str,
+    inputs: InputValues,
+    workspace_id: str | None,
+    *,
+    deadline: float,
 ) -> list[dict[str, Any]]:
     """The inputs as `{"id", "type", "value"}` each, with types from the technique's definition.
 
@@ -47,7 +52,7 @@ async def given_inputs(
         else:
             values.append((name, kind, text))
     _raise(faults)
-    return await services.catalogue.typed_inputs(technique, values, workspace_id)
+    return await services.catalogue.typed_inputs(technique, values, workspace_id, deadline=deadline)
 
 
 def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:

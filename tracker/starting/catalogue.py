@@ -21,7 +21,6 @@ from tracker.core.errors import (
     FieldFault,
     FloraError,
     FloraRefusal,
-    FloraUnreachable,
     FloraUnreadable,
     InvalidRequest,
     NotFound,
@@ -35,7 +34,7 @@ from tracker.flora.technique import ports
 from tracker.store import claims
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.workspaces import Service, Workspace
+from tracker.workspaces import Service, Workspace, asking_in_turn
 
 FRESH: Final = timedelta(hours=1)
 """How long a definition is used without reading it again."""
@@ -105,22 +104,24 @@ class Catalogue(Service):
         With `if_old`, a known one is only renewed if it is old, in so many seconds.
         """
         key = (workspace.place, technique)
-        async with self._asking.setdefault(key, asyncio.Lock()):
-            known = await self._known(workspace, technique)
-            if known is None or not (known.defined_at or known.inputs):
-                return await self._ask(workspace, technique, deadline), None
-            if if_old is not None and self._is_current(known, key):
-                return known, None
-            try:
+        try:
+            async with asking_in_turn(
+                self._asking.setdefault(key, asyncio.Lock()), deadline
+            ) as left:
+                known = await self._defined(workspace, technique)
+                if known is None:
+                    return await self._ask(workspace, technique, left), None
+                if if_old is not None and self._is_current(known, key):
+                    return known, None
                 return await self._ask(workspace, technique, if_old), None
-            except FloraError as error:
-                if not _is_no_answer(error):
-                    raise
-                self._failed_at[key] = self.clock()
-                log.warning(
-                    "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
-                )
-                return known, error
+        except FloraError as error:
+            if not _is_no_answer(error):
+                raise
+            if (known := await self._defined(workspace, technique)) is None:
+                raise
+            self._failed_at[key] = self.clock()
+            log.warning("catalogue.not_renewed", technique_id=known.technique_id, error=str(error))
+            return known, error
 
     async def checked(
         self,
@@ -145,6 +146,8 @@ class Catalogue(Service):
         technique: str,
         values: Sequence[tuple[str, str | None, str]],
         workspace_id: str | None,
+        *,
+        deadline: float | None = None,
     ) -> list[dict[str, Any]]:
         """Inputs as a start takes them, from (id, type or `None`, value) each; the definition is
         read if it has to name a type.
@@ -154,10 +157,13 @@ class Catalogue(Service):
         known: Sequence[Port] = ()
         if any(type_ is None for _, type_, _ in values):
             workspace = await self.workspaces.pick(workspace_id)
-            known = ports((await self.definition(workspace, technique)).inputs)
+            definition = await self.definition(workspace, technique, deadline=deadline)
+            known = ports(definition.inputs)
         return typed(known, values)
 
-    async def technique_id(self, workspace: Workspace, technique: str) -> str:
+    async def technique_id(
+        self, workspace: Workspace, technique: str, *, deadline: float | None = None
+    ) -> str:
         """The `tech_…` form of an id or slug; FLORA is read only for a new slug.
 
         Raises like `definition`.
@@ -165,7 +171,9 @@ class Catalogue(Service):
         if technique.startswith("tech_"):
             return technique
         known = await self._known(workspace, technique)
-        return (known or await self.definition(workspace, technique)).technique_id
+        if known is None:
+            known = await self.definition(workspace, technique, deadline=deadline)
+        return known.technique_id
 
     async def find(self, technique: str) -> TechniqueRow | None:
         """A technique to show, of any workspace; `None` if there is none.
@@ -187,7 +195,7 @@ class Catalogue(Service):
             if here is not None and self._is_current(here, (workspace.place, technique)):
                 return here
             try:
-                return await self._renewed_in_turn(workspace, technique)
+                return await self._renewed_inasking_in_turn(workspace, technique)
             except NotFound:
                 continue
             except FloraError as error:
@@ -205,24 +213,10 @@ class Catalogue(Service):
         if refusal.code == "input_validation_error":
             await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
 
-    async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
+    async def _renewed_inasking_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
         """As `definition`, after other callers of this; for `renewal_seconds` in all."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self.renewal_seconds
-        try:
-            async with asyncio.timeout_at(until):
-                await self._finding.acquire()
-        except TimeoutError:
-            raise FloraUnreachable(
-                "FLORA was not asked for the technique, because too many others are being looked "
-                "up",
-                may_have_acted=False,
-                timed_out=True,
-            ) from None
-        try:
-            return await self.definition(workspace, technique, deadline=until - loop.time())
-        finally:
-            self._finding.release()
+        async with asking_in_turn(self._finding, self.renewal_seconds) as left:
+            return await self.definition(workspace, technique, deadline=left)
 
     async def _ask(
         self, workspace: Workspace, technique: str, deadline: float | None
@@ -246,6 +240,11 @@ class Catalogue(Service):
         self._failed_at.pop((workspace.place, technique), None)
         row = TechniqueRow.of(found, slug=None if technique == found.technique_id else technique)
         return await techniques.define(self.database, row, self.clock())
+
+    async def _defined(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
+        """The stored technique, if its definition was ever read."""
+        known = await self._known(workspace, technique)
+        return known if known is not None and (known.defined_at or known.inputs) else None
 
     async def _known(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
         """The stored technique. With several workspaces a slug may differ between them: then only

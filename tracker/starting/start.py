@@ -48,6 +48,8 @@ T = TypeVar("T")
 NO_BUDGETS: Final = Budgets()
 LAST_SECONDS: Final = 3.0
 """How long the end of the process waits for answers to starts that were sent."""
+LEAST_SECONDS: Final = 2.0
+"""How long FLORA may take for what is read before, also if the caller waits for less."""
 FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 0.5
 """Seconds between two reads of the start log while a caller waits."""
@@ -127,13 +129,15 @@ class Starter(Service):
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)
         workspace_id = await self.workspaces.id_of(
-            workspace, wanted=request.workspace_id, deadline=self.deadline
+            workspace, wanted=request.workspace_id, deadline=self.reading_time(give_up)
         )
         call = _Call(workspace, workspace_id, key, request, give_up)
         row = await starts.get(self.database, workspace_id, key)
         if row is not None and not row.is_fresh:
             # Its inputs are not checked: its answer stands, whatever the definition is by now.
-            technique_id = await self.catalogue.technique_id(workspace, request.technique)
+            technique_id = await self.catalogue.technique_id(
+                workspace, request.technique, deadline=self.reading_time(give_up)
+            )
             _compare(row, technique_id, request)
             await self.durations.learn([technique_id])
         sent, pause = False, FIRST_PAUSE
@@ -173,7 +177,8 @@ class Starter(Service):
         """
         # Checked before the key is kept, so that wrong inputs can be corrected.
         definition = await self.catalogue.checked(
-            call.workspace, call.request.technique, call.request.inputs, deadline=self.deadline
+            *(call.workspace, call.request.technique, call.request.inputs),
+            deadline=self.reading_time(call.give_up),
         )
         await self.durations.learn([definition.technique_id])
         sent = True
@@ -187,6 +192,11 @@ class Starter(Service):
             raise pending(call.key)
         _compare(row, definition.technique_id, call.request)
         return row, sent
+
+    def reading_time(self, give_up: float) -> float:
+        """For how many seconds something may be read before a start is sent, for a caller who waits
+        until `give_up`."""
+        return min(max(give_up - self.monotonic(), LEAST_SECONDS), self.deadline)
 
     async def _within(self, call: "_Call", sending: Coroutine[Any, Any, T]) -> T:
         """The result of `sending`, which goes on if the caller has no more time or is gone."""
