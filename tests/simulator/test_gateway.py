@@ -102,8 +102,9 @@ async def test_options_change_for_a_time(serve_flora: ServeFlora, clock: HandClo
 async def test_planned_options_change_at_their_time(
     serve_flora: ServeFlora, clock: HandClock
 ) -> None:
-    """`later` plans changes: here the key is replaced, and the old one refused."""
-    flora = await serve_flora(later=((60, {"api_key": "sk_new"}),))
+    """A change may be planned: here the key is replaced, and the old one refused."""
+    flora = await serve_flora()
+    flora.world.change({"api_key": "sk_new"}, after=60)
     run_id = (await flora.start()).json()["run_id"]
     clock.move(60)
     assert (await flora.get("/workspaces")).json()["error"]["code"] == "invalid_api_key"

@@ -73,8 +73,6 @@ def test_values_out_of_range_are_refused(name: str, value: object) -> None:
     """The error begins with the option's name."""
     with pytest.raises(ValueError, match=f"^{name}: "):
         Options().with_changes({name: value})
-    with pytest.raises(ValueError, match=f"^{name}: "):
-        Options(later=((1, {name: value}),))
 
 
 @contextmanager

@@ -66,12 +66,16 @@ def simulate(
             errors=errors,
             cut=cut,
             history_outputs=not no_history_outputs,
-            later=tuple(map(_timed, changes)),
         ).with_changes(dict(map(_assignment, settings)))
+        planned = list(map(_timed, changes))
+        for _, change in planned:
+            options.with_changes(change)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
-    def print_environment(simulator: "Simulator") -> None:
+    def begin(simulator: "Simulator") -> None:
+        for after, change in planned:
+            simulator.world.change(change, after=after)
         if as_json:
             shown = {"url": simulator.root, "environment": simulator.environment}
             print_json(shown, indent=None)  # for `readline`: the command goes on
@@ -81,7 +85,7 @@ def simulate(
             typer.echo(f"export {name}={value}")
 
     try:
-        serve(options, port=port, on_ready=print_environment)
+        serve(options, port=port, on_ready=begin)
     except OSError as error:
         raise TrackerError(
             f"cannot serve on 127.0.0.1 port {port}: {error.strerror}; "

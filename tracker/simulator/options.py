@@ -67,8 +67,6 @@ class Options:
     starts, those of a request when it is received.
 
     The options that have a help text may be changed while the simulator runs (`with_changes`).
-    `later` plans such changes: pairs of seconds after the start of the simulator, by the world's
-    clock, and of the new values.
 
     Raises `ValueError` where a value is out of its range.
     """
@@ -79,7 +77,6 @@ class Options:
     callback_timeout: float = 10.0
     project_id: str = "prj_simulator"
     more_workspaces: tuple[SimulatedWorkspace, ...] = ()
-    later: tuple[tuple[float, Mapping[str, object]], ...] = field(default=(), repr=False)
 
     # The workspace
     api_key: str = text(
@@ -276,9 +273,6 @@ class Options:
             raise ValueError("more_workspaces: one key belongs to one workspace")
         if not all(workspace.webhook_secrets for workspace in self.workspaces):
             raise ValueError("webhook_secret: is missing")
-        for _, changes in self.later:
-            for name, value in changes.items():
-                _checked(name, value)
 
     @property
     def workspaces(self) -> tuple[SimulatedWorkspace, ...]:

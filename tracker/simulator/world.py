@@ -75,8 +75,6 @@ class World:
         self._spent = 0.0
         self._presets: dict[RunType, PresetHistory] = {}
         self._begun_ms = self.now_ms()
-        for after, changes in options.later:
-            self.change(changes, after=after)
 
     @property
     def options(self) -> Options:
