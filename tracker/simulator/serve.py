@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -20,7 +20,6 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock, utc_now
-from tracker.core.waiting import wait_for
 from tracker.simulator.api import SimulatedApi
 from tracker.simulator.callbacks import INTERNAL_SUFFIXES, CallbackSender, literal_address
 from tracker.simulator.control import ControlRoutes
@@ -184,33 +183,44 @@ async def running(
         options or Options(), clock=clock, root=f"http://{_HOST}:{listener.getsockname()[1]}"
     )
     app = build_app(world)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=CuttableProtocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=60,
-        )
+    config = uvicorn.Config(
+        app,
+        http=CuttableProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=60,
     )
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
     try:
-        ready = asyncio.create_task(server.ready.wait())
-        await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        if serving.done():
-            await serving
-        yield Simulator(world, app.state.sender)
+        # As `uvicorn.Server.serve`, but signals are left to the caller.
+        await server.startup(sockets=[listener])
+        try:
+            yield Simulator(world, app.state.sender)
+        finally:
+            await _stop(server)
     finally:
-        server.stop()
-        await serving
         listener.close()
+
+
+async def _stop(server: uvicorn.Server) -> None:
+    """As uvicorn's `shutdown`, without its pause of 0.1 s, which adds up in tests."""
+    for listening in server.servers:
+        listening.close()
+    for connection in list(server.server_state.connections):
+        connection.shutdown()
+    if server.server_state.tasks:
+        _, late = await asyncio.wait(server.server_state.tasks, timeout=_SHUTDOWN_SECONDS)
+        for task in late:
+            task.cancel()
+    await server.lifespan.shutdown()
 
 
 def serve(options: Options, port: int, *, on_ready: Callable[[Simulator], None]) -> None:
@@ -228,41 +238,3 @@ def serve(options: Options, port: int, *, on_ready: Callable[[Simulator], None])
             await stop.wait()
 
     asyncio.run(serve_until_signal())
-
-
-class _Server(uvicorn.Server):
-    """A server that signals when it is ready, stops on `stop`, and leaves signals to its owner."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready = asyncio.Event()
-        self._stopping = asyncio.Event()
-
-    def stop(self) -> None:
-        self.should_exit = True
-        self._stopping.set()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self.ready.set()
-
-    async def main_loop(self) -> None:
-        # Not ten times a second, as a server that has to check for signals does.
-        while not await self.on_tick(0):
-            await wait_for(self._stopping, 1)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # As uvicorn does it, without its pause of 0.1 s, which adds up in tests.
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        if self.server_state.tasks:
-            _, late = await asyncio.wait(self.server_state.tasks, timeout=_SHUTDOWN_SECONDS)
-            for task in late:
-                task.cancel()
-        await self.lifespan.shutdown()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
