@@ -90,7 +90,10 @@ class Tracker(BatchCalls):
                 try:
                     if typed is None:
                         typed = await given_inputs(
-                            *(services, technique, inputs, workspace_id),
+                            services,
+                            technique,
+                            inputs,
+                            workspace_id,
                             deadline=services.starter.reading_time(give_up),
                         )
                     request = StartRequest(

@@ -195,7 +195,7 @@ class Catalogue(Service):
             if here is not None and self._is_current(here, (workspace.place, technique)):
                 return here
             try:
-                return await self._renewed_inasking_in_turn(workspace, technique)
+                return await self._renewed_in_turn(workspace, technique)
             except NotFound:
                 continue
             except FloraError as error:
@@ -213,7 +213,7 @@ class Catalogue(Service):
         if refusal.code == "input_validation_error":
             await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
 
-    async def _renewed_inasking_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
+    async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
         """As `definition`, after other callers of this; for `renewal_seconds` in all."""
         async with asking_in_turn(self._finding, self.renewal_seconds) as left:
             return await self.definition(workspace, technique, deadline=left)

@@ -177,7 +177,9 @@ class Starter(Service):
         """
         # Checked before the key is kept, so that wrong inputs can be corrected.
         definition = await self.catalogue.checked(
-            *(call.workspace, call.request.technique, call.request.inputs),
+            call.workspace,
+            call.request.technique,
+            call.request.inputs,
             deadline=self.reading_time(call.give_up),
         )
         await self.durations.learn([definition.technique_id])

@@ -216,7 +216,9 @@ def batch(
         print_plan(plan, as_json=as_json)
         return 0
     print_batch(
-        *(outcome.batch, outcome.counts, outcome.rows),
+        outcome.batch,
+        outcome.counts,
+        outcome.rows,
         results=results,
         output=output,
         as_json=as_json,
