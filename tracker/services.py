@@ -262,7 +262,7 @@ async def open_services(
             coalescer=coalescer,
             policy=settings.policy,
         )
-        rotation.follow(lambda _: poller.keys_changed())
+        rotation.follow(lambda _: poller.backoff.clear())  # its key may be good now
         rotation.follow(lambda _: signals.wake_due())
         starter = Starter(
             **shared,

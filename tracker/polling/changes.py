@@ -31,7 +31,6 @@ from tracker.core.waiting import repeat, wait_for
 from tracker.polling.follow import Notify, until_available
 from tracker.store.engine import Database
 from tracker.store.errors import StoreClosed
-from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import EventLine, Snapshot
 from tracker.store.signals import Signals
@@ -274,7 +273,7 @@ class Broadcaster:
     async def has_reached(self, number: int) -> bool:
         """Whether there was an event of that number; else it is of another database, or from before
         numbering began anew."""
-        return number <= max(self.sent_upto, await feed.newest_event(self._db))
+        return number <= max(self.sent_upto, await read.newest_event(self._db))
 
     async def missed(self, number: int) -> AsyncIterator[list[Change]]:
         """What was sent after `number`, in pages, up to `sent_upto`.
@@ -284,7 +283,7 @@ class Broadcaster:
         """
         while number < self.sent_upto:
             upto = self.sent_upto
-            page = await feed.events_after(self._db, number, limit=PAGE_SIZE, upto=upto)
+            page = await read.events_after(self._db, number, limit=PAGE_SIZE, upto=upto)
             records = await self._records({event.run_id for event in page.lines})
             yield _changes(page.lines, records)
             number = page.lines[-1].id if len(page.lines) == PAGE_SIZE else upto
@@ -335,11 +334,11 @@ class Broadcaster:
 
         While someone's transaction stays open, a few events are sent although they are old.
         """
-        newest = await feed.newest_event(self._db)
+        newest = await read.newest_event(self._db)
         self._gaps = GapTracker(max(newest - START_LOOKBACK, 0))
         until = asyncio.get_running_loop().time() + START_SETTLE_SECONDS
         while self._gaps.position < newest and asyncio.get_running_loop().time() < until:
-            page = await feed.events_after(self._db, self._gaps.position, limit=PAGE_SIZE)
+            page = await read.events_after(self._db, self._gaps.position, limit=PAGE_SIZE)
             if not page.lines:  # deleted meanwhile
                 break
             self._ready(page)
@@ -352,8 +351,8 @@ class Broadcaster:
         while more:
             self._woken.clear()
             signalled = set(self._signalled)
-            page = await feed.events_after(self._db, self._gaps.position, limit=PAGE_SIZE)
-            if not page.lines and await feed.newest_event(self._db) < self._gaps.position:
+            page = await read.events_after(self._db, self._gaps.position, limit=PAGE_SIZE)
+            if not page.lines and await read.newest_event(self._db) < self._gaps.position:
                 # Every event was deleted, and SQLite numbers them from 1 again.
                 await self._find_position()
                 for reader in tuple(self._readers):
@@ -374,7 +373,7 @@ class Broadcaster:
             self.sent_upto = self._gaps.position
             more = len(ready) == PAGE_SIZE
 
-    def _ready(self, page: feed.EventPage) -> list[EventLine]:
+    def _ready(self, page: read.EventPage) -> list[EventLine]:
         """The events that may be sent; the others wait for smaller numbers."""
         now = asyncio.get_running_loop().time()
         numbers = [event.id for event in page.lines]

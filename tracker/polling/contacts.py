@@ -105,14 +105,11 @@ async def _probe(workspace: Workspace) -> None:
 
 
 def _is_news(own: ContactState, kept: ContactState | None) -> bool:
-    """Whether a state is worth a write."""
     if kept is None or abs(own.asked_at - kept.asked_at) >= KEEP_EVERY:  # a clock may be set back
         return True
-    return _news(own) != _news(kept)
-
-
-def _news(state: ContactState) -> tuple[object, ...]:
-    """What of a state is stored when it changes. Each failed request has another reason: that is
-    no change."""
-    found = state.trouble
-    return state.answered_at is None, found and (found.trouble, found.since)
+    # Each failed request has another reason: that is no news.
+    was, now = (
+        (one.answered_at is None, one.trouble and (one.trouble.trouble, one.trouble.since))
+        for one in (kept, own)
+    )
+    return was != now

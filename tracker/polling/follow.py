@@ -135,21 +135,21 @@ class Follower(Service):
         further runs. `notify` gets each reason why the runs cannot be read, once. Raises
         `StoreUnavailable` if the database does not answer for `OUTAGE` seconds.
         """
-        followed = _FollowedRuns(run_ids, more, notify)
+        followed = _FollowedRuns(run_ids, notify, grows=more is not None)
         poll = partial(self._poll, followed)
         own = OwnPolling(poll=poll, clock=self.clock, overdue_after=self.overdue_after)
         with self.signals.subscribed(followed.on_signal):
             async with own:
-                while followed.open or more is not None:
+                while followed.open or followed.grows:
                     followed.changed.clear()
-                    if more is not None:
+                    if more is not None and followed.grows:
                         new, may_grow = await until_available(more, followed.notify_once)
                         followed.open |= dict.fromkeys(new)
-                        more = followed.more = more if may_grow else None
+                        followed.grows = may_grow
                     read = partial(self._read, followed)
                     if updates := await until_available(read, followed.notify_once):
                         yield updates
-                    if not followed.open and more is None:
+                    if not (followed.open or followed.grows):
                         return
                     dues = [due for _, due in self._unclaimed(followed)]
                     if (begun := own.check(min(dues, default=None))) is not None:
@@ -160,11 +160,14 @@ class Follower(Service):
     async def _read(self, followed: "_FollowedRuns") -> list[RunUpdate]:
         """Read the open runs; those that changed."""
         found = await self.read(list(followed.open))
-        changed = followed.changed_of(found)
-        changed_ids = [one.run.run_id for one in changed]
-        sources = await self._sources.call(changed_ids) if changed else {}
-        followed.take(found)
-        return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
+        shown = {run_id: _shown(one) for run_id, one in found.items()}
+        changed = [run_id for run_id in found if followed.shown.get(run_id) != shown[run_id]]
+        sources = await self._sources.call(changed) if changed else {}
+        followed.shown |= shown
+        followed.open = {
+            run_id: one for run_id, one in found.items() if one.tracking is Tracking.ACTIVE
+        }
+        return [RunUpdate(found[each], sources.get(each, found[each].source)) for each in changed]
 
     def _unclaimed(self, followed: "_FollowedRuns") -> list[tuple[Record, datetime]]:
         """The open runs that no process reads now, and when each is due."""
@@ -252,31 +255,18 @@ class _SharedCall(Generic[T]):
 class _FollowedRuns:
     """The open runs of one caller, and how each was last shown."""
 
-    def __init__(self, run_ids: Iterable[str], more: More | None, notify: Notify | None) -> None:
+    def __init__(self, run_ids: Iterable[str], notify: Notify | None, *, grows: bool) -> None:
         self.open: dict[str, Record | None] = dict.fromkeys(run_ids)
-        self.more = more
+        self.grows = grows
         self.changed = asyncio.Event()
         self._notify = notify
         self._notified: set[str] = set()
-        self._shown: dict[str, tuple[Run, Tracking, str | None]] = {}
+        self.shown: dict[str, tuple[Run, Tracking, str | None]] = {}
 
     def on_signal(self, run_ids: Sequence[str]) -> None:
         """These runs changed; any may have if none is named."""
-        if self.more is not None or not run_ids or not self.open.keys().isdisjoint(run_ids):
+        if self.grows or not run_ids or not self.open.keys().isdisjoint(run_ids):
             self.changed.set()
-
-    def changed_of(self, found: dict[str, Record]) -> list[Record]:
-        """The runs that differ from what was shown."""
-        return [one for one in found.values() if self._shown.get(one.run.run_id) != _shown(one)]
-
-    def take(self, found: dict[str, Record]) -> None:
-        """Note what is shown now; runs that have ended or are gone are no longer open."""
-        self._shown |= {run_id: _shown(record) for run_id, record in found.items()}
-        self.open = {
-            run_id: found[run_id]
-            for run_id in self.open
-            if run_id in found and found[run_id].tracking is Tracking.ACTIVE
-        }
 
     def notify_once(self, line: str) -> None:
         if self._notify is not None and line not in self._notified:

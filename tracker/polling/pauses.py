@@ -45,10 +45,9 @@ class Coalescer:
     """Pauses after shared reads, by a workspace's place, so that due runs coalesce.
 
     A history page costs the same for one run as for a hundred. So each read that due runs shared,
-    or could have, is followed by `SECONDS_A_READ` of pause, in which more runs become due. Polling
-    then makes about one such read a second: a single end is read at once, and among hundreds of
-    runs, ends wait up to `LONGEST_PAUSE` and are read together. A sweep reads the same pages, and
-    counts like a round.
+    or could have, is followed by `SECONDS_A_READ` of pause, in which more runs become due: a single
+    end is read at once, and among hundreds of runs, ends wait up to `LONGEST_PAUSE` and are read
+    together. A sweep reads the same pages, and counts like a round.
 
     With 1,000 runs on ten pages that end within a minute, 10 s cost 0.07 reads a run (0.09 with a
     sweep) and a median wait of 5 s; 5 s cost 0.14 reads and 2 s; no pause 0.6 reads and half a

@@ -12,7 +12,7 @@ that brings a fresh end.
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -89,10 +89,6 @@ class Poller(Service):
         await self._bring_near()
         return await self._in_each(partial(self._recheck, once_per=once_per))
 
-    def keys_changed(self) -> None:
-        """A workspace may have another key: no pause lasts any longer."""
-        self.backoff.clear()
-
     async def _bring_near(self) -> None:
         """Make what is due too far ahead due now, at first and now and then."""
         if self.clock.seconds() - self._brought_near_at < BRING_NEAR_EVERY:
@@ -142,7 +138,7 @@ class Poller(Service):
         if workspace is None or workspace.client is None or record.run.settled:
             return record
         try:
-            _, entries = await self._reader(workspace).read(record)
+            _, entries = await RunReader(self, workspace).read(record)
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
         results = await self.writer.submit_all(entries)
@@ -155,32 +151,11 @@ class Poller(Service):
         """
         workspace = await self.workspaces.pick(run.workspace_id)
         record = Record(run=run, source=Source.TRACK, first_seen_at=self.clock())
-        return await self._reader(workspace).read(record)
+        return await RunReader(self, workspace).read(record)
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""
         await claims.release(self.database, self.process)
-
-    def _reader(self, workspace: Workspace) -> RunReader:
-        return RunReader(
-            workspace=workspace,
-            others=self.readable,
-            database=self.database,
-            clock=self.clock,
-            holder=self.process,
-        )
-
-    def _round(
-        self, workspace: Workspace, due: Sequence[Record], *, recheck: bool = False
-    ) -> PollRound:
-        return PollRound(
-            self._reader(workspace),
-            due,
-            workspaces=self.workspaces,
-            writer=self.writer,
-            page_backoff=self.page_backoff,
-            recheck=recheck,
-        )
 
     async def _in_each(
         self, poll: Callable[[Workspace], Coroutine[Any, Any, PollReport]]
@@ -195,10 +170,10 @@ class Poller(Service):
         pausing = coalesce and self.coalescer.left(workspace.place) > 0
         if pausing and workspace.lists_carry_details:
             return PollReport()
-        due, full = await self._claim(workspace, self.clock(), ended=pausing)
+        due, full = await self._claim_in_order(workspace, ended=pausing)
         if not due:
             return PollReport()
-        poll_round = self._round(workspace, due)
+        poll_round = PollRound(self, workspace, due)
         report = await self._read(workspace, poll_round, full=full)
         if not pausing:
             complete = not poll_round.remaining or poll_round.broken_off
@@ -216,16 +191,8 @@ class Poller(Service):
         name, holder = f"recheck:{workspace.place}", self.process
         if once_per and not await claims.take_lease(self.database, name, holder, now, once_per):
             return PollReport()
-        due = await claims.claim_due(
-            self.database,
-            holder=self.process,
-            now=now,
-            lease=self.lease,
-            limit=RECHECK_CLAIM,
-            workspaces=among,
-            recheck=True,
-        )
-        poll_round = self._round(workspace, due, recheck=True)
+        due = await self._claim(workspace, limit=RECHECK_CLAIM, recheck=True)
+        poll_round = PollRound(self, workspace, due, recheck=True)
         return await self._read(workspace, poll_round, full=len(due) == RECHECK_CLAIM)
 
     async def _read(self, workspace: Workspace, poll_round: PollRound, *, full: bool) -> PollReport:
@@ -256,22 +223,27 @@ class Poller(Service):
         )
         return report
 
-    async def _claim(
-        self, workspace: Workspace, now: datetime, *, ended: bool
+    async def _claim(self, workspace: Workspace, **which: Any) -> list[Record]:
+        """Claim due runs; `which` are options of `claims.claim_due`."""
+        return await claims.claim_due(
+            self.database,
+            holder=self.process,
+            now=self.clock(),
+            lease=self.lease,
+            workspaces=self.workspaces.claimable(workspace),
+            **which,
+        )
+
+    async def _claim_in_order(
+        self, workspace: Workspace, *, ended: bool
     ) -> tuple[list[Record], bool]:
         """Claim due runs, or only ended ones, in the order in which they are to be read, and
         whether more may be due. If there are many, every other run is a fresh end."""
-        claim = partial(
-            claims.claim_due,
-            self.database,
-            holder=self.process,
-            now=now,
-            lease=self.lease,
-            workspaces=self.workspaces.claimable(workspace),
-        )
-        due = await claim(limit=CLAIM, ended=ended)
+        due = await self._claim(workspace, limit=CLAIM, ended=ended)
         full = len(due) == CLAIM
-        fresh = await claim(limit=FRESH, ended=True, newest=True) if full else []
+        fresh = []
+        if full:
+            fresh = await self._claim(workspace, limit=FRESH, ended=True, newest=True)
         fresh += [record for record in reversed(due) if record.run.precedence.ended]
         fresh = fresh[:FRESH]
         fresh_ids = {record.run.run_id for record in fresh}

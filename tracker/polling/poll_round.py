@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger
@@ -22,11 +22,12 @@ from tracker.core.waiting import run_all
 from tracker.polling import history
 from tracker.polling.history import PAGE_SIZE
 from tracker.polling.listed import attributed_page, counted_before, without_removed
-from tracker.polling.pauses import Backoff
 from tracker.polling.reading import RunReader
 from tracker.store import claims
-from tracker.store.writing.writer import Writer
-from tracker.workspaces import Workspaces
+from tracker.workspaces import Workspace
+
+if TYPE_CHECKING:
+    from tracker.polling.poll import Poller
 
 SINGLE_READS: Final = 16
 """Single reads of a round, half of them for fresh ends; other runs are released and due in the
@@ -81,25 +82,20 @@ class PollRound:
 
     def __init__(
         self,
-        reader: RunReader,
+        poller: "Poller",
+        workspace: Workspace,
         due: Sequence[Record],
         *,
-        workspaces: Workspaces,
-        writer: Writer,
-        page_backoff: Backoff,
         recheck: bool = False,
     ) -> None:
         self.remaining = {record.run.run_id: record for record in due}
         self.shared_reads = 0
         self.report = PollReport(claimed=len(due))
         self.error = ""
-        self._reader = reader
-        self._database = reader.database
-        self._workspace = reader.workspace
-        self._client = reader.workspace.require_client()
-        self._workspaces = workspaces
-        self._writer = writer
-        self._page_backoff = page_backoff
+        self._poller = poller
+        self._reader = RunReader(poller, workspace)
+        self._workspace = workspace
+        self._client = workspace.require_client()
         self._recheck = recheck
         self._places: Mapping[str, int] | None = None  # in FLORA's list, by run id, once needed
         self._cost_probe: str | None = None
@@ -129,16 +125,16 @@ class PollRound:
 
         Failures of FLORA are noted. Raises `StoreUnavailable`.
         """
-        place, backoff = self._workspace.place, self._page_backoff
+        place, backoff = self._workspace.place, self._poller.page_backoff
         wanted = self._listable()
         if len(wanted) < 2 or backoff.left(place):
             return
         self._places = await claims.list_positions(
-            self._database,
+            self._poller.database,
             [record.run.run_id for record in wanted],
-            self._workspaces.claimable(self._workspace),
+            self._poller.workspaces.claimable(self._workspace),
             # Runs further down are fewer than the pages above them.
-            among=len(wanted) * PAGE_SIZE * len(self._workspaces),
+            among=len(wanted) * PAGE_SIZE * len(self._poller.workspaces),
         )
         if not self._pages_pay(wanted):
             return
@@ -208,17 +204,17 @@ class PollRound:
 
     async def _take_page(self, items: Sequence[Observation]) -> None:
         """Write a page; runs that it shows ended without details remain, and stay claimed."""
-        kept = await without_removed(self._database, attributed_page(self._workspace, items))
+        kept = await without_removed(self._poller.database, attributed_page(self._workspace, items))
         if items:
             self._reader.is_readable = True
         lean = {item.run_id for item in kept if self._lacks_details(item)}
         answered = self.remaining.keys() - lean
-        again = await counted_before(self._database, self.remaining, kept)
-        results = await self._writer.submit_all(
+        again = await counted_before(self._poller.database, self.remaining, kept)
+        results = await self._poller.writer.submit_all(
             [
                 Observed(
                     observation=item,
-                    claim=self._reader.holder if item.run_id in answered else None,
+                    claim=self._poller.process if item.run_id in answered else None,
                     counted_before=item.run_id in again,
                     incidental=item.run_id not in self.remaining,
                 )
@@ -298,7 +294,7 @@ class PollRound:
                 self._workspace.lists_carry_costs = False
             if run_id in shareable:
                 self.shared_reads += found.reads
-            results = await self._writer.submit_all(entries)
+            results = await self._poller.writer.submit_all(entries)
             self.report.settled += sum(result.settles for result in results)
             if seen is None and not found.missing:
                 self.report.failed += 1

@@ -1,12 +1,11 @@
 """Reading one run, in the first way that works, and what to write of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypedDict
+from typing import TYPE_CHECKING, Final, TypedDict
 
-from tracker.core.clock import Clock
 from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger, log_context
 from tracker.core.observation import Observation
@@ -15,8 +14,10 @@ from tracker.core.run import Run
 from tracker.flora.client import FloraClient
 from tracker.flora.urls import PollUrlRefused
 from tracker.polling.listed import attributed, attributed_page, counted_before, without_removed
-from tracker.store.engine import Database
 from tracker.workspaces import Workspace
+
+if TYPE_CHECKING:
+    from tracker.polling.poll import Poller
 
 CALL_SECONDS: Final = 20.0
 """How long a single read may take, repetitions included; what fails is tried at the next poll."""
@@ -48,17 +49,15 @@ class _How(TypedDict):
     fresh: bool
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(eq=False)
 class RunReader:
-    """Reads runs with the key of a workspace, under the claims of `holder`. `others` gives the
-    workspaces with whose keys FLORA can be read. `is_readable` is whether it can be with this one,
-    once that is known."""
+    """Reads runs with the key of a workspace, under the claims of the poller's process.
 
+    `is_readable` is whether FLORA can be read with that key, once that is known.
+    """
+
+    poller: "Poller"
     workspace: Workspace
-    others: Callable[[], Sequence[Workspace]]
-    database: Database
-    clock: Clock
-    holder: str
     is_readable: bool | None = None
 
     def __post_init__(self) -> None:
@@ -83,28 +82,28 @@ class RunReader:
             entries: list[Entry] = []
             if found.others:
                 others = attributed_page(workspace, found.others)
-                others = await without_removed(self.database, others)
+                others = await without_removed(self.poller.database, others)
                 entries += [Observed(observation=item, incidental=True) for item in others]
             if found.observation is None:
                 found.missing = found.missing and await self._can_read()
                 entries.append(
                     FailedRead(
                         run_id=run.run_id,
-                        at=self.clock(),
+                        at=self.poller.clock(),
                         error=found.error,
                         missing=found.missing,
                         reads=found.reads,
-                        claim=self.holder,
+                        claim=self.poller.process,
                     )
                 )
             else:
                 seen = attributed(workspace, found.observation)
-                again = await counted_before(self.database, {seen.run_id: record}, [seen])
+                again = await counted_before(self.poller.database, {seen.run_id: record}, [seen])
                 entries.append(
                     Observed(
                         observation=seen,
                         reads=found.reads,
-                        claim=self.holder,
+                        claim=self.poller.process,
                         counted_before=bool(again),
                     )
                 )
@@ -112,7 +111,7 @@ class RunReader:
 
     async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
         """Read a run with the keys of the other workspaces; `denied` if none shows it."""
-        for other in self.others():
+        for other in self.poller.readable():
             if other is self.workspace or other.client is None:
                 continue
             try:

@@ -105,14 +105,6 @@ class SweepReport:
     generations_error: str | None = None
     skipped: bool = False
 
-    def count(self, result: WriteResult) -> None:
-        before, after = result.before, result.after
-        if before is None:
-            self.discovered += 1
-        elif after is not None:
-            ended = after.run.precedence.ended and not before.run.precedence.ended
-            self.repaired += ended or result.settles
-
 
 @dataclass(kw_only=True, eq=False)
 class Sweeper(Service):
@@ -421,7 +413,12 @@ class _Sweep:
         for result in await sweeper.writer.submit_all(
             [Observed(observation=item, incidental=True) for item in kept]
         ):
-            report.count(result)
+            before, after = result.before, result.after
+            if before is None:
+                report.discovered += 1
+            elif after is not None:
+                ended = after.run.precedence.ended and not before.run.precedence.ended
+                report.repaired += ended or result.settles
             late |= plan.is_late(result)
         report.items += len(items)
         report.unreadable += len(page.unreadable)

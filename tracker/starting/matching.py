@@ -10,7 +10,7 @@ with each other alone: its clock may differ from ours and from the header `Date`
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,6 +20,7 @@ from tracker.core.errors import FloraRefusal, FloraUnreadable, StartNotStored, S
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
+from tracker.flora.client import HistoryPage
 from tracker.polling import history
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
@@ -128,12 +129,23 @@ class StartMatcher(Service):
         known_until = await starts.newest_known(
             self.database, workspace.workspace_id, before=since - starts.SET_BACK
         )
+        client = workspace.require_client()
+        first = since + min(client.clock_offset or timedelta(), timedelta())
+        if known_until is None:
+            known_until = bottom = first - FIRST_READ
+        else:  # FLORA's clock may have been ahead
+            known_until = min(known_until, first)
+            bottom = known_until - READ_BELOW
         while True:
             filtered = workspace.place not in self._unfiltered
+            pages = history.pages(
+                client,
+                technique_id=technique_id if filtered else None,
+                deadline=lambda: min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
+            )
             try:
-                found = await self._read(
-                    workspace, technique_id, since, known_until, give_up, filtered
-                )
+                async with aclosing(pages):
+                    found = await _read(pages, technique_id, known_until, bottom)
             except FloraRefusal as refusal:
                 # A refused filter says nothing about the key: all runs are read instead.
                 if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
@@ -142,47 +154,6 @@ class StartMatcher(Service):
                 self._unfiltered.add(workspace.place)
             else:
                 return HistoryRead(begun=begun, runs=found)
-
-    async def _read(
-        self,
-        workspace: Workspace,
-        technique_id: str,
-        since: datetime,
-        known_until: datetime | None,
-        give_up: float,
-        filtered: bool,
-    ) -> dict[str, Observation]:
-        client = workspace.require_client()
-        first = since + min(client.clock_offset or timedelta(), timedelta())
-        if known_until is None:
-            known_until = bottom = first - FIRST_READ
-        else:  # FLORA's clock may have been ahead
-            known_until = min(known_until, first)
-            bottom = known_until - READ_BELOW
-        found: dict[str, Observation] = {}
-        known = False  # whether what follows was listed before
-        pages = history.pages(
-            client,
-            technique_id=technique_id if filtered else None,
-            deadline=lambda: min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
-        )
-        async with aclosing(pages):
-            async for page in pages:
-                readable = min(page.unreadable, default=len(page.items))
-                known = known or _reaches(known_until, page.items[:readable])
-                if page.unreadable and not known:  # it may be the run of this start
-                    reason = page.unreadable[readable]
-                    raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
-                found |= {
-                    item.run_id: item
-                    for item in page.items
-                    if _may_be_of(technique_id, item)
-                    and not (item.created_at and item.created_at < bottom)
-                }
-                known = known or _reaches(known_until, page.items)
-                if _reaches(bottom, page.items):
-                    break
-        return found
 
     async def find(self, row: StartRow, read: HistoryRead) -> Observation | None:
         """The run of a start whose key FLORA says is in use, in a history that lists it; `None` if
@@ -201,10 +172,36 @@ class StartMatcher(Service):
         return run
 
 
-def _reaches(bottom: datetime | None, items: Sequence[Observation]) -> bool:
+async def _read(
+    pages: AsyncIterator[HistoryPage], technique_id: str, known_until: datetime, bottom: datetime
+) -> dict[str, Observation]:
+    """The runs that may be of the technique, down to `bottom`.
+
+    Raises `FloraUnreadable` for an item that may be newer than `known_until`.
+    """
+    found: dict[str, Observation] = {}
+    known = False  # whether what follows was listed before
+    async for page in pages:
+        readable = min(page.unreadable, default=len(page.items))
+        known = known or _reaches(known_until, page.items[:readable])
+        if page.unreadable and not known:  # it may be the run of this start
+            reason = page.unreadable[readable]
+            raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
+        found |= {
+            item.run_id: item
+            for item in page.items
+            if _may_be_of(technique_id, item) and not (item.created_at and item.created_at < bottom)
+        }
+        known = known or _reaches(known_until, page.items)
+        if _reaches(bottom, page.items):
+            break
+    return found
+
+
+def _reaches(bottom: datetime, items: Sequence[Observation]) -> bool:
     """Whether items of a list, newest first, reach down to `bottom`."""
     oldest = history.oldest(items)
-    return bottom is not None and oldest is not None and oldest <= bottom
+    return oldest is not None and oldest <= bottom
 
 
 def _may_be_of(technique_id: str, run: Observation) -> bool:

@@ -93,19 +93,9 @@ class Batches(BatchPlanner):
             raise TrackerError(
                 f"the price could not be read, so nothing was started: {plan.price_error}"
             ) from plan.price_error
+        workspace = await self.workspace_of(plan.batch)
         return BatchLaunch(
-            plan,
-            order,
-            database=self.database,
-            workspace=await self.workspace_of(plan.batch),
-            starter=self.starter,
-            recovery=self.recovery,
-            clock=self.clock,
-            sleep=self.sleep,
-            concurrency=concurrency,
-            counted=counted,
-            wait=wait,
-            budget_every=self.budget_every,
+            self, workspace, plan, order, concurrency=concurrency, counted=counted, wait=wait
         )
 
     async def run(

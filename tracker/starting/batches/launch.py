@@ -13,13 +13,12 @@ others are started, and its outcome is waited for at the end.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from tracker.core.clock import Clock
 from tracker.core.errors import (
     BudgetExceeded,
     FloraError,
@@ -41,14 +40,16 @@ from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.flora.technique import runs_of
 from tracker.starting.batches.rows import BatchPlan, RowState
-from tracker.starting.recover import Recovery
-from tracker.starting.start import Starter, StartRequest
+from tracker.starting.start import StartRequest
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN, StartState
 from tracker.workspaces import Workspace
+
+if TYPE_CHECKING:
+    from tracker.starting.batches.batches import Batches
 
 ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
 """Statuses of refusals that the next row may not meet."""
@@ -126,19 +127,14 @@ class BatchLaunch:
     launch early; `over_budget` is why no row begins now, if it is to wait for a budget.
     """
 
+    batches: "Batches"
+    workspace: Workspace
     plan: BatchPlan
     order: Order
     _: KW_ONLY
-    database: Database
-    workspace: Workspace
-    starter: Starter
-    recovery: Recovery
     concurrency: int
-    clock: Clock
     counted: InitVar[Sequence[RowState]] = ()
     wait: bool = True
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    budget_every: timedelta = BUDGET_EVERY
 
     def __post_init__(self, counted: Sequence[RowState]) -> None:
         self._budget_at: datetime | None = None
@@ -149,7 +145,7 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._costs = _LaunchCosts(self.plan, self.database, self.order.max_cost)
+        self._costs = _LaunchCosts(self.plan, self.batches.database, self.order.max_cost)
         self._worked_at = time.monotonic()
         self.broken_off = False
         self.errors: dict[int, str] = {}
@@ -218,7 +214,7 @@ class BatchLaunch:
                 if not self._over:
                     self._queue_due()
                 if not self._queue or self._waits_for_budget:
-                    await self.sleep(CHECK_EVERY)
+                    await self.batches.sleep(CHECK_EVERY)
                 elif self._over:
                     return
         except StoreError as error:
@@ -232,12 +228,12 @@ class BatchLaunch:
         """Seconds until the row may be tried, as advised when it failed."""
         if row.not_before is None:
             return 0.0
-        return max(0.0, (row.not_before - self.clock()).total_seconds())
+        return max(0.0, (row.not_before - self.batches.clock()).total_seconds())
 
     @property
     def _waits_for_budget(self) -> bool:
         """Whether no row begins now because a budget has no room."""
-        return self._budget_at is not None and self.clock() < self._budget_at
+        return self._budget_at is not None and self.batches.clock() < self._budget_at
 
     def _queue_due(self) -> None:
         self._queue.extend(row for row in self._later if self._held_for(row) == 0)
@@ -245,17 +241,17 @@ class BatchLaunch:
 
     async def _check_doubts(self) -> None:
         """Check the starts in doubt; a row that may be sent again is queued."""
-        await self.recovery.recover()
+        await self.batches.recovery.recover()
         keys = list(self._doubt)
-        rows = await starts.of_keys(self.database, self.plan.batch.workspace_id, keys)
+        rows = await starts.of_keys(self.batches.database, self.plan.batch.workspace_id, keys)
         for key in keys:
             found = rows.get(key)
-            if found is None or (found.is_fresh and not found.is_held(self.clock())):
+            if found is None or (found.is_fresh and not found.is_held(self.batches.clock())):
                 row = self._doubt.pop(key)
                 if not self._over:
                     self._queue.append(row)
             elif found.state is StartState.STARTED:
-                started = await read.get_run(self.database, found.run_id or "")
+                started = await read.get_run(self.batches.database, found.run_id or "")
                 row = self._doubt.pop(key)
                 if started is not None:
                     self._costs.count(row, started)
@@ -268,7 +264,7 @@ class BatchLaunch:
         try:
             while self._queue and not (self._over or self._waits_for_budget):
                 if (paused := self.paused) > 0:
-                    await self.sleep(min(paused, 1.0))
+                    await self.batches.sleep(min(paused, 1.0))
                     continue
                 row = self._queue.popleft()
                 self._starting[row.entry.key] = row
@@ -302,13 +298,15 @@ class BatchLaunch:
             tags=row.entry.tags,
         )
         try:
-            await self.starter.workspaces.id_of(self.workspace, wanted=workspace_id)
-            started = await self.starter.start(request, wait_in_doubt=False)
+            await self.batches.starter.workspaces.id_of(self.workspace, wanted=workspace_id)
+            started = await self.batches.starter.start(request, wait_in_doubt=False)
         except RateLimited:
             self._queue.appendleft(row)
         except BudgetExceeded as error:
             if self.order.wait_for_budget and error.ever_fits and error.renews_at is not None:
-                self._budget_at = min(error.renews_at, self.clock() + self.budget_every)
+                self._budget_at = min(
+                    error.renews_at, self.batches.clock() + self.batches.budget_every
+                )
                 self.over_budget = error
             else:
                 self._stop(error)
