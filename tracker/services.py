@@ -27,8 +27,7 @@ from tracker.operations.tracing import Wrap, tracing, untraced
 from tracker.polling.changes import Broadcaster
 from tracker.polling.contacts import Contacts
 from tracker.polling.follow import Follower
-from tracker.polling.pauses import Coalescer
-from tracker.polling.poll import DurationBook, Poller
+from tracker.polling.poll import Coalescer, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
 from tracker.receiving.apply import Applier

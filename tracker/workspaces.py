@@ -273,7 +273,13 @@ class Workspaces:
             configured = workspace.configured_id
             if configured is not None and configured != workspace_id:
                 # A key that sees several may have been used for another of them before.
-                if not await _sees(client, configured, seconds):
+                try:
+                    sees = await client.sees(configured, deadline=seconds)
+                except FloraError as error:
+                    if not _has_no_such_list(error):
+                        raise
+                    sees = False
+                if not sees:
                     raise _other_key(configured, [workspace_id])
                 workspace_id = configured
             if workspace.is_top:
@@ -377,16 +383,6 @@ async def _ask_flora(client: FloraClient, configured: str | None, deadline: floa
         return None
     named = [item.workspace_id for item in page.items if item.workspace_id]
     return configured if configured in named else next(iter(named), None)
-
-
-async def _sees(client: FloraClient, workspace_id: str, deadline: float) -> bool:
-    """Whether FLORA says that the key sees this workspace. Raises as `_ask_flora` does."""
-    try:
-        return await client.sees(workspace_id, deadline=deadline)
-    except FloraError as error:
-        if not _has_no_such_list(error):
-            raise
-        return False
 
 
 def _has_no_such_list(error: FloraError) -> bool:

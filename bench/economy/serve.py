@@ -3,9 +3,9 @@
 import os
 
 from tracker.cli import main
-from tracker.polling import pauses
+from tracker.polling import poll
 
 if __name__ == "__main__":
     if "BENCH_LONGEST_GATHER" in os.environ:
-        pauses.LONGEST_PAUSE = float(os.environ["BENCH_LONGEST_GATHER"])  # type: ignore[misc]
+        poll.LONGEST_PAUSE = float(os.environ["BENCH_LONGEST_GATHER"])  # type: ignore[misc]
     main()

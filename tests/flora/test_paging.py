@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tracker.core.errors import FloraUnreadable
-from tracker.flora.cursors import pages
+from tracker.flora.client import pages
 from tracker.flora.parse import Page
 
 Read = Callable[[str | None], Awaitable[Page[str]]]

@@ -18,8 +18,7 @@ from tracker.core.record import Delivery, DeliveryOutcome, Entry, Observed
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
 from tracker.flora import parse
-from tracker.receiving.apply import apply_waiting
-from tracker.receiving.parsed import ParsedDelivery
+from tracker.receiving.apply import ParsedDelivery, apply_waiting
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries.runs import events

@@ -37,8 +37,7 @@ from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.waiting import cancel
 from tracker.flora.parse import digest_id
-from tracker.receiving.apply import SAMPLES, Applier, apply_waiting
-from tracker.receiving.parsed import ParsedDelivery
+from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_waiting
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read

@@ -25,14 +25,14 @@ from tracker.core.errors import (
     TrackerError,
 )
 from tracker.core.starts.budget import Budget, Budgets, Period
-from tracker.core.starts.row_keys import Input, RunNumber, batch_id, row_digests
+from tracker.core.starts.row_keys import Input, RunNumber, batch_id, digest_of, row_digests
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.batches.batches import BatchOutcome, BatchProgress
 from tracker.starting.batches.rows import BatchPlan, Retry, RowState
 from tracker.starting.sheets.sheet import SheetRefused, read_csv, sheet_of_objects
-from tracker.starting.start import Started, fingerprint
+from tracker.starting.start import Started
 from tracker.store import schema as tables
 from tracker.store.queries import batches, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow
@@ -330,7 +330,7 @@ async def test_a_row_that_another_process_is_sending_waits_its_turn(
         workspace_id="ws_simulator",
         idempotency_key=row.entry.key,
         technique_id="tech_icon-pack",
-        fingerprint=fingerprint("tech_icon-pack", row.inputs),
+        fingerprint=digest_of(["tech_icon-pack", row.inputs]),
         inputs=row.inputs,
         at=clock(),
     )

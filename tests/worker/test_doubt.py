@@ -458,14 +458,14 @@ async def test_a_dead_process_leaves_doubt(
     technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
     db = services.database
     await services.workspaces.id_of(workspace)
-    from tracker.starting.start import fingerprint
+    from tracker.core.starts.row_keys import digest_of
 
     await start_log.reserve(
         db,
         workspace_id="ws_simulator",
         idempotency_key="key-1",
         technique_id=technique_id,
-        fingerprint=fingerprint(technique_id, PROMPT),
+        fingerprint=digest_of([technique_id, PROMPT]),
         inputs=PROMPT,
         at=clock(),
     )

@@ -114,12 +114,6 @@ def as_number(value: object) -> int | float | None:
     return value if -LARGEST_NUMBER < value < LARGEST_NUMBER else None
 
 
-def as_percent(value: object) -> float | None:
-    """A number, clamped to 0 to 100."""
-    number = as_number(value)
-    return None if number is None else float(min(max(number, 0), 100))
-
-
 def as_time(value: object) -> datetime | None:
     """A Unix time in seconds or milliseconds, or ISO 8601 with a zone, as aware UTC; 1970 and
     before mean "never"."""
@@ -209,7 +203,7 @@ def run(
     if name is None and source not in (Source.START, Source.HISTORY):
         raise FloraUnreadable(f"run {run_id} has no status")
     lacks_status = True if name is None and source is Source.HISTORY else None
-    technique = as_object(fields.get("technique"))
+    technique, progress = as_object(fields.get("technique")), as_number(fields.get("progress"))
     skew = None
     if clock_offset is not None and abs(clock_offset) > CLOCKS_AGREE:  # as far as a date shows
         skew = clock_offset.total_seconds()
@@ -218,7 +212,7 @@ def run(
         source=source,
         at=at,
         status=RunStatus.PENDING if name is None else status_of(name),
-        progress=as_percent(fields.get("progress")),
+        progress=None if progress is None else float(min(max(progress, 0), 100)),
         run_type=as_id(fields.get("run_type")) or run_type,
         workspace_id=as_id(fields.get("workspace_id")),
         project_id=as_id(fields.get("project_id")),

@@ -316,18 +316,14 @@ class Broadcaster:
     async def _send_next(self) -> None:
         await self._send_new()
         await asyncio.sleep(COALESCE_SECONDS)
-        await self._wait()
+        if not self._gaps.waiting:
+            listening = self._db.dialect != "sqlite" and self._signals.listening
+            seconds = LISTENING_POLL_SECONDS if listening else self.poll_seconds
+            await wait_for(self._woken, seconds)
 
     def _on_signal(self, run_ids: Sequence[str]) -> None:
         self._signalled.update(run_ids)
         self._woken.set()
-
-    async def _wait(self) -> None:
-        if self._gaps.waiting:
-            return
-        listening = self._db.dialect != "sqlite" and self._signals.listening
-        seconds = LISTENING_POLL_SECONDS if listening else self.poll_seconds
-        await wait_for(self._woken, seconds)
 
     async def _find_position(self) -> None:
         """Find the number after which readers follow, so that "from now on" misses nothing.

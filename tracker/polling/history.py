@@ -24,9 +24,8 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Observation
 from tracker.core.run import RunType
-from tracker.flora import cursors
-from tracker.flora.client import FloraClient, HistoryPage
-from tracker.flora.cursors import cursor_at, offset_of
+from tracker.flora import client as flora
+from tracker.flora.client import FloraClient, HistoryPage, circular, cursor_at, offset_of
 
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""
@@ -95,7 +94,7 @@ def pages(
     `FloraUnreadable` if the cursors form a circle, and what the client raises.
     """
     read = partial(client.history, limit=PAGE_SIZE, technique_id=technique_id, fresh=fresh)
-    return cursors.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
+    return flora.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
 
 
 def oldest(items: Sequence[Observation]) -> datetime | None:
@@ -169,11 +168,11 @@ class _Position:
         following = offset_of(next_cursor)
         if following is None or self.offset is None:
             if next_cursor in self._passed:
-                raise cursors.circular()
+                raise circular()
             self._passed.add(next_cursor)
             self.follow(next_cursor)
         elif following <= self.offset:
-            raise cursors.circular()
+            raise circular()
         elif self.limit > 2 * OVERLAP and following - OVERLAP > self.offset:
             self.shared = {item.run_id for item in page.items}
             self.move_to(following - OVERLAP)
@@ -268,12 +267,13 @@ class HistoryWalk:
                     if not at.skip_items(SKIPS if any_read else FIRST_SKIPS):
                         raise PageUnreadable(hole, error) from error
                 continue
-            if placed and below and at.offset and _begins_below(page, below):
-                at.move_to(0)
+            first = _times(page.items)[:EDGE]
+            if placed and below and at.offset and first and min(first) < below:
+                at.move_to(0)  # it begins too far down after all
                 placed = False
                 seam.begin(from_top=True)
-            elif at.offset and at.shared and _has_shifted(page, at.shared):
-                at.step_back()
+            elif at.offset and at.shared and _lacks_all(at.shared, page):
+                at.step_back()  # the list has shifted
             else:
                 placed, any_read = False, True
                 for part in seam.join(page, at.shared, at.cursor):
@@ -334,14 +334,7 @@ class HistoryWalk:
         return isinstance(error, FloraUnreadable) or stubborn
 
 
-def _begins_below(page: HistoryPage, moment: datetime) -> bool:
-    """Whether a page begins too far down after all."""
-    first = _times(page.items)[:EDGE]
-    return bool(first) and min(first) < moment
-
-
-def _has_shifted(page: HistoryPage, shared: set[str]) -> bool:
-    """Whether a page lacks all that it should share with the page before."""
+def _lacks_all(shared: set[str], page: HistoryPage) -> bool:
     return shared.isdisjoint(item.run_id for item in page.items) and not page.unreadable
 
 

@@ -1,10 +1,10 @@
 """Reading one run, in the first way that works, and what to write of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger, log_context
@@ -40,13 +40,6 @@ class SingleRead:
     silent: bool = False
     reads: int = 0
     others: list[Observation] = field(default_factory=list)
-
-
-class _How(TypedDict):
-    """How each way of reading a run is tried."""
-
-    deadline: float
-    fresh: bool
 
 
 @dataclass(eq=False)
@@ -161,9 +154,34 @@ async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead
     runs too. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which
     say nothing about the run.
     """
-    found = SingleRead()
+    found, run_id = SingleRead(), run.run_id
+    how: dict[str, Any] = {"deadline": CALL_SECONDS, "fresh": fresh}
+
+    async def on_newest_page() -> Observation | None:
+        page = await client.history(**how)
+        found.others += [item for item in page.items if item.run_id != run_id]
+        listed = next((item for item in page.items if item.run_id == run_id), None)
+        if listed is None:
+            return None
+        if listed.details or not (listed.precedence.ended or listed.lacks_status):
+            return listed
+        found.others.append(listed)  # it names the technique, which a single read does not
+        if listed.technique_id is None:
+            return None
+        found.reads += 1
+        return await client.get_run(listed.technique_id, run_id, **how)
+
+    ways: list[Callable[[], Awaitable[Observation | None]]] = []
+    if run.poll_url:
+        ways.append(partial(client.follow, run.poll_url, run_id, **how))
+    if run.run_type != "generation":
+        technique_id = run.technique_id
+        ways.append(
+            partial(client.get_run, technique_id, run_id, **how) if technique_id else on_newest_page
+        )
+    ways.append(partial(client.get_any_run, run_id, **how))
     denied = doubtful = False
-    async for way in _ways(client, run, found, fresh=fresh):
+    for way in ways:
         found.reads += 1
         try:
             found.observation = await way()
@@ -185,34 +203,3 @@ async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead
             return found
     found.missing = denied and not doubtful
     return found
-
-
-async def _ways(
-    client: FloraClient, run: Run, found: SingleRead, *, fresh: bool
-) -> AsyncIterator[Callable[[], Awaitable[Observation | None]]]:
-    """The ways to read `run`, cheapest first; a way that returns `None` has not found it."""
-    run_id, how = run.run_id, _How(deadline=CALL_SECONDS, fresh=fresh)
-    if run.poll_url:
-        yield partial(client.follow, run.poll_url, run_id, **how)
-    if run.run_type != "generation" and run.technique_id:
-        yield partial(client.get_run, run.technique_id, run_id, **how)
-    elif run.run_type != "generation":
-        listed: list[Observation] = []
-
-        async def on_newest_page() -> Observation | None:
-            page = await client.history(**how)
-            listed.extend(item for item in page.items if item.run_id == run_id)
-            found.others.extend(item for item in page.items if item.run_id != run_id)
-            whole = [
-                item
-                for item in listed
-                if item.details or not (item.precedence.ended or item.lacks_status)
-            ]
-            return whole[0] if whole else None
-
-        yield on_newest_page
-        for item in listed:
-            found.others.append(item)  # it names the technique, which a single read does not
-            if item.technique_id:
-                yield partial(client.get_run, item.technique_id, run_id, **how)
-    yield partial(client.get_any_run, run_id, **how)

@@ -40,8 +40,7 @@ from tracker.core.run import RunType
 from tracker.core.waiting import cancel, repeat, to_its_end
 from tracker.polling.history import HistoryWalk, Hole, PageUnreadable, WalkedPage
 from tracker.polling.listed import attributed_page, without_removed
-from tracker.polling.pauses import Coalescer
-from tracker.polling.poll import DurationBook
+from tracker.polling.poll import Coalescer, DurationBook
 from tracker.store import claims
 from tracker.store.queries import runs, sweeps
 from tracker.store.queries.sweeps import Gap, Interval
@@ -124,22 +123,18 @@ class Sweeper(Service):
         sweeps if the database can be written. Raises `SettingsError` if the workspace has no key.
         """
         workspace.require_client()
-        sweep = _Sweep(self, workspace, since)
+        sweep, renewing = _Sweep(self, workspace, since), None
+        report = sweep.report
         try:
-            sweep.report.skipped = not await sweep.hold()
-        except asyncio.CancelledError:  # the lease may be taken all the same
-            await self._drop(sweep.lease)
-            raise
-        if sweep.report.skipped:
-            return sweep.report
-        renewing = asyncio.create_task(repeat("sweep lease", sweep.renew))
-        try:
-            await sweep.run()
+            report.skipped = not await sweep.hold()
+            if not report.skipped:
+                renewing = asyncio.create_task(repeat("sweep lease", sweep.renew))
+                await sweep.run()
         finally:
-            # Two writes, one after the other.
-            ending = self._drop(sweep.lease, renewing)
-            await to_its_end(ending, seconds=2 * claims.LEASE_SECONDS)
-        return sweep.report
+            if not report.skipped:  # if taking it was cancelled, it may be taken all the same
+                ending = self._drop(sweep.lease, renewing)  # two writes, one after the other
+                await to_its_end(ending, seconds=2 * claims.LEASE_SECONDS)
+        return report
 
     async def _drop(self, lease: str, renewing: "asyncio.Task[None] | None" = None) -> None:
         await cancel(renewing)  # else it might take back what is dropped
@@ -164,7 +159,7 @@ class _Sweep:
         self._through: dict[RunType, datetime | None] = {}
 
     async def hold(self) -> bool:
-        """Take or renew the lease; false if another process has it."""
+        """Take or renew the lease."""
         return await claims.take_lease(
             self._database, self.lease, self._sweeper.process, self._clock(), self._sweeper.lease
         )

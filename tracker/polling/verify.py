@@ -28,7 +28,7 @@ SETTLES_WITHIN: Final = timedelta(minutes=10)
 Problem = Literal["missing", "status", "cost", "outputs", "not_listed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Difference:
     """One difference: `here` and `flora` are the two sides.
 
@@ -118,19 +118,12 @@ class Verifier(Service):
                     if floor < top:
                         among = self.workspaces.claimable(workspace)
                         span = (floor, min(top, settled_until))
-                        for run_id, created_at, status in await runs.created_within(
-                            self.database, among, kind, span
-                        ):
-                            if run_id not in listed:
-                                report.differences.append(
-                                    Difference(
-                                        run_id=run_id,
-                                        run_type=kind,
-                                        problem="not_listed",
-                                        created_at=iso_time(created_at),
-                                        here=status,
-                                    )
-                                )
+                        created = await runs.created_within(self.database, among, kind, span)
+                        report.differences += [
+                            Difference(run_id, kind, "not_listed", iso_time(created_at), here=here)
+                            for run_id, created_at, here in created
+                            if run_id not in listed
+                        ]
                         top = floor
                     if floor <= start:
                         break
@@ -159,14 +152,7 @@ class Verifier(Service):
                 continue
             created_at = iso_time(item.created_at) if item.created_at else ""
             report.differences += [
-                Difference(
-                    run_id=item.run_id,
-                    run_type=kind,
-                    problem=problem,
-                    created_at=created_at,
-                    here=ours,
-                    flora=theirs,
-                )
+                Difference(item.run_id, kind, problem, created_at, here=ours, flora=theirs)
                 for problem, ours, theirs in _differences(record, item)
             ]
             report.unsettled += record is not None and record.recheck_at is not None

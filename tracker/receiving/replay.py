@@ -18,8 +18,7 @@ from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.flora import parse
-from tracker.receiving.apply import Applier
-from tracker.receiving.parsed import parse_stored
+from tracker.receiving.apply import Applier, parse_stored
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.deliveries import DeliveryRow, get_delivery

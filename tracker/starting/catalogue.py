@@ -29,7 +29,7 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.starts.inputs import Port, Technique, check, typed
-from tracker.flora.cursors import pages as pages_of
+from tracker.flora.client import pages as pages_of
 from tracker.flora.technique import ports
 from tracker.store import claims
 from tracker.store.queries import techniques

@@ -229,7 +229,7 @@ class Starter(Service):
                 workspace_id=workspace_id,
                 idempotency_key=key,
                 technique_id=technique_id,
-                fingerprint=fingerprint(technique_id, request.inputs),
+                fingerprint=digest_of([technique_id, request.inputs]),
                 inputs=request.inputs,
                 at=self.clock(),
                 callback_token=callback_token(call.workspace.require_client(), workspace_id, key),
@@ -280,7 +280,7 @@ def _unresolved(row: StartRow) -> StartUnresolved:
 
 def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     """Raise `IdempotencyConflict` if the key was kept for another request."""
-    if row.fingerprint != fingerprint(technique_id, request.inputs):
+    if row.fingerprint != digest_of([technique_id, request.inputs]):
         differs = "another technique or other inputs"
     elif not row.is_fresh and (row.tags or {}) != (request.tags or {}):
         differs = "a run with other tags"
@@ -289,11 +289,6 @@ def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     raise IdempotencyConflict(
         f"idempotency key {row.idempotency_key!r} was used before for {differs}"
     )
-
-
-def fingerprint(technique_id: str, inputs: list[dict[str, Any]]) -> str:
-    """A digest of technique and inputs."""
-    return digest_of([technique_id, inputs])
 
 
 @dataclass(kw_only=True, eq=False)

@@ -54,7 +54,7 @@ class WorkerTimes:
     one."""
     round_every: float = 1.0
     """At least, between two rounds of polling. A single callback is followed at once;
-    `tracker.polling.pauses.Coalescer` decides how long many wait to share their pages."""
+    `tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
     recover_every: timedelta = timedelta(seconds=30)
     """How often starts are recovered whose caller is gone."""
     watch_clock_every: float = 2.0

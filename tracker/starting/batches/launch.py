@@ -13,7 +13,7 @@ others are started, and its outcome is waited for at the end.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -41,7 +41,6 @@ from tracker.core.record import Record
 from tracker.flora.technique import runs_of
 from tracker.starting.batches.rows import BatchPlan, RowState
 from tracker.starting.start import StartRequest
-from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts
 from tracker.store.queries.batches import BatchRow
@@ -145,14 +144,16 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._costs = _LaunchCosts(self.plan, self.batches.database, self.order.max_cost)
+        self._spent: dict[str, Decimal] = {}
+        self._rows: dict[str, RowState] = {}
+        self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self.broken_off = False
         self.errors: dict[int, str] = {}
         self.stopped: TrackerError | None = None
         for row in counted:
             if row.record is not None:
-                self._costs.count(row, row.record)
+                self._count(row, row.record)
         for row in self.plan.missing:
             if row.start is not None and row.start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
@@ -254,10 +255,11 @@ class BatchLaunch:
                 started = await read.get_run(self.batches.database, found.run_id or "")
                 row = self._doubt.pop(key)
                 if started is not None:
-                    self._costs.count(row, started)
+                    self._count(row, started)
             elif found.state is StartState.UNRESOLVED:
                 row = self._doubt.pop(key)
-                self._costs.count_unresolved(row)
+                # It may have been started and paid.
+                self._spent[key] = self.plan.cost_of(row) or Decimal(0)
                 self.errors[row.entry.position] = "it is not known whether it was started"
 
     async def _work(self) -> None:
@@ -277,15 +279,6 @@ class BatchLaunch:
                     del self._starting[row.entry.key]
         except StoreError as error:
             self._stop(error)
-
-    async def _fits(self, row: RowState) -> bool:
-        """Whether the row's price fits into the maximum cost; else the launch stops."""
-        await self._costs.read_charges()
-        begun = [one for one in self._starting.values() if one is not row]
-        excess = self._costs.excess(row, [*begun, *self._doubt.values()])
-        if excess is not None:
-            self._stop(excess)
-        return excess is None
 
     async def _start(self, row: RowState) -> None:
         key, workspace_id = row.entry.key, self.plan.batch.workspace_id
@@ -329,7 +322,7 @@ class BatchLaunch:
             self.over_budget = None
             self._worked_at = time.monotonic()
             self._silent.clear()
-            self._costs.count(row, started.record)
+            self._count(row, started.record)
 
     def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
@@ -351,57 +344,45 @@ class BatchLaunch:
             log.warning("batch.stopped", error=str(error), left=self.left)
             self.stopped = error
 
+    # What the runs cost, to keep them within the maximum that was ordered
 
-class _LaunchCosts:
-    """The costs of the runs of a plan, which may be `max_cost` USD in all; `None` is no maximum."""
-
-    def __init__(self, plan: BatchPlan, database: Database, max_cost: Decimal | None) -> None:
-        self._plan = plan
-        self._database = database
-        self._max_cost = max_cost
-        self._spent: dict[str, Decimal] = {}
-        self._rows: dict[str, RowState] = {}
-        self._read_at = time.monotonic()
-
-    def count(self, row: RowState, record: Record) -> None:
+    def _count(self, row: RowState, record: Record) -> None:
         """Count what a row costs by its first run: its charge, or what it may cost until then.
 
         FLORA's answer to a start of several runs names no other; these count as much, at least
         their price.
         """
-        run, price = record.run, record.reserved_cost or self._plan.technique.run_cost or Decimal(0)
+        run, price = record.run, record.reserved_cost or self.plan.technique.run_cost or Decimal(0)
         cost = run.charged_cost
         if cost is None:
             cost = Decimal(0) if record.cost_final else max(run.quoted_cost or price, price)
-        others = runs_of(self._plan.technique, row.inputs or []) - 1
+        others = runs_of(self.plan.technique, row.inputs or []) - 1
         self._spent[run.run_id] = cost + others * max(cost, price)
         self._rows[run.run_id] = row
 
-    def count_unresolved(self, row: RowState) -> None:
-        """Count the price of a row of which it is not known whether it was started and paid."""
-        self._spent[row.entry.key] = self._plan.cost_of(row) or Decimal(0)
-
-    async def read_charges(self) -> None:
-        """Read what the runs were charged by now, if there is a maximum. Raises `StoreError`."""
-        if self._max_cost is None or time.monotonic() - self._read_at < CHARGES_EVERY:
-            return
-        for run_id, record in (await read.get_runs(self._database, list(self._rows))).items():
-            self.count(self._rows[run_id], record)
-        self._read_at = time.monotonic()
-
-    def excess(self, row: RowState, begun: Iterable[RowState]) -> MaxCostReached | None:
-        """Why a row may not be started while others have `begun`, whose runs are not known yet;
-        `None` if it may."""
-        if self._max_cost is None:
-            return None
-        cost = self._plan.cost_of(row)
+    async def _fits(self, row: RowState) -> bool:
+        """Whether the row's price fits into the maximum cost; else the launch stops."""
+        limit = self.order.max_cost
+        if limit is None:
+            return True
+        if time.monotonic() - self._charges_read_at >= CHARGES_EVERY:
+            charged = await read.get_runs(self.batches.database, list(self._rows))
+            for run_id, record in charged.items():
+                self._count(self._rows[run_id], record)
+            self._charges_read_at = time.monotonic()
+        cost = self.plan.cost_of(row)
         if cost is None:
-            return MaxCostReached("FLORA shows no price to compare with the maximum cost")
-        reserved = [self._plan.cost_of(one) or Decimal(0) for one in begun]
+            self._stop(MaxCostReached("FLORA shows no price to compare with the maximum cost"))
+            return False
+        # The runs of those that have begun are not known yet.
+        begun = [one for one in self._starting.values() if one is not row]
+        reserved = [self.plan.cost_of(one) or Decimal(0) for one in (*begun, *self._doubt.values())]
         committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
-        if committed + cost <= self._max_cost:
-            return None
-        return MaxCostReached(
-            f"quotes and charges are {money(committed)}, and another row could exceed the maximum "
-            f"cost of {money(self._max_cost)}"
-        )
+        if committed + cost > limit:
+            self._stop(
+                MaxCostReached(
+                    f"quotes and charges are {money(committed)}, and another row could exceed the "
+                    f"maximum cost of {money(limit)}"
+                )
+            )
+        return committed + cost <= limit
