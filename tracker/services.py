@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from typing import Final, TypedDict
@@ -70,59 +69,204 @@ CLOSE_SECONDS: Final = 5.0
 what is cut short is done by another process or by the next start."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """Everything that commands, the web and the worker call."""
+class _Shared(TypedDict):
+    """The fields of every `Service`."""
 
-    settings: Settings
-    rotation: Rotation
+    database: Database
+    workspaces: Workspaces
     clock: SharedClock
     process: str
-    metrics: Metrics
-    traced: Wrap
-    database: Database
-    writer: Writer
-    inbox: Inbox
-    signals: Signals
-    changes: Broadcaster
-    workspaces: Workspaces
-    contacts: Contacts
-    catalogue: Catalogue
-    catalogue_sync: CatalogueSync
-    receiver: Receiver
-    applier: Applier
-    replayer: Replayer
-    pruner: Pruner
-    refusals: Refusals
-    starter: Starter
-    budgets: BudgetReader
-    batches: Batches
-    batch_orders: BatchOrders
-    batch_worker: BatchWorker
-    recovery: Recovery
-    resolver: StartResolver
-    tracker: RunTracker
-    poller: Poller
-    sweeper: Sweeper
-    verifier: Verifier
-    follower: Follower
-    explainer: Explainer
-    downloader: Downloader
-    webhooks: Webhooks
+
+
+class Services:
+    """Everything that commands, the web and the worker call; `open_services` opens it."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
+        self.settings = rotation.settings
 
     @property
     def recheck_every(self) -> timedelta:
         """How often settled runs whose bills are due are read again."""
         return min(self.settings.policy.cost_recheck, LONGEST_RECHECK)
 
-
-class _Shared(TypedDict):
-    """The fields of every `Service`, and of `Services`."""
-
-    database: Database
-    workspaces: Workspaces
-    clock: SharedClock
-    process: str
+    async def open(
+        self,
+        stack: ClosingStack,
+        *,
+        background: bool,
+        traces: bool,
+        wall: Clock | None,
+        seconds: Callable[[], float] | None,
+        handlers: Sequence[Handler],
+    ) -> None:
+        """Open each part, which `stack` closes. The parameters and errors are those of
+        `open_services`."""
+        rotation, settings = self.rotation, self.settings
+        receivers = _receivers(settings, handlers)
+        self.database = database = await stack.enter_async_context(
+            migrate.open_database(
+                settings.tracker_database_url, history_since=settings.tracker_history_since
+            )
+        )
+        if background and (trouble := database.url.tls_trouble):
+            log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
+        self.clock = clock = await stack.open(
+            "clock", shared_clock(database, wall=wall, seconds=seconds)
+        )
+        self.traced: Wrap = untraced
+        if traces:
+            self.traced = await stack.open("tracing", tracing(database.engines))
+        self.metrics = metrics = Metrics(clock=clock)
+        stack.on_close("metrics", metrics.aclose)
+        self.process = process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        seconds_a_call = JOB_SECONDS if background else CALLER_SECONDS
+        self.workspaces = workspaces = _workspaces(
+            rotation, database, clock, metrics, process=process, seconds=seconds_a_call
+        )
+        for workspace in workspaces.keyed:
+            stack.on_close("client", workspace.require_client().aclose)
+        shared: _Shared = {
+            "database": database,
+            "workspaces": workspaces,
+            "clock": clock,
+            "process": process,
+        }
+        self.contacts = contacts = await stack.open(
+            "contacts", Contacts(**shared, background=background)
+        )
+        durations = DurationBook(database, seconds=clock.seconds)
+        self.signals = signals = Signals(database)
+        # These two before the writers, so that they are closed after them and see the last commits.
+        self.webhooks = webhooks = Webhooks(
+            database=database,
+            signals=signals,
+            endpoints=map(endpoint_of, settings.endpoints),
+            body=message_body,
+            process=process,
+            clock=clock,
+            on_attempt=[metrics.attempted],
+            handlers=handlers,
+        )
+        stack.on_close("webhooks", webhooks.aclose)
+        # Each on its own: a secret that one of them refuses does not keep the other from its own.
+        rotation.follow(partial(_rotate, workspaces))
+        rotation.follow(
+            lambda now: webhooks.rotate({one.id: endpoint_of(one).secrets for one in now.endpoints})
+        )
+        compactor = RollupCompactor(database, background=background)
+        rules = MergeRules(settings.policy, durations.of)
+        on_commit = [signals.committed, compactor.committed, metrics.committed]
+        on_write = [metrics.written]
+        self.applier = applier = Applier(
+            database,
+            workspaces=workspaces,
+            rules=rules,
+            clock=clock,
+            background=background,
+            on_commit=on_commit,
+            on_applied=[metrics.applied],
+            on_write=on_write,
+        )
+        signals.when_inbox_waits(applier.wake)
+        if background:
+            await stack.open("signals", signals)
+        await stack.open("compactor", compactor)
+        on_commit = [*on_commit, applier.committed]
+        self.writer = writer = await stack.open(
+            "writer", Writer(database, rules=rules, on_commit=on_commit, on_write=on_write)
+        )
+        await stack.open("applier", applier)
+        self.inbox = inbox = await stack.open(
+            "inbox", Inbox(database, on_stored=applier.stored, on_write=on_write)
+        )
+        self.receiver = Receiver(
+            inbox=inbox,
+            workspaces=workspaces,
+            tolerance=settings.tracker_signature_tolerance,
+            clock=clock.shown,
+            find_new_secrets=rotation.check,
+        )
+        self.replayer = Replayer(**shared, applier=applier)
+        self.budgets = BudgetReader(**shared, budgets=settings.all_budgets)
+        metrics.create_series(workspaces, receivers)
+        metrics.watch(
+            ProcessGauges(
+                metrics,
+                waiting=lambda: writer.waiting + inbox.waiting,
+                is_stale=lambda: rotation.stale is not None,
+                workspaces=workspaces,
+                contacts=contacts,
+                sweep_seconds=cache(
+                    partial(longest_wait, settings.tracker_reconcile_cron, clock())
+                ),
+                clock=clock,
+            ),
+            DatabaseGauges(**shared, contacts=contacts, budgets=self.budgets),
+        )
+        self.catalogue = Catalogue(**shared)
+        self.catalogue_sync = CatalogueSync(**shared)
+        matcher = StartMatcher(**shared, writer=writer)
+        stack.on_close("matcher", matcher.aclose)
+        sender = StartSender(**shared, matcher=matcher, callback_url=settings.callback_url)
+        self.recovery = Recovery(
+            **shared, matcher=matcher, sender=sender, doubt=settings.tracker_start_doubt
+        )
+        self.resolver = StartResolver(**shared, matcher=matcher)
+        coalescer = Coalescer(clock.seconds)
+        self.poller = poller = Poller(
+            **shared,
+            writer=writer,
+            durations=durations,
+            coalescer=coalescer,
+            policy=settings.policy,
+        )
+        rotation.follow(lambda _: poller.backoff.clear())  # its key may be good now
+        rotation.follow(lambda _: signals.wake_due())
+        self.sweeper = Sweeper(
+            **shared,
+            writer=writer,
+            durations=durations,
+            coalescer=coalescer,
+            first_since=settings.tracker_history_since,
+        )
+        self.verifier = Verifier(**shared)
+        self.tracker = RunTracker(**shared, writer=writer, poller=poller, catalogue=self.catalogue)
+        self.starter = Starter(
+            **shared,
+            catalogue=self.catalogue,
+            durations=durations,
+            sender=sender,
+            recovery=self.recovery,
+            deadline=START_SECONDS,
+            budgets=settings.all_budgets,
+            on_over_budget=metrics.over_budget,
+        )
+        stack.on_close("starter", self.starter.aclose)
+        self.follower = Follower(**shared, signals=signals, poller=poller)
+        self.changes = Broadcaster(database, signals)
+        stack.on_close("changes", self.changes.aclose)
+        self.batches = Batches(
+            **shared,
+            catalogue=self.catalogue,
+            starter=self.starter,
+            recovery=self.recovery,
+            poller=poller,
+        )
+        self.batch_worker = BatchWorker(
+            **shared, batches=self.batches, concurrency=settings.tracker_api_concurrency
+        )
+        self.batch_orders = BatchOrders(
+            **shared, budgets=settings.all_budgets, on_order=self.batch_worker.wake
+        )
+        self.explainer = Explainer(
+            **shared, contacts=contacts, durations=durations, policy=settings.policy
+        )
+        self.downloader = Downloader(
+            database=database, follower=self.follower, changes=self.changes, clock=clock
+        )
+        self.pruner = Pruner(database=database, clock=clock)
+        self.refusals = await stack.open("refusals", Refusals(database, clock=clock))
 
 
 @asynccontextmanager
@@ -149,192 +293,19 @@ async def open_services(
     the id of an endpoint.
     """
     rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
-    settings = rotation.settings
-    receivers = _receivers(settings, handlers)
-    redact_also(settings.secret_values)
+    redact_also(rotation.settings.secret_values)
     rotation.follow(lambda rotated: redact_also(rotated.secret_values))
+    services = Services(rotation)
     async with ClosingStack(CLOSE_SECONDS) as stack:
-        database = await stack.enter_async_context(
-            migrate.open_database(
-                settings.tracker_database_url, history_since=settings.tracker_history_since
-            )
-        )
-        if background and (trouble := database.url.tls_trouble):
-            log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
-        clock = await stack.open("clock", shared_clock(database, wall=wall, seconds=seconds))
-        traced: Wrap = untraced
-        if background if traces is None else traces:
-            traced = await stack.open("tracing", tracing(database.engines))
-        metrics = Metrics(clock=clock)
-        stack.on_close("metrics", metrics.aclose)
-        process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-        seconds_a_call = JOB_SECONDS if background else CALLER_SECONDS
-        workspaces = _workspaces(
-            rotation, database, clock, metrics, process=process, seconds=seconds_a_call
-        )
-        for workspace in workspaces.keyed:
-            stack.on_close("client", workspace.require_client().aclose)
-        shared: _Shared = {
-            "database": database,
-            "workspaces": workspaces,
-            "clock": clock,
-            "process": process,
-        }
-        contacts = await stack.open("contacts", Contacts(**shared, background=background))
-        durations = DurationBook(database, seconds=clock.seconds)
-        signals = Signals(database)
-        # These two before the writers, so that they are closed after them and see the last commits.
-        webhooks = Webhooks(
-            database=database,
-            signals=signals,
-            endpoints=map(endpoint_of, settings.endpoints),
-            body=message_body,
-            process=process,
-            clock=clock,
-            on_attempt=[metrics.attempted],
+        await services.open(
+            stack,
+            background=background,
+            traces=background if traces is None else traces,
+            wall=wall,
+            seconds=seconds,
             handlers=handlers,
         )
-        stack.on_close("webhooks", webhooks.aclose)
-        # Each on its own: a secret that one of them refuses does not keep the other from its own.
-        rotation.follow(partial(_rotate, workspaces))
-        rotation.follow(
-            lambda now: webhooks.rotate({one.id: endpoint_of(one).secrets for one in now.endpoints})
-        )
-        compactor = RollupCompactor(database, background=background)
-        rules = MergeRules(settings.policy, durations.of)
-        on_commit = [signals.committed, compactor.committed, metrics.committed]
-        applier = Applier(
-            database,
-            workspaces=workspaces,
-            rules=rules,
-            clock=clock,
-            background=background,
-            on_commit=on_commit,
-            on_applied=[metrics.applied],
-            on_write=[metrics.written],
-        )
-        signals.when_inbox_waits(applier.wake)
-        if background:
-            await stack.open("signals", signals)
-        await stack.open("compactor", compactor)
-        writer = await stack.open(
-            "writer",
-            Writer(
-                database,
-                rules=rules,
-                on_commit=[*on_commit, applier.committed],
-                on_write=[metrics.written],
-            ),
-        )
-        await stack.open("applier", applier)
-        inbox = await stack.open(
-            "inbox", Inbox(database, on_stored=applier.stored, on_write=[metrics.written])
-        )
-        budgets = BudgetReader(**shared, budgets=settings.all_budgets)
-        metrics.create_series(workspaces, receivers)
-        metrics.watch(
-            ProcessGauges(
-                metrics,
-                waiting=lambda: writer.waiting + inbox.waiting,
-                is_stale=lambda: rotation.stale is not None,
-                workspaces=workspaces,
-                contacts=contacts,
-                sweep_seconds=cache(
-                    partial(longest_wait, settings.tracker_reconcile_cron, clock())
-                ),
-                clock=clock,
-            ),
-            DatabaseGauges(**shared, contacts=contacts, budgets=budgets),
-        )
-        catalogue = Catalogue(**shared)
-        matcher = StartMatcher(**shared, writer=writer)
-        stack.on_close("matcher", matcher.aclose)
-        sender = StartSender(**shared, matcher=matcher, callback_url=settings.callback_url)
-        recovery = Recovery(
-            **shared, matcher=matcher, sender=sender, doubt=settings.tracker_start_doubt
-        )
-        coalescer = Coalescer(clock.seconds)
-        poller = Poller(
-            **shared,
-            writer=writer,
-            durations=durations,
-            coalescer=coalescer,
-            policy=settings.policy,
-        )
-        rotation.follow(lambda _: poller.backoff.clear())  # its key may be good now
-        rotation.follow(lambda _: signals.wake_due())
-        starter = Starter(
-            **shared,
-            catalogue=catalogue,
-            durations=durations,
-            sender=sender,
-            recovery=recovery,
-            deadline=START_SECONDS,
-            budgets=settings.all_budgets,
-            on_over_budget=metrics.over_budget,
-        )
-        stack.on_close("starter", starter.aclose)
-        follower = Follower(**shared, signals=signals, poller=poller)
-        changes = Broadcaster(database, signals)
-        stack.on_close("changes", changes.aclose)
-        batches = Batches(
-            **shared, catalogue=catalogue, starter=starter, recovery=recovery, poller=poller
-        )
-        batch_worker = BatchWorker(
-            **shared, batches=batches, concurrency=settings.tracker_api_concurrency
-        )
-        yield Services(
-            **shared,
-            settings=settings,
-            rotation=rotation,
-            metrics=metrics,
-            traced=traced,
-            writer=writer,
-            inbox=inbox,
-            signals=signals,
-            changes=changes,
-            contacts=contacts,
-            catalogue=catalogue,
-            catalogue_sync=CatalogueSync(**shared),
-            applier=applier,
-            receiver=Receiver(
-                inbox=inbox,
-                workspaces=workspaces,
-                tolerance=settings.tracker_signature_tolerance,
-                clock=clock.shown,
-                find_new_secrets=rotation.check,
-            ),
-            pruner=Pruner(database=database, clock=clock),
-            refusals=await stack.open("refusals", Refusals(database, clock=clock)),
-            replayer=Replayer(**shared, applier=applier),
-            starter=starter,
-            budgets=budgets,
-            batches=batches,
-            batch_orders=BatchOrders(
-                **shared, budgets=settings.all_budgets, on_order=batch_worker.wake
-            ),
-            batch_worker=batch_worker,
-            recovery=recovery,
-            resolver=StartResolver(**shared, matcher=matcher),
-            tracker=RunTracker(**shared, writer=writer, poller=poller, catalogue=catalogue),
-            poller=poller,
-            sweeper=Sweeper(
-                **shared,
-                writer=writer,
-                durations=durations,
-                coalescer=coalescer,
-                first_since=settings.tracker_history_since,
-            ),
-            verifier=Verifier(**shared),
-            follower=follower,
-            explainer=Explainer(
-                **shared, contacts=contacts, durations=durations, policy=settings.policy
-            ),
-            downloader=Downloader(
-                database=database, follower=follower, changes=changes, clock=clock
-            ),
-            webhooks=webhooks,
-        )
+        yield services
 
 
 def _receivers(settings: Settings, handlers: Sequence[Handler]) -> list[str]:
@@ -385,7 +356,6 @@ def _workspaces(
 
 
 def _rotate(workspaces: Workspaces, settings: Settings) -> None:
-    """Use the keys and signing secrets that are set now."""
     for configured in settings.all_workspaces:
         workspaces.rotate(
             settings.place_of(configured),

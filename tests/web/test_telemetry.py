@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from copy import copy
 
 import httpx
 import pytest
@@ -21,7 +21,8 @@ from tests.web.serving import serving
 from tracker.core.clock import utc_now
 from tracker.delivering.endpoint_client import send_test
 from tracker.operations import logs
-from tracker.operations.tracing import ENDPOINT, tracing, untraced
+from tracker.operations.tracing import ENDPOINT, Wrap, tracing, untraced
+from tracker.services import Services
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.web.app import build_app
@@ -39,6 +40,13 @@ def spans() -> Iterator[InMemorySpanExporter]:
     exporter.shutdown()
 
 
+def traced_by(traced: Wrap, services: Services) -> Services:
+    """The services, whose requests are traced."""
+    traced_services = copy(services)
+    traced_services.traced = traced
+    return traced_services
+
+
 async def test_a_callback_is_traced_to_the_statements(
     site: Site, spans: InMemorySpanExporter
 ) -> None:
@@ -47,7 +55,7 @@ async def test_a_callback_is_traced_to_the_statements(
     body = callbacks.event("run_traced")
     async with (
         tracing(site.services.database.engines, environ=ON, processor=processor) as traced,
-        serving(build_app(replace(site.services, traced=traced))) as base_url,
+        serving(build_app(traced_by(traced, site.services))) as base_url,
         httpx.AsyncClient(base_url=base_url) as client,
     ):
         spans.clear()
@@ -85,7 +93,7 @@ async def test_the_token_of_a_callback_address_shows_nowhere(
         processor = SimpleSpanProcessor(spans)
         async with (
             tracing(site.services.database.engines, environ=ON, processor=processor) as traced,
-            serving(build_app(replace(site.services, traced=traced))) as base_url,
+            serving(build_app(traced_by(traced, site.services))) as base_url,
             httpx.AsyncClient(base_url=base_url) as client,
         ):
             answers = [

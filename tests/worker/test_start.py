@@ -20,11 +20,12 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.observation import Source
+from tracker.core.starts.row_keys import digest_of
 from tracker.flora.client import start_body
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.matching import HistoryRead
-from tracker.starting.start import StartRequest, fingerprint
+from tracker.starting.start import StartRequest
 from tracker.store.queries import starts
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
@@ -147,7 +148,7 @@ async def reserve(services: Services, clock: HandClock, *, sent: bool = True) ->
         workspace_id="ws_simulator",
         idempotency_key=key,
         technique_id=technique_id,
-        fingerprint=fingerprint(technique_id, PROMPT),
+        fingerprint=digest_of([technique_id, PROMPT]),
         inputs=PROMPT,
         at=clock(),
     )

@@ -140,7 +140,6 @@ def _without_queries(run: Run) -> list[tuple[str, str, str]]:
 def _merge_cost(
     run: Run, observation: Observation, new: dict[str, Any], precedences: dict[str, int]
 ) -> None:
-    """Merge the quote or the bill."""
     cost = observation.charged_cost
     if not observation.shows_bill:
         if cost is not None and (run.quoted_cost is None or cost > run.quoted_cost):

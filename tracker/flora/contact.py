@@ -169,7 +169,6 @@ class Contact:
         self._log()
 
     def _log(self) -> None:
-        """Log each trouble once, and its end."""
         found = self.found
         if found is None:
             if self._logged is not None and not self.failing:

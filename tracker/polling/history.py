@@ -121,7 +121,6 @@ class _Position:
         self.cursor, self.offset = cursor_at(offset), offset
 
     def follow(self, cursor: str | None) -> None:
-        """Read on at a cursor of FLORA's that is no offset."""
         self.cursor, self.offset = cursor, None
 
     def may_have_expired(self, error: FloraError) -> bool:
@@ -134,7 +133,6 @@ class _Position:
         )
 
     def restart(self) -> None:
-        """Go to the top of the list."""
         self.move_to(0)
         self.limit = PAGE_SIZE
         self._passed_before = len(self._passed)

@@ -143,8 +143,6 @@ class Sweeper(Service):
 
 
 class _Sweep:
-    """One sweep of one workspace."""
-
     def __init__(self, sweeper: Sweeper, workspace: Workspace, since: timedelta | None) -> None:
         self.lease = f"sweep:{workspace.place}"
         self.report = SweepReport(workspace_id=workspace.name)
@@ -159,7 +157,6 @@ class _Sweep:
         self._through: dict[RunType, datetime | None] = {}
 
     async def hold(self) -> bool:
-        """Take or renew the lease."""
         return await claims.take_lease(
             self._database, self.lease, self._sweeper.process, self._clock(), self._sweeper.lease
         )

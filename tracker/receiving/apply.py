@@ -285,7 +285,6 @@ class Applier:
         return count
 
     async def _apply_next(self) -> None:
-        """Apply a group, and wait until there may be another."""
         self._woken.clear()
         began = self.monotonic()
         try:
@@ -312,7 +311,6 @@ class Applier:
             await self._notify(now)
 
     def _is_busy(self) -> bool:
-        """Whether storing has priority."""
         lengths = self._queue_lengths
         return bool(lengths) and sum(lengths) >= BUSY_FROM * len(lengths)
 

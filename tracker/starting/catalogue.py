@@ -257,7 +257,6 @@ class Catalogue(Service):
         return await techniques.by_slug(self.database, technique)
 
     def _is_current(self, known: TechniqueRow, key: _Key) -> bool:
-        """Whether the definition need not, or not yet, be read again."""
         now = self.clock()
         if known.defined_at is not None and abs(now - known.defined_at) < FRESH:
             return True

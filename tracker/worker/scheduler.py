@@ -189,7 +189,6 @@ class Worker:
         return run
 
     async def _reporting(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work; its failures are counted and logged."""
         try:
             await work()
         except TrackerError as error:
@@ -256,7 +255,6 @@ class Worker:
         )
 
     async def _poll_when_due(self) -> None:
-        """Poll when a run is due."""
         await self._until_due()
         await self._reporting("poll", self._poll)
 
@@ -305,7 +303,6 @@ class Worker:
 
 
 def _fields(report: object, *names: str) -> dict[str, object]:
-    """These attributes of a report, to be logged."""
     return {name: getattr(report, name) for name in names}
 
 

@@ -233,7 +233,6 @@ class BatchLaunch:
 
     @property
     def _waits_for_budget(self) -> bool:
-        """Whether no row begins now because a budget has no room."""
         return self._budget_at is not None and self.batches.clock() < self._budget_at
 
     def _queue_due(self) -> None:
