@@ -85,25 +85,22 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
     values: dict[str, Any] = {
         name: text for name in names if (text := environ.get(name.upper(), "").strip())
     }
-    file: _File | None = None
+    sources = dict.fromkeys(map(str.upper, values), "the environment")
+    states: dict[Path, FileState] = {}
+    variables: set[str] = set()
     if config := environ.get("TRACKER_CONFIG", "").strip():
         file = _File(Path(os.path.expanduser(config)), environ)
+        states, variables = file.states, file.variables
         for key, value in file.read().items():
             if key not in values and (found := file.resolve(value, key)) is not None:
-                values[key] = found
-                file.keys.add(key)
-    sources = {
-        name.upper(): str(file.path) if file and name in file.keys else "the environment"
-        for name in values
-    }
+                values[key], sources[key.upper()] = found, str(file.path)
     try:
         settings = Settings.model_validate(values)
-        unknown = _unknown(
-            environ, [name.upper() for name in names], file.variables if file else set()
-        )
-        return Loaded(settings, sources, file.states if file else {}, unknown)
     except ValidationError as invalid:
-        message = faults(invalid, file)
+        message = faults(invalid, sources)
+    else:
+        unknown = _unknown(environ, [name.upper() for name in names], variables)
+        return Loaded(settings, sources, states, unknown)
     # Raised outside of `except`: a chained validation error would carry the values.
     raise SettingsError(message)
 
@@ -129,8 +126,6 @@ class _File:
 
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
         self.path = path
-        self.keys: set[str] = set()
-        """The keys whose values come from this file."""
         self.states: dict[Path, FileState] = {}
         """The state of this file, and of those with its values, before they were read."""
         self.variables: set[str] = set()
@@ -138,13 +133,13 @@ class _File:
         self._environ = environ
 
     def read(self) -> dict[str, Any]:
+        named = f"TRACKER_CONFIG names {self.path}, which"
+        text = self._read_text(self.path, named)
         try:
-            return tomllib.loads(self._read_text(self.path))
-        except _UnreadableError as error:
-            fault = f"which cannot be read: {error}"
+            return tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            fault = f"which is not valid TOML: {error}"
-        raise SettingsError(f"TRACKER_CONFIG names {self.path}, {fault}")
+            fault = f"{named} is not valid TOML: {error}"
+        raise SettingsError(fault)
 
     def resolve(self, value: Any, key: str) -> Any:
         """`value` with references replaced; `None` for an empty text, which sets nothing."""
@@ -170,43 +165,36 @@ class _File:
         if kind == "file":
             # An absolute path stays as it is.
             path = self.path.parent / os.path.expanduser(name)
-            try:
-                text = self._read_text(path).strip()
-            except _UnreadableError as error:
-                raise SettingsError(f"{where}: {path} cannot be read: {error}") from error
+            text = self._read_text(path, f"{where}: {path}").strip()
             if not text:
                 raise SettingsError(f"{where}: {path} is empty")
             return text
         return value
 
-    def _read_text(self, path: Path) -> str:
+    def _read_text(self, path: Path, named: str) -> str:
         self.states[path] = file_state(path)
         try:
             return path.read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise _UnreadableError(error.strerror or type(error).__name__) from error
+            reason = error.strerror or type(error).__name__
         except ValueError as error:  # not UTF-8, or a NUL in the path; it would show the bytes
             reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else "no such path"
-        raise _UnreadableError(reason)
+        raise SettingsError(f"{named} cannot be read: {reason}")
 
 
-class _UnreadableError(Exception):
-    """A file that is missing, not readable, or not text."""
-
-
-def faults(invalid: ValidationError, file: _File | None = None) -> str:
-    """What is wrong with each setting."""
+def faults(invalid: ValidationError, sources: Mapping[str, str]) -> str:
+    """What is wrong with each setting; `sources` as in `Loaded`."""
     errors = invalid.errors()
     # A list whose only entries are invalid counts as empty, too.
     within = {error["loc"][:-1] for error in errors}
     return "; ".join(
-        _message(error, file)
+        _message(error, sources)
         for error in errors
         if error["type"] != "too_short" or error["loc"] not in within
     )
 
 
-def _message(error: ErrorDetails, file: _File | None) -> str:
+def _message(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     """A validation error as a sentence: the variable or key, and what it must be."""
     message = requirement(error["type"], error["msg"])
     if not error["loc"]:
@@ -215,8 +203,9 @@ def _message(error: ErrorDetails, file: _File | None) -> str:
     if file is not None and key in _TABLES and not rest:
         message = f"must be tables: begin each with [[{key}]]"
     inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
-    if file is not None and key in file.keys:
-        where = f"{key}{inner} in {file.path}"
+    source = sources.get(str(key).upper(), "the environment")
+    if source != "the environment":
+        where = f"{key}{inner} in {source}"
     elif key in _TABLES:
         where = f"{key}{inner}"
     else:

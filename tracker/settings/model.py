@@ -281,7 +281,7 @@ class Settings(_Model):
         except ValidationError as error:
             from tracker.settings.load import faults  # noqa: PLC0415 - it imports this module
 
-            message = faults(error)
+            message = faults(error, {})
         else:
             return
         # Raised outside of `except`: a chained validation error would carry the values.

@@ -28,7 +28,10 @@ def check(
     `unknown` names the unknown ones."""
     return [
         _sources(settings, sources, unknown),
-        *(_secrets(settings, one) for one in settings.all_workspaces),
+        *(
+            replace(_secrets(settings, one), workspace=label_of(settings, one))
+            for one in settings.all_workspaces
+        ),
         _tolerance(settings.tracker_signature_tolerance),
         _token(settings, now),
     ]
@@ -81,8 +84,8 @@ def _shows_secrets(path: Path, settings: Settings) -> bool:
 
 
 def _secrets(settings: Settings, workspace: WorkspaceSettings) -> Finding:
-    label = label_of(settings, workspace)
-    setting = "webhook_secrets of this workspace" if label else "FLORA_WEBHOOK_SECRET"
+    several = len(settings.all_workspaces) > 1
+    setting = "webhook_secrets of this workspace" if several else "FLORA_WEBHOOK_SECRET"
     secrets = workspace.clear_secrets
     if not secrets:
         advice = (
@@ -90,25 +93,19 @@ def _secrets(settings: Settings, workspace: WorkspaceSettings) -> Finding:
             "and restart `tracker serve`."
         )
         if settings.callback_url is None:
-            finding = warning("secrets", "None is set, so callbacks would be refused.", advice)
-        else:
-            seen = "None is set: every callback is refused, but runs start with a callback URL."
-            finding = failed("secrets", seen, advice)
-    elif malformed := _malformed(secrets):
-        finding = warning(
-            "secrets",
-            malformed,
-            f"Copy the whole secret from FLORA into {setting}, including `{PREFIX}`.",
-        )
-    elif len(secrets) == 1:
-        finding = ok("secrets", "One signing secret is set.")
-    else:
-        finding = ok(
-            "secrets",
-            f"{len(secrets)} signing secrets are set (rotation): remove the old one once FLORA "
-            "signs with the new one.",
-        )
-    return replace(finding, workspace=label)
+            return warning("secrets", "None is set, so callbacks would be refused.", advice)
+        seen = "None is set: every callback is refused, but runs start with a callback URL."
+        return failed("secrets", seen, advice)
+    if malformed := _malformed(secrets):
+        advice = f"Copy the whole secret from FLORA into {setting}, including `{PREFIX}`."
+        return warning("secrets", malformed, advice)
+    if len(secrets) == 1:
+        return ok("secrets", "One signing secret is set.")
+    return ok(
+        "secrets",
+        f"{len(secrets)} signing secrets are set (rotation): remove the old one once FLORA signs "
+        "with the new one.",
+    )
 
 
 def _malformed(secrets: Sequence[str]) -> str:
