@@ -186,7 +186,6 @@ def _worker(record: Record, now: datetime) -> Iterator[Sentence]:
 
 
 def _next_poll(record: Record, policy: Policy, durations: Durations | None, now: datetime) -> str:
-    """When the run is polled next, and why then."""
     if record.next_poll is None:
         return f"No further poll: the run is {record.tracking.value}."
     at, why = record.next_poll

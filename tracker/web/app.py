@@ -30,7 +30,6 @@ class Application:
         routes: Sequence[ScopedRoute],
         *,
         access: AccessControl | None = None,
-        deadline: float | None = None,
         callbacks: bool = False,
         error_page: ErrorPage = lambda *_: None,
         stop: Callable[[], None] = lambda: None,
@@ -42,9 +41,7 @@ class Application:
         app: ASGIApp = self._router
         if access is not None:
             app = AuthMiddleware(app, access=access, routes=routes)
-        if deadline is not None:
-            app = DeadlineMiddleware(app, seconds=deadline)
-        self._app = app
+        self._app = DeadlineMiddleware(app, seconds=limits.answer_seconds)
         self._callbacks = Callbacks(services, limits=limits) if callbacks else None
         self.take: Take | None = None
         if self._callbacks is not None and services.traced is untraced:  # a trace sees the response
@@ -93,7 +90,6 @@ def build_app(
         limits,
         routes,
         access=access,
-        deadline=limits.answer_seconds,
         callbacks=callbacks,
         error_page=dashboard.show_fault,
         stop=stop,

@@ -77,7 +77,6 @@ class Health:
             await self._services.contacts.read()
 
     def _flora(self) -> str:
-        """The state of FLORA and the API keys."""
         services = self._services
         now = services.clock()
         keyed = services.workspaces.keyed

@@ -147,7 +147,6 @@ class Sessions:
         return session.matches(None if csrf is None else csrf.decode("latin-1"))
 
     async def _token_of(self, row: SessionRow) -> Token | None:
-        """The token of a session, if both are still valid."""
         now = self._clock()
         if now - row.started_at >= LASTS or now - row.last_used_at >= IDLE:
             return None

@@ -117,7 +117,6 @@ class Stream:
             reader.end()
 
     async def follow(self, request: Request, query: StreamQuery) -> Response:
-        """Server-sent events, one for each change of a matching run."""
         last = query.last_event_id
         if (header := request.headers.get("last-event-id")) is not None:
             last = validate(StreamQuery, {"last_event_id": header}).last_event_id

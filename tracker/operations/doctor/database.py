@@ -114,7 +114,6 @@ def _missing_file(found: SqliteInspection) -> Finding:
 
 
 def _sqlite_advice(why: str, path: Path) -> str:
-    """What to do about SQLite's own error message."""
     if "locked" in why or "busy" in why:
         return (
             f"Something holds the file for seconds: `fuser {path}` names it. Run one long-running "
@@ -257,7 +256,6 @@ _SQLSTATE_ADVICE: Final = {
 
 
 def _error_advice(url: DatabaseUrl, error: StoreError) -> str:
-    """What to do about the driver's error."""
     cause = error.__cause__
     if url.dialect == "sqlite":
         return _sqlite_advice(str(cause), Path(url.path))

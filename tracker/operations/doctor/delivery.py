@@ -334,6 +334,5 @@ def _target(reply: Reply) -> str:
 
 
 def _quote(text: str) -> str:
-    """Others' text, on one line and shortened."""
     line = plain(" ".join(text.split())).rstrip(".")
     return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"

@@ -8,18 +8,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
+from tracker.core import errors
 from tracker.core.clock import Clock
-from tracker.core.errors import (
-    FloraError,
-    FloraRefusal,
-    FloraUnreadable,
-    Forbidden,
-    KeyRefused,
-    NotFound,
-    RateLimited,
-    ServerFault,
-    SettingsError,
-)
 from tracker.core.formatting import duration
 from tracker.flora.client import FloraClient
 from tracker.operations.doctor import Finding, failed, ok, warning
@@ -100,7 +90,7 @@ async def _check_key(
         ) as client:
             finding, workspace_id = await _read(client, settings.flora_base_url, workspace, setting)
             return FloraState([finding], client.clock_offset, [workspace_id])
-    except SettingsError as error:
+    except errors.SettingsError as error:
         return unusable(f"{error}.", f"Copy the key again into {setting}.")
 
 
@@ -110,11 +100,11 @@ async def _read(
     """The finding for a key, and the id of its workspace if known."""
     try:
         page = await client.history(limit=1)
-    except FloraError as error:
+    except errors.FloraError as error:
         return _read_failed(error, base_url, setting), workspace.id
     request_id = client.request_id
     seen: list[str] = []
-    with suppress(FloraError):
+    with suppress(errors.FloraError):
         seen = await client.list_workspaces()
     ids = [one.workspace_id for one in page.items if one.workspace_id]
     ids = ids or seen  # an empty history may be another workspace's
@@ -152,34 +142,33 @@ async def _read(
 _IN_FORCE: Final = "From a file it takes effect within a second; else restart."
 
 
-def _read_failed(error: FloraError, base_url: str, setting: str) -> Finding:
-    """What a failed read means for the key, and what to do about it."""
+def _read_failed(error: errors.FloraError, base_url: str, setting: str) -> Finding:
     say = failed
     match error:
-        case KeyRefused():
+        case errors.KeyRefused():
             advice = (
                 f"Set {setting} to a key that is valid at FLORA (developer settings of the "
                 f"workspace), whole and without quotes. {_IN_FORCE}"
             )
-        case Forbidden():
+        case errors.Forbidden():
             advice = (
                 "The key is known but may not read runs: grant that at FLORA, or set "
                 f"{setting} to another key. {_IN_FORCE}"
             )
-        case RateLimited():
+        case errors.RateLimited():
             say = warning
             advice = (
                 "FLORA's rate limit is shared by all who use the workspace: use the key for less, "
                 "or raise TRACKER_POLL_INTERVAL. The key itself was not checked; run the doctor "
                 "again."
             )
-        case ServerFault():
+        case errors.ServerFault():
             say = warning
             advice = (
                 "The fault is FLORA's: wait, and run the doctor again. Its support asks for the "
                 "request id (req_…). The tracker keeps trying."
             )
-        case NotFound() | FloraUnreadable() | FloraRefusal():
+        case errors.NotFound() | errors.FloraUnreadable() | errors.FloraRefusal():
             advice = (
                 "Set FLORA_BASE_URL to the root of the API, https://app.flora.ai/api/v1 (or unset "
                 "it), and check whether a proxy for outgoing requests answers instead of FLORA."

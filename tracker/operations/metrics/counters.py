@@ -177,20 +177,16 @@ class Counters:
         self._histograms["callback_seconds"].observe(seconds)
 
     def applied(self, applied: int, quarantined: int) -> None:
-        """Stored callbacks were applied, or quarantined."""
         for outcome, amount in zip(APPLIED, (applied, quarantined), strict=True):
             self._count("callbacks_applied", outcome, by=amount)
 
     def callback_refused(self, reason: str) -> None:
-        """A callback was refused, for one of `REFUSALS`."""
         self._count("callbacks_refused", reason)
 
     def auth_refused(self, reason: str) -> None:
-        """Access was refused, for one of `AUTH_REFUSALS`."""
         self._count("auth_refused", reason)
 
     def written(self, entries: int, seconds: float, stopped_by: Exception | None) -> None:
-        """An attempt to commit is over."""
         if stopped_by is not None:
             reasons = (name for kind, name in _WRITE_ERRORS if isinstance(stopped_by, kind))
             self._count("database_write_failures", next(reasons, "refused"))
@@ -199,7 +195,6 @@ class Counters:
         self._histograms["commit_seconds"].observe(seconds)
 
     def committed(self, outcome: "WriteOutcome") -> None:
-        """Runs changed in a commit."""
         for change in outcome.results:
             before, after = change.before, change.after
             if after is None or after is before or after.ended_via is None:
@@ -236,15 +231,12 @@ class Counters:
         return on_request
 
     def polled(self, report: PollReport) -> None:
-        """A poll round is over."""
         self.last_round_at = self._clock()
-        self._count("poll_pages", by=report.pages)
-        self._count("poll_reads", by=report.reads)
         self._count("poll_failures", by=report.failed)
-        self._count("poll_settled", by=report.settled)
+        for what in ("pages", "reads", "settled"):
+            self._count(f"poll_{what}", by=getattr(report, what))
 
     def rechecked(self, report: PollReport) -> None:
-        """A round of cost rechecks is over."""
         self._count("recheck_pages", by=report.pages)
         self._count("recheck_reads", by=report.reads)
 
@@ -257,7 +249,6 @@ class Counters:
             self._count(f"sweep_{what}", name, by=getattr(report, what))
 
     def attempted(self, endpoint_id: str, claim: "Claim", attempt: "Attempt") -> None:
-        """An attempt to deliver a message is over."""
         if attempt.error is None:
             outcome, took = "delivered", (attempt.at - claim.event_at).total_seconds()
             self._histograms["message_delivery_seconds"].labels(endpoint_id).observe(max(took, 0))
@@ -266,7 +257,6 @@ class Counters:
         self._count("message_attempts", endpoint_id, outcome)
 
     def over_budget(self, budget: str) -> None:
-        """A start exceeds the budget of that name."""
         self._count("starts_over_budget", budget)
 
     def job_failed(self, task: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tracker import views
 from tracker.core.errors import FieldFault
 from tracker.core.log import get_logger
 from tracker.receiving.replay import UnknownDelivery
@@ -20,15 +21,6 @@ from tracker.settings.tokens import Scope
 from tracker.starting.start import StartRequest
 from tracker.store.queries import endpoints, runs, spending, starts, techniques
 from tracker.store.queries.deliveries import list_deliveries
-from tracker.views import (
-    delivery_json,
-    event_json,
-    message_json,
-    run_json,
-    spending_json,
-    start_json,
-    technique_json,
-)
 from tracker.web.api.batches import BatchOperations
 from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document, page_of
 from tracker.web.api.requests import (
@@ -120,7 +112,7 @@ class Api(BatchOperations):
         technique_id = await techniques.id_of(self._database, query.technique_id)
         wanted = dict(query) | {"technique_id": technique_id}
         records, cursor = await runs.list_runs(self._database, **wanted)
-        return _page("runs", map(run_json, records), cursor)
+        return _page("runs", map(views.run_json, records), cursor)
 
     @Operation(
         "POST /api/runs",
@@ -154,7 +146,7 @@ class Api(BatchOperations):
         # Before anything is sent: whatever becomes of it, the log has who asked for it.
         log.info("run.start_requested", technique=start.technique, key=start.idempotency_key, **by)
         started = await self._services.starter.start(start)
-        run = run_json(started.record)
+        run = views.run_json(started.record)
         if started.replayed:
             return Json(run, headers={"Idempotent-Replayed": "true"})
         log.info("run.started", run_id=run["run_id"], technique_id=run["technique_id"], **by)
@@ -180,7 +172,7 @@ class Api(BatchOperations):
             workspace_id=body.workspace_id,
             poll_url=body.poll_url,
         )
-        return Json(run_json(tracked.record), status_code=200 if tracked.known else 201)
+        return Json(views.run_json(tracked.record), status_code=200 if tracked.known else 201)
 
     @Operation("GET /api/runs/{run_id}", Answer("The run.", Run))
     async def show_run(self, request: Request, run_id: str) -> Response:
@@ -188,7 +180,7 @@ class Api(BatchOperations):
         record = await runs.get_run(self._database, run_id)
         if record is None:
             raise _unknown(run_id)
-        return Json(run_json(record))
+        return Json(views.run_json(record))
 
     @Operation("GET /api/runs/{run_id}/events", Answer("Its timeline.", Timeline))
     async def show_events(self, request: Request, run_id: str) -> Response:
@@ -196,7 +188,7 @@ class Api(BatchOperations):
         events = await runs.events(self._database, run_id)
         if not events and await runs.get_run(self._database, run_id) is None:
             raise _unknown(run_id)
-        return Json({"events": [event_json(event) for event in events]})
+        return Json({"events": [views.event_json(event) for event in events]})
 
     @Operation("GET /api/starts", page_of("starts", Start, "A page of starts, newest first."))
     async def list_starts(self, request: Request, query: StartsQuery) -> Response:
@@ -208,7 +200,7 @@ class Api(BatchOperations):
             cursor=query.cursor,
             limit=query.limit,
         )
-        return _page("starts", map(start_json, rows), cursor)
+        return _page("starts", map(views.start_json, rows), cursor)
 
     @Operation(
         "GET /api/deliveries", page_of("deliveries", Delivery, "A page of callbacks, newest first.")
@@ -216,7 +208,7 @@ class Api(BatchOperations):
     async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
         """List callbacks, newest first, without their bodies."""
         rows, cursor = await list_deliveries(self._database, **dict(query))
-        return _page("deliveries", map(delivery_json, rows), cursor)
+        return _page("deliveries", map(views.delivery_json, rows), cursor)
 
     @Operation("POST /api/deliveries/{delivery_id}/replay", Answer("The result.", Replayed))
     async def replay_delivery(self, request: Request, delivery_id: str) -> Response:
@@ -232,7 +224,7 @@ class Api(BatchOperations):
     async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
         """List messages, the events sent to endpoints, newest first."""
         rows, cursor = await endpoints.list_messages(self._database, **dict(query))
-        return _page("messages", map(message_json, rows), cursor)
+        return _page("messages", map(views.message_json, rows), cursor)
 
     @Operation("GET /api/messages/{message_id}", Answer("The message.", MessageDetail))
     async def show_message(self, request: Request, message_id: str) -> Response:
@@ -257,7 +249,7 @@ class Api(BatchOperations):
             self._database, query.by, since=since, workspace_id=query.workspace_id
         )
         usages = await self._services.budgets.usages()
-        return Json(spending_json(query.by, since, rows, total, usages))
+        return Json(views.spending_json(query.by, since, rows, total, usages))
 
     @Operation(
         "GET /api/techniques", page_of("techniques", Technique, "A page of techniques, by name.")
@@ -265,7 +257,7 @@ class Api(BatchOperations):
     async def list_techniques(self, request: Request, query: TechniquesQuery) -> Response:
         """Search the catalogue of techniques, sorted by name."""
         rows, cursor = await techniques.page(self._database, **dict(query))
-        return _page("techniques", map(technique_json, rows), cursor)
+        return _page("techniques", map(views.technique_json, rows), cursor)
 
     @Operation("GET /api/techniques/{technique}", Answer("The technique.", Technique), (502, 504))
     async def show_technique(self, request: Request, technique: str) -> Response:
@@ -276,7 +268,7 @@ class Api(BatchOperations):
         row = await self._services.catalogue.find(technique)
         if row is None:
             raise not_found(f"No technique {technique[:255]} is known here or to FLORA.")
-        return Json(technique_json(row))
+        return Json(views.technique_json(row))
 
     @Operation(
         "GET /api/stream",
@@ -296,7 +288,7 @@ class Api(BatchOperations):
         if row is None:
             raise not_found(f"There is no message {message_id[:255]}.")
         attempts = await endpoints.list_attempts(self._database, message_id)
-        return Json(message_json(row, attempts))
+        return Json(views.message_json(row, attempts))
 
 
 def _page(name: str, items: Iterable[dict[str, Any]], next_cursor: str | None) -> Response:

@@ -144,7 +144,6 @@ class DeliveryPages(PageGroup):
 
     @action("/deliveries/{delivery_id:any}/replay", show)
     async def replay(self, request: Request) -> FlashMessage:
-        """Applies a quarantined delivery again."""
         replay = await self._services.replayer.replay((await self._row(request)).delivery_id)
         if replay.already:
             return FlashMessage("good", f"Nothing to do: {replay.reason}.")
@@ -154,7 +153,6 @@ class DeliveryPages(PageGroup):
 
     @action("/deliveries/{delivery_id:any}/acknowledge", show)
     async def acknowledge(self, request: Request) -> FlashMessage:
-        """Marks a quarantined delivery as seen."""
         row = await self._row(request)
         done = await self._services.replayer.acknowledge([row.delivery_id])
         return FlashMessage("good", "Acknowledged." if done else "Nothing to do.")

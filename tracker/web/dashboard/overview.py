@@ -157,7 +157,6 @@ def _states(counts: list[StateCount]) -> dict[str, int]:
 
 
 def _outcomes(hours: list[HourOfEnds]) -> dict[str, int]:
-    """The ends of all hours, by the status that they ended with."""
     ends = sum((Counter(hour.by_status) for hour in hours), Counter[str]())
     return {status.value: 0 for status in OUTCOMES} | ends
 

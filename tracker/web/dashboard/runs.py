@@ -199,7 +199,6 @@ class RunPages(PageGroup):
 
     @action("/runs/{run_id:any}/check", show, scope=Scope.START)
     async def check(self, request: Request) -> FlashMessage:
-        """Polls the run now."""
         before = await self._record(request)
         if before.tracking is Tracking.SETTLED:  # the button of an older page
             final = "Final" if before.recheck_at is None else "Settled; the bill is checked again."
@@ -291,7 +290,6 @@ class RunPages(PageGroup):
         )
 
     async def _rows(self, record: Record) -> list[RowOfBatch]:
-        """The rows of batches that the run was started for."""
         start = await starts.of_run(self._database, record.run.run_id)
         return [] if start is None else await rows_of_start(self._database, start)
 
@@ -328,7 +326,6 @@ def _with_chosen(choices: Mapping[str, str], chosen: str | None) -> dict[str, st
 
 
 def _tag(text: str | None) -> str | None:
-    """A tag of the form. Raises `Fault` 400."""
     try:
         return None if text is None else "=".join(parse_tag(text))
     except ValueError as error:

@@ -53,7 +53,6 @@ class WebhookPages(PageGroup):
 
     @action("/endpoints/{endpoint_id:any}/test", show_endpoint)
     async def test(self, request: Request) -> FlashMessage:
-        """Sends a signed test event."""
         row = await self._endpoint(request)
         try:
             attempt = await self._services.webhooks.test(row.endpoint_id)

@@ -429,7 +429,6 @@ def _authority_of(target: bytes) -> bytes | None:
 
 
 def _waiting(newcomer: Connection) -> list[Connection]:
-    """All others that wait for their clients."""
     connections = cast(set[Connection], newcomer.connections)
     return [one for one in connections if one is not newcomer and one.is_waiting]
 

@@ -18,25 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
-from tracker.core.errors import (
-    BudgetExceeded,
-    FieldFault,
-    FloraError,
-    FloraRefusal,
-    FloraUnreachable,
-    Forbidden,
-    IdempotencyConflict,
-    InvalidRequest,
-    KeyRefused,
-    PlanRequired,
-    RateLimited,
-    SchemaOutdated,
-    SettingsError,
-    StartNotStored,
-    StartPending,
-    StartUnresolved,
-    StoreUnavailable,
-)
+from tracker.core import errors
 from tracker.core.formatting import iso_time
 
 DEFAULT_HEADERS: Final = (
@@ -129,7 +111,7 @@ class Fault(Exception):
         code: str,
         message: str,
         *,
-        fields: Sequence[FieldFault] = (),
+        fields: Sequence[errors.FieldFault] = (),
         headers: Mapping[str, str] | None = None,
         linger: bool = True,
         more: Mapping[str, Any] | None = None,
@@ -150,7 +132,7 @@ class Fault(Exception):
         return {"error": error}
 
 
-def invalid(*fields: FieldFault, message: str = "The request is not valid.") -> Fault:
+def invalid(*fields: errors.FieldFault, message: str = "The request is not valid.") -> Fault:
     """400 with the invalid fields."""
     return Fault(400, "input_validation_error", message, fields=fields)
 
@@ -173,37 +155,37 @@ def to_fault(error: Exception) -> Fault | None:
             return error
         case HTTPException():
             return _router_fault(error)
-        case InvalidRequest():
+        case errors.InvalidRequest():
             return invalid(*error.fields, message=text)
-        case IdempotencyConflict():
+        case errors.IdempotencyConflict():
             return Fault(422, "idempotency_conflict", text)
-        case BudgetExceeded(budget=budget, left=left, renews_at=at):
+        case errors.BudgetExceeded(budget=budget, left=left, renews_at=at):
             more = {"budget": budget, "left": float(left), "renews_at": at and iso_time(at)}
             return Fault(402, "budget_exceeded", text, more=more)
-        case StartPending(retry_after=seconds):
+        case errors.StartPending(retry_after=seconds):
             return Fault(504, "start_pending", text, headers=_retry_after(seconds))
-        case StartNotStored(run_id=run_id):
+        case errors.StartNotStored(run_id=run_id):
             headers = _retry_after(None)
             return Fault(503, "not_stored", text, headers=headers, more={"run_id": run_id})
-        case StartUnresolved():
+        case errors.StartUnresolved():
             return Fault(409, "start_unresolved", text)
-        case StoreUnavailable() | SchemaOutdated():
+        case errors.StoreUnavailable() | errors.SchemaOutdated():
             return unavailable(text)
-        case SettingsError():
+        case errors.SettingsError():
             return Fault(503, "not_configured", text)
-        case KeyRefused() | Forbidden():
+        case errors.KeyRefused() | errors.Forbidden():
             return Fault(502, "flora_key_refused", text)
-        case PlanRequired():
+        case errors.PlanRequired():
             return Fault(402, error.code, error.message, fields=error.fields)
-        case RateLimited() | FloraRefusal(status=503):
+        case errors.RateLimited() | errors.FloraRefusal(status=503):
             return unavailable(text, retry_after=error.retry_after)
-        case FloraRefusal(status=400 | 402 | 404 | 422 as status):  # about what the caller asked
+        case errors.FloraRefusal(status=400 | 402 | 404 | 422 as status):  # what was asked
             return Fault(status, error.code, error.message, fields=error.fields)
-        case FloraRefusal(status=504) | FloraUnreachable(timed_out=True):
+        case errors.FloraRefusal(status=504) | errors.FloraUnreachable(timed_out=True):
             return Fault(504, "flora_timeout", text)
-        case FloraUnreachable():
+        case errors.FloraUnreachable():
             return Fault(502, "flora_unreachable", text)
-        case FloraError():
+        case errors.FloraError():
             return Fault(502, "flora_error", text)
     return None
 
