@@ -18,7 +18,7 @@ ADVICE = """uvicorn has changed {what}. Before this digest (and the bound in pyp
   each head.
 - RequestResponseCycle: `_answer` does by itself what `send` does for an answer of status 200 with a
   length: response_started, response_complete, keep_alive, on_response; `body`, `more_body`,
-  `disconnected` and `transport` are read or set.
+  `disconnected` and `transport` are read or set. `_refuse` sends a line of STATUS_LINE.
 - FlowControl: `_ReadFlow` refuses to resume; `write_paused` and both pauses mean the same.
 - Server: `Server` overrides startup, shutdown, main_loop and capture_signals, and sets should_exit
   and force_exit.

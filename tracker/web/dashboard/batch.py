@@ -35,7 +35,6 @@ from tracker.web.dashboard.forms import (
     read_filters,
     read_form,
 )
-from tracker.web.dashboard.media import OutputView
 from tracker.web.dashboard.render import (
     FlashMessage,
     PageGroup,
@@ -101,23 +100,6 @@ def split_of(counts: BatchCounts) -> RowSplit:
     running = counts.active + counts.doubt
     waiting = counts.rows - counts.completed - failed - running - counts.removed
     return RowSplit(counts.completed, failed, running, waiting, counts.removed)
-
-
-class RowView(NamedTuple):
-    """A row as the page shows it: `name` is its first carried cell, or what was asked for."""
-
-    state: RowState
-    name: str
-    about: str
-    views: list[OutputView]
-
-
-class PageLink(NamedTuple):
-    """A numbered page of rows; `None` in a list of them stands for those left out."""
-
-    number: int
-    href: str
-    is_here: bool
 
 
 class BatchPages(PageGroup):
@@ -268,14 +250,16 @@ class BatchPages(PageGroup):
     async def _batch(self, request: Request) -> BatchRow:
         return await self._stored(request, batches.get, "Batch {} is not stored here.")
 
-    def _view(self, batch: BatchRow, row: RowState, ports: Any) -> RowView:
+    def _view(self, batch: BatchRow, row: RowState, ports: Any) -> dict[str, Any]:
+        """A row as the page shows it: its name is its first carried cell, or what was asked for."""
         cells = [row.entry.carried.get(name, "") for name in batch.columns or ()]
         name, *others = [cell for cell in cells if cell] or [""]
         asked = prompt(row.inputs)
         about = " · ".join(filter(None, [*others, asked if name else ""]))
         outputs = None if row.record is None else row.record.run.outputs
         views = self._views(outputs, ports)
-        return RowView(row, name or asked or f"row {row.entry.position}", about, views)
+        name = name or asked or f"row {row.entry.position}"
+        return {"state": row, "name": name, "about": about, "views": views}
 
     async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:
         """What would be started now. Raises `Fault` 503 while FLORA does not tell the price."""
@@ -331,16 +315,17 @@ class _Archive(StreamingResponse):
             await self._body.aclose()
 
 
-def _page_links(links: list[str], here: int) -> list[PageLink | None]:
-    """The first and last page and those near the present one; none where all rows fit on one."""
+def _page_links(links: list[str], here: int) -> list[dict[str, Any] | None]:
+    """The first and last page and those near the present one, with `None` for those between; none
+    where all rows fit on one."""
     if len(links) < 2:
         return []
     shown = {0, len(links) - 1, *range(max(0, here - NEAR), min(len(links), here + NEAR + 1))}
-    found: list[PageLink | None] = []
+    found: list[dict[str, Any] | None] = []
     for number in sorted(shown):
-        if found and found[-1] is not None and found[-1].number < number:
+        if number and number - 1 not in shown:
             found.append(None)
-        found.append(PageLink(number + 1, links[number], number == here))
+        found.append({"number": number + 1, "href": links[number], "is_here": number == here})
     return found
 
 

@@ -12,18 +12,21 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from heapq import nsmallest
-from http import HTTPStatus
 from operator import attrgetter
 from typing import Any, Final, cast
 
 import httptools
 from starlette.types import Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from tracker.core.log import LogRateLimit, get_logger
 from tracker.web.http.limits import Limits
-from tracker.web.http.responses import Fault, Take, to_json, unavailable
+from tracker.web.http.responses import Fault, Json, Take, unavailable
 
 PARSE_BYTES: Final = 16 * 1024
 """Parsed at a time, so that too much is noticed before it is kept."""
@@ -216,8 +219,8 @@ class Connection(HttpToolsProtocol):
             return
         if len(self.pipeline) >= self._limits.requests_ahead:
             raise ValueError(len(self.pipeline))
-        if (authority := _authority_of(self.url)) is not None:
-            self._add_host(authority)
+        if self.url[:1] not in (b"/", b"*"):
+            self._add_host()
         self._pool.hold(self, self.held + _REQUEST_BYTES + _HEADER_BYTES * len(self.headers))
         previous = self.cycle
         super().on_headers_complete()
@@ -225,9 +228,10 @@ class Connection(HttpToolsProtocol):
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
             self._earlier.append(previous)
 
-    def _add_host(self, authority: bytes) -> None:
-        """Let the host in an absolute target count as one of the `Host` headers: where another one
-        is there as well, the request is for no certain host."""
+    def _add_host(self) -> None:
+        """Let the host in an absolute target (RFC 9112, 3.2.2) count as one of the `Host` headers:
+        where another one is there as well, the request is for no certain host."""
+        authority = re.split(rb"[/?#]", self.url.partition(b"://")[2], maxsplit=1)[0]
         hosts = {value.lower() for name, value in self.headers if name == b"host"}
         if hosts != {authority.lower()}:
             self.headers.append((b"host", authority))
@@ -296,17 +300,10 @@ class Connection(HttpToolsProtocol):
         if self._is_busy and not self._is_receiving:
             self.cycle.keep_alive = False
             return
-        body = to_json(fault.body())
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-            "Cache-Control": "no-store",
-            **fault.headers,
-        }
-        lines = [f"HTTP/1.1 {fault.status} {HTTPStatus(fault.status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        headers = {"Connection": "close", "Cache-Control": "no-store", **fault.headers}
+        response = Json(fault.body(), headers=headers)
+        lines = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
+        self.transport.write(STATUS_LINE[fault.status] + lines + b"\r\n" + response.body)
         self.transport.close()
 
     # State
@@ -419,13 +416,6 @@ class ConnectionPool:
         if count := self._logged.count("memory", now=connection.loop.time()):
             log.warning("connections.no_memory", most=most, count=count)
         return self._held <= most
-
-
-def _authority_of(target: bytes) -> bytes | None:
-    """Host and port of a target in absolute form (RFC 9112, 3.2.2); `None` for a path."""
-    if target[:1] in (b"/", b"*"):
-        return None
-    return re.split(rb"[/?#]", target.partition(b"://")[2], maxsplit=1)[0]
 
 
 def _waiting(newcomer: Connection) -> list[Connection]:
