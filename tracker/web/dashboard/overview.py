@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from decimal import Decimal
 from itertools import islice
 from typing import Any, Final
 
@@ -65,7 +64,7 @@ class OverviewPage(PageGroup):
         overdue = await attention.overdue(db, now=now, limit=OVERDUE)
         ends = await overview.ends_by_hour(db, now=now, hours=hours)
         outcomes = _outcomes(ends)
-        states = _states(await overview.states(db))
+        state_counts = await overview.states(db)
         open_batches = await batches.unfinished(db, since=now - BATCHES_SINCE, limit=BATCHES)
         counted_rows = await batches.batch_counts(db, [one.batch_id for one in open_batches])
         newest, _ = await read.list_runs(db, status=RunStatus.COMPLETED, limit=RESULTS)
@@ -84,8 +83,8 @@ class OverviewPage(PageGroup):
                 (one.answered_at for one in workspaces if one.answered_at), default=None
             ),
             checked_through=_checked_through(workspaces),
-            empty=not any(states.values()),
-            states=states,
+            empty=not state_counts,
+            states=_states(state_counts),
             batches=open_batches,
             batch_counts=counted_rows,
             splits={batch_id: split_of(found) for batch_id, found in counted_rows.items()},
@@ -135,25 +134,16 @@ def _connections(workspaces: list[WorkspaceHealth]) -> list[Alert]:
     ]
 
 
-def _states(counts: list[StateCount]) -> dict[str, int]:
-    """The number of runs in each state. "other" is a status that FLORA does not document."""
-
-    def count(tracking: Tracking | None = None, *statuses: RunStatus) -> int:
-        return sum(
-            each.runs
-            for each in counts
-            if tracking in (None, each.tracking) and (not statuses or each.status in statuses)
-        )
-
-    return {
-        "pending": count(Tracking.ACTIVE, RunStatus.PENDING),
-        "running": count(Tracking.ACTIVE, RunStatus.RUNNING),
-        "details": count(Tracking.ACTIVE, RunStatus.COMPLETED, RunStatus.FAILED),
-        "lost": count(Tracking.LOST),
-        "completed": count(None, RunStatus.COMPLETED),
-        "failed": count(None, RunStatus.FAILED),
-        "other": count() - count(None, *RunStatus),
-    }
+def _states(counts: list[StateCount]) -> Counter[str]:
+    """Runs that are not finished and read; "other" is a status that FLORA does not document."""
+    found = Counter[str]()
+    for each in counts:
+        if each.status not in tuple(RunStatus):
+            found["other"] += each.runs
+        elif each.tracking == Tracking.ACTIVE:
+            is_open = each.status in (RunStatus.PENDING, RunStatus.RUNNING)
+            found[str(each.status) if is_open else "details"] += each.runs
+    return found
 
 
 def _outcomes(hours: list[HourOfEnds]) -> dict[str, int]:
@@ -176,14 +166,8 @@ def _chart(hours: list[HourOfEnds], outcomes: list[str]) -> dict[str, Any]:
 def _sum(rows: list[TechniqueCost]) -> TechniqueCost | None:
     if not rows:
         return None
-    return TechniqueCost(
-        None,
-        runs=sum(row.runs for row in rows),
-        unpriced=sum(row.unpriced for row in rows),
-        not_final=sum(row.not_final for row in rows),
-        cost=sum((row.cost for row in rows), Decimal(0)),
-        quoted=sum((row.quoted for row in rows), Decimal(0)),
-    )
+    summed = ("runs", "unpriced", "not_final", "cost", "quoted")
+    return TechniqueCost(None, **{name: sum(getattr(row, name) for row in rows) for name in summed})
 
 
 def _checked_through(workspaces: list[WorkspaceHealth]) -> datetime | None:
