@@ -179,9 +179,9 @@ class DatabaseGauges(Service, Collector):
         self._values, self._up = {}, False
         try:
             async with asyncio.timeout(self.patience):
-                values = await self._read_values()
+                self._values = await self._read_values()  # shown where only writes fail, too
                 await claims.check_writes(self.database)
-            self._values, self._up, self._failing = values, True, False
+            self._up, self._failing = True, False
         except (StoreError, TimeoutError) as error:
             if not self._failing:
                 message = str(error) or "the database does not answer in time"
