@@ -196,6 +196,7 @@ async def test_a_database_that_hangs_delays_a_scrape_for_a_bounded_time(
             contacts=services.contacts,
             budgets=services.budgets,
             clock=services.clock,
+            process="a-test",
             patience=0.2,
         )
         async with other.engine.connect() as blocker:

@@ -200,10 +200,10 @@ def _message(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     if not error["loc"]:
         return message
     key, *rest = error["loc"]
-    if file is not None and key in _TABLES and not rest:
+    source = sources.get(str(key).upper(), "the environment")
+    if source != "the environment" and key in _TABLES and not rest:
         message = f"must be tables: begin each with [[{key}]]"
     inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
-    source = sources.get(str(key).upper(), "the environment")
     if source != "the environment":
         where = f"{key}{inner} in {source}"
     elif key in _TABLES:
