@@ -137,6 +137,16 @@ class Output:
     url: str
 
 
+OUTPUT_KINDS: Final = {
+    "imageUrl": "image",
+    "videoUrl": "video",
+    "audioUrl": "audio",
+    "documentUrl": "document",
+    "text": "text",
+}
+"""A word for each of FLORA's types of outputs."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class RunError:
     """Why a run failed, in FLORA's words; empty strings where it gave none."""

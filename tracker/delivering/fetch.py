@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from email.utils import parsedate_to_datetime
 from mimetypes import MimeTypes
 from pathlib import Path
 from typing import Final, Self
@@ -31,7 +30,7 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
-from tracker.flora.http import NoCookies, is_bounded, retry_after_of
+from tracker.flora.http import NoCookies, http_date, is_bounded, retry_after_of
 
 MAX_BYTES: Final = 2 * 1024**3
 ATTEMPTS: Final = 5
@@ -287,14 +286,10 @@ def _validator(response: httpx.Response) -> str | None:
     tag: str | None = response.headers.get("etag")
     if tag is not None:
         return tag if tag.startswith('"') else None
-    modified: str | None = response.headers.get("last-modified")
-    try:
-        age = parsedate_to_datetime(response.headers["date"]) - parsedate_to_datetime(
-            modified or ""
-        )
-    except (KeyError, ValueError, TypeError, OverflowError, IndexError):  # from any server
-        return None
-    return modified if age >= _VALIDATES_AFTER else None
+    modified: str = response.headers.get("last-modified", "")
+    changed, now = http_date(modified), http_date(response.headers.get("date", ""))
+    is_old = changed is not None and now is not None and now - changed >= _VALIDATES_AFTER
+    return modified if is_old else None
 
 
 def _pause(fruitless: int, retry_after: float | None) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from tracker.core.errors import InvalidRequest
-from tracker.core.run import Output
+from tracker.core.run import OUTPUT_KINDS, Output
 from tracker.core.starts.inputs import Port
 from tracker.starting.batches.rows import RowState
 from tracker.store.queries.batches import BatchRow
@@ -26,13 +26,6 @@ _OTHER: Final = re.compile(r"[^A-Za-z0-9_-]+")
 _UNREADABLE: Final = re.compile(r"[^\w.-]+")
 _DEVICE: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\.", re.IGNORECASE | re.ASCII)
 """Begins a name that Windows takes for a device."""
-_KINDS: Final = {
-    "imageUrl": "image",
-    "videoUrl": "video",
-    "audioUrl": "audio",
-    "documentUrl": "document",
-    "text": "text",
-}
 
 
 def row_numbers(rows: Sequence[RowState]) -> list[str]:
@@ -92,9 +85,10 @@ def output_names(outputs: Sequence[Output], ports: Sequence[Port]) -> list[str]:
         port.type in ("", output.type) for port, output in zip(ports, outputs, strict=True)
     )
     width = len(str(len(outputs)))
+    words = [_word(port) for port in ports] if fits else [""] * len(outputs)
     return [
-        f"{(_word(ports[n]) if fits else '') or _KINDS.get(one.type, 'output')}_{n + 1:0{width}}"
-        for n, one in enumerate(outputs)
+        f"{word or OUTPUT_KINDS.get(one.type, 'output')}_{number:0{width}}"
+        for number, (word, one) in enumerate(zip(words, outputs, strict=True), start=1)
     ]
 
 

@@ -10,16 +10,9 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from tracker.core.formatting import unturned
-from tracker.core.run import Output
+from tracker.core.run import OUTPUT_KINDS, Output
 
 MAX_LINK: Final = 8192
-_KINDS: Final = {
-    "imageUrl": "image",
-    "videoUrl": "video",
-    "audioUrl": "audio",
-    "documentUrl": "document",
-}
-_NAMES: Final = {**{kind: word.capitalize() for kind, word in _KINDS.items()}, "text": "Text"}
 
 
 class OutputView(NamedTuple):
@@ -55,7 +48,7 @@ def output_names(outputs: Sequence[Output], ports: Sequence[Mapping[str, Any]]) 
     names = []
     for one in outputs:
         seen[one.type] += 1
-        name = _NAMES.get(one.type, "Output")
+        name = OUTPUT_KINDS.get(one.type, "output").capitalize()
         names.append(f"{name} {seen[one.type]}" if types[one.type] > 1 else name)
     return names
 
@@ -97,4 +90,4 @@ def presentation(output: Output, *, media_origin: str | None) -> tuple[str, str]
         return "unsafe", ""
     parts = urlsplit(output.url)
     loadable = parts.scheme == "https" or f"http://{parts.netloc}" == media_origin
-    return _KINDS.get(output.type, "link") if loadable else "link", parts.hostname or ""
+    return OUTPUT_KINDS.get(output.type, "link") if loadable else "link", parts.hostname or ""
