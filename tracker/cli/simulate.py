@@ -48,7 +48,7 @@ def simulate(
 
     A SHARE is 0.4 or 40%. docs/cli.md lists the names for --set and --at.
     """
-    from tracker.simulator import Options, serve
+    from tracker.simulator import Options, fault_of, serve
 
     try:
         options = Options(
@@ -71,7 +71,7 @@ def simulate(
         for _, change in planned:
             options.with_changes(change)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(fault_of(error)) from error
 
     def begin(simulator: "Simulator") -> None:
         for after, change in planned:

@@ -16,7 +16,7 @@ signature or parser, so that what the two agree on is agreed by two witnesses.
 """
 
 from tracker.simulator.option_types import parse_rate
-from tracker.simulator.options import HELP, Options, SimulatedWorkspace
+from tracker.simulator.options import HELP, Options, SimulatedWorkspace, fault_of
 from tracker.simulator.serve import Simulator, build_app, running, serve
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "SimulatedWorkspace",
     "Simulator",
     "build_app",
+    "fault_of",
     "parse_rate",
     "running",
     "serve",

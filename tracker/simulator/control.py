@@ -15,15 +15,18 @@ from tempfile import mkdtemp
 from typing import Final
 from weakref import finalize
 
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from tracker.simulator.faults import ErrorAnswer
-from tracker.simulator.option_types import parse_number
-from tracker.simulator.options import SECRETS
+from tracker.simulator.option_types import Number
+from tracker.simulator.options import SECRETS, fault_of
 from tracker.simulator.starts import parse_body
 from tracker.simulator.world import World
+
+_NUMBER: Final = TypeAdapter[float](Number)
 
 
 class ControlRoutes:
@@ -105,10 +108,12 @@ class ControlRoutes:
         query = request.query_params
         changes = parse_body(await request.body())
         try:
-            after, lasting = (parse_number(query.get(name, "0")) for name in ("after", "seconds"))
+            after, lasting = (
+                _NUMBER.validate_python(query.get(name, "0")) for name in ("after", "seconds")
+            )
             self._world.change(changes, after=after, seconds=lasting or None)
         except ValueError as exc:
-            name, _, reason = str(exc).partition(": ")
+            name, _, reason = fault_of(exc).partition(": ")
             raise ErrorAnswer.invalid((name, reason or name)) from None
         return await self.faults(request)
 

@@ -1,73 +1,21 @@
-"""Types of options: which values an option takes, from Python, from JSON or as text.
+"""Types of options: which values an option takes, from Python, from JSON or as text."""
 
-The functions from `share` to `table` declare a dataclass field. Its metadata holds `help`, what the
-option does, `parse`, which returns the checked value and raises `ValueError` with the reason for
-any other, and whether it is `secret`.
-"""
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import field
-from typing import Any, Final
+from pydantic import BeforeValidator, Field, Strict, StringConstraints
 
-Parse = Callable[[object], Any]
-
-_NONE: Final = (None, "", "none")
+T = TypeVar("T")
 
 
-def share(help: str, default: float = 0.0) -> Any:
-    """A number from 0 to 1: the share of the runs, or of the requests, that is affected."""
-    return _option(default, help, lambda value: parse_rate(str(_no_flag(value))))
-
-
-def number(help: str, default: float | None = 0.0, *, low: float = 0.0) -> Any:
-    """A finite number of at least `low`; also none where the default is None."""
-    return _option(default, help, lambda value: parse_number(value, low))
-
-
-def whole(help: str, default: int | None = 0) -> Any:
-    """A whole number of at least 0; also none where the default is None."""
-    return _option(default, help, _whole)
+def option(help: str, default: Any = 0, *, secret: bool = False) -> Any:
+    """An option that may be changed while the simulator runs. A secret is not shown."""
+    return Field(default, description=help, repr=not secret)
 
 
 def flag(help: str, default: bool = False) -> Any:
-    """True or false."""
-    return _option(default, help, _flag)
-
-
-def choice(help: str, *names: str) -> Any:
-    """One of `names`; the first is the default."""
-    return _option(names[0], help, one_of(*names))
-
-
-def text(help: str, default: str, *, secret: bool = False) -> Any:
-    """Text that is not empty. A secret does not appear in the `repr` of the options."""
-    return _option(default, help, _text, secret=secret)
-
-
-def listed(help: str, *default: Any, each: Parse | None = None) -> Any:
-    """A tuple; as text its values are separated by commas."""
-
-    def parse(value: object) -> tuple[Any, ...]:
-        values = value.split(",") if isinstance(value, str) else value
-        if not isinstance(values, list | tuple):
-            raise ValueError("has to be a list")
-        return tuple((each or _text)(one) for one in values if one != "")
-
-    return _option(default, help, parse)
-
-
-def table(help: str, each: Parse | None = None) -> Any:
-    """A mapping from names to values; as text `name:value,name:value`."""
-
-    def parse(value: object) -> dict[str, Any]:
-        if isinstance(value, str):
-            value = dict(part.partition(":")[::2] for part in value.split(",") if part)
-        if not isinstance(value, Mapping):
-            raise ValueError("has to be a table of names and values")
-        return {_text(name): (each or _text)(one) for name, one in value.items()}
-
-    return _option(dict, help, parse)
+    """An option that is true or false."""
+    return option(help, default)
 
 
 def parse_rate(text: str) -> float:
@@ -85,68 +33,34 @@ def parse_rate(text: str) -> float:
     return rate
 
 
-def parse_number(value: object, low: float = 0.0) -> float:
-    """A finite number of at least `low`. Raises `ValueError` for any other value."""
-    try:
-        found = float(_no_flag(value))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ValueError("has to be a number") from None
-    if not (math.isfinite(found) and found >= low):
-        raise ValueError(f"has to be {low:g} or more")
-    return found
+def _flag(value: object) -> object:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
-def parse_positive(value: object) -> float:
-    """A finite number above 0. Raises `ValueError` for any other value."""
-    found = parse_number(value)
-    if found == 0:
-        raise ValueError("has to be above 0")
-    return found
+def _none(value: object) -> object:
+    return None if value in ("", "none") else value
 
 
-def one_of(*names: str) -> Parse:
-    """One of `names`."""
-
-    def parse(value: object) -> str:
-        if str(value) not in names:
-            raise ValueError(f"has to be one of {', '.join(names)}")
-        return str(value)
-
-    return parse
+def _listed(value: object) -> object:
+    return [one for one in value.split(",") if one] if isinstance(value, str) else value
 
 
-def _option(default: Any, help: str, parse: Parse, *, secret: bool = False) -> Any:
-    def parse_or_none(value: object) -> Any:
-        return None if value in _NONE else parse(value)
-
-    accepts = parse_or_none if default is None else parse
-    metadata = {"help": help, "parse": accepts, "secret": secret}
-    if default is dict:
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, repr=not secret, metadata=metadata)
-
-
-def _no_flag(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("has to be a number")
+def _table(value: object) -> object:
+    if isinstance(value, str):
+        return dict(part.partition(":")[::2] for part in value.split(",") if part)
     return value
 
 
-def _whole(value: object) -> int:
-    found = parse_number(value)
-    if found != int(found):
-        raise ValueError("has to be a whole number")
-    return int(found)
-
-
-def _flag(value: object) -> bool:
-    found = {"true": True, "false": False}.get(value) if isinstance(value, str) else value
-    if not isinstance(found, bool):
-        raise ValueError("has to be true or false")
-    return found
-
-
-def _text(value: object) -> str:
-    if not (isinstance(value, str) and value.strip()):
-        raise ValueError("has to be text")
-    return value.strip()
+Share = Annotated[float, BeforeValidator(lambda value: parse_rate(str(value)))]
+"""A number from 0 to 1: the share of the runs, or of the requests, that is affected."""
+Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+Whole = Annotated[int, Field(ge=0)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Maybe = Annotated[T | None, BeforeValidator(_none)]
+"""A value or none, as text `none`."""
+Listed = Annotated[tuple[T, ...], BeforeValidator(_listed)]
+"""Values; as text they are separated by commas."""
+Table = Annotated[Mapping[Text, T], BeforeValidator(_table)]
+"""A mapping from names to values; as text `name:value,name:value`."""

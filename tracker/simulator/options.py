@@ -1,22 +1,25 @@
 """The options of a simulated FLORA: its workspaces, and how often each of its faults occurs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Final, Literal
 
+from pydantic import AfterValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from tracker.core.formatting import requirement
 from tracker.simulator.option_types import (
-    Parse,
-    choice,
+    Flag,
+    Listed,
+    Maybe,
+    Number,
+    Positive,
+    Share,
+    Table,
+    Text,
+    Whole,
     flag,
-    listed,
-    number,
-    one_of,
-    parse_number,
-    parse_positive,
-    share,
-    table,
-    text,
-    whole,
+    option,
 )
 
 CODES: Final[Mapping[str, int]] = {
@@ -35,6 +38,15 @@ CODES: Final[Mapping[str, int]] = {
     "service_unavailable": 503,
 }
 """FLORA's error codes, each with its status."""
+
+
+def _known_code(code: str) -> str:
+    if code not in CODES:
+        raise ValueError(f"must be one of {', '.join(CODES)}")
+    return code
+
+
+Code = Annotated[str, AfterValidator(_known_code)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +68,12 @@ class SimulatedWorkspace:
         return tuple(secret for part in self.webhook_secret.split(",") if (secret := part.strip()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked_dataclass(
+    frozen=True,
+    slots=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True),
+)
 class Options:
     """The options of one simulated FLORA, each with its help text.
 
@@ -72,202 +89,184 @@ class Options:
     """
 
     seed: int = 0
-    speed: float = 1.0
-    run_seconds: float = 20.0
-    callback_timeout: float = 10.0
+    speed: Positive = 1.0
+    run_seconds: Positive = 20.0
+    callback_timeout: Positive = 10.0
     project_id: str = "prj_simulator"
     more_workspaces: tuple[SimulatedWorkspace, ...] = ()
 
     # The workspace
-    api_key: str = text(
+    api_key: Text = option(
         "API key of the workspace; the previous one is refused", "sk_test_simulator", secret=True
     )
-    webhook_secret: str = text(
+    webhook_secret: Text = option(
         "secret that signs the callbacks of new runs", "whsec_simulator", secret=True
     )
-    workspace_id: str = text("workspace that the key belongs to", "ws_simulator")
-    shared_key: bool = flag(
+    workspace_id: Text = option("workspace that the key belongs to", "ws_simulator")
+    shared_key: Flag = flag(
         "the key sees the other workspaces as well; lists show the runs of all unless they are "
         "asked for one"
     )
-    credits: float | None = number(
+    credits: Maybe[Number] = option(
         "USD that may be spent; starts beyond it are refused with 402", None
     )
 
     # Callbacks
-    drop: float = share("share of callbacks that are never sent")
-    duplicate: float = share("share of callbacks that are sent again after they were accepted")
-    early: float = share(
+    drop: Share = option("share of callbacks that are never sent")
+    duplicate: Share = option("share of callbacks that are sent again after they were accepted")
+    early: Share = option(
         "share of runs that end at once and whose callback precedes the answer to the start"
     )
-    late: float = share("share of callbacks that are sent three `run_seconds` after the end")
-    reorder: float = share(
+    late: Share = option("share of callbacks that are sent three `run_seconds` after the end")
+    reorder: Share = option(
         "share of callbacks delayed by up to one `run_seconds`, so that others overtake them"
     )
-    bad_signature: float = share(
+    bad_signature: Share = option(
         "share of callbacks preceded by a forged one with the opposite status"
     )
 
     # Requests
-    rate_limit: float = share("share of requests answered 429")
-    retry_after: int = whole("seconds in the `Retry-After` of a 429", 1)
-    errors: float = share("share of requests answered 500 or 503; nothing is started")
-    cut: float = share(
+    rate_limit: Share = option("share of requests answered 429")
+    retry_after: Whole = option("seconds in the `Retry-After` of a 429", 1)
+    errors: Share = option("share of requests answered 500 or 503; nothing is started")
+    cut: Share = option(
         "share of requests whose connection is cut, before or after they are executed"
     )
-    gateway: float = share("share of requests answered by a gateway in front of FLORA")
-    gateway_starts: float = share("the same for starts alone")
-    gateway_reads: float = share("the same for reads of one run, technique or workspace")
-    gateway_pages: float = share("the same for lists")
-    gateway_answers: tuple[str, ...] = listed(
+    gateway: Share = option("share of requests answered by a gateway in front of FLORA")
+    gateway_starts: Share = option("the same for starts alone")
+    gateway_reads: Share = option("the same for reads of one run, technique or workspace")
+    gateway_pages: Share = option("the same for lists")
+    gateway_answers: Listed[Literal["502", "503", "504", "404", "empty", "page"]] = option(
         "answers of the gateway: `502`, `503`, `504`, `404` (HTML), `empty` (200 without "
         "body), `page` (200, HTML)",
-        "502",
-        "503",
-        "504",
-        each=one_of("502", "503", "504", "404", "empty", "page"),
+        ("502", "503", "504"),
     )
-    gateway_works: float = share("share of these requests that FLORA executes all the same", 1.0)
-    gateway_seconds: float | None = number(
+    gateway_works: Share = option("share of these requests that FLORA executes all the same", 1.0)
+    gateway_seconds: Maybe[Number] = option(
         "seconds after which the gateway answers; none: when FLORA has finished", None
     )
-    refuse: Mapping[str, str] = table(
+    refuse: Table[Code] = option(
         "routes and the error code that they answer, as `generations.list:not_found`; "
         "`filtered`: lists with a filter",
-        one_of(*CODES),
+        {},
     )
-    refusals: float = share("share of the requests to these routes that are refused", 1.0)
-    field_details: bool = flag("errors include `code` and `valid_values` of each field")
+    refusals: Share = option("share of the requests to these routes that are refused", 1.0)
+    field_details: Flag = flag("errors include `code` and `valid_values` of each field")
 
     # Starts
-    slow_starts: float = share("share of starts that are answered late")
-    slow_seconds: float = number("delay of such an answer, in seconds", 25.0)
-    slow_run: str = choice(
-        "whether the run of a slow start exists from its `first` moment or its `last`",
-        "first",
-        "last",
+    slow_starts: Share = option("share of starts that are answered late")
+    slow_seconds: Number = option("delay of such an answer, in seconds", 25.0)
+    slow_run: Literal["first", "last"] = option(
+        "whether the run of a slow start exists from its `first` moment or its `last`", "first"
     )
-    failed_starts: float = share("share of starts answered 500, in FLORA's shape, without a run")
-    lost_starts: float = share(
+    failed_starts: Share = option("share of starts answered 500, in FLORA's shape, without a run")
+    lost_starts: Share = option(
         "share of starts answered 500, in FLORA's shape, although the run exists"
     )
-    second_answer: str = choice(
-        "error that refuses the next start with the key of a start that was answered 500",
-        "none",
-        "400",
-        "402",
-        "404",
+    second_answer: Literal["none", "400", "402", "404"] = option(
+        "error that refuses the next start with the key of a start that was answered 500", "none"
     )
-    idempotency: Literal["replay", "conflict"] = choice(
+    idempotency: Literal["replay", "conflict"] = option(
         "a used key returns the original answer for 24 hours (`replay`), or is refused with 409 "
         "for two hours (`conflict`)",
         "replay",
-        "conflict",
     )
-    key_hours: float | None = number("hours after which a key is forgotten", None)
-    key_source: str = choice(
+    key_hours: Maybe[Number] = option("hours after which a key is forgotten", None)
+    key_source: Literal["either", "by_type"] = option(
         "where a key is read: in body or header (`either`); or in the body for technique runs and "
         "in the header for generations (`by_type`)",
         "either",
-        "by_type",
     )
-    keys_known: str = choice(
+    keys_known: Literal["at_once", "at_end"] = option(
         "when a key counts as used: `at_once`, or at the end of its request (`at_end`), so that "
         "two simultaneous requests both start a run",
         "at_once",
-        "at_end",
     )
-    keys_released: bool = flag("a start that was answered 500 leaves its key unused")
-    colleague: float = share(
+    keys_released: Flag = flag("a start that was answered 500 leaves its key unused")
+    colleague: Share = option(
         "share of starts after which another program starts the same technique, without callback"
     )
-    colleague_seconds: float = number("seconds between the two starts")
-    run_per_value: bool = flag("an input with `allow_multiple` starts one run for each value")
+    colleague_seconds: Number = option("seconds between the two starts")
+    run_per_value: Flag = flag("an input with `allow_multiple` starts one run for each value")
 
     # Techniques
-    price_factor: float = number("factor for the `run_cost` of every technique", 1.0)
-    prices: Mapping[str, float] = table(
-        "the `run_cost` of single techniques, as `icon-pack:20`", parse_number
-    )
-    new_inputs: Mapping[str, str] = table("inputs added to techniques, as `icon-pack:style:text?`")
+    price_factor: Number = option("factor for the `run_cost` of every technique", 1.0)
+    prices: Table[Number] = option("the `run_cost` of single techniques, as `icon-pack:20`", {})
+    new_inputs: Table[Text] = option("inputs added to techniques, as `icon-pack:style:text?`", {})
 
     # Runs
-    failures: float = share("share of runs that fail", 0.15)
-    failure_codes: tuple[str, ...] = listed(
+    failures: Share = option("share of runs that fail", 0.15)
+    failure_codes: Listed[Text] = option(
         "error codes of failed runs; none: the documented ones; `measured`: those measured in "
-        "production"
+        "production",
+        (),
     )
-    full_progress: bool = flag("failed runs report a progress of 100")
-    queued: float = share("share of runs that show `queued_name` as their status until they end")
-    queued_name: str = text("an undocumented status", "queued")
-    cancelled: float = share(
+    full_progress: Flag = flag("failed runs report a progress of 100")
+    queued: Share = option("share of runs that show `queued_name` as their status until they end")
+    queued_name: Text = option("an undocumented status", "queued")
+    cancelled: Share = option(
         "share of runs that end with `cancelled_name` as their status, without callback and cost"
     )
-    cancelled_name: str = text("an undocumented final status", "cancelled")
-    late_outputs: float = share("share of completed runs that show no outputs at first")
-    outputs_seconds: float = number("seconds between the end and the outputs", 60.0)
-    signed_links: bool = flag("each read returns output links with a new signature")
-    time_unit: Literal["ms", "s"] = choice("unit of a run's times: `ms` or `s`", "ms", "s")
+    cancelled_name: Text = option("an undocumented final status", "cancelled")
+    late_outputs: Share = option("share of completed runs that show no outputs at first")
+    outputs_seconds: Number = option("seconds between the end and the outputs", 60.0)
+    signed_links: Flag = flag("each read returns output links with a new signature")
+    time_unit: Literal["ms", "s"] = option("unit of a run's times: `ms` or `s`", "ms")
 
     # The bill
-    quotes: float = share("share of runs that show a quote as `charged_cost` until they end")
-    quote_factor: float = number(
+    quotes: Share = option("share of runs that show a quote as `charged_cost` until they end")
+    quote_factor: Number = option(
         "quote as a multiple of `run_cost`; 0: from 0.25 to 1.5, depending on the seed"
     )
-    bill_factor: float = number("final cost as a multiple of `run_cost`", 1.0)
-    late_bills: float = share("share of completed runs that show no cost at first")
-    bill_seconds: tuple[float, ...] = listed(
+    bill_factor: Number = option("final cost as a multiple of `run_cost`", 1.0)
+    late_bills: Share = option("share of completed runs that show no cost at first")
+    bill_seconds: Listed[Number] = option(
         "seconds between the end and a late cost or refund; of several, the seed selects one",
-        60.0,
-        each=parse_number,
+        (60.0,),
     )
-    missing_bills: float = share("share of completed runs that never show a cost")
-    corrections: float = share(
+    missing_bills: Share = option("share of completed runs that never show a cost")
+    corrections: Share = option(
         "share of completed runs whose first cost is too high or too low and corrected later"
     )
-    correction_seconds: float = number("seconds between the first cost and the final one", 60.0)
-    late_refunds: float = share("share of failed runs that show their quote at first")
-    refund: str = choice(
-        "cost of a failed run after its refund: 0 (`zero`), or none (`absent`)", "zero", "absent"
+    correction_seconds: Number = option("seconds between the first cost and the final one", 60.0)
+    late_refunds: Share = option("share of failed runs that show their quote at first")
+    refund: Literal["zero", "absent"] = option(
+        "cost of a failed run after its refund: 0 (`zero`), or none (`absent`)", "zero"
     )
 
     # The history
-    history_outputs: bool = flag("completed items of lists include outputs and cost", True)
-    history: int = whole("number of technique runs that ended before the simulator started")
-    history_generations: int = whole(
+    history_outputs: Flag = flag("completed items of lists include outputs and cost", True)
+    history: Whole = option("number of technique runs that ended before the simulator started")
+    history_generations: Whole = option(
         "number of generations that ended before the simulator started"
     )
-    history_seconds: float = number("seconds over which their creation is spread", 2_592_000.0)
-    retention: float | None = number("seconds after their creation at which runs are removed", None)
-    deletions: float = share("share of history pages after which one of their runs is deleted")
-    bad_offset: int | None = whole("offset of an item whose page cannot be read", None)
-    bad_runs: tuple[str, ...] = listed("runs whose page cannot be read")
-    bad_code: str = choice("error that answers such a page", "input_validation_error", *CODES)
-    bad_bytes: int = whole("bytes by which such an item is longer, instead of an error")
-    bad_fields: tuple[str, ...] = listed(
-        "fields that are null in such an item, instead of an error"
+    history_seconds: Number = option("seconds over which their creation is spread", 2_592_000.0)
+    retention: Maybe[Number] = option(
+        "seconds after their creation at which runs are removed", None
     )
-    max_offset: int | None = whole("offset from which pages are answered 400", None)
-    cursor_type: str = choice(
-        "JSON type of cursors: `text`, `number` or `object`", "text", "number", "object"
+    deletions: Share = option("share of history pages after which one of their runs is deleted")
+    bad_offset: Maybe[Whole] = option("offset of an item whose page cannot be read", None)
+    bad_runs: Listed[Text] = option("runs whose page cannot be read", ())
+    bad_code: Code = option("error that answers such a page", "input_validation_error")
+    bad_bytes: Whole = option("bytes by which such an item is longer, instead of an error")
+    bad_fields: Listed[Text] = option(
+        "fields that are null in such an item, instead of an error", ()
     )
-    opaque_cursors: bool = flag("cursors hide their offset")
-    cursor_seconds: float | None = number(
+    max_offset: Maybe[Whole] = option("offset from which pages are answered 400", None)
+    cursor_type: Literal["text", "number", "object"] = option(
+        "JSON type of cursors: `text`, `number` or `object`", "text"
+    )
+    opaque_cursors: Flag = flag("cursors hide their offset")
+    cursor_seconds: Maybe[Number] = option(
         "age in seconds from which opaque cursors are refused", None
     )
-    cursor_epoch: int = whole("opaque cursors of another epoch are refused")
+    cursor_epoch: Whole = option("opaque cursors of another epoch are refused")
 
     # Clocks
-    clock_offset: float = number("seconds that FLORA's clock is ahead", 0.0, low=-1e9)
-    date_offset: float = number(
-        "seconds that the header `Date` is ahead of FLORA's clock", 0.0, low=-1e9
-    )
+    clock_offset: float = option("seconds that FLORA's clock is ahead")
+    date_offset: float = option("seconds that the header `Date` is ahead of FLORA's clock")
 
     def __post_init__(self) -> None:
-        for name, value in self.changeable.items():
-            object.__setattr__(self, name, _checked(name, value))
-        for name in ("speed", "run_seconds", "callback_timeout"):
-            _parsed(name, parse_positive, getattr(self, name))
         keys = [workspace.api_key for workspace in self.workspaces]
         if len(set(keys)) < len(keys):
             raise ValueError("more_workspaces: one key belongs to one workspace")
@@ -300,28 +299,32 @@ class Options:
 
         Raises `ValueError` for options that cannot be changed, and for values out of range.
         """
-        return replace(self, **{name: _checked(name, value) for name, value in changes.items()})
+        for name in changes:
+            if name not in HELP:
+                raise ValueError(f"{name}: is no option that can be changed")
+        try:
+            return replace(self, **dict[str, Any](changes))
+        except ValidationError as error:
+            raise ValueError(fault_of(error)) from None
 
 
-def _checked(name: str, value: object) -> Any:
-    if name not in _PARSE:
-        raise ValueError(f"{name}: is no option that can be changed")
-    return _parsed(name, _PARSE[name], value)
+def fault_of(error: ValueError) -> str:
+    """What is wrong with options: the first of its faults, as `name: reason`."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    reason = requirement(first["type"], first["msg"])
+    return f"{first['loc'][0]}: {reason}" if first["loc"] else reason
 
 
-def _parsed(name: str, parse: Parse, value: object) -> Any:
-    try:
-        return parse(value)
-    except ValueError as exc:
-        raise ValueError(f"{name}: {exc}") from None
-
-
-_PARSE: Final[Mapping[str, Parse]] = {
-    f.name: f.metadata["parse"] for f in fields(Options) if f.metadata
+_CHANGEABLE: Final = {
+    name: info
+    for name, info in Options.__pydantic_fields__.items()  # type: ignore[attr-defined]
+    if info.description
 }
 
-HELP: Final[Mapping[str, str]] = {f.name: f.metadata["help"] for f in fields(Options) if f.metadata}
+HELP: Final[Mapping[str, str]] = {name: info.description for name, info in _CHANGEABLE.items()}
 """What each option does that may be changed while the simulator runs."""
 
-SECRETS: Final = frozenset(f.name for f in fields(Options) if f.metadata.get("secret"))
+SECRETS: Final = frozenset(name for name, info in _CHANGEABLE.items() if not info.repr)
 """The options that are not shown."""
