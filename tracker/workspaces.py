@@ -29,6 +29,7 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.flora.client import FloraClient
 from tracker.flora.http import LONGEST_WAIT
+from tracker.flora.request_limit import SharedWaits
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import workspaces as stored
@@ -393,7 +394,7 @@ def _has_no_such_list(error: FloraError) -> bool:
 
 
 @dataclass(eq=False)
-class DatabaseWaits:
+class DatabaseWaits(SharedWaits):
     """Shares the waits that FLORA asks for between all processes that use one key.
 
     Every request checks for a wait before it is sent: a row read by its key, which costs little

@@ -71,10 +71,9 @@ class DefinitionChanged(TrackerError):
         lines: Sequence[int],
     ) -> None:
         parts = [
-            f"column {column!r} is now the input {name!r} ({kind})" for name, column, kind in new
-        ]
-        parts += [
-            f"column {column!r} was the input {name!r} ({kind})" for name, column, kind in gone
+            f"column {column!r} {verb} the input {name!r} ({kind})"
+            for verb, columns in (("is now", new), ("was", gone))
+            for name, column, kind in columns
         ]
         rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
         super().__init__(

@@ -133,17 +133,13 @@ def line_numbers(lines: Sequence[int], noun: str = "line", most: int = 10) -> st
     parts: list[list[int]] = []
     for line in sorted(lines):
         if parts and line == parts[-1][-1] + 1:
-            parts[-1][1:] = [line]
+            parts[-1].append(line)
         else:
             parts.append([line])
     # Two lines are no range: `lines 3 and 4`.
-    parts = [
-        one
-        for part in parts
-        for one in ([[part[0]], [part[1]]] if part[-1] - part[0] == 1 else [part])
-    ]
-    shown = ["-".join(map(str, part)) for part in parts[:most]]
-    if rest := sum(part[-1] - part[0] + 1 for part in parts[most:]):
+    parts = [one for part in parts for one in ([[n] for n in part] if len(part) == 2 else [part])]
+    shown = [f"{part[0]}-{part[-1]}" if part[1:] else str(part[0]) for part in parts[:most]]
+    if rest := sum(map(len, parts[most:])):
         shown.append(f"{rest:,} more")
     text = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
     return f"{noun} {text}" if len(lines) == 1 else f"{noun}s {text}"

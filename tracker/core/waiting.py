@@ -6,7 +6,8 @@ import contextvars
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Final, TypeVar
 
 from tracker.core.errors import StoreError
@@ -142,30 +143,19 @@ def in_thread(name: str, work: Callable[[], T]) -> asyncio.Future[T]:
     block neither another call nor the end of the process. A thread cannot be interrupted: it goes
     on when the future is cancelled.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # nothing cancels it from here on
     context = contextvars.copy_context()
 
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
-
     def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
         try:
-            result = context.run(work)
-        except StopIteration as stopped:  # a future refuses it
-            error = RuntimeError(f"StopIteration was raised: {stopped}")
+            outcome.set_result(context.run(work))
+        except (StopIteration, CancelledError) as odd:  # asyncio would misunderstand them
+            outcome.set_exception(RuntimeError(f"{type(odd).__name__} was raised: {odd}"))
         except BaseException as raised:
-            error = raised
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, error)
+            outcome.set_exception(raised)
 
+    result = asyncio.wrap_future(outcome)
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())
     threading.Thread(target=run, name=name, daemon=True).start()
-    return future
+    return result

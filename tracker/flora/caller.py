@@ -36,7 +36,7 @@ from tracker.flora import parse
 from tracker.flora.contact import Breaker, Contact
 from tracker.flora.http import http_date, is_bounded, retry_after_of
 from tracker.flora.parse import decode
-from tracker.flora.request_limit import RequestLimit, SharedWaits
+from tracker.flora.request_limit import OWN_WAITS, RequestLimit, SharedWaits
 
 T = TypeVar("T")
 
@@ -172,12 +172,12 @@ class Caller:
     on_request: OnRequest | None = None
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    shared_waits: InitVar[SharedWaits | None] = None
+    shared_waits: InitVar[SharedWaits] = OWN_WAITS
     find_new_key: Callable[[], object] = lambda: None
     traced: bool = True
     largest_answer: int = LARGEST_ANSWER
 
-    def __post_init__(self, concurrency: int, shared_waits: SharedWaits | None) -> None:
+    def __post_init__(self, concurrency: int, shared_waits: SharedWaits) -> None:
         self.request_limit = RequestLimit(
             concurrency,
             monotonic=self.monotonic,

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
-from typing import Final, Protocol
+from typing import Final
 
 from tracker.core.clock import Clock, utc_now
 from tracker.core.errors import RequestPaused
@@ -52,14 +52,19 @@ class RequestLimitState:
     waited: float
 
 
-class SharedWaits(Protocol):
-    """Waits shared by all processes with one key. Neither method raises."""
+class SharedWaits:
+    """Waits shared by all processes with one key; these are of this process alone. Neither method
+    raises."""
 
     async def left(self) -> float:
         """Seconds that the longest shared wait still lasts."""
+        return 0.0
 
     async def share(self, seconds: float) -> None:
         """Share a wait that FLORA has asked this process for."""
+
+
+OWN_WAITS: Final = SharedWaits()
 
 
 @dataclass(eq=False)
@@ -74,7 +79,7 @@ class RequestLimit:
     _: KW_ONLY
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    shared: SharedWaits | None = None
+    shared: SharedWaits = OWN_WAITS
     clock: Clock = utc_now
 
     def __post_init__(self) -> None:
@@ -128,8 +133,7 @@ class RequestLimit:
 
     async def pause_others(self, seconds: float) -> None:
         """Let no other process start a request for so long."""
-        if self.shared is not None:
-            await self.shared.share(seconds)
+        await self.shared.share(seconds)
 
     def answered(self) -> None:
         """FLORA took a request: raise the rate a little."""
@@ -168,7 +172,7 @@ class RequestLimit:
                 self._refuse_beyond(until)
                 await self.sleep(wait)
             # Last: another process may have been asked to wait a moment ago.
-            left = 0.0 if self.shared is None else await self.shared.left()
+            left = await self.shared.left()
             if left <= 0:
                 return
             self.pause(left)

@@ -238,12 +238,11 @@ async def states_of(
     found = await starts.of_keys(db, workspace_id, (entry.key for entry in entries))
     run_ids = (row.run_id for row in found.values() if row.run_id is not None)
     records = await read.get_runs(db, run_ids)
-    states = []
-    for entry in entries:
-        start = found.get(entry.key)
-        record = None if start is None or start.run_id is None else records.get(start.run_id)
-        states.append(RowState(entry=entry, start=start, record=record, error=entry.error))
-    return states
+    run_of = {key: records.get(row.run_id or "") for key, row in found.items()}
+    return [
+        RowState(entry=one, start=found.get(one.key), record=run_of.get(one.key), error=one.error)
+        for one in entries
+    ]
 
 
 async def kept_rows(db: Database, batch: BatchRow, **chosen: Any) -> list[RowState]:

@@ -5,7 +5,7 @@ first. Nothing is guessed if two columns match.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault
@@ -69,9 +69,8 @@ def read_rows(
         cells = [(one, value) for one in mappings for value in row.cells.get(one.column, ())]
         inputs = [_input(one, value) for one, value in cells]
         faults = check(ports, inputs) if mappings else []
-        for problem in _located(faults, row, cells, mappings, reported):
-            if (problem.line, problem.column) not in spoilt:
-                problems.append(problem)
+        located = _located(faults, row, cells, mappings, reported)
+        problems += [one for one in located if (one.line, one.column) not in spoilt]
         rows.append(InputRow(line=row.line, inputs=canonical(inputs)))
     return SheetReading(
         mapping=tuple(mappings),
@@ -150,43 +149,40 @@ def _assign(
     problems: list[SheetProblem],
 ) -> list[ColumnMapping]:
     """The columns that are inputs, each with its type."""
-    header = sheet.header
     by_id = {port.id: port for port in ports}
     wanted: list[ColumnMapping] = []
+
+    def report(column: str, message: str) -> None:
+        problems.append(SheetProblem(sheet.header, column, message))
+
     for one in explicit:
         if ports and one.input_id not in by_id:
-            message = f"the technique has no input {one.input_id!r}; it has {', '.join(by_id)}"
-            problems.append(SheetProblem(header, one.column, message))
+            has = ", ".join(by_id)
+            report(one.column, f"the technique has no input {one.input_id!r}; it has {has}")
         elif one.column not in sheet.columns:
-            problems.append(SheetProblem(header, one.column, _missing(sheet)))
+            report(one.column, _missing(sheet))
         else:
             wanted.append(one)
     named_ids = {one.input_id for one in explicit}
-    taken = {one.column for one in wanted}
-    for port in ports:
-        if port.id in named_ids:
-            continue
+    for port in (port for port in ports if port.id not in named_ids):
+        taken = {one.column for one in wanted}
         column = _column_of(port, [name for name in sheet.columns if name not in taken])
         if column is not None:
             wanted.append(ColumnMapping(port.id, column))
-            taken.add(column)
         elif not port.optional and sheet.columns:
             kind = f" ({port.type})" if port.type else ""
-            message = f"there is no column for the input {port.id!r}{kind}; {_advice(sheet, port)}"
-            problems.append(SheetProblem(header, "", message))
+            advice = _advice(sheet, port)
+            report("", f"there is no column for the input {port.id!r}{kind}; {advice}")
     mappings = []
     for one in wanted:
-        port_type = by_id[one.input_id].type if one.input_id in by_id else ""
+        kind = one.type or (by_id[one.input_id].type if one.input_id in by_id else "")
         if one.column in sheet.repeated:
-            problems.append(
-                SheetProblem(header, one.column, "there are several columns of this name")
-            )
-        elif not (one.type or port_type):
-            message = "the technique's definition does not give its type: "
-            message += f"use --map {one.input_id}:TYPE={one.column}"
-            problems.append(SheetProblem(header, one.column, message))
+            report(one.column, "there are several columns of this name")
+        elif not kind:
+            option = f"--map {one.input_id}:TYPE={one.column}"
+            report(one.column, f"the technique's definition does not give its type: use {option}")
         else:
-            mappings.append(ColumnMapping(one.input_id, one.column, one.type or port_type))
+            mappings.append(replace(one, type=kind))
     return mappings
 
 
