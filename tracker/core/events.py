@@ -1,11 +1,13 @@
 """The events that are sent to endpoints: which of them a change of a run causes, which endpoint
 wants them, the states of a message (an event for one endpoint), and when an attempt is repeated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
+from itertools import accumulate
 from math import ceil
+from operator import add
 from typing import Final
 from uuid import uuid4
 
@@ -169,9 +171,7 @@ def next_attempt(
     that the endpoint asked for. The jitter is derived from the id: the function stays pure.
     """
     earliest = now + waits[0]
-    times: list[datetime] = [since]
-    for wait in waits:
-        times.append(times[-1] + wait)
+    times: Iterable[datetime] = accumulate(waits, add, initial=since)
     planned = next((at for at in times if at >= earliest), None)
     if planned is None:
         return None

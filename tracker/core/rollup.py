@@ -33,6 +33,7 @@ enough that interpolated quantiles are right to the eye.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -70,12 +71,11 @@ def bucket_of(milliseconds: int) -> int:
 
 def lag_of(rows: Iterable[tuple[int, int, int]]) -> Lag:
     """Summarise rows of (bucket, number of runs, sum of milliseconds)."""
-    counts: dict[int, int] = {}
-    milliseconds = 0
+    counts, milliseconds = Counter[int](), 0
     for bucket, count, amount in rows:
-        counts[bucket] = counts.get(bucket, 0) + count
+        counts[bucket] += count
         milliseconds += amount
-    total = sum(counts.values())
+    total = counts.total()
     if total <= 0:
         return Lag(0, None, None, None)
     mean = milliseconds / total / 1000

@@ -9,10 +9,9 @@ item that shows no run leaves a hole in its page.
 """
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Final
 
 from tracker.core.errors import (
@@ -24,7 +23,6 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Observation
 from tracker.core.run import RunType
-from tracker.flora import client as flora
 from tracker.flora.client import FloraClient, HistoryPage, circular, cursor_at, offset_of
 
 PAGE_SIZE: Final = 100
@@ -78,23 +76,6 @@ class WalkedPage:
     ceiling: datetime | None = None
     hole: Hole | None = None
     cursor: str | None = None
-
-
-def pages(
-    client: FloraClient,
-    *,
-    technique_id: str | None = None,
-    fresh: bool = False,
-    deadline: Callable[[], float],
-) -> AsyncGenerator[HistoryPage, None]:
-    """Every page of technique runs, newest first, as FLORA's cursors lead.
-
-    No status filter is ever set: a run that leaves the filter between two pages would move another
-    one past the reader. `deadline` gives the seconds that the next page may take. Raises
-    `FloraUnreadable` if the cursors form a circle, and what the client raises.
-    """
-    read = partial(client.history, limit=PAGE_SIZE, technique_id=technique_id, fresh=fresh)
-    return flora.pages(lambda cursor: read(cursor=cursor, deadline=deadline()))
 
 
 def oldest(items: Sequence[Observation]) -> datetime | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited
@@ -19,6 +20,7 @@ from tracker.core.observation import Observation
 from tracker.core.record import Observed, Record
 from tracker.core.run import RunStatus
 from tracker.core.waiting import run_all
+from tracker.flora.client import pages
 from tracker.polling import history
 from tracker.polling.history import PAGE_SIZE
 from tracker.polling.listed import attributed_page, counted_before, without_removed
@@ -138,10 +140,10 @@ class PollRound:
         )
         if not self._pages_pay(wanted):
             return
-        found = history.pages(self._client, fresh=not self._recheck, deadline=lambda: PAGE_SECONDS)
+        read = partial(self._client.history, fresh=not self._recheck, deadline=PAGE_SECONDS)
         try:
-            async with aclosing(found) as pages:
-                async for page in pages:
+            async with aclosing(pages(lambda cursor: read(cursor=cursor))) as found:
+                async for page in found:
                     self.report.pages += 1
                     self.shared_reads += 1
                     self._answered = True

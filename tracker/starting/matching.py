@@ -20,7 +20,7 @@ from tracker.core.errors import FloraRefusal, FloraUnreadable, StartNotStored, S
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
-from tracker.flora.client import HistoryPage
+from tracker.flora.client import HistoryPage, pages
 from tracker.polling import history
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
@@ -136,16 +136,19 @@ class StartMatcher(Service):
         else:  # FLORA's clock may have been ahead
             known_until = min(known_until, first)
             bottom = known_until - READ_BELOW
+
+        async def read(cursor: str | None) -> HistoryPage:
+            return await client.history(
+                cursor=cursor,
+                technique_id=technique_id if filtered else None,
+                deadline=min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
+            )
+
         while True:
             filtered = workspace.place not in self._unfiltered
-            pages = history.pages(
-                client,
-                technique_id=technique_id if filtered else None,
-                deadline=lambda: min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
-            )
             try:
-                async with aclosing(pages):
-                    found = await _read(pages, technique_id, known_until, bottom)
+                async with aclosing(pages(read)) as found_pages:
+                    found = await _read(found_pages, technique_id, known_until, bottom)
             except FloraRefusal as refusal:
                 # A refused filter says nothing about the key: all runs are read instead.
                 if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
