@@ -93,6 +93,7 @@ class CrashRun:
             "TRACKER_LOG_FORMAT": "json",
         }
         self._lives = 0
+        self._living: list[Life] = []
 
     async def live(self, role: Role, at: Point | None = None, *, flora_fails: bool = False) -> Life:
         """One life in which a little of everything happens, to the point or until all is calm.
@@ -198,6 +199,7 @@ class CrashRun:
             log=self._directory / f"{self._port}-{self._lives}.log",
             prepare=partial(prepare, at) if hasty else None,
         )
+        self._living.append(life)
         return life, f"http://127.0.0.1:{port}/healthz"
 
     async def _start_batch(self, at: Point | None) -> Life:
@@ -269,6 +271,14 @@ class CrashRun:
 
         await self._database.write(work)
 
+    async def close(self) -> None:
+        """End what lives still, where an assertion has failed: it would work on the next test's
+        database."""
+        await self.clients.close()
+        for life in self._living:
+            life.kill()
+            await life.end()
+
     async def judge(self) -> Verdict:
         """Whether all of it agrees. Raises `AssertionError` where a run is not true."""
         return await judge(self._database, self._flora, self.clients, self._receiver)
@@ -287,4 +297,4 @@ async def crash_run(database_url: str, directory: Path, **options: Any) -> Async
         try:
             yield one
         finally:
-            await one.clients.close()
+            await one.close()

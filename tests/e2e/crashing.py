@@ -34,7 +34,7 @@ COMMITS: Final = (
     # The writer of observations, by what a group brings.
     *("writer: start", "writer: poll", "writer: history", "writer: nothing seen"),
     # The start log.
-    *("starts.reserve", "starts.take", "starts.mark"),
+    *("starts.reserve", "starts.take", "starts.mark_sent", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
     *("workspaces.keep_id", "workspaces.give_ids", "clock.agree"),
     # Who works at what, and until when nobody asks FLORA.
