@@ -12,6 +12,7 @@ from playwright.async_api import expect
 
 from tests.browser.conftest import OpenPage
 from tests.support.databases import sqlite_url_of
+from tests.support.turns import in_turn
 from tests.web.dashboard.hostile import attack
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
@@ -111,11 +112,12 @@ async def _runs(services: Services) -> None:
 async def test_nothing_is_cut_and_no_amount_is_broken(
     long_url: str, open_page: OpenPage, thorough: bool
 ) -> None:
-    """On a phone and at every width of a table; what has no room ends in an ellipsis."""
+    """On a phone and at every width of a table; what has no room ends in an ellipsis. Pages take
+    turns."""
     watched = await open_page()
     page = watched.page
     widths = (320, 390, 961, 1100, 1240, 1440) if thorough else (320, 961, 1240)
-    for path in PATHS:
+    for path in in_turn(PATHS, of=3, thorough=thorough):
         await page.goto(f"{long_url}{path}")
         for width in widths:
             await page.set_viewport_size({"width": width, "height": 800})

@@ -64,7 +64,7 @@ async def show(page: Page, theme: str, *cells: str) -> None:
     )
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])
 async def test_a_notebook_shows_a_run_with_its_outputs(
     theme: str, live: LiveTracker, open_page: OpenPage
 ) -> None:

@@ -97,6 +97,7 @@ def test_nothing_is_fetched_from_outside(site: Path) -> None:
         assert not re.search(r"url\(\s*['\"]?(?:https?:)?//|@import", path.read_text()), path.name
 
 
+@pytest.mark.thorough
 def test_the_search_finds_it(served: Page) -> None:
     """What someone with a sheet or an application types leads first to the guide about it."""
     field = served.locator("input[name=query]")

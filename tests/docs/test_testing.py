@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.docs.pages import DOCS, blocks
 from tests.support.forked import run_python
 
 
+@pytest.mark.thorough
 def test_the_files_of_the_page_are_a_suite_that_passes(tmp_path: Path) -> None:
     """As pytest runs them, with nothing but the package; each run takes seconds at most."""
     files = blocks(DOCS / "testing.md", "python")

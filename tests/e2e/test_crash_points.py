@@ -10,10 +10,11 @@ import pytest
 
 from tests.e2e.crash_run import Role, crash_run
 from tests.e2e.crashing import Point, Switch
+from tests.support.turns import in_turn
 
 POINTS: tuple[tuple[Role, Point], ...] = (
     # A start that is about to leave; one that FLORA has answered, and nobody else knows of.
-    ("serve", Point(when="after", name="starts.mark")),
+    ("serve", Point(when="after", name="starts.mark_sent")),
     ("serve", Point(when="after", name="POST /techniques/*/runs")),
     # A callback that is not on disk, and one that is on disk and not answered.
     ("serve", Point(when="before", name="inbox: store")),
@@ -40,11 +41,11 @@ LIVES = 3
 
 
 def points_on(database_url: str, config: pytest.Config) -> tuple[tuple[Role, Point], ...]:
-    """Every second point on each database, so that both together come to all of them; with
-    `--every-database` all on both."""
+    """Every second point on each database, by turns a half of them; with `--every-database` all on
+    both."""
     if config.getoption("every_database"):
         return POINTS
-    return POINTS[database_url.startswith("postgresql") :: 2]
+    return tuple(in_turn(POINTS[database_url.startswith("postgresql") :: 2], of=2))
 
 
 @pytest.mark.both_databases

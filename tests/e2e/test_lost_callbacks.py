@@ -33,7 +33,7 @@ async def test_lost_doubled_and_early_callbacks_change_nothing(
     sandbox: Sandbox, database: Database, thorough: bool
 ) -> None:
     """With 40 % of callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
-    runs = 100 if thorough else 50
+    runs = 100 if thorough else 30
     await sandbox.simulate(
         *("--seed", "11", "--run-seconds", "3"),
         *("--drop", "40%", "--duplicate", "10%", "--early", "10%"),

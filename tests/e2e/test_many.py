@@ -17,7 +17,7 @@ async def test_many_processes_do_everything_once(
     from who has it, no run is read twice, no two sweeps go on at once, and no look is late by a
     tick."""
     figures = await endure(
-        postgres_url, tmp_path, receivers=2, workers=2, runs=80 if thorough else 40
+        postgres_url, tmp_path, receivers=2, workers=2, runs=80 if thorough else 30
     )
     assert figures.broken == []
     assert len(figures.seen.claimed_by) == 2

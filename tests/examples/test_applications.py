@@ -50,7 +50,10 @@ async def assert_paid_once(sandbox: Sandbox, result: dict[str, Any]) -> None:
     assert float(result["cost_usd"]) == bill["bill"]
 
 
-@pytest.mark.parametrize(("database", "drop"), [("sqlite_url", "1"), ("postgres_url", "0")])
+@pytest.mark.parametrize(
+    ("database", "drop"),
+    [("sqlite_url", "1"), pytest.param("postgres_url", "0", marks=pytest.mark.thorough)],
+)
 async def test_the_fastapi_application_stores_the_result(
     sandbox: Sandbox, database: str, drop: str
 ) -> None:
@@ -74,7 +77,10 @@ async def test_the_fastapi_application_stores_the_result(
     assert "Application shutdown complete" in process.log, process.log
 
 
-@pytest.mark.parametrize(("database", "drop"), [("postgres_url", "1"), ("postgres_url", "0")])
+@pytest.mark.parametrize(
+    ("database", "drop"),
+    [pytest.param("postgres_url", "1", marks=pytest.mark.thorough), ("postgres_url", "0")],
+)
 async def test_the_django_project_shows_the_result(
     sandbox: Sandbox, database: str, drop: str
 ) -> None:

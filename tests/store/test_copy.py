@@ -81,6 +81,16 @@ def test_every_column_has_a_value_and_is_null() -> None:
             assert column.nullable == (None in values), where
 
 
+@pytest.mark.parametrize(
+    ("database_url", "empty_database_url"),
+    [
+        pytest.param("sqlite", "sqlite", marks=pytest.mark.thorough),
+        ("sqlite", "postgres"),
+        ("postgres", "sqlite"),
+        pytest.param("postgres", "postgres", marks=pytest.mark.thorough),
+    ],
+    indirect=True,
+)
 async def test_everything_is_carried_over(full_url: str, empty_database_url: str) -> None:
     """From each engine to each, every table, row and column is there, whatever is in it; a target
     without tables gets them. Rows go a few at a time."""

@@ -24,7 +24,7 @@ from tracker.store.schema import runs
 from tracker.store.url import DatabaseTimes
 
 DEATHS = 3
-NEWEST = 6
+NEWEST = 3
 """So many revisions are tested where it is not thorough: those before do not change any more."""
 # These do some of it beside the work, which no transaction can hold together.
 STEP_BY_STEP = {

@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("every_database")
     if not every and test.get_closest_marker("served_twice") is None:
         # Another bit of it than chooses the database: each of them is served in both ways.
-        chosen = ("alone", "mounted")[zlib.crc32(metafunc.function.__name__.encode()) >> 1 & 1]
+        chosen = ("alone", "mounted")[zlib.crc32(metafunc.function.__name__.encode()) >> 2 & 1]
         ways = {chosen: ways[chosen]}
     metafunc.parametrize("is_mounted", list(ways.values()), ids=list(ways))
 

@@ -79,12 +79,12 @@ async def test_pages_that_show_nothing_new_of_a_run_add_nothing_to_its_timeline(
         [workspace] = services.workspaces
         await services.sweeper.sweep(workspace)  # the list names its project
         before = len(await runs.events(services.database, run_id))
-        for _ in range(10):
+        for _ in range(5):
             await start(services, 3)
             clock.move(4)
             await services.poller.poll_due()
             await services.sweeper.sweep(workspace)
-        assert reads_of(flora)["runs.list"] > 10
+        assert reads_of(flora)["runs.list"] > 5
         assert not (await the_run(services, run_id)).cost_final
         assert len(await runs.events(services.database, run_id)) == before
         clock.move(60)
@@ -182,10 +182,10 @@ async def test_a_bill_is_given_up_by_an_answer_alone(
         give_up = clock() + timedelta(hours=27)
         while clock() < give_up:
             await services.poller.recheck_due()
-            clock.move(1000)
+            clock.move(3000)
         assert all(one.recheck_at is not None for one in await records(services, run_ids))
         flora.world.change({"gateway": 0.0})
-        await recheck(services, clock, until=6 * HOUR, every=300)
+        await recheck(services, clock, until=6 * HOUR, every=1200)
         for record in await records(services, run_ids):
             truth = flora.world.runs[record.run.run_id]
             is_priced = truth.bill.shown(truth.bill.final_ms) is not None
