@@ -4,11 +4,11 @@ The world never waits and does no input or output; its clock is an argument.
 """
 
 import asyncio
-import heapq
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tracker.core.clock import Clock, utc_now
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _LOGGED_REQUESTS: Final = 100_000
 
-_PlannedChange = tuple[float, int, Mapping[str, object], float | None]
-"""When it is due (Unix milliseconds), its number, the new values, and for how many seconds."""
+_PlannedChange = tuple[float, Mapping[str, object], float | None]
+"""When it is due (Unix milliseconds), the new values, and for how many seconds."""
 
 
 class RequestRecord(NamedTuple):
@@ -71,7 +71,6 @@ class World:
         self._clock = clock
         self._options = options
         self._changes: list[_PlannedChange] = []
-        self._change_count = 0
         self._spent = 0.0
         self._presets: dict[RunType, PresetHistory] = {}
         self._begun_ms = self.now_ms()
@@ -80,7 +79,7 @@ class World:
     def options(self) -> Options:
         """The present options, with every change that is due by the world's clock."""
         while self._changes and self._changes[0][0] <= self.true_ms():
-            due_ms, _, changes, seconds = heapq.heappop(self._changes)
+            due_ms, changes, seconds = self._changes.pop(0)
             before = {name: getattr(self._options, name) for name in changes}
             self._options = self._options.with_changes(changes)
             if seconds is not None:
@@ -271,8 +270,7 @@ class World:
         return 0 if retention is None else self.now_ms() - retention * 1000
 
     def _plan(self, due_ms: float, changes: Mapping[str, object], seconds: float | None) -> None:
-        self._change_count += 1
-        heapq.heappush(self._changes, (due_ms, self._change_count, changes, seconds))
+        insort(self._changes, (due_ms, changes, seconds), key=itemgetter(0))
 
 
 def _is_of(workspace: SimulatedWorkspace, workspaces: Iterable[SimulatedWorkspace]) -> bool:
