@@ -50,7 +50,7 @@ from tracker.web.http.request import (
     peer_of,
     requested_host,
 )
-from tracker.web.http.responses import Fault, request_id_of
+from tracker.web.http.responses import Fault, forbidden, request_id_of
 from tracker.web.sessions import Session, Sessions
 
 Reason = Literal["missing", "wrong", "expired", "scope", "cross_site", "not_local"]
@@ -70,7 +70,6 @@ _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are sign
 _SIGN_IN: Final = "/login"
 _SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in page: nothing from the database
 _ACTOR: Final = "tracker.actor"
-_CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
 log = get_logger(__name__)
 
@@ -131,13 +130,13 @@ class AccessControl:
         actor = await self._actor(scope)
         if needs is not None and not actor.token.allows(needs):
             why = f"The token {actor.name} may not do this: it needs the scope {needs}."
-            raise self.refuse("scope", scope, Fault(403, "forbidden", why), token=actor.name)
+            raise self.refuse("scope", scope, forbidden(why), token=actor.name)
         return actor
 
     async def _actor(self, scope: Scope) -> Actor:
         if not self.has_tokens:
             if (why := self._not_local(scope)) is not None:
-                raise self.refuse("not_local", scope, Fault(403, "forbidden", why))
+                raise self.refuse("not_local", scope, forbidden(why))
             return LOCAL
         presented = _bearer_token(scope)
         if presented is not None:
@@ -148,11 +147,10 @@ class AccessControl:
                 "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of the "
                 "[[tokens]] that are set."
             )
-            raise self.refuse("missing", scope, Fault(401, "unauthorized", why, headers=_CHALLENGE))
+            raise self.refuse("missing", scope, _unauthorized(why))
         if not self.sessions.may_send(scope, session):
             why = "This was not sent by a current page of this dashboard: reload the page."
-            fault = Fault(401, "unauthorized", why, headers=_CHALLENGE)
-            raise self.refuse("cross_site", scope, fault, token=session.token.name)
+            raise self.refuse("cross_site", scope, _unauthorized(why), token=session.token.name)
         return Actor(token=session.token, session=session)
 
     async def identify(self, scope: Scope) -> Actor | None:
@@ -198,11 +196,10 @@ class AccessControl:
                     headers={"Retry-After": str(seconds), "Connection": "close"},
                 )
             else:
-                fault = Fault(401, "unauthorized", "The token is wrong.", headers=_CHALLENGE)
+                fault = _unauthorized("The token is wrong.")
             raise self.refuse("wrong", scope, fault)
         if token.expired(self.clock()):
-            message = f"The token {token.name} has expired."
-            fault = Fault(401, "unauthorized", message, headers=_CHALLENGE)
+            fault = _unauthorized(f"The token {token.name} has expired.")
             raise self.refuse("expired", scope, fault, token=token.name)
         return token
 
@@ -376,6 +373,10 @@ def may(scope: Scope, what: TokenScope) -> bool:
     """Whether the sender may do that, so that a page can offer it."""
     actor: Actor | None = scope.get(_ACTOR)
     return actor is not None and actor.token.allows(what)
+
+
+def _unauthorized(message: str) -> Fault:
+    return Fault(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _bearer_token(scope: Scope) -> bytes | None:

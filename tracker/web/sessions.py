@@ -59,29 +59,25 @@ class Session:
         return csrf is not None and hmac.compare_digest(self.csrf.encode(), csrf.encode())
 
 
+@dataclass(eq=False)
 class Sessions:
     """Starts, finds and ends sessions. `tokens` returns the current ones; `public_url` is
     `TRACKER_PUBLIC_URL`."""
 
-    def __init__(
-        self,
-        database: Database,
-        *,
-        tokens: Callable[[], Tokens],
-        public_url: str | None,
-        clock: Clock,
-    ) -> None:
-        self._database = database
-        self._tokens = tokens
-        self._clock = clock
+    database: Database
+    tokens: Callable[[], Tokens]
+    public_url: str | None
+    clock: Clock
+
+    def __post_init__(self) -> None:
         self._digests: dict[str, str] = {}
-        public = urlsplit(public_url) if public_url else None
-        self._secure_host = public.netloc.lower() if public and public.scheme == "https" else None
+        public = urlsplit(self.public_url or "")
+        self._secure_host = public.netloc.lower() if public.scheme == "https" else None
 
     async def start(self, scope: Scope, token: Token) -> str:
         """The `Set-Cookie` of a new session. Raises `StoreUnavailable`."""
         cookie = secrets.token_urlsafe(32)
-        now = self._clock()
+        now = self.clock()
         secure = self._is_secure(scope)
         row = SessionRow(
             session_id=_id_of(cookie),
@@ -91,7 +87,7 @@ class Sessions:
             started_at=now,
             last_used_at=now,
         )
-        await store.begin_session(self._database, row, idle=IDLE, lasts=LASTS)
+        await store.begin_session(self.database, row, idle=IDLE, lasts=LASTS)
         return _set_cookie(scope, cookie, LASTS, secure=secure)
 
     async def end(self, scope: Scope, session: Session | None) -> str:
@@ -100,7 +96,7 @@ class Sessions:
         Raises `StoreUnavailable`.
         """
         if session is not None:
-            await store.end_session(self._database, session.session_id, now=self._clock())
+            await store.end_session(self.database, session.session_id, now=self.clock())
         return _set_cookie(scope, "", timedelta(0), secure=self._is_secure(scope))
 
     async def of(self, scope: Scope) -> Session | None:
@@ -110,22 +106,22 @@ class Sessions:
         if cookie is None or not _COOKIE_FORM.fullmatch(cookie):
             return None
         session_id = _id_of(cookie)
-        row = await store.find_session(self._database, session_id)
+        row = await store.find_session(self.database, session_id)
         if row is None or row.secure != secure:
             return None
         token = await self._token_of(row)
         if token is None:
             return None
-        now = self._clock()
+        now = self.clock()
         if now - row.last_used_at >= _RECORD_USE:
             with suppress(StoreError):  # a read-only database still serves reads
-                await store.use_session(self._database, session_id, now=now)
+                await store.use_session(self.database, session_id, now=now)
         return Session(session_id=session_id, token=token, csrf=_csrf_of(cookie))
 
     async def token_of(self, session: Session) -> Token | None:
         """The token of a session as it is now, if both are still valid. Raises
         `StoreUnavailable`."""
-        row = await store.find_session(self._database, session.session_id)
+        row = await store.find_session(self.database, session.session_id)
         return None if row is None else await self._token_of(row)
 
     def is_same_origin(self, scope: Scope) -> bool:
@@ -147,10 +143,10 @@ class Sessions:
         return session.matches(None if csrf is None else csrf.decode("latin-1"))
 
     async def _token_of(self, row: SessionRow) -> Token | None:
-        now = self._clock()
+        now = self.clock()
         if now - row.started_at >= LASTS or now - row.last_used_at >= IDLE:
             return None
-        for token in self._tokens():
+        for token in self.tokens():
             if await self._digest(token) == row.token_digest:
                 return None if token.expired(now) else token
         return None

@@ -16,7 +16,7 @@ from tracker.web.dashboard.forms import query_field, read_filters, read_form
 from tracker.web.dashboard.render import PageGroup, Renderer, action, page, query
 from tracker.web.http.limits import Limits
 from tracker.web.http.request import peer_of
-from tracker.web.http.responses import Fault
+from tracker.web.http.responses import Fault, forbidden
 
 PAGE_SIZE: Final = 50
 
@@ -44,15 +44,14 @@ class AccessPages(PageGroup):
                 return RedirectResponse(wanted, status_code=303)
             return self._form(request, wanted)
         if not sessions.is_same_origin(request.scope):
-            raise Fault(403, "forbidden", "A page of another site sent the form.")
+            raise forbidden("A page of another site sent the form.")
         shown = (await read_form(request)).get("token", "").strip()
         try:
             token = self._access.check_token(request.scope, shown.encode())
         except Fault as refusal:
             return self._form(request, wanted, refusal=refusal)
         if not token.allows(Scope.READ):
-            message = f"The token {token.name} may not see pages: it lacks the scope read."
-            fault = Fault(403, "forbidden", message)
+            fault = forbidden(f"The token {token.name} may not see pages: it lacks the scope read.")
             self._access.refuse("scope", request.scope, fault, token=token.name)
             return self._form(request, wanted, refusal=fault)
         answer = RedirectResponse(wanted, status_code=303)

@@ -46,7 +46,7 @@ from tracker.web.dashboard.render import (
     query,
 )
 from tracker.web.http.limits import Limits
-from tracker.web.http.responses import Fault, invalid, unavailable
+from tracker.web.http.responses import Fault, forbidden, invalid, unavailable
 
 PAGE_SIZE: Final = 50
 PICTURES: Final = 4
@@ -219,7 +219,7 @@ class BatchPages(PageGroup):
         if request.method != "POST":
             batch = await self._batch(request)
             if not may(request.scope, TokenScope.START):
-                raise Fault(403, "forbidden", "This token may not start runs.")
+                raise forbidden("This token may not start runs.")
             which = query_choice(request, "which", CHOICES) or "failed"
             return self._confirmation(request, await self._plan(batch, which), which)
         form = await read_form(request)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from tracker.core.errors import FieldFault
 from tracker.web.auth import session_of
 from tracker.web.http.request import read_body
-from tracker.web.http.responses import Fault, invalid
+from tracker.web.http.responses import Fault, forbidden, invalid
 from tracker.web.sessions import CSRF_FIELD, CSRF_HEADER
 
 MAX_FORM_BYTES: Final = 64 * 1024
@@ -113,9 +113,7 @@ async def check_csrf(request: Request) -> None:
     if shown is None:
         shown = (await read_form(request)).get(CSRF_FIELD)
     if not session.matches(shown):
-        raise Fault(
-            403,
-            "forbidden",
+        raise forbidden(
             "This page is outdated, or another site sent the request. Go back, reload the page and "
-            "try again.",
+            "try again."
         )

@@ -137,6 +137,11 @@ def invalid(*fields: errors.FieldFault, message: str = "The request is not valid
     return Fault(400, "input_validation_error", message, fields=fields)
 
 
+def forbidden(message: str) -> Fault:
+    """403."""
+    return Fault(403, "forbidden", message)
+
+
 def not_found(message: str) -> Fault:
     """404."""
     return Fault(404, "not_found", message)
