@@ -12,6 +12,7 @@ from typing import Final
 from tracker.core.contact import ContactState
 from tracker.core.errors import StoreError
 from tracker.core.formatting import duration, percent
+from tracker.explaining.timeline import moment
 from tracker.operations.doctor import Finding, Name, failed, ok, warning
 from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
@@ -27,13 +28,6 @@ STUCK_AFTER: Final = timedelta(minutes=5)
 """How late a sweep may start, or a due run be read, before no worker seems to run."""
 LATE: Final = timedelta(minutes=10)
 """How much later than due a sweep may be complete: a long one takes its time."""
-MIN_CALLBACKS: Final = 10
-"""Expected callbacks from which on their rate is meaningful."""
-MISSED: Final = 0.1
-BEHIND: Final = timedelta(seconds=60)
-"""How long a stored callback may wait to be applied."""
-SENT_WITHIN: Final = timedelta(hours=1)
-"""How long a message may wait for its endpoint."""
 NAMED: Final = 3
 _START: Final = (
     "Start `tracker serve` (without --no-worker) or `tracker worker` with the same settings; if "
@@ -125,14 +119,13 @@ def check_connection(contact: ContactState | None, state: WorkState) -> Finding:
     if contact is None:
         return warning("connection", "No process of the tracker has asked FLORA yet.", _START)
     if state.now - contact.asked_at > state.interval + STUCK_AFTER:
-        at = f"{contact.asked_at:%Y-%m-%d %H:%M:%S} UTC"
-        return warning("connection", f"The tracker has not asked FLORA since {at}.", _START)
+        seen = f"The tracker has not asked FLORA since {moment(contact.asked_at)}."
+        return warning("connection", seen, _START)
     if (found := contact.trouble) is not None:
         what = "FLORA has not answered the tracker" if found.silent else f"{found.trouble}"
         return failed(
             "connection",
-            f"{what[0].upper()}{what[1:]} since {found.since:%Y-%m-%d %H:%M:%S} UTC: "
-            f"{found.reason.rstrip('.')}.",
+            f"{what[0].upper()}{what[1:]} since {moment(found.since)}: {found.reason.rstrip('.')}.",
             f"{found.advice[0].upper()}{found.advice[1:]}.",
         )
     if contact.answered_at is None:
@@ -197,7 +190,7 @@ def check_sweeps(state: WorkState) -> Finding:
         return warning(
             "sweeps",
             f"{last}. {len(state.unread)} spans of FLORA's history could not be read, the newest "
-            f"up to {gap.to_at:%Y-%m-%d %H:%M:%S} UTC ({gap.run_type} runs): {gap.error}.",
+            f"up to {moment(gap.to_at)} ({gap.run_type} runs): {gap.error}.",
             "They are retried automatically, with growing waits. Runs that others started there "
             "are missing until then: `tracker verify` names them.",
         )
@@ -208,7 +201,7 @@ def check_sweeps(state: WorkState) -> Finding:
             "Technique runs are not affected. Check whether the key may list generations.",
         )
     through = max((one.through for one in state.sweeps if one.through), default=None)
-    checked = through and f" Checked against FLORA up to {through:%Y-%m-%d %H:%M:%S} UTC."
+    checked = through and f" Checked against FLORA up to {moment(through)}."
     return ok("sweeps", f"{last}.{checked or ''}")
 
 
@@ -282,7 +275,7 @@ def check_messages(state: WorkState, wanted: Collection[str]) -> list[Finding]:
         ]
     for name, one in used.items():
         oldest_at = state.backlogs.get(name, Backlog()).oldest_at
-        if oldest_at is not None and state.now - oldest_at > SENT_WITHIN:
+        if oldest_at is not None and state.now - oldest_at > attention.SENT_WITHIN:
             error = f" Last error: {one.last_error}." if one.failing_since is not None else ""
             waited = duration(state.now - oldest_at)
             return [
@@ -309,7 +302,7 @@ def _missed_callbacks(gauges: Gauges) -> Finding:
     if not expected:
         return ok("missed callbacks", "No run with a callback has ended recently.")
     seen = f"{missed} of {expected} callbacks expected recently did not arrive"
-    if expected < MIN_CALLBACKS or missed < MISSED * expected:
+    if expected < attention.MIN_CALLBACKS or missed < attention.MISS_RATE * expected:
         return ok("missed callbacks", f"{seen}.")
     return warning(
         "missed callbacks",
@@ -321,7 +314,7 @@ def _missed_callbacks(gauges: Gauges) -> Finding:
 
 def _inbox(gauges: Gauges, now: datetime) -> Finding:
     oldest = gauges.oldest_waiting_at
-    if oldest is None or now - oldest < BEHIND:
+    if oldest is None or now - oldest < attention.APPLIED_WITHIN:
         return ok("inbox", "Acknowledged callbacks are applied.")
     return warning(
         "inbox",

@@ -37,6 +37,15 @@ from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, run
 
 LATE_AFTER: Final = timedelta(seconds=60)
 """How long a read may be due before it counts as overdue."""
+# What overview and doctor report, as the alerts of deploy/prometheus do.
+APPLIED_WITHIN: Final = timedelta(minutes=1)
+"""How long an acknowledged callback may wait to be applied."""
+SENT_WITHIN: Final = timedelta(hours=1)
+"""How long a message may wait for its endpoint."""
+MISS_RATE: Final = 0.1
+"""The share of missing callbacks that is too high."""
+MIN_CALLBACKS: Final = 10
+"""Expected callbacks below which the share means nothing."""
 _IS_RETRY: Final = and_(
     runs.c.last_error.is_not(None), runs.c.missing == 0, runs.c.tracking == word(Tracking.ACTIVE)
 )

@@ -20,16 +20,8 @@ from tracker.workspaces import Workspace
 
 SWEPT_WITHIN: Final = timedelta(minutes=30)
 """An alert is shown where the last complete sweep of a workspace is older."""
-MISS_RATE: Final = 0.1
-"""The share of missing callbacks from which an alert is shown."""
-MIN_CALLBACKS: Final = 10
-"""Expected callbacks below which the share means nothing."""
 BUDGET_SHARE: Final = 0.8
 """The used share of a budget from which an alert is shown."""
-SENT_WITHIN: Final = timedelta(hours=1)
-"""An alert is shown where a message has waited for its endpoint for longer."""
-APPLIED_WITHIN: Final = timedelta(minutes=1)
-"""An alert is shown where an acknowledged callback waits for longer to be applied."""
 _TROUBLES: Final[dict[str, tuple[str, str]]] = {
     Trouble.UNREACHABLE: ("FLORA has not answered", "trackerfloraunreachable"),
     Trouble.NOT_FLORA: ("FLORA_BASE_URL has not led to FLORA", "trackerfloramisconfigured"),
@@ -180,7 +172,7 @@ async def alerts(
             section="trackerrunsoverdue",
         )
     waiting_since = counts.oldest_waiting_at
-    if waiting_since is not None and now - waiting_since > APPLIED_WITHIN:
+    if waiting_since is not None and now - waiting_since > attention.APPLIED_WITHIN:
         yield Alert(
             title=f"{_are(counts.waiting, 'callback')} not applied yet",
             advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
@@ -222,8 +214,8 @@ async def alerts(
             href="/runs?state=lost",
             link="Show lost runs",
         )
-    rate = callbacks.miss_rate
-    if rate is not None and rate >= MISS_RATE and callbacks.expected >= MIN_CALLBACKS:
+    rate = callbacks.miss_rate or 0.0
+    if rate >= attention.MISS_RATE and callbacks.expected >= attention.MIN_CALLBACKS:
         check = f"Can FLORA reach {url}? " if (url := services.settings.callback_url) else ""
         yield Alert(
             title=f"{percent(rate)} of the expected callbacks are missing",
@@ -277,7 +269,7 @@ def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Iterato
             link="Show webhooks",
             section="trackerendpointdisabled",
         )
-    elif health != "not configured" and oldest_at is not None and now - oldest_at > SENT_WITHIN:
+    elif health != "not configured" and oldest_at and now - oldest_at > attention.SENT_WITHIN:
         error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
         yield Alert(
             title=f"Messages to the endpoint {name} have waited",

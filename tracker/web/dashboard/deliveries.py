@@ -5,7 +5,7 @@ They are applied again or acknowledged, one or many at a time.
 
 import asyncio
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -37,8 +37,6 @@ from tracker.web.http.responses import invalid
 PAGE_SIZE: Final = 50
 CAUSES: Final = 10
 """Causes of quarantine that the page shows."""
-LATE: Final = timedelta(minutes=1)
-"""A delivery that waits for longer to be applied is a problem."""
 BULK_SECONDS: Final = 8.0
 """Time after which a bulk replay stops; the page then says how many are left."""
 BULK_DELIVERIES: Final = 10_000
@@ -77,6 +75,7 @@ class DeliveryPages(PageGroup):
         )
         counts = await attention.counts(self._database, now=now)
         oldest = counts.oldest_waiting_at
+        is_late = oldest is not None and oldest < now - attention.APPLIED_WITHIN
         return self._list(
             request,
             "deliveries.html",
@@ -92,7 +91,7 @@ class DeliveryPages(PageGroup):
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
             causes=await causes(self._database, limit=CAUSES),
-            late=counts.waiting if oldest is not None and oldest < now - LATE else 0,
+            late=counts.waiting if is_late else 0,
             oldest_waiting_at=oldest,
         )
 
