@@ -15,7 +15,7 @@ from typing import Final
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from tracker.store import migrate
 from tracker.store.queries import attention, overview, sweeps
@@ -60,6 +60,11 @@ class CoverageBar:
 
 class HealthPages(PageGroup):
     """The page, and the runbook."""
+
+    @page("/sweeps")
+    async def moved(self, request: Request) -> Response:
+        """The address of earlier versions."""
+        return RedirectResponse("/health", status_code=301)
 
     @page("/health")
     async def show(self, request: Request) -> Response:
