@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass, replace
+from dataclasses import KW_ONLY, InitVar, asdict, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
@@ -104,13 +104,8 @@ class Order:
 
     def as_json(self) -> dict[str, Any]:
         """The order as it is stored."""
-        return {
-            "started_by": self.started_by,
-            "ordered_at": self.ordered_at.isoformat(),
-            "max_cost": None if self.max_cost is None else str(self.max_cost),
-            "wait_for_budget": self.wait_for_budget,
-            "at_once": self.at_once,
-        }
+        max_cost = None if self.max_cost is None else str(self.max_cost)
+        return asdict(self) | {"ordered_at": self.ordered_at.isoformat(), "max_cost": max_cost}
 
     def is_like(self, other: "Order") -> bool:
         """Whether both order the same, whoever did and when."""
