@@ -218,7 +218,7 @@ class Caller:
             if progress.error is not None and not progress.sent:
                 raise progress.error from exc
             error = FloraUnreachable(
-                f"FLORA gave no answer to {call.endpoint} within {seconds:g} s",
+                f"FLORA gave no answer to {call.endpoint} within {round(seconds, 1):g} s",
                 may_have_acted=progress.sent,
                 timed_out=True,
             )
