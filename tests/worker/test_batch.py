@@ -29,6 +29,7 @@ from tracker.core.starts.row_keys import Input, RunNumber, batch_id, digest_of, 
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
+from tracker.starting.batches import launch
 from tracker.starting.batches.batches import BatchOutcome, BatchProgress
 from tracker.starting.batches.rows import BatchPlan, Retry, RowState
 from tracker.starting.sheets.sheet import SheetRefused, read_csv, sheet_of_objects
@@ -381,6 +382,24 @@ async def test_a_start_in_doubt_holds_nothing_up(
         assert outcome.stopped is None
         assert outcome.counts.completed == len(flora.world.runs) == 20
         assert sorted(begun(flora)) == sorted(prompts)
+
+
+async def test_few_starts_are_in_doubt_while_flora_is_down(
+    make_flora: MakeFlora, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that stays so is left to a person. One row at a time shows whether FLORA is back."""
+    monkeypatch.setattr(launch, "DOUBT_PAUSES", (0.4, 60.0))
+    async with make_flora(gateway_starts=1.0, gateway_works=0.0) as flora:
+        services = await open_on(flora)
+        planned = await plan(services, *(f"icon {number}" for number in range(30)))
+        seen: list[BatchProgress] = []
+        working = asyncio.create_task(start(services, planned, tell=seen.append))
+        await eventually(lambda: seen and seen[-1].paused > 0.4)
+        assert seen[-1].doubt < 8
+        flora.world.options = replace(flora.world.options, gateway_starts=0.0)
+        outcome = await working
+        assert outcome.stopped is None
+        assert len(flora.world.runs) == 30 - outcome.counts.doubt > 20
 
 
 async def test_the_price_is_read_freshly(services: Services, flora: Simulator) -> None:

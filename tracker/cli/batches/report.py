@@ -232,7 +232,7 @@ def progress_text(
     if (over := progress.over_budget) is not None and over.renews_at is not None:
         parts.append(f"waiting for the budget {over.budget} until {over.renews_at:%m-%d %H:%M} UTC")
     elif progress.left and progress.paused:
-        parts.append(f"rate-limited for {progress.paused:.0f} s")
+        parts.append(f"paused for {progress.paused:.0f} s")
     elif progress.held:
         parts.append(f"next start in {progress.held:.0f} s")
     if progress.doubt:

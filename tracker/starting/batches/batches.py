@@ -36,9 +36,9 @@ class BatchProgress:
     """The progress of a batch.
 
     `left` rows are still to be started by this command, `errors` could not be, and `doubt` starts
-    are in doubt. `paused` is for how many seconds FLORA accepts no request, `held` how many until
-    a row can be tried whose retry was advised for later. `over_budget` is the budget that has no
-    room for the next row, while the command waits for it.
+    are in doubt. `paused` is for how many seconds no row begins because of FLORA, `held` how many
+    until a row can be tried whose retry was advised for later. `over_budget` is the budget that has
+    no room for the next row, while the command waits for it.
     """
 
     counts: BatchCounts

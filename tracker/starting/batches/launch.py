@@ -58,6 +58,9 @@ SILENCE: Final = 20.0
 """Seconds without a successful start after which a failed connection ends the launch."""
 FAILURES: Final = 3
 """Rows in succession without a usable answer that end it, too."""
+DOUBT_PAUSES: Final = (5.0, 60.0)
+"""Seconds until the next row begins after `FAILURES` starts in succession are in doubt: doubling
+with each further one, from the first to the second. What stays in doubt is left to a person."""
 CHECK_EVERY: Final = 0.5
 """Seconds between two reads of the starts in doubt."""
 BUDGET_EVERY: Final = timedelta(seconds=30)
@@ -139,6 +142,8 @@ class BatchLaunch:
         self._starting: dict[str, RowState] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
+        self._doubted = 0  # starts in doubt since FLORA has answered one
+        self._probe_at = 0.0
         self._spent: dict[str, Decimal] = {}
         self._rows: dict[str, RowState] = {}
         self._charges_read_at = time.monotonic()
@@ -180,8 +185,9 @@ class BatchLaunch:
 
     @property
     def paused(self) -> float:
-        """Seconds for which FLORA accepts no request."""
-        return self.workspace.require_client().request_limit.state().paused
+        """Seconds for which FLORA accepts no request, or seems to be down."""
+        asked = self.workspace.require_client().request_limit.state().paused
+        return asked if self._doubted < FAILURES else max(asked, self._probe_at - time.monotonic())
 
     @property
     def only_waits(self) -> bool:
@@ -262,6 +268,9 @@ class BatchLaunch:
                 if (paused := self.paused) > 0:
                     await self.batches.sleep(min(paused, 1.0))
                     continue
+                first, longest = DOUBT_PAUSES
+                pause = min(first * 2.0 ** min(self._doubted - FAILURES, 10), longest)
+                self._probe_at = time.monotonic() + pause  # the other rows wait for this one
                 row = self._queue.popleft()
                 self._starting[row.entry.key] = row
                 try:
@@ -300,11 +309,14 @@ class BatchLaunch:
             self._queue.appendleft(row)
         except (StartPending, StartNotStored):
             self._doubt[key] = row
+            found = await starts.get(self.batches.database, workspace_id, key)
+            self._doubted += found is not None and found.state is StartState.IN_DOUBT
         except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
             self.errors[row.entry.position] = str(error)
         except FloraRefusal as error:
             if error.status in ABOUT_THE_ROW:
                 self.errors[row.entry.position] = str(error)
+                self._doubted = 0
             else:
                 self._stop(error)
         except FloraError as error:
@@ -316,6 +328,7 @@ class BatchLaunch:
             self.over_budget = None
             self._worked_at = time.monotonic()
             self._silent.clear()
+            self._doubted = 0
             self._count(row, started.record)
 
     def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
