@@ -13,7 +13,7 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.starts.row_keys import RunNumber
 from tracker.store.engine import Database
-from tracker.store.queries import batches, paging, sheet_rows
+from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, LaunchEnd
 from tracker.store.queries.sheet_rows import LatestRunNumber, RowOutcome
 from tracker.store.queries.starts import StartState
@@ -112,7 +112,7 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
 
 async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     """More rows than one statement takes parameters for."""
-    digests = [f"d{number}" for number in range(3 * paging.AT_ONCE + 1)]
+    digests = [f"d{number}" for number in range(33_000)]
     rows = entries(*digests)
     await batches.keep(db, BATCH, rows)
     assert await batches.entries(db, "bat_1") == rows

@@ -39,7 +39,8 @@ from tracker.store.writing.messages import (
     next_due_at,
     record_and_claim,
 )
-from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
+from tracker.store.writing.statements import LOCK_RUNS, SELECT_WAITING, UPDATE_APPLIED
+from tracker.store.writing.statements_postgres import STORE, WRITE
 
 SENDING = Sending(endpoint_id="point_1", holder="h", lease=timedelta(seconds=25))
 RUNS = 6_000
@@ -457,15 +458,12 @@ def _text(statement: Any) -> str:
     return str(statement.compile(dialect=postgresql.asyncpg.dialect()))
 
 
-_STATEMENTS = PostgresStatements("origin")
-
-
 @pytest.mark.parametrize(
     ("statement", "values", "index"),
     [
-        (_text(_STATEMENTS.lock_rows), "ARRAY['a', 'b']", "pk_runs"),
-        (_text(_STATEMENTS.select_waiting), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
-        (_text(_STATEMENTS.update_applied), "now(), ARRAY['a']", "pk_deliveries"),
+        (_text(LOCK_RUNS), "ARRAY['a', 'b']", "pk_runs"),
+        (_text(SELECT_WAITING), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
+        (_text(UPDATE_APPLIED), "now(), ARRAY['a']", "pk_deliveries"),
         (_text(WRITE), "'[]', '[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
         (STORE, "'[]', '{}'", "pk_deliveries"),
     ],

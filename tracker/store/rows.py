@@ -4,13 +4,13 @@ What `merge` decides can be read back from the row alone: a test compares each r
 its events.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, Select, bindparam, select
+from sqlalchemy import Connection, Row, Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.observation import Source
@@ -27,7 +27,7 @@ from tracker.core.run import (
 )
 from tracker.core.schedule import NextPoll, PollReason
 from tracker.store.engine import Database
-from tracker.store.schema import run_outputs, runs
+from tracker.store.schema import is_any_of, run_outputs, runs
 
 _DERIVED: Final = (
     *("retry_advice", "output_count", "status", "created_at_known", "precedence", "details"),
@@ -116,25 +116,21 @@ def record_of(row: tuple[Any, ...], outputs: tuple[Output, ...] | None) -> Recor
     )
 
 
-OUTPUTS: Final = select(
-    *(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url"))
-).order_by(run_outputs.c.run_id, run_outputs.c.position)
-_OF_RUNS: Final = OUTPUTS.where(run_outputs.c.run_id.in_(bindparam("run_ids", expanding=True)))
+_OUTPUTS: Final = (
+    select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
+    .where(is_any_of(run_outputs.c.run_id, "run_ids"))
+    .order_by(run_outputs.c.run_id, run_outputs.c.position)
+)
 
 
-def records(
-    connection: Connection,
-    rows: Sequence[Row[Any]],
-    outputs_of: Select[Any] = _OF_RUNS,
-    as_list: Callable[[list[str]], Any] = list,
-) -> list[Record]:
+def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[Record]:
     """The records of these rows, in order; one more query if any of them has outputs.
 
-    `outputs_of` is `OUTPUTS` of the runs in its parameter `run_ids`, which `as_list` makes.
+    In one with a lock of the runs, outputs would be those at the time when it began to wait.
     """
     outputs: dict[str, list[Output]] = {}
     if having := [row.run_id for row in rows if row.output_count]:
-        for run_id, *output in connection.execute(outputs_of, {"run_ids": as_list(having)}):
+        for run_id, *output in connection.execute(_OUTPUTS, {"run_ids": having}):
             outputs.setdefault(run_id, []).append(Output(*output))
     return [
         record_of(tuple(row), tuple(outputs[row.run_id]) if row.run_id in outputs else None)

@@ -4,11 +4,13 @@ Names and meaning of the columns that dashboards read are public and stay. Rows 
 written by the writer alone; claims change only their lease and times.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final
 
 from sqlalchemy import (
+    ARRAY,
     JSON,
     BigInteger,
     Boolean,
@@ -31,8 +33,10 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     false,
     func,
+    literal,
     literal_column,
     or_,
     text,
@@ -49,6 +53,7 @@ from tracker.core.formatting import clean
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
+from tracker.store.text import dump_json
 
 # Column types with the same meaning on both databases. On SQLite, which lacks times with a zone,
 # exact decimals and JSON, they have the form that ad-hoc SQL reads best.
@@ -164,17 +169,21 @@ def is_rare(column: Column[Any], value: str, frequent: str) -> ColumnElement[boo
     return wanted if value == frequent else and_(wanted, _OnSqlite(column != word(frequent)))
 
 
-class _OnSqlite(FunctionElement[bool]):
-    """A condition that follows from the others, and that PostgreSQL is not told: it would take both
-    for independent, and expect so few rows that it sorts all of them instead of some by an index.
-    """
-
+class _Condition(FunctionElement[bool]):
     type = Boolean()
     inherit_cache = True
 
     def self_group(self, against: Any = None) -> Any:
         """Itself: any other function would be compared with 1."""
         return self
+
+
+class _OnSqlite(_Condition):
+    """A condition that follows from the others, and that PostgreSQL is not told: it would take both
+    for independent, and expect so few rows that it sorts all of them instead of some by an index.
+    """
+
+    inherit_cache = True
 
 
 @compiles(_OnSqlite)
@@ -185,6 +194,44 @@ def _omitted(element: _OnSqlite, compiler: SQLCompiler, **options: Any) -> str:
 @compiles(_OnSqlite, "sqlite")
 def _included(element: _OnSqlite, compiler: SQLCompiler, **options: Any) -> str:
     return str(compiler.process(element.clauses, **options))
+
+
+class _TextList(TypeDecorator[Sequence[str]]):
+    """Texts in one parameter: an array on PostgreSQL, JSON on SQLite."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        kind = Text() if dialect.name == "sqlite" else ARRAY(Text(), dimensions=1)
+        return dialect.type_descriptor(kind)
+
+    def process_bind_param(self, value: Sequence[str] | None, dialect: Dialect) -> Any:
+        return dump_json(value) if dialect.name == "sqlite" else value
+
+
+class _AnyOf(_Condition):
+    inherit_cache = True
+
+
+@compiles(_AnyOf)
+def _in_array(element: _AnyOf, compiler: SQLCompiler, **options: Any) -> str:
+    column, texts = (compiler.process(each, **options) for each in element.clauses)
+    return f"{column} = ANY ({texts})"
+
+
+@compiles(_AnyOf, "sqlite")
+def _in_json(element: _AnyOf, compiler: SQLCompiler, **options: Any) -> str:
+    column, texts = (compiler.process(each, **options) for each in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({texts}))"  # noqa: S608 - compiled
+
+
+def is_any_of(column: ColumnElement[str], texts: str | Sequence[str]) -> ColumnElement[bool]:
+    """`column` is one of these texts, or of those in the parameter of that name: any number of
+    them, in one statement that is planned once."""
+    if isinstance(texts, str):
+        return _AnyOf(column, bindparam(texts, type_=_TextList()))
+    return _AnyOf(column, literal(texts, _TextList()))
 
 
 LONGEST_LEASE: Final = timedelta(minutes=5)

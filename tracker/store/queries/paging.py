@@ -1,15 +1,13 @@
-"""Pages of lists, their opaque cursors (the key of the last row of the page before), and lists of
-keys in parts.
+"""Pages of lists, and their opaque cursors: the key of the last row of the page before.
 
 Pages are read by key, not by offset, so that rows which come in meanwhile hide or repeat none.
 """
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from sqlalchemy import (
@@ -30,16 +28,6 @@ from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.store.text import dump_json
 
 T = TypeVar("T")
-
-AT_ONCE: Final = 500
-"""Most keys in one statement; databases limit the number of parameters."""
-
-
-def chunks(keys: Iterable[T]) -> Iterator[list[T]]:
-    """The keys in lists of at most `AT_ONCE`."""
-    left = iter(keys)
-    while some := list(islice(left, AT_ONCE)):
-        yield some
 
 
 def matching(table: Table, **values: Any) -> list[ColumnElement[bool]]:

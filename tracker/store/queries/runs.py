@@ -28,10 +28,11 @@ from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, 
 from tracker.core.schedule import Durations
 from tracker.store.claims import WorkspaceScope, within
 from tracker.store.engine import Database
-from tracker.store.queries.paging import chunks, newest_first, unindexed
+from tracker.store.queries.paging import newest_first, unindexed
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
 from tracker.store.schema import (
     CleanText,
+    is_any_of,
     is_rare,
     run_duration,
     run_events,
@@ -85,10 +86,8 @@ async def get_run(db: Database, run_id: str) -> Record | None:
 
 async def get_runs(db: Database, run_ids: Iterable[str]) -> dict[str, Record]:
     """The known runs with their outputs, by id."""
-    found: list[Record] = []
-    for some in chunks(run_ids):
-        found += await fetch_records(db, select(*RUN_COLUMNS).where(runs.c.run_id.in_(some)))
-    return {record.run.run_id: record for record in found}
+    wanted = select(*RUN_COLUMNS).where(is_any_of(runs.c.run_id, [*run_ids]))
+    return {record.run.run_id: record for record in await fetch_records(db, wanted)}
 
 
 async def has_generations(db: Database, workspaces: WorkspaceScope) -> bool:
@@ -284,11 +283,8 @@ def _with_snapshot(statement: Select[Any]) -> Select[Any]:
 
 async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source | str]:
     """The source of the latest event of each run."""
-    found: dict[str, Source | str] = {}
-    for some in chunks(run_ids):
-        last = select(func.max(run_events.c.id)).where(run_events.c.run_id.in_(some))
-        statement = select(run_events.c.run_id, run_events.c.source).where(
-            run_events.c.id.in_(last.group_by(run_events.c.run_id))
-        )
-        found |= {run_id: known(Source, source) for run_id, source in await db.fetch(statement)}
-    return found
+    last = select(func.max(run_events.c.id)).where(is_any_of(run_events.c.run_id, [*run_ids]))
+    statement = select(run_events.c.run_id, run_events.c.source).where(
+        run_events.c.id.in_(last.group_by(run_events.c.run_id))
+    )
+    return {run_id: known(Source, source) for run_id, source in await db.fetch(statement)}

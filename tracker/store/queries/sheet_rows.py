@@ -24,9 +24,8 @@ from sqlalchemy.dialects.postgresql import JSONPATH
 from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking, known
 from tracker.core.starts.row_keys import Input, RunNumber, key_parts
 from tracker.store.engine import Database
-from tracker.store.queries.paging import chunks
 from tracker.store.queries.starts import StartRow, StartState
-from tracker.store.schema import batch_rows, batches, run_outputs, runs, starts, word
+from tracker.store.schema import batch_rows, batches, is_any_of, run_outputs, runs, starts, word
 from tracker.store.text import dump_json
 
 RECENT_BATCHES: Final = 300
@@ -292,17 +291,16 @@ async def latest_run_numbers(
 ) -> dict[str, LatestRunNumber]:
     """The number of the last run of each of these rows in any batch of the workspace; its
     generation is finished if any batch with it is."""
-    found: dict[str, LatestRunNumber] = {}
     by = (batch_rows.c.row_digest, batch_rows.c.generation)
     numbers = select(*by, func.max(batch_rows.c.attempt), func.count(batches.c.finished_at))
     numbers = numbers.join(batches).where(batches.c.workspace_slot == workspace_id)
-    numbers = numbers.group_by(*by).order_by(batch_rows.c.generation)
-    for some in chunks(digests):
-        rows = await db.fetch(numbers.where(batch_rows.c.row_digest.in_(some)))
-        for digest, generation, attempt, finished in rows:  # a row's last generation comes last
-            run_number = RunNumber(generation, attempt)
-            found[digest] = LatestRunNumber(run_number=run_number, finished=finished > 0)
-    return found
+    numbers = numbers.where(is_any_of(batch_rows.c.row_digest, digests))
+    # A row's last generation comes last.
+    rows = await db.fetch(numbers.group_by(*by).order_by(batch_rows.c.generation))
+    return {
+        digest: LatestRunNumber(run_number=RunNumber(*numbers), finished=finished > 0)
+        for digest, *numbers, finished in rows
+    }
 
 
 async def mappings(

@@ -48,7 +48,7 @@ from tracker.core.starts.tags import Tags
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
-from tracker.store.schema import LONGEST_LEASE, is_free, runs, starts, word
+from tracker.store.schema import LONGEST_LEASE, is_any_of, is_free, runs, starts, word
 
 
 class StartState(StrEnum):
@@ -274,11 +274,9 @@ async def of_run(db: Database, run_id: str) -> StartRow | None:
 
 async def of_keys(db: Database, workspace_id: str, keys: Iterable[str]) -> dict[str, StartRow]:
     """The starts of these keys, by key."""
-    mine = select(starts).where(starts.c.workspace_slot == workspace_id)
-    rows: list[StartRow] = []
-    for some in paging.chunks(keys):
-        rows += map(_row, await db.fetch(mine.where(starts.c.idempotency_key.in_(some))))
-    return {row.idempotency_key: row for row in rows}
+    mine = starts.c.workspace_slot == workspace_id, is_any_of(starts.c.idempotency_key, [*keys])
+    rows = await db.fetch(select(starts).where(*mine))
+    return {row.idempotency_key: _row(row) for row in rows}
 
 
 async def list_starts(

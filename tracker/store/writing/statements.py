@@ -4,7 +4,7 @@ A write batch and a group of deliveries take a fixed number of statements, howev
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -30,8 +30,8 @@ from tracker.core.rollup import RollupKey
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.deliveries import IS_UNSEEN
-from tracker.store.rows import OUTPUTS, RUN_COLUMNS, records
-from tracker.store.schema import deliveries, run_events, run_outputs, runs, starts, word
+from tracker.store.rows import RUN_COLUMNS, records
+from tracker.store.schema import deliveries, is_any_of, run_events, run_outputs, runs, starts, word
 from tracker.store.writing import retention, rollups
 
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
@@ -96,44 +96,12 @@ def delivery_row(receipt: Receipt) -> tuple[Any, ...]:
 
 
 class Statements(ABC):
-    """The statements for one kind of database.
-
-    `is_any_of` is the condition that a column is in the list of a named parameter, and `as_list`
-    makes the value of such a parameter.
-    """
-
-    def __init__(
-        self, is_any_of: Callable[[Any, str], Any], as_list: Callable[[Sequence[str]], Any]
-    ) -> None:
-        self._as_list = as_list
-        self.lock_rows = (
-            select(*RUN_COLUMNS)
-            .where(is_any_of(runs.c.run_id, "run_ids"))
-            .with_for_update(key_share=True)
-        )
-        # A statement of its own, after the lock: in one with the lock, outputs would be those at
-        # the time when it began to wait.
-        self.select_outputs = OUTPUTS.where(is_any_of(run_outputs.c.run_id, "run_ids"))
-        self.delete_outputs = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
-        self.select_waiting = (
-            select(*(deliveries.c[name] for name in _APPLIED_COLUMNS), _SMALL_BODY.label("body"))
-            .where(deliveries.c.outcome == word("waiting"))
-            .where(~is_any_of(deliveries.c.delivery_id, "held_up"))
-            .order_by(deliveries.c.received_at, deliveries.c.delivery_id)
-            .limit(bindparam("most", type_=Integer))
-            .with_for_update(skip_locked=True)
-        )
-        self.update_applied = (
-            update(deliveries)
-            .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
-            .values(outcome=word("applied"), reason=null(), applied_at=bindparam("at"))
-        )
+    """The statements, of which two depend on the kind of database."""
 
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
         """The records of those of the runs that exist, locked until the commit."""
-        rows = connection.execute(self.lock_rows, {"run_ids": self._as_list(run_ids)}).all()
-        found = records(connection, rows, self.select_outputs, self._as_list)
-        return {record.run.run_id: record for record in found}
+        rows = connection.execute(LOCK_RUNS, {"run_ids": run_ids}).all()
+        return {record.run.run_id: record for record in records(connection, rows)}
 
     @abstractmethod
     def write(self, connection: Connection, changes: BatchChanges) -> None:
@@ -155,8 +123,8 @@ class Statements(ABC):
         Also returns how many rows were found: large ones may be left for the next time. Rows that
         another process has locked are skipped.
         """
-        values = {"most": limit, "held_up": self._as_list(held_up)}
-        rows = connection.execute(self.select_waiting, values).all()
+        values = {"most": limit, "held_up": held_up}
+        rows = connection.execute(SELECT_WAITING, values).all()
         large = [row.delivery_id for row in rows if row.body is None][:MAX_LARGE]
         bodies: dict[str, bytes] = {}
         if large:
@@ -180,8 +148,7 @@ class Statements(ABC):
     ) -> None:
         """Mark deliveries as applied at that time, and others as quarantined, with the reason."""
         if applied:
-            values = {"delivery_ids": self._as_list(applied), "at": at}
-            connection.execute(self.update_applied, values)
+            connection.execute(UPDATE_APPLIED, {"delivery_ids": applied, "at": at})
         if quarantined:
             quarantine(connection, quarantined)
 
@@ -206,6 +173,26 @@ MAX_LARGE: Final = 32
 """Bytes that nearly every body has at most, and how many larger ones are applied together: at 256
 KiB each, they take at most eight megabytes of memory."""
 _SMALL_BODY: Final = case((func.length(deliveries.c.body) <= SMALL_BODY, deliveries.c.body))
+LOCK_RUNS: Final = (
+    select(*RUN_COLUMNS)
+    .where(is_any_of(runs.c.run_id, "run_ids"))
+    .order_by(runs.c.run_id)
+    .with_for_update(key_share=True)
+)
+DELETE_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
+SELECT_WAITING: Final = (
+    select(*(deliveries.c[name] for name in _APPLIED_COLUMNS), _SMALL_BODY.label("body"))
+    .where(deliveries.c.outcome == word("waiting"))
+    .where(~is_any_of(deliveries.c.delivery_id, "held_up"))
+    .order_by(deliveries.c.received_at, deliveries.c.delivery_id)
+    .limit(bindparam("most", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+UPDATE_APPLIED: Final = (
+    update(deliveries)
+    .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
+    .values(outcome=word("applied"), reason=null(), applied_at=bindparam("at"))
+)
 
 
 def close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import orjson
 from sqlalchemy import (
-    ARRAY,
     JSON,
     Column,
     Connection,
@@ -20,7 +19,6 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
-    any_,
     bindparam,
     cast,
     column,
@@ -37,6 +35,7 @@ from tracker.store.rows import RUN_COLUMNS, run_row
 from tracker.store.schema import (
     UtcDateTime,
     deliveries,
+    is_any_of,
     outbox,
     run_events,
     run_outputs,
@@ -45,6 +44,7 @@ from tracker.store.schema import (
 )
 from tracker.store.signals import DUE, OUTBOX, run_notices
 from tracker.store.writing.statements import (
+    DELETE_OUTPUTS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
     OUTBOX_COLUMNS,
@@ -79,10 +79,6 @@ def _insert_incoming(table: Table, names: Sequence[str], parameter: str) -> Any:
     return insert(table).from_select(names, select(*(rows.c[name] for name in names)))
 
 
-def _is_any_of(of: Any, parameter: str) -> Any:
-    return of == any_(bindparam(parameter, type_=ARRAY(Text(), dimensions=1)))
-
-
 # Plain strings: SQLAlchemy's names are of a class of their own, which no JSON key may be.
 _RUNS: Final = tuple(f"{each.key}" for each in RUN_COLUMNS)
 _NOTICES: Final = ("channel", "payload")
@@ -100,7 +96,7 @@ def _write() -> Any:
         update(runs)
         # The ids once more, because only an array is looked up in the index, however small the
         # table was when this was planned.
-        .where(runs.c.run_id == after.c.run_id, _is_any_of(runs.c.run_id, "existing"))
+        .where(runs.c.run_id == after.c.run_id, is_any_of(runs.c.run_id, "existing"))
         .values({name: after.c[name] for name in _RUNS if name != "run_id"})
         .returning(runs.c.run_id)
         .cte("changed")
@@ -168,8 +164,6 @@ class PostgresStatements(Statements):
     """
 
     def __init__(self, origin: str) -> None:
-        super().__init__(_is_any_of, list)
-        self.lock_rows = self.lock_rows.order_by(runs.c.run_id)
         self._origin = origin
 
     def write(self, connection: Connection, changes: BatchChanges) -> None:
@@ -194,7 +188,7 @@ class PostgresStatements(Statements):
         if connection.execute(WRITE, values).scalar_one() < len(changes.records):
             raise WriteConflict
         if changes.replaced_outputs:
-            connection.execute(self.delete_outputs, {"run_ids": changes.replaced_outputs})
+            connection.execute(DELETE_OUTPUTS, {"run_ids": changes.replaced_outputs})
         if changes.outputs:
             made = _to_json(OUTPUT_COLUMNS, changes.outputs)
             connection.execute(INSERT_OUTPUTS, {"outputs": made})

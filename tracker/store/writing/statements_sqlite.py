@@ -7,11 +7,11 @@ time. Lists of keys travel as one JSON text.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Final
 
-from sqlalchemy import JSON, Column, Connection, Table, Text, bindparam, func, select, update
+from sqlalchemy import JSON, Column, Connection, Table, bindparam, func, update
 
 from tracker.store.engine import Database
 from tracker.store.errors import StoreRefused
@@ -29,6 +29,7 @@ from tracker.store.schema import (
 from tracker.store.sqlite import driver_execute
 from tracker.store.text import dump_json
 from tracker.store.writing.statements import (
+    DELETE_OUTPUTS,
     DELIVERY_COLUMNS,
     EVENT_COLUMNS,
     OUTBOX_COLUMNS,
@@ -45,11 +46,6 @@ from tracker.store.writing.statements import (
 
 _SIZES: Final = (1, 2, 4, *range(8, 64, 8), 64, 96, 128)
 """How many rows one statement inserts: the next size, filled up with rows that are not inserted."""
-
-
-def _is_any_of(of: Any, parameter: str) -> Any:
-    listed = func.json_each(bindparam(parameter, type_=Text())).table_valued("value")
-    return of.in_(select(listed.c.value))
 
 
 class RowInsert:
@@ -88,6 +84,7 @@ class RowInsert:
                 execute(text, values)
 
 
+@lru_cache(4096)  # most times of a run are equal
 def _moment(value: datetime) -> str:
     """As `UtcDateTime` stores it on SQLite."""
     if value.tzinfo is not UTC:
@@ -113,19 +110,11 @@ def plain_rows(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
 
     def plain(rows: Rows) -> Rows:
         made: Rows = []
-        moments: dict[datetime, str] = {}  # most times of a run are equal
         for row in rows:
             values = list(row)
             for position, form in forms:
-                value = values[position]
-                if value is None:
-                    continue
-                if form is not _moment:
-                    values[position] = form(value)
-                elif (text := moments.get(value)) is not None:
-                    values[position] = text
-                else:
-                    values[position] = moments[value] = _moment(value)
+                if values[position] is not None:
+                    values[position] = form(values[position])
             made.append(tuple(values))
         return made
 
@@ -167,17 +156,13 @@ COUNT_RECEIPTS: Final = (
 class SqliteStatements(Statements):
     """One prepared statement for each table. The transaction has the file to itself."""
 
-    def __init__(self) -> None:
-        super().__init__(_is_any_of, dump_json)
-
     def write(self, connection: Connection, changes: BatchChanges) -> None:
         UPSERT_RUNS(connection, [run_row(record) for record in changes.records])
         INSERT_EVENTS(connection, changes.events)
         INSERT_ROLLUPS(connection, changes.rollups)
         INSERT_OUTBOX(connection, changes.outbox)
         if changes.replaced_outputs:
-            run_ids = dump_json(changes.replaced_outputs)
-            connection.execute(self.delete_outputs, {"run_ids": run_ids})
+            connection.execute(DELETE_OUTPUTS, {"run_ids": changes.replaced_outputs})
         INSERT_OUTPUTS(connection, changes.outputs)
         if changes.started:
             rows = [dict(zip(STARTED_COLUMNS, row, strict=True)) for row in changes.started]
