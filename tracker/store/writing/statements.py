@@ -85,14 +85,22 @@ DELIVERY_COLUMNS: Final = (
 """The columns of a new delivery beside its body."""
 
 
-def delivery_row(receipt: Receipt) -> tuple[Any, ...]:
-    """The values of `DELIVERY_COLUMNS`."""
+def new_delivery(receipt: Receipt) -> dict[str, Any]:
+    """The values of `DELIVERY_COLUMNS`, in their order."""
     one = receipt.delivery
-    return (
-        *(one.delivery_id, one.run_id, one.event_type, one.api_version, one.workspace_id),
-        *(one.created_at, one.received_at, receipt.last_received_at, len(receipt.positions)),
-        *(one.callback_token, "waiting"),
-    )
+    return {
+        "delivery_id": one.delivery_id,
+        "run_id": one.run_id,
+        "event_type": one.event_type,
+        "api_version": one.api_version,
+        "workspace_id": one.workspace_id,
+        "created_at": one.created_at,
+        "received_at": one.received_at,
+        "last_received_at": receipt.last_received_at,
+        "receipts": len(receipt.positions),
+        "callback_token": one.callback_token,
+        "outcome": "waiting",
+    }
 
 
 class Statements(ABC):
@@ -132,11 +140,18 @@ class Statements(ABC):
             found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
             bodies = dict(found.all())
         taken = []
-        for delivery_id, *others, body in rows:
-            if body is not None or delivery_id in bodies:
-                one = dict(zip(_APPLIED_COLUMNS[1:], others, strict=True))
-                body = bodies[delivery_id] if body is None else body
-                taken.append(Delivery(delivery_id=delivery_id, body=body, **one))
+        for key, received_at, run_id, kind, workspace_id, token, small in map(tuple, rows):
+            if (body := bodies.get(key) if small is None else small) is not None:
+                one = Delivery(
+                    delivery_id=key,
+                    received_at=received_at,
+                    body=body,
+                    run_id=run_id,
+                    event_type=kind,
+                    workspace_id=workspace_id,
+                    callback_token=token,
+                )
+                taken.append(one)
         return taken, len(rows)
 
     def finish(

@@ -56,7 +56,7 @@ from tracker.store.writing.statements import (
     Rows,
     Statements,
     close_starts,
-    delivery_row,
+    new_delivery,
 )
 
 
@@ -197,7 +197,7 @@ class PostgresStatements(Statements):
             connection.execute(CLOSE_STARTS, {"started": started})
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        incoming = _to_json(DELIVERY_COLUMNS, [*map(delivery_row, receipts)])
+        incoming = orjson.dumps([*map(new_delivery, receipts)]).decode()
         bodies = [receipt.delivery.body for receipt in receipts]
         rows = await db.send(STORE, (incoming, bodies))
         return {row[0]: row[1] for row in rows}

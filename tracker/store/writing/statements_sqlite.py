@@ -41,7 +41,7 @@ from tracker.store.writing.statements import (
     Rows,
     Statements,
     close_starts,
-    delivery_row,
+    new_delivery,
 )
 
 _SIZES: Final = (1, 2, 4, *range(8, 64, 8), 64, 96, 128)
@@ -169,7 +169,7 @@ class SqliteStatements(Statements):
             connection.execute(CLOSE_STARTS, rows)
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        rows = [(*delivery_row(one), one.delivery.body) for one in receipts]
+        rows = [(*new_delivery(one).values(), one.delivery.body) for one in receipts]
         whole = [*INSERT_DELIVERIES.statements(rows)]
         if len(whole) == 1:
             with suppress(StoreRefused):  # nothing is stored: perhaps one of them was before
@@ -187,7 +187,7 @@ def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str
     for receipt in receipts:
         one = receipt.delivery
         if (row := before.get(one.delivery_id)) is None:
-            new.append((*delivery_row(receipt), one.body))
+            new.append((*new_delivery(receipt).values(), one.body))
             continue
         _, outcome, body, body_is_gone = row
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
