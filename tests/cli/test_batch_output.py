@@ -187,7 +187,7 @@ def test_progress_fits_the_terminal() -> None:
     counts.cost = Decimal("0.500000")
     progress = BatchProgress(counts=counts, left=3, errors=1, paused=4.6)
     assert progress_text(progress) == (
-        "5 of 9 started, 2 running, 1 failed, 1 not startable, paused for 5 s"
+        "5 of 9 started, 2 running, 1 failed, 1 not startable, paused for 5 s, $0.50"
     )
     assert "3 in doubt" in progress_text(BatchProgress(counts=counts, doubt=3))
     assert "next start in 80 s" in progress_text(BatchProgress(counts=counts, held=80.0))
