@@ -17,7 +17,7 @@ from tracker.core.formatting import iso_time
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunType
-from tracker.polling.history import PAGE_SIZE, HistoryWalk, PageUnreadable
+from tracker.polling.history import PAGE_SIZE, HistoryWalk
 from tracker.polling.listed import attributed_page, without_removed
 from tracker.store.queries import runs
 from tracker.workspaces import Service, Workspace
@@ -104,31 +104,28 @@ class Verifier(Service):
         top = datetime.max.replace(tzinfo=start.tzinfo)
         settled_until = self.clock() - SETTLES_WITHIN
         listed: deque[str] = deque(maxlen=3 * PAGE_SIZE)  # pages overlap, and may be small
-        try:
-            async with aclosing(walk.pages()) as pages:
-                async for page in pages:
-                    items = attributed_page(workspace, page.items)
-                    asked = [one for one in items if one.created_at and one.created_at > start]
-                    await self._compare(kind, asked, settled_until, report)
-                    if page.hole is not None:
-                        report.error = f"{kind} runs: {page.hole.error}"
-                        top = page.ceiling or start
-                    floor = start if page.is_last else max(page.floor or top, start)
-                    listed.extend(item.run_id for item in items)
-                    if floor < top:
-                        among = self.workspaces.claimable(workspace)
-                        span = (floor, min(top, settled_until))
-                        created = await runs.created_within(self.database, among, kind, span)
-                        report.differences += [
-                            Difference(run_id, kind, "not_listed", iso_time(created_at), here=here)
-                            for run_id, created_at, here in created
-                            if run_id not in listed
-                        ]
-                        top = floor
-                    if floor <= start:
-                        break
-        except PageUnreadable as error:
-            report.error = f"{kind} runs: {error}"
+        async with aclosing(walk.pages()) as pages:
+            async for page in pages:
+                items = attributed_page(workspace, page.items)
+                asked = [one for one in items if one.created_at and one.created_at > start]
+                await self._compare(kind, asked, settled_until, report)
+                if page.hole is not None:
+                    report.error = f"{kind} runs: {page.hole.error}"
+                    top = page.ceiling or start
+                floor = start if page.is_last else max(page.floor or top, start)
+                listed.extend(item.run_id for item in items)
+                if floor < top:
+                    among = self.workspaces.claimable(workspace)
+                    span = (floor, min(top, settled_until))
+                    created = await runs.created_within(self.database, among, kind, span)
+                    report.differences += [
+                        Difference(run_id, kind, "not_listed", iso_time(created_at), here=here)
+                        for run_id, created_at, here in created
+                        if run_id not in listed
+                    ]
+                    top = floor
+                if floor <= start:
+                    break
 
     async def _compare(
         self,
