@@ -208,6 +208,7 @@ def _writes(tree: ast.AST) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             verb, table = _called(node)
+            verb = "insert" if verb in {"RowInsert", "_insert_incoming"} else verb
             if verb in {"insert", "update", "delete"} and table in STATE:
                 yield verb, table
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -145,6 +145,10 @@ class SharedClock:
             start, rows = await self._read()
             if start is None:
                 return None
+            if not _is_known(rows.get(_JUMPS)):
+                # A newer version stores it in another form: its processes move what waits.
+                self._at, self._start = _Position(start, 0.0), start
+                return None
             agreed = _compare(self._at, start, rows, self._name)
             if agreed is None:
                 work = partial(_agree, self._db, self._name, self._at, start, self.seconds())
@@ -204,6 +208,13 @@ class SharedClock:
         self._was_set.clear()
         if error := await self.check():
             raise error
+
+
+def _is_known(row: Any) -> bool:
+    try:
+        return math.isfinite(_total(row))
+    except ValueError:
+        return False
 
 
 def _total(row: Any) -> float:
