@@ -6,8 +6,9 @@ remaining rows are started when the command is repeated. So does a price that wo
 maximum cost of the batch, or does not fit a budget; for that the launch can wait until the budget
 renews, or has room again because runs failed or cost less.
 
-While FLORA asks for a pause, no row begins. A row whose start is in doubt delays nothing: the
-others are started, and its outcome is waited for at the end.
+While FLORA asks for a pause, no row begins. A row whose start is in doubt delays no other, and its
+outcome is waited for at the end. After several in succession FLORA seems to be down: until it
+answers one, rows begin one at a time, with pauses.
 """
 
 import asyncio
@@ -187,7 +188,14 @@ class BatchLaunch:
     def paused(self) -> float:
         """Seconds for which FLORA accepts no request, or seems to be down."""
         asked = self.workspace.require_client().request_limit.state().paused
-        return asked if self._doubted < FAILURES else max(asked, self._probe_at - time.monotonic())
+        return max(asked, self._probe_at - time.monotonic()) if self._doubt_pause else asked
+
+    @property
+    def _doubt_pause(self) -> float:
+        """Seconds from one row to the next while FLORA seems to be down; else 0."""
+        first, longest = DOUBT_PAUSES
+        doublings = self._doubted - FAILURES
+        return 0.0 if doublings < 0 else min(first * 2.0 ** min(doublings, 10), longest)
 
     @property
     def only_waits(self) -> bool:
@@ -268,9 +276,7 @@ class BatchLaunch:
                 if (paused := self.paused) > 0:
                     await self.batches.sleep(min(paused, 1.0))
                     continue
-                first, longest = DOUBT_PAUSES
-                pause = min(first * 2.0 ** min(self._doubted - FAILURES, 10), longest)
-                self._probe_at = time.monotonic() + pause  # the other rows wait for this one
+                self._probe_at = time.monotonic() + self._doubt_pause
                 row = self._queue.popleft()
                 self._starting[row.entry.key] = row
                 try:
