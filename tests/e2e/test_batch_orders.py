@@ -98,12 +98,14 @@ async def leases(database_url: str) -> list[Any]:
         return list(await connection.scalars(sa.select(batches.c.lease_holder)))
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(150)
 async def test_an_ordered_batch_is_paid_once_whatever_is_killed(
     tmp_path: Path, database_url: str
 ) -> None:
     """What was answered 201 is launched to its end by the next process, or by another one beside
-    it, though processes are killed or stopped while they start rows; each row is one run."""
+    it, though processes are killed or stopped while they start rows; each row is one run. (A
+    command that is killed: test_batch.py; a launch: crash points, tests/web/test_batches.py.)"""
     async with deployed(tmp_path, database_url) as (deployment, flora, client):
         beside = database_url.startswith("postgres")
         serving = await deployment.life("serve", *(["--no-worker"] if beside else []))

@@ -41,11 +41,11 @@ LIVES = 3
 
 
 def points_on(database_url: str, config: pytest.Config) -> tuple[tuple[Role, Point], ...]:
-    """Every second point on each database, by turns a half of them; with `--every-database` all on
+    """Every second point on each database, by turns a third of them; with `--every-database` all on
     both."""
     if config.getoption("every_database"):
         return POINTS
-    return tuple(in_turn(POINTS[database_url.startswith("postgresql") :: 2], of=2))
+    return tuple(in_turn(POINTS[database_url.startswith("postgresql") :: 2], of=3))
 
 
 @pytest.mark.both_databases

@@ -17,18 +17,18 @@ def prepare() -> None:
     shorten_webhooks()
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(120)
 async def test_every_run_arrives_through_an_outage_and_kills(
-    tmp_path: Path, database_url: str, database: Database, thorough: bool
+    tmp_path: Path, database_url: str, database: Database
 ) -> None:
     """Each run's message arrives at an endpoint that was down, under one id and not before the run
-    is settled, although the tracker is killed three times (where that is thorough, else twice); and
-    at another one.
+    is settled, although the tracker is killed three times; and at another one. (Outages:
+    tests/delivering/test_webhooks.py; kills: the crash points and test_handlers.py.)
 
     `python -m bench.soak_hooks` is the same with a thousand runs in five minutes, and measures how
     late messages come."""
-    runs, kills = (60, 3) if thorough else (30, 2)
     async with open_sandbox(tmp_path, database_url, prepare=prepare) as sandbox:
-        down, up = await outage(sandbox, database, runs=runs, seconds=4, kills=kills, within=60)
-    assert down.runs == runs
+        down, up = await outage(sandbox, database, runs=60, seconds=4, kills=3, within=60)
+    assert down.runs == 60
     assert (down.broken, up.broken) == ([], [])

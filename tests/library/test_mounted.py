@@ -339,10 +339,12 @@ async def test_uvicorn_stops_within_seconds_though_a_stream_is_open(
     assert "Traceback" not in output
 
 
+@pytest.mark.thorough
 async def test_several_processes_of_uvicorn_share_a_database(
     run_uvicorn: Callable[..., ForkedPython], postgres_url: str
 ) -> None:
-    """Each with its worker; a run started by either ends once, and all of them stop."""
+    """Each with its worker; a run started by either ends once, and all of them stop. (Processes of
+    `tracker` that share one: tests/e2e/test_many.py.)"""
     port = free_port()
     with run_uvicorn(port, postgres_url, "--workers=2") as process:
         try:

@@ -32,7 +32,7 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
 @pytest.mark.timeout(180)
 @given(observed=observed, size=st.integers(1, 12))
 @settings(
-    max_examples=settings().max_examples * 3 // 10,
+    max_examples=max(10, settings().max_examples * 3 // 10),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 async def test_the_row_is_the_merge_of_its_events(
@@ -53,7 +53,7 @@ async def test_the_row_is_the_merge_of_its_events(
 
 @given(observed=st.lists(observations("run"), min_size=30, max_size=60), seed=st.integers(0, 999))
 @settings(
-    max_examples=settings().max_examples // 16,
+    max_examples=max(3, settings().max_examples // 16),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 async def test_two_writers_lose_nothing(

@@ -236,6 +236,7 @@ def alembic(empty_sqlite_url: str) -> Any:
     return run
 
 
+@pytest.mark.thorough
 def test_developers_use_alembic_itself(alembic: Any) -> None:
     """`alembic upgrade head` and `alembic check` work with the file at the top."""
     assert "0001" in alembic("upgrade", "head")

@@ -139,7 +139,7 @@ _entries: st.SearchStrategy[list[Any]] = st.lists(
 
 @pytest.mark.timeout(180)
 @settings(
-    max_examples=settings().max_examples // 8,  # each writes for a while
+    max_examples=max(4, settings().max_examples // 8),  # each writes for a while
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(history=_entries)

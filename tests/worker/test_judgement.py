@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
+from tests.support.turns import by_turns
 from tests.web.serving import serving
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
@@ -93,13 +94,8 @@ FAULTS: dict[str, Callable[[Simulator, GoOnWith], None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "runs_there"),
-    [
-        *((fault, True) for fault in FAULTS),
-        pytest.param("another workspace's key", False, marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.parametrize("runs_there", [True, pytest.param(False, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("fault", by_turns([*FAULTS], of=2))
 async def test_only_floras_own_word_counts_against_a_run(
     fault: str, runs_there: bool, judged: Judged, clock: HandClock
 ) -> None:
@@ -161,11 +157,14 @@ async def poll_until_lost(services: Services, clock: HandClock, run_id: str) -> 
 
 @pytest.mark.parametrize(
     "refused",
-    [
-        {"refuse": "runs.list:forbidden"},
-        {"refuse": "generations.list:forbidden"},
-        {"gateway_pages": 1, "gateway_answers": "404", "gateway_works": 0},
-    ],
+    by_turns(
+        [
+            {"refuse": "runs.list:forbidden"},
+            {"refuse": "generations.list:forbidden"},
+            {"gateway_pages": 1, "gateway_answers": "404", "gateway_works": 0},
+        ],
+        of=3,
+    ),
     ids=str,
 )
 async def test_lists_that_are_refused_stop_nothing_else(

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from tests.support.clocks import HandClock
+from tests.support.turns import by_turns
 from tests.worker.conftest import MakeFlora, OpenServices, on_history, reads_of
 from tests.worker.doubt import (
     GATEWAY,
@@ -31,7 +32,9 @@ async def _recover_for_long(services: Services, clock: HandClock) -> None:
         await services.recovery.recover()
 
 
-@pytest.mark.parametrize("known", [0, pytest.param(1, marks=pytest.mark.thorough), 5])
+@pytest.mark.parametrize(
+    "known", [*by_turns([0, 5], of=2), pytest.param(1, marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize(
     "clocks",
     [
@@ -142,7 +145,7 @@ async def test_one_wrong_creation_time_hides_no_run(
         assert (len(flora.world.runs), posts(flora)) == (3, 1)
 
 
-@pytest.mark.parametrize("behind", [0, 10_800])
+@pytest.mark.parametrize("behind", by_turns([0, 10_800], of=2))
 async def test_a_run_that_was_known_before_holds_up_nothing(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, behind: float
 ) -> None:
@@ -165,7 +168,7 @@ async def test_a_run_that_was_known_before_holds_up_nothing(
 @pytest.mark.parametrize(
     "technique", ["icon-pack", pytest.param(7, marks=pytest.mark.thorough), None]
 )
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", by_turns([False, True], of=2))
 async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, technique: object, known: bool
 ) -> None:
@@ -195,7 +198,7 @@ async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
         assert await state_of(services.database) == "unresolved"
 
 
-@pytest.mark.parametrize("fields", [("status",), ("run_id", "technique_run_id")])
+@pytest.mark.parametrize("fields", by_turns([("status",), ("run_id", "technique_run_id")], of=2))
 async def test_an_item_that_cannot_be_read_may_be_the_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fields: tuple[str, ...]
 ) -> None:
@@ -423,7 +426,7 @@ async def test_a_run_id_is_all_that_an_answer_needs(
         assert posts(flora) == 1
 
 
-@pytest.mark.parametrize("code", ["not_found", "forbidden"])
+@pytest.mark.parametrize("code", by_turns(["not_found", "forbidden"], of=2))
 async def test_a_filter_that_is_refused_says_nothing_about_the_workspace(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, code: str
 ) -> None:
