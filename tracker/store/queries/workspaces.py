@@ -4,6 +4,7 @@ whether FLORA answers each process.
 A wait is a row of the leases, shared by all processes with the same key; the latest counts.
 """
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -110,8 +111,8 @@ async def waits_until(db: Database, place: str) -> datetime | None:
 # Whether FLORA answers, as the processes on one database have seen it.
 #
 # The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named after the
-# workspace's place in the settings, `until` being when FLORA was last asked, `holder` the state as
-# JSON.
+# workspace's place in the settings, `until` being when FLORA was last asked, which moves with the
+# clock, and `holder` the state as JSON.
 
 _STATE: Final = TypeAdapter(ContactState)
 _AHEAD: Final = timedelta(minutes=1)
@@ -143,6 +144,6 @@ def _state(row: Row[Any] | None, now: datetime) -> ContactState | None:
     if row is None or row.until > now + _AHEAD:
         return None
     try:
-        return _STATE.validate_json(row.holder)
+        return replace(_STATE.validate_json(row.holder), asked_at=row.until)
     except ValueError:
         return None  # another version stores it in another form
