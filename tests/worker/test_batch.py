@@ -497,7 +497,7 @@ async def test_each_run_of_a_start_counts_towards_the_most_it_may_cost(
 async def test_an_input_of_several_values_is_several_runs(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:
-    """The cost counts one run for each value."""
+    """The cost counts one run for each value; an empty text is none, and is not sent."""
     async with make_flora() as flora:
         services = await open_on(flora)
         techniques = {one.slug: one for one in flora.world.techniques()}
@@ -506,7 +506,8 @@ async def test_an_input_of_several_values_is_several_runs(
         ]
         assert several
         technique, port = several[0]
-        inputs = [{"id": port.id, "type": "text", "value": value} for value in "abc"]
+        values = ["a", "b", "c", ""]
+        inputs = [{"id": port.id, "type": "text", "value": value} for value in values]
         definition = await services.catalogue.definition(
             next(iter(services.workspaces)), technique.slug
         )

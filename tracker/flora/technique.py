@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
-from tracker.core.starts.inputs import Port, Technique
+from tracker.core.starts.inputs import Port, Technique, is_empty_text
 from tracker.flora.parse import (
     as_dollars,
     as_id,
@@ -64,8 +64,8 @@ def ports(objects: Iterable[dict[str, Any]]) -> tuple[Port, ...]:
 
 def runs_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> int:
     """The number of runs of a start with these inputs: one for each value of an input that accepts
-    several."""
-    values = Counter(one["id"] for one in inputs)
+    several, without empty texts, which are not sent."""
+    values = Counter(one["id"] for one in inputs if not is_empty_text(one))
     return prod(max(values[port.id], 1) for port in ports(technique.inputs) if port.several)
 
 
