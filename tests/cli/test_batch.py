@@ -3,16 +3,17 @@
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import openpyxl
 import pytest
 import typer
 
-from tests.cli.conftest import TRACKER, Commands, set_faults, simulate
+from tests.cli.conftest import Commands, set_faults, simulate
 from tests.support.waiting import START_SECONDS, eventually
 from tracker.cli.app import app
 
@@ -53,16 +54,13 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def piped(tracker: Commands, *arguments: str, given: str) -> "subprocess.CompletedProcess[str]":
     """A command that reads stdin."""
-    return subprocess.run(
-        [sys.executable, *TRACKER, *arguments],
-        cwd=tracker.folder,
-        env=tracker._environ({}),
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
+    file = tracker.folder / "stdin"
+    file.write_text(given)
+    return tracker(*arguments, prepare=partial(_read_from, file))
+
+
+def _read_from(file: Path) -> None:
+    os.dup2(os.open(file, os.O_RDONLY), 0)
 
 
 def test_a_sheet_becomes_runs_and_results(flora: Commands) -> None:

@@ -14,7 +14,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import attention, overview
 
 PAGE = Path(__file__).parents[2] / "docs" / "views.md"
-RUNS = 6_000
+RUNS = 3_000
 
 VIEWS = (
     *("v_run_states", "v_ends_hourly", "v_lags_hourly", "v_callback_health", "v_cost_daily"),

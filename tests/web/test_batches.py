@@ -32,8 +32,8 @@ from tracker.worker.scheduler import Worker
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]
 
 
-SLOW: dict[str, Any] = {"slow_starts": 1.0, "slow_seconds": 0.5}
-"""A start takes 0.05 s, as `working` runs ten times as fast."""
+SLOW: dict[str, Any] = {"slow_starts": 1.0, "slow_seconds": 2.0}
+"""A start takes 0.2 s, as `working` runs ten times as fast: there is time to break a launch off."""
 
 
 @asynccontextmanager
