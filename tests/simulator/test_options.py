@@ -38,6 +38,7 @@ def test_every_option_is_documented() -> None:
         ("gateway_answers", "404,empty", ("404", "empty")),
         ("bill_seconds", "5,60", (5.0, 60.0)),
         ("bad_offset", "7", 7),
+        ("history", "1e5", 100_000),
         ("bad_fields", "run_id,status", ("run_id", "status")),
         ("cursor_type", "number", "number"),
         ("signed_links", "true", True),
@@ -53,10 +54,18 @@ def test_options_are_read_from_text(name: str, text: str, value: object) -> None
     assert getattr(Options().with_changes({name: value}), name) == value
 
 
+def test_words_may_be_numbers_in_json() -> None:
+    """As somebody writes a status there."""
+    options = Options().with_changes({"gateway_answers": [502, "empty"], "second_answer": 404})
+    assert (options.gateway_answers, options.second_answer) == (("502", "empty"), "404")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("gateway", 1.5),
+        ("credits", True),
+        ("retry_after", True),
         ("gateway_answers", "500"),
         ("gateway_seconds", "soon"),
         ("bill_seconds", "5,-1"),

@@ -1,6 +1,7 @@
 """Types of options: which values an option takes, from Python, from JSON or as text."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, StringConstraints
@@ -45,6 +46,14 @@ def _listed(value: object) -> object:
     return [one for one in value.split(",") if one] if isinstance(value, str) else value
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
 def _table(value: object) -> object:
     if isinstance(value, str):
         return dict(part.partition(":")[::2] for part in value.split(",") if part)
@@ -54,9 +63,12 @@ def _table(value: object) -> object:
 Share = Annotated[float, BeforeValidator(lambda value: parse_rate(str(value)))]
 """A number from 0 to 1: the share of the runs, or of the requests, that is affected."""
 Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
-Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0)]
-Whole = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+"""A whole number; as text also `1e5`."""
+AsText = BeforeValidator(str)
+"""For words of which some are numbers: JSON may have them as numbers."""
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Maybe = Annotated[T | None, BeforeValidator(_none)]
 """A value or none, as text `none`."""

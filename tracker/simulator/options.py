@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from tracker.core.formatting import requirement
 from tracker.simulator.option_types import (
+    AsText,
     Flag,
     Listed,
     Maybe,
@@ -47,6 +48,7 @@ def _known_code(code: str) -> str:
 
 
 Code = Annotated[str, AfterValidator(_known_code)]
+GatewayAnswer = Annotated[Literal["502", "503", "504", "404", "empty", "page"], AsText]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +138,7 @@ class Options:
     gateway_starts: Share = option("the same for starts alone")
     gateway_reads: Share = option("the same for reads of one run, technique or workspace")
     gateway_pages: Share = option("the same for lists")
-    gateway_answers: Listed[Literal["502", "503", "504", "404", "empty", "page"]] = option(
+    gateway_answers: Listed[GatewayAnswer] = option(
         "answers of the gateway: `502`, `503`, `504`, `404` (HTML), `empty` (200 without "
         "body), `page` (200, HTML)",
         ("502", "503", "504"),
@@ -163,7 +165,7 @@ class Options:
     lost_starts: Share = option(
         "share of starts answered 500, in FLORA's shape, although the run exists"
     )
-    second_answer: Literal["none", "400", "402", "404"] = option(
+    second_answer: Annotated[Literal["none", "400", "402", "404"], AsText] = option(
         "error that refuses the next start with the key of a start that was answered 500", "none"
     )
     idempotency: Literal["replay", "conflict"] = option(
