@@ -3,10 +3,13 @@
 from dataclasses import replace
 from datetime import timedelta
 
+from sqlalchemy import update
+
 from tests.store.making import NOW
 from tracker.core.contact import ContactState, OngoingTrouble, Trouble
 from tracker.store.engine import Database
 from tracker.store.queries import workspaces
+from tracker.store.schema import leases
 
 MINUTE = timedelta(minutes=1)
 SILENT = ContactState(
@@ -23,6 +26,7 @@ async def test_states_are_joined_by_workspace(db: Database, other_db: Database) 
     found = (await workspaces.stored_contacts(other_db, now=NOW))["default"]
     assert (found.asked_at, found.answered_at) == (SILENT.asked_at, SILENT.answered_at)
     assert found.trouble is not None
+    assert found.trouble.trouble is Trouble.UNREACHABLE
     assert found.trouble.since == NOW - 2 * MINUTE
     await workspaces.keep_contact(other_db, "ws_2", replace(SILENT, trouble=None), now=NOW)
     answered = ContactState(asked_at=NOW + MINUTE, answered_at=NOW + MINUTE)
@@ -39,3 +43,12 @@ async def test_a_state_from_the_future_says_nothing(db: Database) -> None:
     own = ContactState(asked_at=earlier, answered_at=earlier)
     await workspaces.keep_contact(db, "default", own, now=earlier)
     assert await workspaces.stored_contacts(db, now=earlier) == {"default": own}
+
+
+async def test_a_state_moves_with_the_clock(db: Database) -> None:
+    """FLORA was last asked as long ago as before, where a clock that was set back moves its row."""
+    await workspaces.keep_contact(db, "default", SILENT, now=NOW)
+    earlier = NOW - 10 * MINUTE
+    await db.execute(update(leases).values(until=earlier))
+    (found,) = (await workspaces.stored_contacts(db, now=earlier)).values()
+    assert found.asked_at == earlier

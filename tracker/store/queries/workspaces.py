@@ -11,7 +11,8 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 from sqlalchemy import Connection, Row, exists, or_, select, tuple_, update
 
-from tracker.core.contact import ContactState, joined
+from tracker.core.contact import ContactState, Trouble, joined
+from tracker.core.run import known
 from tracker.store.engine import Database
 from tracker.store.schema import batches, leases, runs, starts, workspace_keys
 
@@ -144,6 +145,11 @@ def _state(row: Row[Any] | None, now: datetime) -> ContactState | None:
     if row is None or row.until > now + _AHEAD:
         return None
     try:
-        return replace(_STATE.validate_json(row.holder), asked_at=row.until)
+        state = _STATE.validate_json(row.holder)
     except ValueError:
         return None  # another version stores it in another form
+    found = state.trouble
+    if found is not None:  # pydantic prefers a text to the enum's member
+        found = replace(found, trouble=known(Trouble, found.trouble))
+    # `until` is moved with a clock that was set.
+    return replace(state, asked_at=row.until, trouble=found)
