@@ -17,7 +17,14 @@ from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.attention import AttentionCounts, counts
 from tracker.store.queries.deliveries import get_delivery, list_deliveries
-from tracker.store.queries.runs import durations_of, events, get_run, get_runs, list_runs
+from tracker.store.queries.runs import (
+    durations_of,
+    events,
+    get_run,
+    get_runs,
+    last_sources,
+    list_runs,
+)
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import runs
 
@@ -66,6 +73,18 @@ async def test_a_whole_record_comes_back(writer: TestWriter, db: Database) -> No
         assert getattr(record.run, name) == value
     assert await get_runs(db, ["run_1", "run_2"]) == {"run_1": record}
     assert await get_run(db, "run_2") is None
+
+
+@pytest.mark.parametrize("run_id", ["run_\0", "run_\ud800", "läuft", "1"])
+async def test_any_text_is_looked_up_as_an_id(
+    writer: TestWriter, db: Database, run_id: str
+) -> None:
+    """Also one that no database can hold, which is stored with U+FFFD in its place."""
+    assert (await get_runs(db, [run_id]), await last_sources(db, [run_id])) == ({}, {})
+    await writer.submit(started(run_id))
+    (record,) = (await get_runs(db, [run_id, "run_2"])).values()
+    assert record == await get_run(db, run_id)
+    assert await last_sources(db, [run_id]) == {record.run.run_id: Source.START}
 
 
 async def test_money_can_be_summed_by_anybody(writer: TestWriter, db: Database) -> None:

@@ -197,7 +197,8 @@ def _included(element: _OnSqlite, compiler: SQLCompiler, **options: Any) -> str:
 
 
 class _TextList(TypeDecorator[Sequence[str]]):
-    """Texts in one parameter: an array on PostgreSQL, JSON on SQLite."""
+    """Texts in one parameter, fit as those of `CleanText`: an array on PostgreSQL, JSON on
+    SQLite."""
 
     impl = Text
     cache_ok = True
@@ -207,7 +208,7 @@ class _TextList(TypeDecorator[Sequence[str]]):
         return dialect.type_descriptor(kind)
 
     def process_bind_param(self, value: Sequence[str] | None, dialect: Dialect) -> Any:
-        return dump_json(value) if dialect.name == "sqlite" else value
+        return dump_json(value) if dialect.name == "sqlite" else [*map(clean, value or ())]
 
 
 class _AnyOf(_Condition):
