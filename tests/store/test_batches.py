@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
@@ -17,6 +18,7 @@ from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, LaunchEnd
 from tracker.store.queries.sheet_rows import LatestRunNumber, RowOutcome
 from tracker.store.queries.starts import StartState
+from tracker.store.schema import runs
 
 BATCH = BatchRow(
     batch_id="bat_1",
@@ -201,6 +203,10 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
     )
     assert (found.ended, found.unstarted) == (2, 5)
     assert await batches.batch_counts(db, ["bat_2"]) == {"bat_2": BatchCounts()}
+    # A lost run is due once a day, and nobody waits for it.
+    await db.execute(update(runs).where(runs.c.run_id == "run_f").values(tracking="lost"))
+    counts = await counts_of(db)
+    assert (counts.active, counts.lost, counts.next_check_at) == (0, 1, None)
 
 
 async def test_a_batch_is_finished_when_its_last_run_has_ended(

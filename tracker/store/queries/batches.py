@@ -323,7 +323,7 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
         *(func.count().filter(which).label(name) for name, which in _COUNTED.items()),
         func.sum(runs.c.charged_cost).label("cost"),
         func.sum(runs.c.quoted_cost).filter(is_quoted).label("quoted"),
-        func.min(runs.c.next_check_at).label("next_check_at"),
+        func.min(runs.c.next_check_at).filter(_COUNTED["active"]).label("next_check_at"),
         func.max(runs.c.completed_at).label("last_end_at"),
     )
     of_batches = with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids))
