@@ -79,6 +79,7 @@ def test_what_only_libpq_knows_is_left_out() -> None:
         "",
         "tracker.db",
         "mysql://u:hunter2@db/t",
+        "sqlite+pysqlcipher://:hunter2@/t.db",
         "sqlite://",
         "sqlite:///",
         "sqlite:///:memory:",

@@ -10,7 +10,16 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 from tracker.core.errors import SettingsError
 from tracker.core.net import is_loopback
 
-_DIALECTS: Final = {"sqlite": "sqlite", "postgres": "postgresql", "postgresql": "postgresql"}
+_DIALECTS: Final = {
+    "sqlite": "sqlite",
+    "sqlite+aiosqlite": "sqlite",
+    "sqlite+pysqlite": "sqlite",
+    "postgres": "postgresql",
+    "postgresql": "postgresql",
+    "postgresql+asyncpg": "postgresql",
+    "postgresql+psycopg": "postgresql",
+    "postgresql+psycopg2": "postgresql",
+}
 _ADVICE: Final = "must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
 TLS_ADVICE: Final = (
     "Set sslmode=verify-full and sslrootcert=FILE in TRACKER_DATABASE_URL, FILE being the "
@@ -71,7 +80,7 @@ class DatabaseUrl:
         setting, for any other kind of database."""
         advice = f"{name} {_ADVICE}"
         scheme, separator, rest = url.strip().partition("://")
-        dialect = _DIALECTS.get(scheme.lower().partition("+")[0])  # with or without a driver
+        dialect = _DIALECTS.get(scheme.lower())
         if not separator or dialect is None:
             raise SettingsError(f"{advice}; other databases are not supported")
         if dialect == "sqlite":
