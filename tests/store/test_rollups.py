@@ -48,7 +48,7 @@ from tracker.store.schema import (
     run_tally_changes,
     runs,
 )
-from tracker.store.url import DatabaseTimes, DatabaseUrl
+from tracker.store.url import DatabaseUrl
 from tracker.store.writing import rollups
 from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
 from tracker.store.writing.statements import ShownByFlora, forget_run
