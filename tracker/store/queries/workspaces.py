@@ -4,6 +4,7 @@ whether FLORA answers each process.
 A wait is a row of the leases, shared by all processes with the same key; the latest counts.
 """
 
+import json
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -113,7 +114,8 @@ async def waits_until(db: Database, place: str) -> datetime | None:
 #
 # The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named after the
 # workspace's place in the settings, `until` being when FLORA was last asked, which moves with the
-# clock, and `holder` the state as JSON.
+# clock, and `holder` the rest as JSON: `answered_at`, and `trouble`, `since` and `reason` if there is
+# any. All versions share this form.
 
 _STATE: Final = TypeAdapter(ContactState)
 _AHEAD: Final = timedelta(minutes=1)
@@ -127,7 +129,7 @@ async def keep_contact(db: Database, place: str, own: ContactState, *, now: date
         stored = connection.execute(select(leases).where(leases.c.name == _CONTACT + place))
         before = _state(stored.one_or_none(), now)
         state = own if before is None else joined(before, own)
-        values = {"holder": _STATE.dump_json(state).decode(), "until": state.asked_at}
+        values = {"holder": _text(state), "until": state.asked_at}
         connection.execute(db.upsert(leases, {"name": _CONTACT + place}, values))
 
     await db.write(work)
@@ -141,15 +143,23 @@ async def stored_contacts(db: Database, *, now: datetime) -> dict[str, ContactSt
     return {place: state for place, state in states.items() if state is not None}
 
 
+def _text(state: ContactState) -> str:
+    values = _STATE.dump_python(state, mode="json", exclude={"asked_at"}, exclude_none=True)
+    return json.dumps(values | values.get("trouble", {}))
+
+
 def _state(row: Row[Any] | None, now: datetime) -> ContactState | None:
     if row is None or row.until > now + _AHEAD:
         return None
     try:
-        state = _STATE.validate_json(row.holder)
-    except ValueError:
-        return None  # another version stores it in another form
+        values = json.loads(row.holder)
+        if "trouble" in values:
+            values["trouble"] = {name: values[name] for name in ("trouble", "since", "reason")}
+        # `until` is moved with a clock that was set.
+        state = _STATE.validate_python(values | {"asked_at": row.until})
+    except (LookupError, TypeError, ValueError):
+        return None  # a newer version stores it in another form
     found = state.trouble
     if found is not None:  # pydantic prefers a text to the enum's member
         found = replace(found, trouble=known(Trouble, found.trouble))
-    # `until` is moved with a clock that was set.
-    return replace(state, asked_at=row.until, trouble=found)
+    return replace(state, trouble=found)
