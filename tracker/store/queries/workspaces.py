@@ -114,8 +114,8 @@ async def waits_until(db: Database, place: str) -> datetime | None:
 #
 # The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named after the
 # workspace's place in the settings, `until` being when FLORA was last asked, which moves with the
-# clock, and `holder` the rest as JSON: `answered_at`, and `trouble`, `since` and `reason` if there is
-# any. All versions share this form.
+# clock, and `holder` the rest as JSON: `answered_at`, and `trouble`, `since` and `reason` of a trouble.
+# All versions share this form.
 
 _STATE: Final = TypeAdapter(ContactState)
 _AHEAD: Final = timedelta(minutes=1)
