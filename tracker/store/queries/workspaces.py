@@ -114,7 +114,7 @@ async def waits_until(db: Database, place: str) -> datetime | None:
 #
 # The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named after the
 # workspace's place in the settings, `until` being when FLORA was last asked, which moves with the
-# clock, and `holder` the rest as JSON: `answered_at`, and `trouble`, `since` and `reason` of a trouble.
+# clock, and `holder` the rest as JSON: `answered_at`, of a trouble `trouble`, `since`, `reason`.
 # All versions share this form.
 
 _STATE: Final = TypeAdapter(ContactState)
