@@ -39,6 +39,13 @@ async def test_every_route_of_the_api_is_described(small_site: Site) -> None:
     }
 
 
+async def test_parameters_keep_their_order(small_site: Site) -> None:
+    """Some generated clients have them by position: filters first, then the page."""
+    described = (await small_site.client.get("/openapi.json")).json()["paths"]
+    parameters = described["/api/starts"]["get"]["parameters"]
+    assert [one["name"] for one in parameters] == ["state", "workspace_id", "cursor", "limit"]
+
+
 async def test_the_document_needs_the_token_too(serve: Serve, sqlite_url: str) -> None:
     """With a token set it is told only to those who have it, and says that it is needed."""
     async with serve(sqlite_url, tracker_api_token=TOKEN) as site:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from tracker import __version__
 from tracker.settings.tokens import Scope
-from tracker.web.api.requests import KeyHeader
+from tracker.web.api.requests import KeyHeader, PageQuery
 from tracker.web.api.responses import Error, Meta, ResponseModel
 
 H = TypeVar("H", bound=Callable[..., Awaitable[Response]])
@@ -246,7 +246,10 @@ def _parameters(one: Operation) -> Iterable[_Json]:
             }
     for where, model in (("query", one.query), ("header", KeyHeader if one.takes_key else None)):
         if model is not None:
-            for name, schema in model.model_json_schema()["properties"].items():
+            properties = model.model_json_schema()["properties"]
+            # The page comes last: some generated clients have parameters by position.
+            for name in sorted(properties, key=PageQuery.model_fields.__contains__):
+                schema = properties[name]
                 described = {key: schema.pop(key) for key in ("description",) if key in schema}
                 schema.pop("title", None)
                 if schema.get("default", 0) is None:
