@@ -206,15 +206,29 @@ class Workspaces:
             return self._all[0]
         return next((one for one in self._all if one.workspace_id == workspace_id), None)
 
+    def reader_of(self, workspace_id: str | None) -> Workspace | None:
+        """The workspace whose key reads a run, by the `workspace_id` of its row; `None` if there is
+        none. A run without an id is read with any key (`RunReader.read` tries the others)."""
+        if workspace_id is not None or len(self._all) == 1:
+            return self.of(workspace_id)
+        return min(self.keyed, key=lambda one: one.require_client().breaker.blocked, default=None)
+
     def has(self, workspace_id: str | None) -> bool:
         """Whether a workspace of exactly that id is configured."""
         return any(one.workspace_id == workspace_id for one in self._all)
 
+    def ids_of_runs(self, workspace: Workspace) -> list[str | None] | None:
+        """The `workspace_id`s of this workspace's runs; `None` for all."""
+        return [workspace.workspace_id] if len(self._all) > 1 else self.claimable(workspace)
+
     def claimable(self, workspace: Workspace) -> list[str | None] | None:
-        """The `workspace_id`s of the runs to read with this workspace's key; `None` for all."""
-        if len(self._all) > 1:
-            return [workspace.workspace_id]
-        return None if workspace.workspace_id is None else [workspace.workspace_id, None]
+        """The `workspace_id`s of the runs to read with this workspace's key; `None` for all.
+
+        Runs without an id, from the time before it was known, are read with any key.
+        """
+        if len(self._all) == 1 and workspace.workspace_id is None:
+            return None
+        return [workspace.workspace_id, None]
 
     async def with_id(self, workspace_id: str) -> Workspace | None:
         """The workspace whose API key is that workspace's; `None` if there is none.

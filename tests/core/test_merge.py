@@ -338,10 +338,10 @@ def test_flora_shows_whose_a_run_is(source: Source) -> None:
     or a person claimed, before or after."""
     claim = observe(source, RunStatus.COMPLETED, workspace_id="ws_z")
     shown = observe(Source.HISTORY, RunStatus.RUNNING, workspace_id="ws_a")
-    assert merged([claim]).workspace_is_claimed
+    assert not merged([claim]).workspace_is_confirmed
     for seen in ([claim, shown], [shown, claim]):
         run = merged(seen)
-        assert (run.workspace_id, run.workspace_is_claimed) == ("ws_a", False)
+        assert (run.workspace_id, run.workspace_is_confirmed) == ("ws_a", True)
 
 
 def test_two_runs_never_merge() -> None:

@@ -7,9 +7,12 @@ import pytest
 from sqlalchemy import select
 
 from tests.support.clocks import HandClock
-from tests.worker.conftest import Hurry, MakeFlora, OpenServices
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, the_run
 from tests.worker.doubt import GATEWAY, HOUR, OTHER, attempt, change, request
 from tracker.core.errors import FloraError, InvalidRequest, SettingsError
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Observed
+from tracker.core.run import RunStatus, Tracking
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.sheets.sheet import sheet_of_objects
@@ -264,3 +267,63 @@ async def test_starts_of_an_older_version_get_the_id(
     assert row is not None
     verified = select(starts.c.workspace_id).where(starts.c.idempotency_key == "key-1")
     assert await services.database.fetchval(verified) == "ws_simulator"
+
+
+async def _known_before_the_id(services: Services, run_id: str) -> None:
+    """Store a run as a tracker of one workspace does before it knows the workspace's id."""
+    heard = {"at": services.clock(), "status": RunStatus.PENDING, "technique_id": "tech_icon_pack"}
+    seen = Observation(run_id=run_id, source=Source.TRACK, **heard)
+    await services.writer.submit(Observed(observation=seen))
+
+
+def _both(flora: Simulator, **other: Any) -> dict[str, Any]:
+    [first] = moved(flora)["workspaces"]
+    second = {"id": OTHER.workspace_id, "api_key": OTHER.api_key}
+    return moved(flora, workspaces=(first, second | other))
+
+
+@pytest.mark.parametrize("of_other", [False, True])
+async def test_a_run_of_unknown_workspace_is_read_with_the_key_that_shows_it(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, *, of_other: bool
+) -> None:
+    """A second workspace was configured after the run was heard of: the key that shows it gives it
+    its workspace."""
+    async with make_flora(more_workspaces=(OTHER,)) as flora:
+        services = await open_on(flora, **_both(flora))
+        run_id = flora.start("icon-pack", workspace=OTHER if of_other else None).run_id
+        await _known_before_the_id(services, run_id)
+        clock.move(60)
+        assert await services.poller.next_due_at() is not None
+        await services.poller.poll_due()
+        found = await the_run(services, run_id)
+        expected = OTHER.workspace_id if of_other else flora.world.options.workspace_id
+        assert (found.run.workspace_id, found.tracking) == (expected, Tracking.SETTLED)
+
+
+@pytest.mark.parametrize(
+    ("other", "tracking"),
+    [
+        ({}, Tracking.LOST),
+        ({"api_key": "sk_refused"}, Tracking.ACTIVE),
+        ({"api_key": None}, Tracking.ACTIVE),
+    ],
+)
+async def test_a_run_of_unknown_workspace_is_lost_when_every_key_denies_it(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    other: dict[str, Any],
+    tracking: Tracking,
+) -> None:
+    """A key that cannot read its workspace leaves it open whether the run is there."""
+    async with make_flora(more_workspaces=(OTHER,)) as flora:
+        for workspace in (None, OTHER):
+            flora.start("icon-pack", workspace=workspace)
+        services = await open_on(flora, **_both(flora, **other))
+        await _known_before_the_id(services, "run_of_nobody")
+        for _ in range(24):
+            clock.move(300)
+            await services.poller.poll_due()
+        record = await the_run(services, "run_of_nobody")
+        assert record.tracking is tracking
+        assert record.checks > 5

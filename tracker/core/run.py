@@ -246,9 +246,10 @@ class Run:
         return retry_advice(error.code, error.message)
 
     @property
-    def workspace_is_claimed(self) -> bool:
-        """Whether `workspace_id` comes only from a callback or a request to track the run."""
-        return self.workspace_id is not None and self.precedences.workspace_id != WORKSPACE_KNOWN
+    def workspace_is_confirmed(self) -> bool:
+        """Whether FLORA showed `workspace_id`: a callback, or a request to track the run, claims it
+        only."""
+        return self.precedences.workspace_id == WORKSPACE_KNOWN
 
     @property
     def lacks_outputs(self) -> bool:

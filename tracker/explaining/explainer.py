@@ -67,7 +67,7 @@ class Explainer(Service):
 
     async def _obstacle(self, record: Record) -> str | None:
         """What keeps a run from being polled, as far as FLORA's answers and the sweeps show."""
-        workspace = self.workspaces.of(record.run.workspace_id)
+        workspace = self.workspaces.reader_of(record.run.workspace_id)
         if workspace is None:
             return (
                 f"Its workspace, {record.run.workspace_id}, is not configured here: no API key can "

@@ -186,7 +186,7 @@ class Follower(Service):
         overdue = [record for record, due in self._unclaimed(followed) if due < now]
         await self._rounds.call([one.run.run_id for one in overdue])
         for record in overdue:
-            workspace = self.workspaces.of(record.run.workspace_id)
+            workspace = self.workspaces.reader_of(record.run.workspace_id)
             if workspace is None or workspace.client is None:
                 followed.notify_once(
                     f"run {record.run.run_id} is due, but no process polls, and no FLORA API key "

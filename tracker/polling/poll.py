@@ -141,7 +141,7 @@ class Poller(Service):
 
         Without a key, or with a refused one, it stays due. Raises `StoreUnavailable`.
         """
-        workspace = self.workspaces.of(record.run.workspace_id)
+        workspace = self.workspaces.reader_of(record.run.workspace_id)
         if workspace is None or workspace.client is None or record.run.settled:
             return record
         try:

@@ -60,15 +60,16 @@ class RunReader:
         """Read a run, before others if its end is `fresh`; the result, and what to write: the other
         runs that it showed, then the run.
 
-        A run that is only claimed for this workspace, and does not exist there, is read with the
-        other keys: whoever knows a workspace's signing secret can claim any run for it. FLORA's
-        answer that a run does not exist counts only while FLORA can be read in the workspace.
+        A run whose workspace is not known, or only claimed, and that does not exist in this one, is
+        read with the other keys: whoever knows a workspace's signing secret can claim any run for
+        it. FLORA's answer that a run does not exist counts only while FLORA can be read in the
+        workspace, and of a run whose workspace is not known, in all of them.
         Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
         """
         run, workspace = record.run, self.workspace
         with log_context(run_id=run.run_id, workspace_id=workspace.name):
             found = await _read_run(workspace.require_client(), run, fresh=fresh)
-            if found.missing and run.workspace_is_claimed:
+            if found.missing and not run.workspace_is_confirmed:
                 found, workspace = await self._read_elsewhere(found, run)
             elif found.observation is not None:
                 self.is_readable = True
@@ -104,12 +105,18 @@ class RunReader:
 
     async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
         """Read a run with the keys of the other workspaces; `denied` if none shows it."""
-        for other in self.poller.readable():
-            if other is self.workspace or other.client is None:
+        readable, is_known = self.poller.readable(), run.workspace_id is not None
+        for other in self.poller.workspaces:
+            if other is self.workspace:
+                continue
+            if other not in readable:
+                denied.missing = denied.missing and is_known  # else it may be there
                 continue
             try:
-                found = await _read_run(other.client, run, fresh=True)
-            except (KeyRefused, RateLimited):
+                found = await _read_run(other.require_client(), run, fresh=True)
+                if found.missing and not is_known:
+                    found.missing = await RunReader(self.poller, other)._can_read()
+            except (KeyRefused, RateLimited, OtherWorkspace):
                 denied.missing = False  # it may be there
                 continue
             found.reads = denied.reads = denied.reads + found.reads

@@ -200,7 +200,7 @@ class _Sweep:
         A failure here is no failure of technique runs.
         """
         workspace, sweeper = self._workspace, self._sweeper
-        among = sweeper.workspaces.claimable(workspace)
+        among = sweeper.workspaces.ids_of_runs(workspace)
         known = await runs.has_generations(self._database, among)
         take_lease = partial(
             claims.take_lease,

@@ -81,7 +81,7 @@ class Verifier(Service):
         client = workspace.require_client()
         start = self.clock() - since
         report = VerifyReport(workspace_id=workspace.name, since=iso_time(start))
-        shown = await runs.has_generations(self.database, self.workspaces.claimable(workspace))
+        shown = await runs.has_generations(self.database, self.workspaces.ids_of_runs(workspace))
         kinds: tuple[RunType, ...] = ("technique", "generation") if shown else ("technique",)
         for kind in kinds:
             walk = HistoryWalk(client, kind)
@@ -115,7 +115,7 @@ class Verifier(Service):
                 floor = start if page.is_last else max(page.floor or top, start)
                 listed.extend(item.run_id for item in items)
                 if floor < top:
-                    among = self.workspaces.claimable(workspace)
+                    among = self.workspaces.ids_of_runs(workspace)
                     span = (floor, min(top, settled_until))
                     created = await runs.created_within(self.database, among, kind, span)
                     report.differences += [

@@ -92,7 +92,7 @@ class ParsedDelivery(NamedTuple):
             return None, False
         signer = None if self.observation is None else self.observation.workspace_id
         signed_by = f"the secret of {signer} signed it"
-        if record.run.workspace_is_claimed:
+        if not record.run.workspace_is_confirmed:
             return (
                 f"its run was first claimed for workspace {owner}, but {signed_by}; it is applied "
                 f"when FLORA shows the run to the key of {signer}"

@@ -307,7 +307,7 @@ class RunPages(PageGroup):
         return RetryOffer(cost, None if before is None else before.run_id)
 
     def _can_poll(self, record: Record) -> bool:
-        workspace = self._services.workspaces.of(record.run.workspace_id)
+        workspace = self._services.workspaces.reader_of(record.run.workspace_id)
         return workspace is not None and workspace.client is not None
 
 
