@@ -189,6 +189,7 @@ class Services:
         )
         self.replayer = Replayer(**shared, applier=applier)
         self.budgets = BudgetReader(**shared, budgets=settings.all_budgets)
+        self.sweep_seconds = cache(partial(longest_wait, settings.tracker_reconcile_cron, clock()))
         metrics.create_series(workspaces, receivers)
         metrics.watch(
             ProcessGauges(
@@ -197,9 +198,7 @@ class Services:
                 is_stale=lambda: rotation.stale is not None,
                 workspaces=workspaces,
                 contacts=contacts,
-                sweep_seconds=cache(
-                    partial(longest_wait, settings.tracker_reconcile_cron, clock())
-                ),
+                sweep_seconds=self.sweep_seconds,
                 clock=clock,
             ),
             DatabaseGauges(**shared, contacts=contacts, budgets=self.budgets),

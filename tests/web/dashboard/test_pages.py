@@ -238,6 +238,23 @@ async def test_a_failed_sweep_is_an_alert(serve: Serve, sqlite_url: str) -> None
         assert "FLORA was away" in await _text(site, "/health")
 
 
+@pytest.mark.parametrize(("cron", "minutes"), [("*/5 * * * *", 25), ("0 * * * *", 190)])
+async def test_a_sweep_is_late_by_the_schedule(
+    serve: Serve, sqlite_url: str, cron: str, minutes: int
+) -> None:
+    """After three intervals and ten minutes, like the alert `TrackerSweepLate` and the doctor."""
+    key = {"flora_api_key": "sk_test", "flora_workspace_id": "ws_1"}
+    async with serve(sqlite_url, **key, tracker_reconcile_cron=cron) as site:
+        database = site.services.database
+        for late, ago in ((True, minutes + 1), (False, minutes - 1)):
+            at = utc_now() - timedelta(minutes=ago)
+            number = await sweeps.begin(database, "ws_1", at)
+            found = {"pages": 1, "items": 2, "discovered": 0, "repaired": 0}
+            await sweeps.finish(database, number, at=at, **found)
+            shown = "No history sweep has been complete" in await _text(site, "/")
+            assert shown is late, f"{ago} min"
+
+
 async def test_a_run_shows_everything(site: Site) -> None:
     """State, error, outputs by type, timeline, callbacks, and the reason of the next poll."""
     await site.services.writer.submit(

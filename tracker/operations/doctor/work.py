@@ -3,7 +3,6 @@
 Judged by what is done, not by which processes exist: one may be there and stuck.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -26,8 +25,6 @@ from tracker.store.queries.workspaces import stored_contacts
 
 STUCK_AFTER: Final = timedelta(minutes=5)
 """How late a sweep may start, or a due run be read, before no worker seems to run."""
-LATE: Final = timedelta(minutes=10)
-"""How much later than due a sweep may be complete: a long one takes its time."""
 NAMED: Final = 3
 _START: Final = (
     "Start `tracker serve` (without --no-worker) or `tracker worker` with the same settings; if "
@@ -169,7 +166,9 @@ def check_sweeps(state: WorkState) -> Finding:
     newest = max(state.sweeps, key=lambda one: one.last_started_at, default=None)
     complete = max((one.complete_at for one in state.sweeps if one.complete_at), default=None)
     since = None if complete is None else state.now - complete
-    overdue = since is None or since > 3 * state.interval + LATE
+    overdue = complete is None or attention.is_sweep_late(
+        complete, state.now, interval=state.interval
+    )
     last = "None was ever complete" if since is None else f"Last complete {duration(since)} ago"
     reconcile = "`tracker reconcile` runs one now and reports what it finds."
     if newest is not None and (error := newest.last_error) is not None:
@@ -274,10 +273,10 @@ def check_messages(state: WorkState, wanted: Collection[str]) -> list[Finding]:
             )
         ]
     for name, one in used.items():
-        oldest_at = state.backlogs.get(name, Backlog()).oldest_at
-        if oldest_at is not None and state.now - oldest_at > attention.SENT_WITHIN:
+        backlog = state.backlogs.get(name, Backlog())
+        if backlog.oldest_at is not None and backlog.is_late(state.now):
             error = f" Last error: {one.last_error}." if one.failing_since is not None else ""
-            waited = duration(state.now - oldest_at)
+            waited = duration(state.now - backlog.oldest_at)
             return [
                 warning(
                     "messages",
@@ -294,19 +293,15 @@ def _none_wait(name: Name, count: int, fine: str, seen: str, advice: str) -> Fin
 
 
 def _missed_callbacks(gauges: Gauges) -> Finding:
-    counts: Counter[str] = Counter()
-    for (_, outcome), count in gauges.callbacks.items():
-        counts[outcome] += count
-    missed = counts["missed"]
-    expected = counts["came"] + counts["late"] + missed
-    if not expected:
+    health = gauges.callback_health()
+    if health.miss_rate is None:
         return ok("missed callbacks", "No run with a callback has ended recently.")
-    seen = f"{missed} of {expected} callbacks expected recently did not arrive"
-    if expected < attention.MIN_CALLBACKS or missed < attention.MISS_RATE * expected:
+    seen = f"{health.missed} of {health.expected} callbacks expected recently did not arrive"
+    if not health.misses_too_many:
         return ok("missed callbacks", f"{seen}.")
     return warning(
         "missed callbacks",
-        f"{seen} ({percent(missed / expected)}).",
+        f"{seen} ({percent(health.miss_rate)}).",
         "If everything above is ok, check the log for callback.refused (they arrive and are "
         "refused), and the firewall (FLORA is kept out). No results lost: polling found them.",
     )
@@ -314,7 +309,7 @@ def _missed_callbacks(gauges: Gauges) -> Finding:
 
 def _inbox(gauges: Gauges, now: datetime) -> Finding:
     oldest = gauges.oldest_waiting_at
-    if oldest is None or now - oldest < attention.APPLIED_WITHIN:
+    if oldest is None or not attention.is_inbox_behind(oldest, now):
         return ok("inbox", "Acknowledged callbacks are applied.")
     return warning(
         "inbox",

@@ -34,7 +34,6 @@ KEEP_SECONDS: Final = 5.0
 """How long a reading of the database, or its failure, is reused."""
 PATIENCE: Final = 4.0
 """Seconds for reading the database; Prometheus gives up after ten."""
-EXPECTED: Final = ("came", "late", "missed")
 _MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
 
 _HELP: Final[dict[tuple[str, ...], dict[str, str]]] = {
@@ -198,11 +197,6 @@ class DatabaseGauges(Service, Collector):
 
         await self.contacts.read()
         found = await read_gauges(db, now=now)
-        ratios = {}
-        for workspace in {workspace for workspace, _ in found.callbacks}:
-            counts = [found.callbacks.get((workspace, outcome), 0) for outcome in EXPECTED]
-            if sum(counts):
-                ratios[workspace] = counts[-1] / sum(counts)
         usages = await self.budgets.usages()
         rows = {
             one.endpoint_id: one
@@ -233,7 +227,10 @@ class DatabaseGauges(Service, Collector):
             "callback_last_received_timestamp_seconds": timestamp(found.last_callback_at),
             "deliveries_quarantined": found.quarantined,
             "recent_callbacks": found.callbacks,
-            "recent_callback_miss_ratio": ratios,
+            "recent_callback_miss_ratio": {
+                one: found.callback_health(one).miss_rate
+                for one in {workspace for workspace, _ in found.callbacks}
+            },
             "inbox_waiting": found.waiting,
             "inbox_oldest_seconds": age(found.oldest_waiting_at),
             "callback_own_addresses_missing": await starts.own_are_missing(db, now=now),

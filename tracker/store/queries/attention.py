@@ -4,6 +4,7 @@ Each gauge comes from the rollups or from at most `BOUND` rows of a short index,
 costs the same with ten runs as with a million. Times are UTC.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -29,7 +30,7 @@ from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNP
 from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.deliveries import IS_UNSEEN
-from tracker.store.queries.overview import rollups
+from tracker.store.queries.overview import CallbackHealth, rollups
 from tracker.store.queries.runs import is_tracked_as
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records
@@ -37,15 +38,10 @@ from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, run
 
 LATE_AFTER: Final = timedelta(seconds=60)
 """How long a read may be due before it counts as overdue."""
-# What overview and doctor report, as the alerts of deploy/prometheus do.
 APPLIED_WITHIN: Final = timedelta(minutes=1)
 """How long an acknowledged callback may wait to be applied."""
-SENT_WITHIN: Final = timedelta(hours=1)
-"""How long a message may wait for its endpoint."""
-MISS_RATE: Final = 0.1
-"""The share of missing callbacks that is too high."""
-MIN_CALLBACKS: Final = 10
-"""Expected callbacks below which the share means nothing."""
+SWEEP_TAKES: Final = timedelta(minutes=10)
+"""How much later than due a sweep may be complete: a long one takes its time."""
 _IS_RETRY: Final = and_(
     runs.c.last_error.is_not(None), runs.c.missing == 0, runs.c.tracking == word(Tracking.ACTIVE)
 )
@@ -84,6 +80,17 @@ class SweepHealth(NamedTuple):
     generations_through: datetime | None
     last_error: str | None
     generations_error: str | None = None
+
+
+def is_sweep_late(complete_at: datetime, now: datetime, *, interval: timedelta) -> bool:
+    """Whether the last complete sweep is too old, where one is due every `interval`; like the alert
+    `TrackerSweepLate`."""
+    return now - complete_at > 3 * interval + SWEEP_TAKES
+
+
+def is_inbox_behind(oldest_waiting_at: datetime | None, now: datetime) -> bool:
+    """Whether acknowledged callbacks wait too long to be applied; like `TrackerInboxBehind`."""
+    return oldest_waiting_at is not None and now - oldest_waiting_at > APPLIED_WITHIN
 
 
 class AttentionCounts(NamedTuple):
@@ -192,6 +199,13 @@ class Gauges:
     last_callback_at: datetime | None
     open_starts: int
     unresolved_starts: int
+
+    def callback_health(self, workspace_id: str | None = None) -> CallbackHealth:
+        """The recent callbacks, of one workspace or all."""
+        counts = Counter[str]()
+        for (of, outcome), count in self.callbacks.items():
+            counts[outcome] += count if workspace_id in (None, of) else 0
+        return CallbackHealth.of(counts)
 
 
 async def read_gauges(db: Database, *, now: datetime, bound: int = BOUND) -> Gauges:

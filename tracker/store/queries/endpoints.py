@@ -19,6 +19,8 @@ HANDLER_URL: Final = "python:"
 """What the URL of a Python handler begins with; the function follows."""
 CONFIGURED_WITHIN: Final = timedelta(days=1)
 """An endpoint that no process has had in its settings for longer gets no new messages."""
+SENT_WITHIN: Final = timedelta(hours=1)
+"""How long a message may wait for its endpoint."""
 COUNTED: Final = 10_000
 """Most messages that are counted."""
 SAMPLE: Final = 1000
@@ -93,6 +95,10 @@ class Backlog:
     pending: int = 0
     failed: int = 0
     oldest_at: datetime | None = None
+
+    def is_late(self, now: datetime) -> bool:
+        """Whether the oldest pending message has waited too long; like `TrackerMessagesLate`."""
+        return self.oldest_at is not None and now - self.oldest_at > SENT_WITHIN
 
 
 _SHOWN: Final = [column for column in endpoints.c if not column.name.startswith("catch_up")]

@@ -3,11 +3,11 @@
 Times are UTC, durations seconds, costs USD; "the last hours" and "today" end at `now`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import BigInteger, MetaData, Table, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -33,6 +33,10 @@ from tracker.store.schema import rollup_columns, runs, techniques, word
 
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
+MISS_RATE: Final = 0.1
+"""The share of missing callbacks that is too high."""
+MIN_CALLBACKS: Final = 10
+"""Expected callbacks below which the share means nothing."""
 
 ROLLUPS: Final = Table("run_tallies_now", MetaData(), *rollup_columns())
 
@@ -71,6 +75,11 @@ class CallbackHealth:
     missed: int
     unexpected: int
 
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> Self:
+        """The health that these numbers of runs by outcome show."""
+        return cls(*(counts.get(one.name, 0) for one in fields(cls)))
+
     @property
     def expected(self) -> int:
         return self.came + self.late + self.missed
@@ -79,6 +88,11 @@ class CallbackHealth:
     def miss_rate(self) -> float | None:
         """The share of expected callbacks that did not come; `None` if none was expected."""
         return self.missed / self.expected if self.expected else None
+
+    @property
+    def misses_too_many(self) -> bool:
+        """Whether the share is too high, and enough callbacks were expected."""
+        return self.expected >= MIN_CALLBACKS and self.missed / self.expected >= MISS_RATE
 
 
 class TechniqueCost(NamedTuple):
@@ -128,8 +142,7 @@ async def callback_health(db: Database, *, now: datetime, hours: int = 24) -> Ca
     """Callbacks of runs that ended in the last `hours` hours, the current one included."""
     since = _first_of(hours, now)
     rows = await _rollups(db, CALLBACK, by=("word",), since=since)
-    found = {outcome: count for outcome, count, _ in rows}
-    return CallbackHealth(*(found.get(one.name, 0) for one in fields(CallbackHealth)))
+    return CallbackHealth.of({outcome: count for outcome, count, _ in rows})
 
 
 async def lags(db: Database, *, now: datetime, hours: int = 24) -> Lag:

@@ -18,8 +18,6 @@ from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.spending import Usage
 from tracker.workspaces import Workspace
 
-SWEPT_WITHIN: Final = timedelta(minutes=30)
-"""An alert is shown where the last complete sweep of a workspace is older."""
 BUDGET_SHARE: Final = 0.8
 """The used share of a budget from which an alert is shown."""
 _TROUBLES: Final[dict[str, tuple[str, str]]] = {
@@ -147,9 +145,10 @@ async def alerts(
     )
     billed = await overview.costs(db, now=now, days=BILL_DAYS)
     unpriced = sum(one.unpriced for one in billed)
+    interval = timedelta(seconds=services.sweep_seconds())
     for one in workspaces:
         of = "" if len(workspaces) == 1 else f" of workspace {one.name}"
-        for alert in _sweeps(one, now, of=of):
+        for alert in _sweeps(one, now, of=of, interval=interval):
             yield alert
     if unread:
         yield Alert(
@@ -171,8 +170,7 @@ async def alerts(
             link="Show open runs",
             section="trackerrunsoverdue",
         )
-    waiting_since = counts.oldest_waiting_at
-    if waiting_since is not None and now - waiting_since > attention.APPLIED_WITHIN:
+    if attention.is_inbox_behind(counts.oldest_waiting_at, now):
         yield Alert(
             title=f"{_are(counts.waiting, 'callback')} not applied yet",
             advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
@@ -214,11 +212,10 @@ async def alerts(
             href="/runs?state=lost",
             link="Show lost runs",
         )
-    rate = callbacks.miss_rate or 0.0
-    if rate >= attention.MISS_RATE and callbacks.expected >= attention.MIN_CALLBACKS:
+    if callbacks.miss_rate is not None and callbacks.misses_too_many:
         check = f"Can FLORA reach {url}? " if (url := services.settings.callback_url) else ""
         yield Alert(
-            title=f"{percent(rate)} of the expected callbacks are missing",
+            title=f"{percent(callbacks.miss_rate)} of the expected callbacks are missing",
             advice=f"{check}No results lost: polling found them.",
             section="trackercallbacksmissed",
         )
@@ -231,7 +228,9 @@ async def alerts(
             yield _budget(usage)
 
 
-def _sweeps(one: WorkspaceHealth, now: datetime, *, of: str) -> Iterator[Alert]:
+def _sweeps(
+    one: WorkspaceHealth, now: datetime, *, of: str, interval: timedelta
+) -> Iterator[Alert]:
     """What is wrong with the sweeps of a workspace in which FLORA answers."""
     if one.trouble is not None or one.sweep is None:
         return
@@ -245,7 +244,7 @@ def _sweeps(one: WorkspaceHealth, now: datetime, *, of: str) -> Iterator[Alert]:
             link="Show sweeps",
             section="trackersweepfailing",
         )
-    elif complete_at is not None and now - complete_at > SWEPT_WITHIN:
+    elif complete_at is not None and attention.is_sweep_late(complete_at, now, interval=interval):
         yield Alert(
             title=f"No history sweep{of} has been complete",
             since=complete_at,
@@ -258,7 +257,7 @@ def _sweeps(one: WorkspaceHealth, now: datetime, *, of: str) -> Iterator[Alert]:
 
 def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Iterator[Alert]:
     """What is wrong with an endpoint: it is disabled, or its messages wait for long."""
-    name, health, oldest_at = endpoint.endpoint_id, endpoint.health(now), backlog.oldest_at
+    name, health = endpoint.endpoint_id, endpoint.health(now)
     if health == "disabled":
         yield Alert(
             kind="bad",
@@ -269,11 +268,11 @@ def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Iterato
             link="Show webhooks",
             section="trackerendpointdisabled",
         )
-    elif health != "not configured" and oldest_at and now - oldest_at > attention.SENT_WITHIN:
+    elif health != "not configured" and backlog.is_late(now):
         error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
         yield Alert(
             title=f"Messages to the endpoint {name} have waited",
-            since=oldest_at,
+            since=backlog.oldest_at,
             advice=f"Each is tried again for three days.{error}",
             href=f"/endpoints/{quote(name, safe='')}",
             link="Show endpoint",

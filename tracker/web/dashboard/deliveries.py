@@ -75,7 +75,6 @@ class DeliveryPages(PageGroup):
         )
         counts = await attention.counts(self._database, now=now)
         oldest = counts.oldest_waiting_at
-        is_late = oldest is not None and oldest < now - attention.APPLIED_WITHIN
         return self._list(
             request,
             "deliveries.html",
@@ -91,7 +90,7 @@ class DeliveryPages(PageGroup):
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
             causes=await causes(self._database, limit=CAUSES),
-            late=counts.waiting if is_late else 0,
+            late=counts.waiting if attention.is_inbox_behind(oldest, now) else 0,
             oldest_waiting_at=oldest,
         )
 
