@@ -100,8 +100,8 @@ share_compiled()
 # few tokens.
 hashlib.scrypt = functools.cache(hashlib.scrypt)
 
-# The garbage collector looks at what is young a tenth as often, which takes a tenth of the time.
-gc.set_threshold(20_000, 20, 20)
+# The garbage collector looks at what is young a fiftieth as often, which takes little of the time.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -155,7 +155,7 @@ async def test_every_page_is_accessible(
     await page.goto(f"{live.url}/login")
     await _assert_accessible(page, "/login", thorough)
     await sign_in(page, live.url)
-    for path in in_turn(await _pages(live, page), of=3, thorough=thorough):
+    for path in in_turn(await _pages(live, page), of=4, thorough=thorough):
         await page.goto(f"{live.url}{path}")
         await page.wait_for_load_state("load")
         await _assert_accessible(page, path, thorough)

@@ -45,6 +45,13 @@ _SETTINGS = {
     # The tests ask what happens to processes; nothing here survives the machine.
     "fsync": "off",
     "full_page_writes": "off",
+    # Nor does anything follow it, or go on for long.
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    "autovacuum": "off",
+    "checkpoint_timeout": "1h",
+    "bgwriter_delay": "10s",
+    "wal_writer_delay": "10s",
     # Far from UTC, so that a time that loses its zone on the way is noticed.
     "timezone": "Asia/Kathmandu",
     "log_min_messages": "warning",

@@ -22,10 +22,14 @@ def in_turn(cases: Sequence[T], *, of: int, thorough: bool = False) -> list[T]:
     return list(cases) if thorough else list(cases[TODAY % of :: of])
 
 
+def has_turn(*, of: int, number: int = 0) -> bool:
+    """Whether it is the turn of this one among so many."""
+    return TODAY % of == number % of
+
+
 def by_turns(cases: Sequence[Any], *, of: int) -> list[Any]:
     """The same as values of a parameter: those whose turn it is not are thorough."""
-    today = range(TODAY % of, len(cases), of)
     return [
-        case if number in today else pytest.param(case, marks=pytest.mark.thorough)
+        case if has_turn(of=of, number=number) else pytest.param(case, marks=pytest.mark.thorough)
         for number, case in enumerate(cases)
     ]
