@@ -122,8 +122,7 @@ def _counted(**key: Any) -> dict[str, Any]:
 
 _MEASURES: Final = (NEW, "state", "end", "callback", "seen", "settled", "cost", "spent")
 _ENDED: Final = {"error": {"code": "x", "message": "y", NEW: "z"}, "outputs": [_OUTPUT]}
-_TROUBLE: Final = {"trouble": NEW, "since": _LONG_AGO.isoformat(), "reason": "a reason", NEW: 1}
-_CONTACT: Final = {"asked_at": NOW.isoformat(), "trouble": _TROUBLE, NEW: 1}
+_CONTACT: Final = {"trouble": NEW, "since": _LONG_AGO.isoformat(), "reason": "a reason", NEW: 1}
 ROWS: Final[dict[Any, list[dict[str, Any]]]] = {
     runs: [
         _run("run_ended"),
