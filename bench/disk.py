@@ -80,7 +80,8 @@ def _entries(number: int) -> Iterator[Entry]:
             for n in range(2)
         ),
     }
-    yield seen(run_id, RunStatus.COMPLETED, at=now, reads=1, facts=whole)
+    billed = now + timedelta(minutes=2)
+    yield seen(run_id, RunStatus.COMPLETED, at=billed, reads=1, facts=whole)
 
 
 def _key(number: int) -> str:

@@ -9,7 +9,7 @@ from tests.cli.conftest import Commands
 from tests.cli.test_usage import one_line
 from tests.store.making import callback, open_writer, quarantined, seen
 from tracker.core.clock import utc_now
-from tracker.core.run import RunStatus
+from tracker.core.run import Output, RunStatus
 from tracker.store import migrate
 from tracker.store.engine import Database
 
@@ -22,9 +22,10 @@ async def _fill(url: str) -> None:
     async with await Database.open(url) as db, open_writer(db) as writer:
         for run_id, days in (("old", 100), ("younger", 40)):
             at = utc_now() - timedelta(days=days)
-            facts = {"created_at": at, "charged_cost": 1}
+            facts = {"created_at": at, "charged_cost": 1, "outputs": (Output("a", "text", "one"),)}
             await writer.submit(callback(run_id, at=at, body=b'{"as": "it came"}'))
-            await writer.submit(seen(run_id, RunStatus.COMPLETED, at=at, facts=facts))
+            billed = at + timedelta(minutes=2)
+            await writer.submit(seen(run_id, RunStatus.COMPLETED, at=billed, facts=facts))
         await writer.submit(quarantined("whd_odd", at=utc_now() - timedelta(days=400)))
 
 
@@ -40,7 +41,7 @@ def test_what_goes_is_told_by_table(filled: Commands) -> None:
     own option says so."""
     expected = {
         "runs": 1,
-        "run_outputs": 0,
+        "run_outputs": 1,
         "run_events": 2,
         "deliveries": 1,
         "bodies": 2,

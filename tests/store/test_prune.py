@@ -60,6 +60,8 @@ from tracker.store.writing.statements import requeue
 
 DAY = timedelta(days=1)
 AGES = Ages(runs=90 * DAY, bodies=30 * DAY)
+BILLED = timedelta(minutes=2)
+"""How long after its end a run was read."""
 NOTHING = dict.fromkeys(TABLES, 0)
 
 
@@ -85,7 +87,7 @@ def settled(run_id: str, days: float, **facts: Any) -> list[Entry | Delivered]:
     return [
         started(run_id, at=at, facts={"workspace_id": "ws_1"}),
         callback(run_id, at=at, body=b"as it came"),
-        seen(run_id, RunStatus.COMPLETED, at=at, facts=whole | facts),
+        seen(run_id, RunStatus.COMPLETED, at=at + BILLED, facts=whole | facts),
     ]
 
 

@@ -71,6 +71,22 @@ async def test_what_was_never_here_is_news(
         assert 50 <= report.discovered <= 55
 
 
+async def test_a_run_whose_bill_could_not_be_read_stays(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """FLORA could not be read again after the end: the run is removed when its bill is final."""
+    async with make_flora(late_bills=1.0, bill_seconds=(3600.0,)) as flora:
+        services = await open_on(flora)
+        [run_id] = await start(services)
+        await poll_to_the_end(services, clock, within=120)
+        assert (await the_run(services, run_id)).run.charged_cost is None
+        assert (await prune(services, clock))["runs"] == 0
+        await services.poller.recheck_due()
+        record = await the_run(services, run_id)
+        assert (record.cost_final, record.recheck_at) == (True, None)
+        assert (await services.pruner.prune(AGES))["runs"] == 1
+
+
 async def test_a_sweep_does_not_bring_it_back(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
@@ -196,6 +212,7 @@ async def test_a_replay_of_what_retention_went_over_says_so(
     await comes()
     await poll_to_the_end(services, clock, within=120)
     clock.move(LATER - 86_400)
+    await services.poller.recheck_due()
     await comes()
     services.pruner.sleep = no_pause
     told = []

@@ -63,6 +63,7 @@ AROUND: Final = timedelta(days=1)
 """The run of a start without a known outcome was created within this time of its sending; no clock
 is further off."""
 
+_IS_DONE: Final = and_(runs.c.tracking == word("settled"), runs.c.recheck_at.is_(None))
 _HAS_BODY: Final = and_(
     deliveries.c.outcome == word("applied"), deliveries.c.body_removed_at.is_(None)
 )
@@ -181,10 +182,11 @@ async def protected_runs(db: Database) -> Protected:
 async def old_runs(
     db: Database, before: datetime, protected: Protected, *, after: PruneKey | None, limit: int
 ) -> PrunePage:
-    """Settled runs that FLORA created, and that settled here, before that time."""
+    """Settled runs that FLORA created, and that settled here, before that time, and that are not
+    read again for their bill or outputs."""
     statement = select(
         runs.c.created_at, runs.c.run_id, runs.c.settled_at, runs.c.technique_id
-    ).where(runs.c.tracking == word("settled"), runs.c.created_at < before)
+    ).where(_IS_DONE, runs.c.created_at < before)
     rows, end = await _next_rows(db, statement, after, limit)
     found = [
         PruneKey(row.created_at, row.run_id)
@@ -217,9 +219,8 @@ def delete_runs(connection: Connection, keys: Sequence[PruneKey], before: dateti
 
     The inputs of their starts are emptied; the starts stay.
     """
-    still = (runs.c.tracking == word("settled"), runs.c.settled_at < before)
     wanted = select(runs.c.run_id, runs.c.workspace_id, runs.c.created_at).where(
-        runs.c.run_id.in_([key.id for key in keys]), *still
+        runs.c.run_id.in_([key.id for key in keys]), _IS_DONE, runs.c.settled_at < before
     )
     rows = connection.execute(wanted.order_by(runs.c.run_id).with_for_update(skip_locked=True))
     locked = rows.all()
