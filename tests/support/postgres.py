@@ -45,9 +45,7 @@ _SETTINGS = {
     # The tests ask what happens to processes; nothing here survives the machine.
     "fsync": "off",
     "full_page_writes": "off",
-    # Nor does anything follow it, or go on for long.
-    "wal_level": "minimal",
-    "max_wal_senders": "0",
+    # Nor does anything here go on for long.
     "autovacuum": "off",
     "checkpoint_timeout": "1h",
     "bgwriter_delay": "10s",
