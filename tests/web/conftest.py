@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.web.callbacks import SECRET
+from tests.web.described import check_described
 from tests.web.mounting import PREFIX, Unmounted, hosting
 from tests.web.serving import serving
 from tracker.library.mounted import Mounted
@@ -89,7 +90,8 @@ def serve(is_mounted: bool) -> Serve:
             def client(**options: Any) -> httpx.AsyncClient:
                 transport = Unmounted() if is_mounted else None
                 given = {"base_url": address, "timeout": 20, "transport": transport}
-                return httpx.AsyncClient(**given | options)
+                hooks = {"response": [check_described]}
+                return httpx.AsyncClient(event_hooks=hooks, **given | options)
 
             async with client() as one:
                 yield Site(address + (PREFIX if is_mounted else ""), services, one, client)
