@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -441,3 +442,26 @@ async def test_runs_from_before_the_rollups_are_counted(empty_database_url: str)
         assert [seen_at[run] and seen_at[run].second for run in sorted(seen_at)] == [0, 9, None]
         found = await assert_exact(db)
         assert {key.word for key in found if key.measure == "callback"} == {"came", "missed"}
+
+
+def long_text() -> str:
+    """255 characters of four bytes, which do not compress."""
+    return "".join(map(chr, random.Random(7).sample(range(0x10000, 0x1F000), 255)))
+
+
+async def test_keys_too_long_for_an_index_stop_no_compaction(
+    writer: TestWriter, db: Database
+) -> None:
+    """PostgreSQL's index takes no three ids of that length in one row: those changes stay, and
+    count; the others are compacted, before and after a recount."""
+    long = dict.fromkeys(("workspace_id", "technique_id"), long_text())
+    ended = {"charged_cost": Decimal(1), "completed_at": NOW, "created_at": NOW}
+    reserved = RESERVED | {"tags": {"campaign": long_text()}}
+    for run_id, facts_shown in (("run_1", long), ("run_2", {})):
+        await writer.submit(seen(run_id, facts=facts_shown, **reserved))
+        await writer.submit(seen(run_id, RunStatus.COMPLETED, facts=facts_shown | ended))
+    for work in (rollups.compact, rollups.recount, rollups.compact):
+        await work(db)
+        await assert_exact(db)
+        assert await rows_in(db, run_tallies) > 10
+        assert 0 < await rows_in(db, run_tally_changes) < 10

@@ -65,8 +65,17 @@ MAX_CHANGES: Final = 10_000
 """The most changes that one transaction compacts: a fraction of a second, also where the database
 is slow. A transaction that took too long would be as long the next time."""
 
+LONGEST_KEY: Final = 640
+"""Characters of the texts of a key in `run_tallies`, each of up to four bytes: PostgreSQL's index
+takes 2,704 bytes in all. Changes of longer keys, as of three long ids, are never compacted."""
+
 _KEY: Final = RollupKey._fields
 _COLUMNS: Final = (*_KEY, "runs", "amount")
+_TEXTS: Final = ("workspace_id", "technique_id", "status", "word")
+_FITS: Final = (
+    sum((func.length(run_tally_changes.c[name]) for name in _TEXTS), literal_column("0", Integer))
+    <= LONGEST_KEY
+)
 
 
 def _facts_in(view: str) -> Select[Any]:
@@ -147,10 +156,13 @@ def _compact_sqlite(connection: Connection) -> int:
     """The transaction has the file to itself, so no change comes in between."""
     first = _first_changes().subquery()
     last = connection.execute(select(func.max(first.c.id))).scalar()
-    if last is None:
-        return 0
-    taken = run_tally_changes.c.id <= last
-    connection.execute(_add("sqlite", _summed(run_tally_changes).where(taken)))
+    return 0 if last is None else _compact_all(connection, run_tally_changes.c.id <= last)
+
+
+def _compact_all(connection: Connection, *which: ColumnElement[bool]) -> int:
+    """Compact these changes, in a transaction that no other process compacts beside."""
+    taken = and_(_FITS, *which)
+    connection.execute(_add(connection.dialect.name, _summed(run_tally_changes).where(taken)))
     return connection.execute(delete(run_tally_changes).where(taken)).rowcount
 
 
@@ -171,7 +183,8 @@ def _compact_postgres(connection: Connection) -> int:
 
 
 def _first_changes() -> Select[Any]:
-    return select(run_tally_changes.c.id).order_by(run_tally_changes.c.id).limit(MAX_CHANGES)
+    of = run_tally_changes.c
+    return select(of.id).where(_FITS).order_by(of.id).limit(MAX_CHANGES)
 
 
 def _summed(of: Any) -> Select[Any]:
@@ -194,12 +207,10 @@ def _recount(measure: str, connection: Connection) -> int:
 
     The lock comes before the snapshot and keeps other processes from compacting.
     """
-    dialect = connection.dialect.name
-    if dialect == "postgresql":
+    if connection.dialect.name == "postgresql":
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("LOCK TABLE run_tallies IN SHARE ROW EXCLUSIVE MODE"))
-    connection.execute(_add(dialect, _summed(run_tally_changes)))
-    connection.execute(delete(run_tally_changes))
+    _compact_all(connection)
     marks = select(func.max(run_tallies.c.since)).where(run_tallies.c.measure == word(PRUNED))
     pruned_until = connection.execute(marks).scalar() or BEGINNING
 
@@ -208,11 +219,14 @@ def _recount(measure: str, connection: Connection) -> int:
         same = of.c.measure == word(measure)
         return same if measure == STATE else and_(same, of.c.since > pruned_until)
 
-    connection.execute(delete(run_tallies).where(is_complete(run_tallies)))
+    for table in (run_tallies, run_tally_changes):
+        connection.execute(delete(table).where(is_complete(table)))
     key = [FACTS.c[name] for name in _KEY]
     counted = select(*key, func.count(), cast(func.sum(FACTS.c.amount), BigInteger))
     counted = counted.where(is_complete(FACTS)).group_by(*key)
-    return connection.execute(insert(run_tallies).from_select(_COLUMNS, counted)).rowcount
+    made = connection.execute(insert(run_tally_changes).from_select(_COLUMNS, counted)).rowcount
+    _compact_all(connection)
+    return made
 
 
 COMPACT_AFTER: Final = 3.0
