@@ -39,7 +39,40 @@ Call = Callable[[Tracker], Awaitable[Any]]
         (
             lambda tracker: tracker.start("icon-pack", INPUTS, idempotency_key=17),
             errors.InvalidRequest,
-            "idempotency_key: must be a text, such as '17'",
+            "idempotency_key: must be a text, not 17",
+        ),
+        (
+            lambda tracker: tracker.start(None, INPUTS),
+            errors.InvalidRequest,
+            "technique: must be a text, not None",
+        ),
+        (
+            lambda tracker: tracker.start_batch(None, [INPUTS]),
+            errors.InvalidRequest,
+            "technique: must be a text, not None",
+        ),
+        (
+            lambda tracker: tracker.start_batch("icon-pack", [INPUTS], name=5),
+            errors.InvalidRequest,
+            "name: must be a text, not 5",
+        ),
+        (
+            lambda tracker: tracker.start_batch("icon-pack", 5),
+            errors.InvalidRequest,
+            "rows: cannot be 5",
+        ),
+        *(
+            (
+                lambda tracker, more=more: tracker.start_batch("icon-pack", [INPUTS], **more),
+                errors.InvalidRequest,
+                words,
+            )
+            for more, words in (
+                ({"columns": 5}, "columns: cannot be 5"),
+                ({"columns": {"prompt": 5}}, "5"),
+                ({"tag_columns": 5}, "tag_columns: cannot be 5"),
+                ({"tag_columns": {"order": 5}}, "5"),
+            )
         ),
         (
             lambda tracker: tracker.start("icon-pack", INPUTS, tags={"order": 17}),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Self
 from tracker.core.formatting import counted, money
 from tracker.core.record import Record
 from tracker.core.starts.tags import check_tags
-from tracker.library.inputs import Rows, valid
+from tracker.library.inputs import Rows, check_text, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
 from tracker.views import batch_columns
@@ -220,12 +220,12 @@ class BatchCalls(RunCalls):
         )
         plan = await planned(
             services,
-            technique,
-            rows,
-            name=name,
-            columns=columns or {},
+            valid("technique", check_text, technique),
+            valid("rows", iter, rows),
+            name=None if name is None else valid("name", check_text, name),
+            columns=valid("columns", dict, columns or {}),
             tags=valid("tags", check_tags, tags or {}),
-            tag_columns=dict(tag_columns or {}),
+            tag_columns=valid("tag_columns", dict, tag_columns or {}),
             workspace_id=workspace_id,
             retry=None if retry is None else valid("retry", Retry, retry),
             accept_changes=accept_changes,

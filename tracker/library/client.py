@@ -19,7 +19,7 @@ from tracker.core.starts.tags import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, RunEvent
-from tracker.library.inputs import InputValues, check_key, given_inputs, naming_fields, valid
+from tracker.library.inputs import InputValues, check_text, given_inputs, naming_fields, valid
 from tracker.library.reading import CLOSED_MEANWHILE
 from tracker.library.run import ACTOR, Run, acting_here
 
@@ -78,9 +78,10 @@ class Tracker(BatchCalls):
         from tracker.starting.start import StartRequest
 
         self._services()
+        technique = valid("technique", check_text, technique)
         key = f"trk-{uuid4()}"
         if idempotency_key is not None:
-            key = valid("idempotency_key", check_key, idempotency_key)
+            key = valid("idempotency_key", check_text, idempotency_key)
         checked = valid("tags", check_tags, tags or {})
         give_up = time.monotonic() + (START_SECONDS if timeout is None else timeout)
         typed: list[dict[str, str]] | None = None

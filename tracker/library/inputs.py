@@ -117,8 +117,8 @@ def valid(field: str, check: Callable[[S], T], value: S) -> T:
         raise InvalidRequest(f"{field}: {message}", [FieldFault(field, message)]) from error
 
 
-def check_key(key: object) -> str:
-    """An idempotency key. Raises `ValueError` for what is no text, such as an order's number."""
-    if not isinstance(key, str):
-        raise ValueError(f"must be a text, such as {str(key)!r}")
-    return key
+def check_text(value: object) -> str:
+    """A text. Raises `ValueError` for anything else, such as an order's number for a key."""
+    if not isinstance(value, str):
+        raise ValueError(f"must be a text, not {value!r:.80}")
+    return value
