@@ -347,7 +347,8 @@ async def test_a_batch_names_its_files_by_row(services: Services, folder: Path) 
 async def test_files_of_a_batch_are_reported_also_if_the_folder_is_gone_at_the_end(
     services: Services, folder: Path
 ) -> None:
-    """What was downloaded while the batch ran is in the report, which is not complete."""
+    """What was downloaded while the batch ran is in the report, with the runs that have no outputs;
+    it is not complete."""
     batch, entries = await keep_batch(services, 2)
     for number, entry in enumerate(entries, 1):
         await start_row(services, entry, f"run_{number}")
@@ -373,6 +374,7 @@ async def test_files_of_a_batch_are_reported_also_if_the_folder_is_gone_at_the_e
     assert outcome == "outcome"
     assert "cannot be written to" in (report.failure or "")
     assert [(one.job.run_id, one.outcome) for one in report.results] == [("run_1", "fetched")]
+    assert [(one.run_id, one.status) for one in report.absent] == [("run_2", "pending")]
     assert not report.complete
 
 

@@ -251,6 +251,8 @@ class Downloader:
         except DownloadDirectoryError as error:
             report.failure = str(error)
             report.results = list(meanwhile.results)
+            source = self.batch(batch_id, watch=False, name_by=name_by)
+            report.absent = [one async for wanted in source if (one := _absent(wanted))]
         fetched = {one.job.key: one for one in meanwhile.of(DownloadOutcome.FETCHED)}
         report.results = [
             fetched.get(one.job.key, one) if one.outcome is DownloadOutcome.PRESENT else one
