@@ -293,6 +293,9 @@ async def test_a_run_of_unknown_workspace_is_read_with_the_key_that_shows_it(
         run_id = flora.start("icon-pack", workspace=OTHER if of_other else None).run_id
         await _known_before_the_id(services, run_id)
         clock.move(60)
+        explanation = await services.explainer.explain(run_id)
+        assert explanation is not None
+        assert not any("not configured" in one.text for one in explanation.sentences)
         assert await services.poller.next_due_at() is not None
         await services.poller.poll_due()
         found = await the_run(services, run_id)
