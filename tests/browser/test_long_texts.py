@@ -12,7 +12,7 @@ from playwright.async_api import expect
 
 from tests.browser.conftest import OpenPage
 from tests.support.databases import sqlite_url_of
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 from tests.web.dashboard.hostile import attack
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
@@ -112,12 +112,11 @@ async def _runs(services: Services) -> None:
 async def test_nothing_is_cut_and_no_amount_is_broken(
     long_url: str, open_page: OpenPage, thorough: bool
 ) -> None:
-    """On a phone and at every width of a table; what has no room ends in an ellipsis. Pages take
-    turns."""
+    """On a phone and at every width of a table; what has no room ends in an ellipsis."""
     watched = await open_page()
     page = watched.page
     widths = (320, 390, 961, 1100, 1240, 1440) if thorough else (320, 961, 1240)
-    for path in in_turn(PATHS, of=3, thorough=thorough):
+    for path in share_of(PATHS, of=3, thorough=thorough):
         await page.goto(f"{long_url}{path}")
         for width in widths:
             await page.set_viewport_size({"width": width, "height": 800})

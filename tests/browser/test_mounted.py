@@ -9,7 +9,7 @@ from starlette.routing import Mount
 
 from tests.browser.conftest import TOKEN, OpenPage
 from tests.support.databases import sqlite_url_of
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 from tests.support.waiting import NO_SWEEPS
 from tests.web.mounting import plain_uvicorn
 from tracker import Tracker
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def test_a_walk_through_a_mounted_dashboard(
     tmp_path: Path, open_page: OpenPage, thorough: bool
 ) -> None:
-    """Sign in, see a run end live with its image, filter, open pages (by turns), sign out: all
+    """Sign in, see a run end live with its image, filter, open pages, sign out: all
     under the prefix, and nothing is refused or missing."""
     async with running(Options(seed=4, run_seconds=2, failures=0, drop=1)) as flora:
         options = flora.world.options
@@ -60,7 +60,7 @@ async def test_a_walk_through_a_mounted_dashboard(
                 "links => links.map((link) => link.href)"
             )
             assert len(pages) == 10
-            for address in in_turn(pages, of=3, thorough=thorough):
+            for address in share_of(pages, of=3, thorough=thorough):
                 await page.goto(address)
                 await expect(page.locator("main h1")).to_be_visible()
             await page.get_by_role("button", name="Sign out").click()

@@ -10,7 +10,7 @@ from playwright.async_api import Page, Route, expect
 from tests.browser.conftest import READER, LiveTracker, OpenPage, sign_in
 from tests.browser.test_flows import quarantine, start
 from tests.browser.test_runs_and_batches import keep_batch
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 from tests.support.webhooks import add_endpoint, add_message
 from tests.web.dashboard.hostile import (
     BATCH_ID,
@@ -144,7 +144,7 @@ async def test_every_page_is_accessible(
 ) -> None:
     """axe finds nothing on a page, light and narrow, dark and wide, and where it is thorough the
     other way round too; no page is wider than its screen, no target is smaller than 24 px, and
-    nothing but a time needs hover. Pages take turns."""
+    nothing but a time needs hover."""
     if not AXE.is_file():
         if os.environ.get("TRACKER_REQUIRE_BROWSER"):
             pytest.fail("axe-core is not installed: `make install` does it where npm is")
@@ -155,7 +155,7 @@ async def test_every_page_is_accessible(
     await page.goto(f"{live.url}/login")
     await _assert_accessible(page, "/login", thorough)
     await sign_in(page, live.url)
-    for path in in_turn(await _pages(live, page), of=4, thorough=thorough):
+    for path in share_of(await _pages(live, page), of=4, thorough=thorough):
         await page.goto(f"{live.url}{path}")
         await page.wait_for_load_state("load")
         await _assert_accessible(page, path, thorough)
@@ -186,8 +186,8 @@ async def test_a_phone_has_room_for_the_state_of_the_stream(
 async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
     live: LiveTracker, open_page: OpenPage, thorough: bool
 ) -> None:
-    """A token with the scope `read` signs in and sees runs, outputs and costs. Each page (they
-    take turns) says what it may do, and sends nothing but the sign-out."""
+    """A token with the scope `read` signs in and sees runs, outputs and costs. Each page
+    says what it may do, and sends nothing but the sign-out."""
     await quarantine(live, "whd_seen_by_a_reader", "run_1", "made up")
     batch = await _batch(live)
     watched = await open_page()
@@ -197,7 +197,7 @@ async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
     await sign_in(page, live.url, READER)
     paths = [*await _pages(live, page), f"/batches/{batch}", "/deliveries/whd_seen_by_a_reader"]
     assert "/audit" not in paths
-    for path in in_turn(paths, of=3, thorough=thorough):
+    for path in share_of(paths, of=3, thorough=thorough):
         answer = await page.request.get(f"{live.url}{path}", headers={"Accept": "text/html"})
         senders, requests, rights = await page.evaluate(ACTIONS, await answer.text())
         assert senders == ["/logout"], path
@@ -249,11 +249,11 @@ async def test_hostile_text_runs_nothing(
     hostile_url: str, open_page: OpenPage, thorough: bool
 ) -> None:
     """No script, dialog, error or violation of the content policy, and the page fits the screen.
-    Pages take turns; the text of all of them: tests/web/dashboard/test_escaping.py."""
+    The text of all pages: tests/web/dashboard/test_escaping.py."""
     widths = (320, 360, 800, 1000) if thorough else (320,)
     watched = await open_page()
     page = watched.page
-    for path in in_turn(HOSTILE, of=3, thorough=thorough):
+    for path in share_of(HOSTILE, of=3, thorough=thorough):
         await page.goto(f"{hostile_url}{path}")
         await page.wait_for_load_state("load")
         await expect(page.locator("main")).to_be_visible()

@@ -7,7 +7,7 @@ import pytest
 from tests.cli.conftest import Commands
 from tests.support import next_year
 from tests.support.next_year import NEW
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 
 SHOWN = (
     "runs list",
@@ -45,11 +45,11 @@ def filled(tracker: Commands, database_url: str) -> Commands:
 
 
 def test_no_command_fails(filled: Commands, thorough: bool) -> None:
-    """Each prints what it reads, for people and as JSON (by turns); those about one row print its
+    """Each prints what it reads, for people and as JSON; those about one row print its
     words."""
     failed = {}
     commands = [(command, more) for more in ("", " --json") for command in (*SHOWN, *REST)]
-    for command, more in in_turn(commands, of=2, thorough=thorough):
+    for command, more in share_of(commands, of=2, thorough=thorough):
         done = filled(*f"{command}{more}".split())
         if done.returncode or (command in SHOWN and NEW not in done.stdout):
             failed[command + more] = done.stdout + done.stderr

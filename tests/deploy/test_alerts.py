@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.deploy.conftest import ROOT, Promtool, names_in
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 
 RULES = ROOT / "deploy/prometheus/alerts.yml"
 DOCS_ROOT = "https://docs.example.com/flora-run-tracker"
@@ -253,10 +253,9 @@ def test_the_rules_and_the_example_are_valid(promtool: Promtool) -> None:
 def test_each_alert_fires_when_it_should_and_no_other(
     promtool: Promtool, tmp_path: Path, thorough: bool
 ) -> None:
-    """In each scenario, the absence of all data and of a process's data included. They take
-    turns."""
+    """In each scenario, the absence of all data and of a process's data included."""
     tests = []
-    for name, (changes, expected) in in_turn([*SCENARIOS.items()], of=3, thorough=thorough):
+    for name, (changes, expected) in share_of([*SCENARIOS.items()], of=3, thorough=thorough):
         series = {key: value for key, value in (HEALTHY | changes).items() if value is not None}
         tests.append(
             {

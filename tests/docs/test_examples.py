@@ -23,7 +23,7 @@ from tests.deploy.conftest import Promtool, promtool  # noqa: F401 - the fixture
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, shown
 from tests.docs.session import SECRETS, Session
 from tests.support.databases import PostgresDatabases
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tools.site import commands
 from tracker.settings import load_settings
 from tracker.store.engine import Database
@@ -82,14 +82,11 @@ async def session(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "page",
-    by_turns(
-        [page for page in with_blocks("console", "python") if page.name != "testing.md"], of=3
-    ),
+    shared([page for page in with_blocks("console", "python") if page.name != "testing.md"], of=3),
     ids=named,
 )
 async def test_what_a_page_shows_happens(page: Path, session: Session) -> None:
-    """Every command of a page succeeds, in order, and prints what the page says it prints. Pages
-    take turns."""
+    """Every command of a page succeeds, in order, and prints what the page says it prints."""
     if page.name in WITH_FLORA:
         await session.simulate()
     if page.name in BEFORE:

@@ -21,10 +21,9 @@ import tracker.errors
 from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.docs.pages import PAGES, ROOT
 from tests.support.sharing import made_once
-from tests.support.turns import has_turn
 
-# By turns with nothing: the build takes longer than all other tests of the documentation.
-pytestmark = [] if has_turn(of=3) else [pytest.mark.thorough]
+# The build takes longer than all other tests of the documentation.
+pytestmark = pytest.mark.thorough
 
 LOADS = {
     "audio": "src",

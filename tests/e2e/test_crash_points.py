@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.crash_run import Role, crash_run
 from tests.e2e.crashing import Point, Switch
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 
 POINTS: tuple[tuple[Role, Point], ...] = (
     # A start that is about to leave; one that FLORA has answered, and nobody else knows of.
@@ -41,11 +41,10 @@ LIVES = 3
 
 
 def points_on(database_url: str, config: pytest.Config) -> tuple[tuple[Role, Point], ...]:
-    """Every second point on each database, by turns a third of them; with `--every-database` all on
-    both."""
+    """Every sixth point, another one on each database; with `--every-database` all on both."""
     if config.getoption("every_database"):
         return POINTS
-    return tuple(in_turn(POINTS[database_url.startswith("postgresql") :: 2], of=3))
+    return tuple(share_of(POINTS[database_url.startswith("postgresql") :: 2], of=3))
 
 
 @pytest.mark.both_databases

@@ -25,7 +25,7 @@ from tests.e2e.witness import CALLBACKS, Witness, assert_folded, assert_nothing_
 from tests.support.databases import sqlite_url_of
 from tests.support.disk import CannotMount, SmallDisk
 from tests.support.postgres import PostgresServer
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 from tests.support.waiting import eventually
 from tracker.store.engine import Database
 
@@ -115,12 +115,11 @@ async def test_postgresql_comes_and_goes(
     own_postgres: PostgresServer, tmp_path: Path, thorough: bool
 ) -> None:
     """Stopped, crashed, up for a moment at a time, its connections ended, a standby that takes no
-    writes, its tables locked: every answer is in time, and nothing is lost. Outages take
-    turns."""
+    writes, its tables locked: every answer is in time, and nothing is lost."""
     outages = postgres_outages(own_postgres)
     names = ("stopped", "crashed", "restarting", "killed", "read-only", "locked runs")
     async with outage_run(tmp_path, own_postgres.url("tracker")) as run:
-        for name in in_turn(names, of=2, thorough=thorough):
+        for name in share_of(names, of=2, thorough=thorough):
             await run.survives(outages[name])
 
 

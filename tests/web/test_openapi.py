@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from starlette.routing import Route
 
-from tests.support.turns import in_turn
+from tests.support.shares import share_of
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.described import check_described
@@ -136,13 +136,13 @@ async def test_the_service_keeps_to_its_description(
     serve: Serve, sqlite_url: str, tmp_path: Path, thorough: bool
 ) -> None:
     """Schemathesis finds no answer that is not described, and nothing wrong that is accepted: in
-    all its phases where that is thorough, else in the one that goes through every constraint, in
-    which operations take turns."""
+    all its phases where that is thorough, else in the one that goes through every constraint, for a
+    third of the operations."""
     async with with_flora(serve, sqlite_url, run_seconds=0.5) as (site, _):
         await site.services.catalogue_sync.sync()
         options: tuple[str, ...] = ()
         if not thorough:
-            names = in_turn([one.name for one in OPERATIONS if one.name != "followRuns"], of=3)
+            names = share_of([one.name for one in OPERATIONS if one.name != "followRuns"], of=3)
             included = (part for name in names for part in ("--include-operation-id", name))
             options = ("--phases", "examples,coverage", *included)
         assert await _schemathesis(site, tmp_path, *options) == ""

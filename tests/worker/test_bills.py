@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.support.clocks import HandClock
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.record import Record
 from tracker.core.run import Tracking
@@ -210,7 +210,7 @@ async def test_a_refund_that_shows_no_cost_clears_it(
         assert (record.run.charged_cost, record.cost_final) == (None, True)
 
 
-@pytest.mark.parametrize("listed", by_turns([True, False], of=2))
+@pytest.mark.parametrize("listed", shared([True, False], of=2))
 async def test_a_correction_is_seen(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, listed: bool
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tracker.store.clock
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
@@ -80,7 +80,7 @@ BILLS = {
 }
 
 
-@pytest.mark.parametrize("bill", by_turns([*BILLS], of=2))
+@pytest.mark.parametrize("bill", shared([*BILLS], of=2))
 @pytest.mark.parametrize(
     "hours", [-20, 25, *(pytest.param(hours, marks=pytest.mark.thorough) for hours in (-1, 1))]
 )
@@ -122,7 +122,7 @@ async def test_a_bill_is_read_no_more_often_because_the_clock_was_set_back(
         assert 0 < sum(reads_of(flora).values()) - before < 12
 
 
-@pytest.mark.parametrize("bill", by_turns([*BILLS], of=2))
+@pytest.mark.parametrize("bill", shared([*BILLS], of=2))
 @pytest.mark.parametrize(
     "hours", [-200_000, 25, *(pytest.param(hours, marks=pytest.mark.thorough) for hours in (-1, 1))]
 )

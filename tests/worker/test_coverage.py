@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests.support.clocks import HandClock
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tests.worker.conftest import (
     Hurry,
     MakeFlora,
@@ -108,7 +108,7 @@ async def test_a_sweep_that_breaks_off_is_resumed(
         assert interval.to_at == clock() - timedelta(minutes=2)
 
 
-@pytest.mark.parametrize("opaque", by_turns([False, True], of=2))
+@pytest.mark.parametrize("opaque", shared([False, True], of=2))
 async def test_a_stored_cursor_that_is_refused_costs_pages_and_no_runs(
     make_flora: MakeFlora,
     open_on: OpenServices,
@@ -191,7 +191,7 @@ async def test_a_page_that_cannot_be_read_hides_only_itself(
 NO_ID = ("run_id", "technique_run_id")
 
 
-@pytest.mark.parametrize("opaque", by_turns([False, True], of=2))
+@pytest.mark.parametrize("opaque", shared([False, True], of=2))
 @pytest.mark.parametrize(
     "places",
     [
@@ -342,7 +342,7 @@ async def test_an_answer_that_is_too_large_is_read_in_parts(
 
 
 @pytest.mark.parametrize(
-    "fault", by_turns([{"max_offset": 400}, {"bad_offset": 400, "opaque_cursors": True}], of=2)
+    "fault", shared([{"max_offset": 400}, {"bad_offset": 400, "opaque_cursors": True}], of=2)
 )
 async def test_what_lies_behind_a_place_that_nothing_passes_stays_a_gap(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, Any]
@@ -415,7 +415,7 @@ async def test_a_place_where_flora_always_fails_is_stepped_over(
         assert len(await gaps(services)) == 1
 
 
-@pytest.mark.parametrize("covered_before", by_turns([False, True], of=2))
+@pytest.mark.parametrize("covered_before", shared([False, True], of=2))
 async def test_a_sweep_of_everything_goes_around_a_page_at_once(
     make_flora: MakeFlora,
     open_on: OpenServices,
@@ -438,7 +438,7 @@ async def test_a_sweep_of_everything_goes_around_a_page_at_once(
         assert await known(services) | {bad} == at_flora(flora)
 
 
-@pytest.mark.parametrize("gap_before", by_turns([False, True], of=2))
+@pytest.mark.parametrize("gap_before", shared([False, True], of=2))
 async def test_a_flora_that_goes_down_meanwhile_is_an_error(
     make_flora: MakeFlora, open_on: OpenServices, hurry: Hurry, gap_before: bool
 ) -> None:
@@ -461,7 +461,7 @@ async def test_a_flora_that_goes_down_meanwhile_is_an_error(
         assert "FLORA" in ((await sweep(services, SPAN_AGAIN)).error or "")
 
 
-@pytest.mark.parametrize("at_once", by_turns([1, 40], of=2))
+@pytest.mark.parametrize("at_once", shared([1, 40], of=2))
 async def test_runs_that_slip_between_two_pages_are_found(
     make_flora: MakeFlora,
     open_on: OpenServices,
@@ -537,7 +537,7 @@ async def test_generations_that_are_refused_stop_nothing_else(
 
 @pytest.mark.both_databases
 @pytest.mark.parametrize(
-    "code", by_turns(["paid_plan_required", "not_found", "internal_error"], of=3)
+    "code", shared(["paid_plan_required", "not_found", "internal_error"], of=3)
 )
 async def test_technique_runs_that_are_refused_stop_no_generations(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry, code: str
@@ -585,7 +585,7 @@ BEHIND = [
 
 
 @pytest.mark.parametrize(
-    "fault", [*by_turns(BEHIND[:2], of=2), pytest.param(BEHIND[2], marks=pytest.mark.thorough)]
+    "fault", [*shared(BEHIND[:2], of=2), pytest.param(BEHIND[2], marks=pytest.mark.thorough)]
 )
 async def test_a_creation_time_that_is_far_behind_hides_no_run(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, float]

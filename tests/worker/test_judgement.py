@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tests.web.serving import serving
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
@@ -95,7 +95,7 @@ FAULTS: dict[str, Callable[[Simulator, GoOnWith], None]] = {
 
 
 @pytest.mark.parametrize("runs_there", [True, pytest.param(False, marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("fault", by_turns([*FAULTS], of=2))
+@pytest.mark.parametrize("fault", shared([*FAULTS], of=2))
 async def test_only_floras_own_word_counts_against_a_run(
     fault: str, runs_there: bool, judged: Judged, clock: HandClock
 ) -> None:
@@ -157,7 +157,7 @@ async def poll_until_lost(services: Services, clock: HandClock, run_id: str) -> 
 
 @pytest.mark.parametrize(
     "refused",
-    by_turns(
+    shared(
         [
             {"refuse": "runs.list:forbidden"},
             {"refuse": "generations.list:forbidden"},

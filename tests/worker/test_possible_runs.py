@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.support.clocks import HandClock
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tests.worker.conftest import MakeFlora, OpenServices, on_history, reads_of
 from tests.worker.doubt import (
     GATEWAY,
@@ -33,7 +33,7 @@ async def _recover_for_long(services: Services, clock: HandClock) -> None:
 
 
 @pytest.mark.parametrize(
-    "known", [*by_turns([0, 5], of=2), pytest.param(1, marks=pytest.mark.thorough)]
+    "known", [*shared([0, 5], of=2), pytest.param(1, marks=pytest.mark.thorough)]
 )
 @pytest.mark.parametrize(
     "clocks",
@@ -145,7 +145,7 @@ async def test_one_wrong_creation_time_hides_no_run(
         assert (len(flora.world.runs), posts(flora)) == (3, 1)
 
 
-@pytest.mark.parametrize("behind", by_turns([0, 10_800], of=2))
+@pytest.mark.parametrize("behind", shared([0, 10_800], of=2))
 async def test_a_run_that_was_known_before_holds_up_nothing(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, behind: float
 ) -> None:
@@ -168,7 +168,7 @@ async def test_a_run_that_was_known_before_holds_up_nothing(
 @pytest.mark.parametrize(
     "technique", ["icon-pack", pytest.param(7, marks=pytest.mark.thorough), None]
 )
-@pytest.mark.parametrize("known", by_turns([False, True], of=2))
+@pytest.mark.parametrize("known", shared([False, True], of=2))
 async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, technique: object, known: bool
 ) -> None:
@@ -198,7 +198,7 @@ async def test_a_run_whose_technique_is_not_shown_may_be_the_starts(
         assert await state_of(services.database) == "unresolved"
 
 
-@pytest.mark.parametrize("fields", by_turns([("status",), ("run_id", "technique_run_id")], of=2))
+@pytest.mark.parametrize("fields", shared([("status",), ("run_id", "technique_run_id")], of=2))
 async def test_an_item_that_cannot_be_read_may_be_the_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fields: tuple[str, ...]
 ) -> None:
@@ -426,7 +426,7 @@ async def test_a_run_id_is_all_that_an_answer_needs(
         assert posts(flora) == 1
 
 
-@pytest.mark.parametrize("code", by_turns(["not_found", "forbidden"], of=2))
+@pytest.mark.parametrize("code", shared(["not_found", "forbidden"], of=2))
 async def test_a_filter_that_is_refused_says_nothing_about_the_workspace(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, code: str
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import tracker.store.clock
 from tests.support.clocks import HandClock
-from tests.support.turns import by_turns
+from tests.support.shares import shared
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tests.worker.doubt import GATEWAY, LOST, attempt, change, posts, request, state_of
@@ -39,13 +39,12 @@ LEASE = timedelta(seconds=30)
 step = pytest.mark.parametrize(
     "step",
     [
-        *by_turns(STEPS, of=2),
+        *shared(STEPS, of=2),
         *(pytest.param(step, marks=pytest.mark.thorough) for step in MORE_STEPS),
     ],
     ids=lambda step: f"{step:+.0f}s",
 )
-"""Longer than any lease and doubt, in both directions by turns; shorter and longer ones are
-thorough."""
+"""Longer than any lease and doubt; back, shorter and longer ones are thorough."""
 fresh = pytest.mark.parametrize("fresh", [False, True], ids=["running", "fresh"])
 """Whether a process starts after the clock was set, or runs since before."""
 
