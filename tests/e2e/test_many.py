@@ -20,5 +20,6 @@ async def test_many_processes_do_everything_once(
         postgres_url, tmp_path, receivers=2, workers=2, runs=80 if thorough else 30
     )
     assert figures.broken == []
-    assert figures.seen.claimed_by, "nobody polled, so nothing was seen"
+    # Of a few runs, one worker may be the first each time.
+    assert len(figures.seen.claimed_by) in ((2,) if thorough else (1, 2))
     assert figures.seen.late[-1] < WorkerTimes.tick
