@@ -22,7 +22,7 @@ from tests.e2e.many import Figures, endure
 from tests.e2e.starting import FORGOTTEN
 from tests.support.databases import migrate
 from tests.support.postgres import PostgresServer
-from tracker.worker.scheduler import WorkerTimes
+from tracker.worker import WorkerTimes
 
 SETTLED_WITHIN = 600.0
 

@@ -29,7 +29,7 @@ from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
 from tracker.web.app import build_app
 from tracker.web.http.server import Server, listen
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 TARGET: Final = Path(__file__).parents[1] / "docs" / "screenshots"
 CHROMIUM: Final = os.environ.get("CHROMIUM", "/usr/bin/chromium")

@@ -35,7 +35,7 @@ from tracker.settings import Settings, TokenSettings
 from tracker.settings.tokens import Scope
 from tracker.simulator import Options, Simulator, running
 from tracker.web.app import build_app
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 TOKEN: Final = "a-token-of-the-tests"
 READER: Final = "a-token-that-only-reads"

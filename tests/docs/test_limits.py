@@ -5,10 +5,10 @@ import re
 import pytest
 
 from tests.docs.pages import DOCS, ROOT, blocks
+from tracker import worker
 from tracker.services import CLOSE_SECONDS
 from tracker.web.http.limits import Limits
 from tracker.web.http.server import CANCEL_SECONDS, GRACE_SECONDS
-from tracker.worker import scheduler
 
 PAGE = DOCS / "proxy.md"
 LIMITS = Limits()
@@ -41,7 +41,7 @@ def test_a_stop_ends_within_its_promise() -> None:
         re.findall(r"ends? within (\d+) s", (DOCS / "production.md").read_text(encoding="utf-8"))
     )
     answering = GRACE_SECONDS + CANCEL_SECONDS
-    working = scheduler.STOP_SECONDS + scheduler.CANCEL_SECONDS  # meanwhile
+    working = worker.STOP_SECONDS + worker.CANCEL_SECONDS  # meanwhile
     assert max(answering, working) + CLOSE_SECONDS + 2 <= int(promised)
 
 

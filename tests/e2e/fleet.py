@@ -27,11 +27,11 @@ from apscheduler.triggers.interval import IntervalTrigger
 from tests.e2e import short_waits
 from tests.e2e.lives import FloraKey, Life
 from tests.support.waiting import free_port
+from tracker import worker
 from tracker.core.clock import utc_now
 from tracker.simulator import Simulator
 from tracker.starting import recover, sending
-from tracker.worker import scheduler
-from tracker.worker.scheduler import WorkerTimes
+from tracker.worker import WorkerTimes
 
 LEASE = timedelta(seconds=3)
 RENEW_AFTER = 0.5
@@ -65,8 +65,8 @@ def shorten_waits() -> None:
     short_waits.shorten(sending, RENEW_AFTER=RENEW_AFTER)
     short_waits.shorten_leases(LEASE, renew_after=RENEW_AFTER)
     times = WorkerTimes(recover_every=LEASE)
-    scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
-    scheduler.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore
+    worker.Worker = partial(worker.Worker, times=times)  # type: ignore
+    worker.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore
 
 
 def set_machine_clock(off: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from apscheduler.triggers.interval import IntervalTrigger
 
 from tests.support.patience import always_wait_longer_for_the_database
-from tracker import services
+from tracker import services, worker
 from tracker.cli import main
 from tracker.delivering.webhooks import DeliveryTimes
 from tracker.polling import poll
@@ -20,8 +20,7 @@ from tracker.polling.poll import Backoff
 from tracker.starting import recover, sending
 from tracker.store.queries import batches, starts
 from tracker.web.http import server
-from tracker.worker import scheduler
-from tracker.worker.scheduler import WorkerTimes
+from tracker.worker import WorkerTimes
 from tracker.workspaces import DatabaseWaits
 
 SPEED = 50.0
@@ -94,8 +93,8 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     shorten_leases(soon, renew_after=0.1)
     services.CatalogueSync = partial(services.CatalogueSync, lease=soon)  # type: ignore
     times = WorkerTimes(round_every=0.2, recover_every=soon)
-    scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
-    scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
+    worker.Worker = partial(worker.Worker, times=times)  # type: ignore
+    worker.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
     shorten_webhooks(patient=patient)
     services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore
@@ -139,9 +138,9 @@ def shorten_doubt(times: float) -> None:
     shorten(recover, **{name: getattr(recover, name) / times for name in names})
     shorten(starts, SET_BACK=starts.SET_BACK / times)
     every = WorkerTimes(recover_every=WorkerTimes.recover_every / times)
-    scheduler.Worker = partial(scheduler.Worker, times=every)  # type: ignore
+    worker.Worker = partial(worker.Worker, times=every)  # type: ignore
     sweeps = IntervalTrigger(seconds=300 / times)
-    scheduler.CronTrigger = lambda _: sweeps  # type: ignore[assignment,misc]
+    worker.CronTrigger = lambda _: sweeps  # type: ignore[assignment,misc]
 
 
 def every_second(_: str) -> IntervalTrigger:

@@ -15,12 +15,12 @@ from tests.e2e.short_waits import shorten
 from tests.support.patience import always_wait_longer_for_the_database
 from tests.support.scraping import scrape
 from tests.support.waiting import eventually, free_port
+from tracker import worker
 from tracker.core import contact as core_contact
 from tracker.core.clock import utc_now
 from tracker.flora import contact
 from tracker.polling import contacts
 from tracker.store.queries import attention
-from tracker.worker import scheduler
 
 WITHIN = 15.0
 TOKEN = "a-token-of-the-absence"
@@ -34,7 +34,7 @@ def hasty() -> None:
     shorten(contact, CONFIRMED=0.5)
     shorten(contacts, PROBE_IDLE_AFTER=1.0, PROBE_FAILING_AFTER=0.5, KEEP_TICK=0.2)
     shorten(contacts, KEEP_EVERY=timedelta(seconds=0.5), PROBE_SECONDS=2.0)
-    shorten(scheduler, PROBE_EVERY=timedelta(seconds=0.3))
+    shorten(worker, PROBE_EVERY=timedelta(seconds=0.3))
     shorten(attention, LATE_AFTER=timedelta(seconds=1))
 
 

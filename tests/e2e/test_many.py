@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.many import endure
-from tracker.worker.scheduler import WorkerTimes
+from tracker.worker import WorkerTimes
 
 
 @pytest.mark.timeout(120)

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TextIO
 
 from tests.support.waiting import eventually
+from tracker import worker  # noqa: F401
 
 # What the commands import when they run, and what libraries import when they are first used:
 # loaded once, before any is forked.
@@ -31,7 +32,6 @@ from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
 from tracker.store.writing import statements_postgres, statements_sqlite  # noqa: F401
 from tracker.web import app  # noqa: F401
-from tracker.worker import scheduler  # noqa: F401
 
 for _module in (
     "aiosqlite",

@@ -27,7 +27,7 @@ from tracker.starting.sheets.sheet import read_csv
 from tracker.starting.start import Started
 from tracker.store import schema
 from tracker.store.queries import audit, batches
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]
 

@@ -31,7 +31,7 @@ from tracker.settings import load_settings
 from tracker.web.app import build_app
 from tracker.web.http.server import Listener, serve
 from tracker.services import open_services
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 settings = load_settings()
 configure_logs(format="json")

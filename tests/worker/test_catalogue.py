@@ -28,7 +28,7 @@ from tracker.starting.start import StartRequest
 from tracker.store import claims
 from tracker.store.queries import starts, techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 HOUR = 3600
 FACE = {"id": "face", "type": "imageUrl", "value": "https://example.com/a.png"}

@@ -9,6 +9,7 @@ import apscheduler.triggers.interval
 import pytest
 
 import tracker.store.clock
+import tracker.worker
 from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.shares import shared
@@ -22,8 +23,7 @@ from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.store import claims
 from tracker.store.queries import sweeps
-from tracker.worker import scheduler
-from tracker.worker.scheduler import Worker, WorkerTimes
+from tracker.worker import Worker, WorkerTimes
 
 SIX_HOURS = 6 * 3600
 LONGEST = timedelta(minutes=5)
@@ -180,7 +180,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 
     for module in (apscheduler.schedulers.base, apscheduler.triggers.interval):
         monkeypatch.setattr(module, "datetime", Time)
-    for module in (scheduler, tracker.store.clock):
+    for module in (tracker.worker, tracker.store.clock):
         monkeypatch.setattr(module, "utc_now", wall)
     return wall
 

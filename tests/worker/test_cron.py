@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tracker.settings.values import longest_wait
-from tracker.worker.scheduler import CronTrigger
+from tracker.worker import CronTrigger
 
 SUNDAY = datetime(2026, 11, 22, tzinfo=UTC)
 

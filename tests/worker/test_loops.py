@@ -10,6 +10,7 @@ from tests.support.endpoint import SECRET
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tests.worker.test_scheduler import working
+from tracker import worker
 from tracker.core.errors import StoreUnavailable
 from tracker.core.events import RunFilter
 from tracker.delivering import webhooks
@@ -24,7 +25,6 @@ from tracker.simulator import Options, Simulator, running
 from tracker.starting.batches.worker import BatchWorker
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Refusals
-from tracker.worker import scheduler
 
 LOOPS: dict[str, tuple[Any, str]] = {
     "applier": (Applier, "_apply_group"),
@@ -35,7 +35,7 @@ LOOPS: dict[str, tuple[Any, str]] = {
     "changes": (Broadcaster, "_send_new"),
     "contacts": (Contacts, "keep"),
     "audit": (Refusals, "store"),
-    "clock": (scheduler, "boot_seconds"),
+    "clock": (worker, "boot_seconds"),
 }
 """What each of them calls, by its name in the log."""
 FAILURES = {

@@ -10,7 +10,7 @@ from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 from tracker.store.signals import Signals
-from tracker.worker.scheduler import WorkerTimes
+from tracker.worker import WorkerTimes
 
 TICK = 0.5
 

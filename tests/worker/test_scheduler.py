@@ -24,7 +24,7 @@ from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
 from tracker.store.queries import sweeps
-from tracker.worker.scheduler import Worker, WorkerTimes
+from tracker.worker import Worker, WorkerTimes
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 

@@ -31,7 +31,7 @@ from tracker.settings import load_settings
 from tracker.simulator import Options, Simulator, running
 from tracker.web.app import build_app
 from tracker.web.http.server import Server, listen
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 ApiRun = Mapping[str, Any]
 """A run as the tracker's API shows it."""

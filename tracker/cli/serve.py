@@ -56,7 +56,7 @@ def serve(
     rotation = _configure()
     from tracker.web import app
     from tracker.web.http import server
-    from tracker.worker.scheduler import Worker
+    from tracker.worker import Worker
 
     public = partial(server.Listener, build=app.build_callbacks_app, is_open=True)
     if callbacks_only:
@@ -93,7 +93,7 @@ def worker(
 
     from tracker.web.app import build_health_app
     from tracker.web.http import server
-    from tracker.worker.scheduler import Worker, run
+    from tracker.worker import Worker, run
 
     if port is None:
         asyncio.run(run(opened))

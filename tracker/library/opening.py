@@ -86,7 +86,7 @@ class OpenedTracker:
             self._opened = services, asyncio.get_running_loop()
             stack.callback(self._end_calls)
             if self._works:
-                from tracker.worker.scheduler import Worker
+                from tracker.worker import Worker
 
                 await stack.enter_async_context(Worker(services).running(stopping))
             if self._application is not None:

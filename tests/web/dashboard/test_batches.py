@@ -30,7 +30,7 @@ from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.schema import run_outputs, starts
 from tracker.web.http.limits import Limits
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 SHEET = b"SKU,client,prompt\n" + b"".join(
     f"SKU-{number},<b>&Co,garden tool {number}\n".encode() for number in range(1, 11)

@@ -38,7 +38,7 @@ from tracker.settings import Settings
 from tracker.web.http.connection import Connection, ConnectionPool
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Answer, Take
-from tracker.worker.scheduler import Worker
+from tracker.worker import Worker
 
 GRACE_SECONDS: Final = 10
 """How long open requests may take once the process stops: no callback takes longer."""

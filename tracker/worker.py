@@ -1,5 +1,5 @@
 """The scheduled jobs of one process: poll due runs, read bills again, sweep each history, recover
-starts in doubt, read the catalogue, launch ordered batches.
+starts in doubt, read the catalogue, launch ordered batches. `polling` and `starting` do the work.
 
 APScheduler only keeps the times: all state is in the database, so any number of workers may run,
 and one that dies leaves only leases, which expire. A task of its own polls whenever a run is due.

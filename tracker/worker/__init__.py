@@ -1,1 +1,0 @@
-"""The worker: APScheduler decides when; `polling` and `starting` do the work."""
