@@ -17,10 +17,8 @@
     batches/batch.py    batch, and what it reports in report.py
     batches/batches.py  batches list|show, results
 
-    webhooks/deliveries.py  deliveries list|show|replay|acknowledge
-    webhooks/endpoints.py   endpoints list|test|enable
-    webhooks/messages.py    messages list|show|resend|recover
-    webhooks/listen.py      listen
+    deliveries.py  deliveries list|show|replay|acknowledge
+    webhooks.py    endpoints list|test|enable, messages list|show|resend|recover, listen
 
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """

@@ -16,12 +16,22 @@ from typing import Final, NoReturn
 import typer
 from typer.core import TyperArgument
 
-from tracker.cli import audit, database, doctor, reconcile, serve, simulate, spending, techniques
+from tracker.cli import (
+    audit,
+    database,
+    deliveries,
+    doctor,
+    reconcile,
+    serve,
+    simulate,
+    spending,
+    techniques,
+    webhooks,
+)
 from tracker.cli.batches import batch, batches
 from tracker.cli.options import option
 from tracker.cli.output import note
 from tracker.cli.runs import runs, starts
-from tracker.cli.webhooks import deliveries, endpoints, listen, messages
 from tracker.core.errors import (
     FieldFault,
     InvalidRequest,
@@ -43,12 +53,15 @@ app = typer.Typer(
 )
 for command in (
     *(serve.serve, serve.worker, reconcile.reconcile, reconcile.poll, reconcile.verify),
-    *(batch.batch, spending.spending, listen.listen, doctor.doctor),
+    *(batch.batch, spending.spending, webhooks.listen, doctor.doctor),
     *(simulate.simulate, simulate.demo),
 ):
     app.command()(command)
-for group in (runs, batches, starts, techniques, deliveries, endpoints, messages, audit, database):
-    app.add_typer(group.app)
+for group in (
+    *(runs.app, batches.app, starts.app, techniques.app, deliveries.app),
+    *(webhooks.endpoints, webhooks.messages, audit.app, database.app),
+):
+    app.add_typer(group)
 
 # An argument's metavar says what it is; typer's help would add "<str>" or "<list[str]>" to it.
 TyperArgument.display_type_rich = lambda self, ctx: None  # type: ignore[method-assign]

@@ -1,1 +1,0 @@
-"""Webhooks: callbacks from FLORA, and messages to endpoints."""
