@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
-from tracker.core.merge import merge
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.core.run import (
     Details,
     Output,

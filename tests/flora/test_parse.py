@@ -22,8 +22,7 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
-from tracker.core.merge import merge
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.starts.inputs import Port

@@ -15,8 +15,7 @@ from pathlib import Path
 from tests.hostile import reference
 from tests.hostile.asgi import headers_of, split
 from tracker.core.errors import FloraRefusal, FloraUnreadable, SettingsError
-from tracker.core.merge import merge
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.flora import http as waits
 from tracker.flora import parse
 from tracker.flora.parse import decode

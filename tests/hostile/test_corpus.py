@@ -12,7 +12,7 @@ import pytest
 from tests.hostile import parsers, served
 from tests.hostile.inputs import corpus
 from tests.hostile.targets import FETCHED, READING, SERVED, opened
-from tracker.core.merge import merge
+from tracker.core.observation import merge
 from tracker.core.record import Observed
 from tracker.services import open_services
 from tracker.settings import Settings

@@ -10,8 +10,7 @@ from sqlalchemy import func, select
 from tests.stateful.callbacks import Callback
 from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun
 from tests.store.test_rollups import Counts, summed
-from tracker.core.merge import merge
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
 from tracker.core.run import Precedence, Run, Tracking

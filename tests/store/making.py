@@ -12,8 +12,7 @@ from sqlalchemy import select
 from tests.support.deliveries import Delivered, keep
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
-from tracker.core.merge import merge
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery, DeliveryOutcome, Entry, Observed
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.store.making import TestWriter, as_entry, merge_timeline, observations, open_writer
-from tracker.core.merge import merge
-from tracker.core.observation import Observation
+from tracker.core.observation import Observation, merge
 from tracker.core.run import Run
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run

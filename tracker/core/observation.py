@@ -1,11 +1,30 @@
-"""Observations: what one source showed of one run at one time.
+"""Observations (what one source showed of one run at one time), and how they become a run.
 
-Start answers, callbacks, polls and history pages all produce observations; `merge` joins them. They
-are kept in `run_events` as JSON, so that a run can be merged again from its timeline.
+Start answers, callbacks, polls and history pages all produce observations. They are kept in
+`run_events` as JSON, so that a run can be merged again from its timeline.
+
+`merge` is a join: for any set of observations, contradictory ones too, the result depends neither
+on their order nor on repetition. So a late, repeated or stale observation is harmless.
+
+* Status is a maximum: pending < running < ended by callback < ended by the API. Between two ends of
+  one precedence completed beats failed. An unknown status counts as running, or
+  with `completed_at` as failed, just below these; of two unknown ones the greater text counts.
+* Each field is a maximum of (precedence of the observation, value). An observation that does not
+  show a field leaves it alone, so no known value is removed.
+* `workspace_id` has the highest precedence when FLORA shows it to the workspace's own key. What a
+  callback or `track` says is a claim below it.
+* Cost and outputs of an ended run change afterwards, down as well as up. They are maxima of (when
+  the read was sent, single read above list, value): the latest counts. The time is part of the
+  observation, in the database's time, so that neither order nor hosts matter. A failed run without
+  a cost has the cost "none".
+* `quoted_cost` is the greatest quote; a different bill is no contradiction.
+* `progress` is a maximum, `conflict` an "or": two ends differ in status or error code.
+* A run that the API reports as completed has no error. That keeps the join, because nothing has a
+  higher precedence.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -14,9 +33,14 @@ from typing import Any, Final
 
 from tracker.core.formatting import iso_time
 from tracker.core.run import (
+    LISTED,
+    READ,
+    WORKSPACE_KNOWN,
     Details,
     Output,
     Precedence,
+    Precedences,
+    Run,
     RunError,
     RunStatus,
     Status,
@@ -39,6 +63,10 @@ class Source(StrEnum):
     """A read of this one run."""
     HISTORY = "history"
     """An item of a history page."""
+
+
+API_READS: Final = (Source.POLL, Source.HISTORY)
+"""Sources that show the current state of a run."""
 
 
 @fast_dataclass
@@ -87,7 +115,7 @@ class Observation:
         cost is billed nothing; a completed run without a cost is not billed yet.
         """
         return (
-            self.source in _READS
+            self.source in API_READS
             and self.precedence.ended
             and (self.charged_cost is not None or self.status is RunStatus.FAILED)
         )
@@ -135,7 +163,6 @@ class Observation:
         )
 
 
-_READS: Final = (Source.POLL, Source.HISTORY)
 _BY_API: Final[dict[Status, Precedence]] = {one: Precedence[one.name] for one in RunStatus}
 _BY_CALLBACK: Final = _BY_API | {
     RunStatus.FAILED: Precedence.CALLBACK_FAILED,
@@ -161,3 +188,158 @@ _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "error": lambda error: RunError(error.get("code", ""), error.get("message", "")),
     "outputs": lambda outputs: tuple(Output(*output[:3]) for output in outputs),
 }
+
+
+_BY_PRECEDENCE: Final = tuple(
+    name for name in Precedences._fields if name not in ("charged_cost", "outputs")
+)
+_SHOWN: Final = attrgetter(*_BY_PRECEDENCE)
+_CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
+"""Sources whose `workspace_id` is not confirmed by the workspace's key."""
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+# `replace` would determine the fields each time, and take three times as long.
+_RUN_FIELDS: Final = tuple(field.name for field in fields(Run))
+_RUN_VALUES: Final = attrgetter(*_RUN_FIELDS)
+
+
+def merge(run: Run | None, observation: Observation) -> Run:
+    """`run` with one more observation; `run` itself if that changes nothing.
+
+    `run` is `None` for an unknown run. Raises `ValueError` if the ids differ.
+    """
+    if run is None:
+        run = Run(run_id=observation.run_id)
+    elif run.run_id != observation.run_id:
+        raise ValueError(f"cannot merge an observation of {observation.run_id} into {run.run_id}")
+    precedence = observation.precedence
+    top, unknown = max(run.precedence, precedence), None
+    if run.unknown_status is not None or observation.unknown_status is not None:
+        top, unknown = max(
+            (run.precedence, run.unknown_status),
+            (precedence, observation.unknown_status),
+            key=_by_height,
+        )
+    conflict = run.conflict or (
+        run.precedence.ended and precedence.ended and run.status != observation.status
+    )
+    new: dict[str, Any] = {}
+    precedences: dict[str, int] = {}
+    for name, value in zip(_BY_PRECEDENCE, _SHOWN(observation), strict=True):
+        if value is None:
+            continue
+        if name == "error" and (
+            # The reference's examples carry error fields even on pending runs.
+            not precedence.ended or observation.status is RunStatus.COMPLETED or value == RunError()
+        ):
+            continue
+        its_precedence: int = precedence
+        if name == "workspace_id" and observation.source not in _CLAIMS:
+            its_precedence = WORKSPACE_KNOWN
+        known = getattr(run, name)
+        if known is not None:
+            known_precedence = getattr(run.precedences, name)
+            if name == "error" and known_precedence == precedence and precedence.ended_at_api:
+                conflict = conflict or known.code != value.code
+            if (known_precedence, known) >= (its_precedence, value):
+                continue
+        new[name], precedences[name] = value, its_precedence
+    if top is Precedence.COMPLETED:
+        new["error"], precedences["error"] = None, 0
+    if observation.charged_cost is not None or observation.status is RunStatus.FAILED:
+        _merge_cost(run, observation, new, precedences)
+    if observation.outputs:
+        _merge_outputs(run, observation, observation.outputs, new, precedences)
+    new |= {
+        "precedence": top,
+        "unknown_status": unknown,
+        "details": _merged_details(run, observation),
+        "progress": max(run.progress, observation.progress or 0),
+        "conflict": conflict,
+    }
+    if precedences:
+        new["precedences"] = run.precedences._replace(**precedences)
+    if all(getattr(run, name) == value for name, value in new.items()):
+        return run
+    return Run(**dict(zip(_RUN_FIELDS, _RUN_VALUES(run), strict=True)) | new)
+
+
+def shows_the_same(run: Run, other: Run, *, signed: bool = False) -> bool:
+    """Whether two states of a run differ only in when cost and outputs were last read; if `signed`
+    also in the queries of links, whose signatures may be new with each read."""
+    outputs = other.outputs
+    if signed and _without_queries(run) == _without_queries(other):
+        outputs = run.outputs
+    return run == replace(
+        other,
+        cost_read_at=run.cost_read_at,
+        outputs=outputs,
+        outputs_read_at=run.outputs_read_at,
+        precedences=other.precedences._replace(
+            charged_cost=run.precedences.charged_cost, outputs=run.precedences.outputs
+        ),
+    )
+
+
+def _without_queries(run: Run) -> list[tuple[str, str, str]]:
+    return [
+        (one.output_id, one.type, one.url if one.type == "text" else one.url.partition("?")[0])
+        for one in run.outputs or ()
+    ]
+
+
+def _merge_cost(
+    run: Run, observation: Observation, new: dict[str, Any], precedences: dict[str, int]
+) -> None:
+    cost = observation.charged_cost
+    if not observation.shows_bill:
+        if cost is not None and (run.quoted_cost is None or cost > run.quoted_cost):
+            new["quoted_cost"] = cost
+        return
+    known = (
+        run.cost_read_at or _NEVER,
+        run.precedences.charged_cost,
+        *_comparable(run.charged_cost),
+    )
+    precedence = _of_a_read(observation)
+    if (observation.read_at, precedence, *_comparable(cost)) > known:
+        new |= {"charged_cost": cost, "cost_read_at": observation.read_at}
+        precedences["charged_cost"] = precedence
+
+
+def _of_a_read(observation: Observation) -> int:
+    return READ if observation.source is Source.POLL else LISTED
+
+
+def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
+    return (cost is not None, cost or Decimal(0))
+
+
+def _merge_outputs(
+    run: Run,
+    observation: Observation,
+    outputs: tuple[Output, ...],
+    new: dict[str, Any],
+    precedences: dict[str, int],
+) -> None:
+    read_at, precedence = None, int(observation.precedence)
+    if observation.precedence.ended_at_api:
+        read_at, precedence = observation.read_at, _of_a_read(observation)
+    known = (run.outputs_read_at or _NEVER, run.precedences.outputs, run.outputs or ())
+    if (read_at or _NEVER, precedence, outputs) > known:
+        new |= {"outputs": outputs, "outputs_read_at": read_at}
+        precedences["outputs"] = precedence
+
+
+def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool, str]:
+    precedence, unknown = status
+    return (precedence, unknown is None, unknown or "")
+
+
+def _merged_details(run: Run, observation: Observation) -> Details:
+    """A single read settles the run; a list item settles only the end that it shows."""
+    known, shown = run.details, observation.details
+    if Details.READ in (known, shown):
+        return Details.READ
+    if run.precedence == observation.precedence:
+        return max(known, shown)
+    return known if run.precedence > observation.precedence else shown

@@ -12,8 +12,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.merge import merge, shows_the_same
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import API_READS, Observation, Source, merge, shows_the_same
 from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
 from tracker.core.schedule import (
     Durations,
@@ -121,8 +120,6 @@ LOST_AFTER: Final = timedelta(hours=1)
 LOST_READ_EVERY: Final = timedelta(days=1)
 """How often a lost run is read again."""
 
-_API: Final = (Source.POLL, Source.HISTORY)
-"""Sources that show the current state of a run."""
 _WANTS_READ: Final = (Source.CALLBACK, Source.TRACK)
 """Sources after which the run is read at once."""
 
@@ -268,7 +265,7 @@ def apply(
         missing=0,
         missing_since=None,
         lost=False,
-        last_error=None if seen.source in _API else old.last_error,
+        last_error=None if seen.source in API_READS else old.last_error,
         lease_until=old.lease_until if keeps_lease else None,
         lease_holder=old.lease_holder if keeps_lease else None,
     )
@@ -344,7 +341,7 @@ def _counts_as_poll(before: Record | None, entry: Observed, run: Run) -> bool:
     the callback came.
     """
     seen = entry.observation
-    if run.settled or seen.source not in _API or seen.lacks_status:
+    if run.settled or seen.source not in API_READS or seen.lacks_status:
         return False
     if before is None:
         return True

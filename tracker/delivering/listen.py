@@ -27,9 +27,8 @@ import httpx
 from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, RunFilter, settles_anew
-from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.core.run import Run
 from tracker.delivering.addresses import UNREACHED
 from tracker.delivering.endpoint_client import Endpoint, EndpointClient

@@ -11,8 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from tracker.core.formatting import counted, duration, money
-from tracker.core.merge import merge
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.run import Run, RunStatus
 from tracker.store.queries.deliveries import DeliveryRow
