@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tracker.core.events import EventType
 from tracker.core.formatting import iso_time
+from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output, RunError
-from tracker.core.starts.inputs import obstacle
 from tracker.flora.technique import ports
 from tracker.store.text import dump_json
 

@@ -4,8 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tracker.core.starts.budget import Period
-from tracker.core.starts.tags import check_tags, parse_tags
+from tracker.core.budget import Period, check_tags, parse_tags
 
 
 def test_tags_are_kept_in_order() -> None:

@@ -22,10 +22,10 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
+from tracker.core.inputs import Port
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.core.starts.inputs import Port
 from tracker.flora import parse
 from tracker.flora.parse import decode
 from tracker.flora.technique import ports, technique

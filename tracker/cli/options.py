@@ -6,8 +6,8 @@ from typing import Any, Final, TypeVar
 
 import typer
 
+from tracker.core.budget import parse_tags
 from tracker.core.clock import utc_now
-from tracker.core.starts.tags import parse_tags
 
 T = TypeVar("T")
 V = TypeVar("V")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from tracker.core.errors import InvalidRequest
+from tracker.core.inputs import Port
 from tracker.core.run import OUTPUT_KINDS, Output
-from tracker.core.starts.inputs import Port
 from tracker.starting.batches.rows import RowState
 from tracker.store.queries.batches import BatchRow
 

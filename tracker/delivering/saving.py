@@ -8,9 +8,9 @@ from enum import StrEnum
 from functools import partial
 
 from tracker.core.clock import Clock
+from tracker.core.inputs import Port
 from tracker.core.record import Record
 from tracker.core.run import Output, Tracking
-from tracker.core.starts.inputs import Port
 from tracker.delivering.addresses import MediaError
 from tracker.delivering.fetch import FetchedFile, Fetcher
 from tracker.delivering.files import DownloadDirectory, FileKey, ManifestEntry, PartialFile

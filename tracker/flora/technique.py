@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
-from tracker.core.starts.inputs import Port, Technique, is_empty_text
+from tracker.core.inputs import Port, Technique, is_empty_text
 from tracker.flora.parse import (
     as_dollars,
     as_id,

@@ -6,9 +6,9 @@ from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Generic, Literal, Self
 
+from tracker.core.budget import check_tags
 from tracker.core.formatting import counted, money
 from tracker.core.record import Record
-from tracker.core.starts.tags import check_tags
 from tracker.library.inputs import Rows, check_text, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here

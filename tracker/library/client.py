@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
+from tracker.core.budget import check_tags
 from tracker.core.errors import (
     FloraUnreachable,
     InvalidRequest,
@@ -15,7 +16,6 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
-from tracker.core.starts.tags import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, RunEvent

@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
+from tracker.core.budget import parse_tag
 from tracker.core.events import RunFilter
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
-from tracker.core.starts.tags import parse_tag
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
+from tracker.core.budget import Budgets, Tags
 from tracker.core.errors import (
     BudgetExceeded,
     FloraRefusal,
@@ -24,12 +25,9 @@ from tracker.core.errors import (
     StartUnresolved,
     TrackerError,
 )
+from tracker.core.inputs import Technique, digest_of
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.starts.budget import Budgets
-from tracker.core.starts.inputs import Technique
-from tracker.core.starts.row_keys import digest_of
-from tracker.core.starts.tags import Tags
 from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.technique import runs_of

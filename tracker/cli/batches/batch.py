@@ -36,9 +36,9 @@ from tracker.cli.options import (
 from tracker.cli.output import note, print_json, screen
 from tracker.cli.runs.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
 from tracker.cli.setup import flora_deadline, run_once
+from tracker.core.budget import check_tag_key
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import parse_usd
-from tracker.core.starts.tags import check_tag_key
 from tracker.starting.sheets.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from tracker.cli.options import (
 from tracker.cli.output import note, plain, print_fields, print_json, print_with_inputs
 from tracker.cli.runs import download, watch
 from tracker.cli.setup import flora_deadline, print_list, run_on_database, run_once
+from tracker.core.budget import parse_tag
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
-from tracker.core.starts.tags import parse_tag
 
 if TYPE_CHECKING:
     from tracker.core.record import Record

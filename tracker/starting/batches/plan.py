@@ -4,10 +4,9 @@ import asyncio
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
+from tracker.core.budget import Tags
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
-from tracker.core.starts.inputs import obstacle
-from tracker.core.starts.row_keys import batch_id, row_digests
-from tracker.core.starts.tags import Tags
+from tracker.core.inputs import batch_id, obstacle, row_digests
 from tracker.flora.technique import ports
 from tracker.starting.batches.rows import (
     BatchPlan,

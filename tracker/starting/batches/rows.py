@@ -7,13 +7,12 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
+from tracker.core.budget import Tags
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
 from tracker.core.formatting import counted, csv_text, money
+from tracker.core.inputs import RunNumber, Technique
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
-from tracker.core.starts.inputs import Technique
-from tracker.core.starts.row_keys import RunNumber
-from tracker.core.starts.tags import Tags
 from tracker.flora.technique import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts

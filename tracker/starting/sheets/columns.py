@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from tracker.core.budget import Tags, check_tags
 from tracker.core.errors import FieldFault
-from tracker.core.starts.inputs import Port, check
-from tracker.core.starts.row_keys import Input, canonical
-from tracker.core.starts.tags import Tags, check_tags
+from tracker.core.inputs import Input, Port, canonical, check
 from tracker.starting.sheets.sheet import DELIMITERS, Sheet, SheetProblem, SheetRow
 
 _LINKS: Final = ("imageUrl", "videoUrl")

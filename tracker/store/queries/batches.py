@@ -26,9 +26,9 @@ from sqlalchemy import (
     update,
 )
 
+from tracker.core.budget import Tags
+from tracker.core.inputs import Input, RunNumber, row_key
 from tracker.core.run import RunStatus, Tracking
-from tracker.core.starts.row_keys import Input, RunNumber, row_key
-from tracker.core.starts.tags import Tags
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first

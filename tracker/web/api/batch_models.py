@@ -5,8 +5,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, RootModel, WithJsonSchema
 
+from tracker.core.budget import check_tag_key
 from tracker.core.run import RetryAdvice
-from tracker.core.starts.tags import check_tag_key
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.web.api.requests import (
     BY_TAG,

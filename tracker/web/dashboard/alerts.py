@@ -6,9 +6,9 @@ from datetime import datetime, timedelta
 from typing import Final, Literal
 from urllib.parse import quote
 
+from tracker.core.budget import Period
 from tracker.core.contact import ContactState, Trouble
 from tracker.core.formatting import counted, duration, money, number, percent
-from tracker.core.starts.budget import Period
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.store.queries import attention, endpoints, overview, sweeps
