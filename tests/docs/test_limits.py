@@ -7,7 +7,7 @@ import pytest
 from tests.docs.pages import DOCS, ROOT, blocks
 from tracker import worker
 from tracker.services import CLOSE_SECONDS
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.server import CANCEL_SECONDS, GRACE_SECONDS
 
 PAGE = DOCS / "proxy.md"

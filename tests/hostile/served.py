@@ -15,7 +15,7 @@ from tracker.store.queries import attention
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import get_delivery
 from tracker.web.app import build_app
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 WORKSPACE = "ws_1"
 TOKEN = "a-token-of-the-tests"

@@ -17,7 +17,7 @@ from tracker.settings.tokens import Scope, Token, Tokens
 from tracker.store.queries import runs as read
 from tracker.web.app import build_app
 from tracker.web.auth import EACH_BURST
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 MARK = "run_that_only_we_may_see"
 CLOSED = ("api/runs", f"api/runs/{MARK}", f"runs/{MARK}", "runs", "metrics", "openapi.json")

@@ -22,7 +22,7 @@ from tracker.library.mounted import Mounted
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web.app import build_app
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 from tests.support.waiting import NO_SWEEPS
 from tests.web.conftest import Serve, Site
 from tracker.simulator import Options, Simulator, running
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 START = {
     "technique": "icon-pack",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp
 
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.server import Server, listen
 
 

@@ -19,10 +19,9 @@ from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope as TokenScope
 from tracker.settings.tokens import Token, Tokens
 from tracker.store.queries.audit import list_audit
-from tracker.web.app import build_app
+from tracker.web.app import ResponseMiddleware, build_app
 from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware, ScopedRoute
-from tracker.web.http.limits import Limits
-from tracker.web.http.middleware import ResponseMiddleware
+from tracker.web.http import Limits
 from tracker.web.http.responses import Json
 from tracker.web.sessions import Sessions
 

@@ -18,7 +18,7 @@ from tests.web.serving import Wire, chunk, post, wire
 from tracker.receiving.receive import Receiving
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 pytestmark = pytest.mark.served_twice
 

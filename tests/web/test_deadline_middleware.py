@@ -6,8 +6,8 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from tracker.web.http.limits import Limits
-from tracker.web.http.middleware import DeadlineMiddleware, ResponseMiddleware
+from tracker.web.app import DeadlineMiddleware, ResponseMiddleware
+from tracker.web.http import Limits
 
 
 async def _after_a_while(scope: Scope, receive: Receive, send: Send) -> None:

@@ -15,7 +15,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.simulator import Options, running
 from tracker.web.app import build_health_app
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 
 async def test_a_process_that_serves_says_so(site: Site) -> None:

@@ -17,8 +17,8 @@ from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Answer, Wire, chunk, post, serving, wire
+from tracker.web.http import Limits
 from tracker.web.http import connection as connections
-from tracker.web.http.limits import Limits
 
 pytestmark = pytest.mark.alone
 

@@ -8,8 +8,8 @@ from starlette.types import Receive, Scope, Send
 from tests.support.logs import capture_logs
 from tests.web.conftest import Site
 from tracker.core.errors import FloraRefusal, StoreUnavailable, TrackerError
-from tracker.web.http.limits import Limits
-from tracker.web.http.middleware import ResponseMiddleware
+from tracker.web.app import ResponseMiddleware
+from tracker.web.http import Limits
 from tracker.web.http.responses import Fault
 
 SECRET_WORD = "swordfish"

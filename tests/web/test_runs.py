@@ -13,7 +13,7 @@ from tests.web.serving import chunk, post, wire
 from tracker.core.run import RunError, RunStatus
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 WORKSPACES = [
     {"id": "ws_a", "api_key": "sk_test_a", "webhook_secrets": "whsec_a"},

@@ -29,7 +29,7 @@ from tracker.settings import Settings
 from tracker.store.queries import runs as feed
 from tracker.store.schema import runs
 from tracker.web.app import build_app
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.stream import frame_of, next_frames
 
 

@@ -15,10 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from tracker.core.waiting import wait_for
 from tracker.services import Services
-from tracker.web.app import Application, build_app
-from tracker.web.http.limits import Limits
-from tracker.web.http.middleware import ResponseMiddleware
-from tracker.web.http.prefix import without_prefix
+from tracker.web.app import Application, ResponseMiddleware, build_app
+from tracker.web.http import Limits
+from tracker.web.http.request import without_prefix
 from tracker.web.http.responses import unavailable
 
 GRACE_SECONDS: Final = 10.0

@@ -1,10 +1,25 @@
-"""The ASGI applications: routes, and the middleware around them."""
+"""The ASGI applications: their routes, and what all responses have in common.
 
-from collections.abc import Callable, Sequence
+That is a request id, default headers, and one shape of errors. Errors become responses in
+`ResponseMiddleware` and nowhere else, wherever on the HTTP side they are raised. An unexpected one
+is logged under an error id, which is all that the client sees.
 
+Each request has an id: the `X-Request-Id` of the proxy in front, or a new one. The response has it
+as a header, and every log line of the request as `request_id`.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from starlette.responses import Response
 from starlette.routing import Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tracker.core.errors import FloraRefusal, StoreError
+from tracker.core.log import LogRateLimit, get_logger, log_context
+from tracker.core.net import hide_callback_token
 from tracker.operations.tracing import untraced
 from tracker.services import Services
 from tracker.web.api.routes import Api
@@ -12,11 +27,32 @@ from tracker.web.auth import AccessControl, AuthMiddleware, ScopedRoute
 from tracker.web.callbacks import Callbacks, is_callback
 from tracker.web.dashboard.site import Dashboard
 from tracker.web.health import Health
-from tracker.web.http.limits import Limits
-from tracker.web.http.middleware import DeadlineMiddleware, ErrorPage, ResponseMiddleware
-from tracker.web.http.responses import Take
+from tracker.web.http import Limits
+from tracker.web.http.request import (
+    SAFE_METHODS,
+    ClientGone,
+    discard_body,
+    has_unread_body,
+)
+from tracker.web.http.responses import (
+    DEFAULT_HEADERS,
+    REQUEST_ID,
+    Fault,
+    Json,
+    Take,
+    assign_request_id,
+    to_fault,
+    unavailable,
+)
 from tracker.web.sessions import Sessions
 from tracker.web.stream import Stream
+
+ErrorPage = Callable[[Scope, Fault], Response | None]
+"""An error as an HTML page; `None` if the request does not come from a person."""
+
+_STREAM: Final = "/api/stream"
+
+log = get_logger(__name__)
 
 
 class Application:
@@ -128,3 +164,134 @@ def _access(services: Services, limits: Limits) -> AccessControl:
         clock=services.clock,
         limits=limits,
     )
+
+
+class ResponseMiddleware:
+    """The outermost middleware. `error_page` renders errors for people."""
+
+    def __init__(
+        self, app: ASGIApp, *, limits: Limits, error_page: ErrorPage = lambda *_: None
+    ) -> None:
+        self._app = app
+        self._limits = limits
+        self._error_page = error_page
+        self._store_errors = LogRateLimit()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": _headers(message.get("headers", ()), scope)}
+            await send(message)
+
+        with log_context(request_id=assign_request_id(scope)):
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except ClientGone:
+                return
+            except asyncio.CancelledError:  # the process stops, and has waited as long as it may
+                if started:
+                    raise
+                fault = unavailable("The tracker is stopping: retry, another process may answer.")
+                await self._respond(fault, scope, receive, send_with_headers)
+            except Exception as error:
+                fault = self._explain(error, scope)
+                if started:
+                    raise  # half a response is sent: all that is left is to cut the connection
+                # The traceback holds what was read of a body, and the client may take its time.
+                await self._respond(fault.with_traceback(None), scope, receive, send_with_headers)
+
+    async def _respond(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
+        response = self._as_page(scope, fault) or Json(
+            fault.body(), status_code=fault.status, headers=fault.headers
+        )
+        if not has_unread_body(scope):
+            await response(scope, receive, send)
+            return
+        response.headers["Connection"] = "close"
+
+        async def hold_open(message: Message) -> None:
+            # The whole response is sent, but not its end, which would close the connection.
+            if message["type"] == "http.response.body":
+                message = {**message, "more_body": True}
+            await send(message)
+
+        await response(scope, receive, hold_open)
+        if fault.linger:
+            limits = self._limits
+            await discard_body(receive, limit=limits.linger_bytes, seconds=limits.linger_seconds)
+        await send({"type": "http.response.body", "body": b""})
+
+    def _as_page(self, scope: Scope, fault: Fault) -> Response | None:
+        """The error as a page; a page that fails does not hide the error itself."""
+        try:
+            return self._error_page(scope, fault)
+        except Exception as error:
+            self._explain(error, scope)
+            return None
+
+    def _explain(self, error: Exception, scope: Scope) -> Fault:
+        """The response for an error, which is logged if someone should know of it."""
+        fault = to_fault(error)
+        where = {"method": scope["method"], "path": hide_callback_token(scope["path"])}
+        if fault is None:
+            error_id = secrets.token_hex(6)
+            log.exception("request.broken", error_id=error_id, exc_info=error, **where)
+            message = f"An internal error occurred; the log has it as {error_id}."
+            return Fault(500, "internal_error", message)
+        if fault.status >= 500 and fault is not error:  # who raises a `Fault` logs it
+            count = 1
+            if isinstance(error, StoreError):  # each request would say the same
+                now = asyncio.get_running_loop().time()
+                count = self._store_errors.count(fault.code, now=now)
+            if count:
+                log.warning(
+                    "request.failed",
+                    status=fault.status,
+                    code=fault.code,
+                    reason=str(error),
+                    count=count,
+                    flora_request_id=error.request_id if isinstance(error, FloraRefusal) else None,
+                    **where,
+                )
+        return fault
+
+
+def _headers(own: Iterable[tuple[bytes, bytes]], scope: Scope) -> list[tuple[bytes, bytes]]:
+    """A response's own headers, and the default ones that it does not set."""
+    headers = list(own)
+    names = {name for name, _ in headers}
+    defaults = [*DEFAULT_HEADERS, (b"x-request-id", scope[REQUEST_ID].encode())]
+    return headers + [header for header in defaults if header[0] not in names]
+
+
+class DeadlineMiddleware:
+    """Raises `Fault` 503 if the response to a read has not started within `seconds`.
+
+    A page needs several queries, one after the other, and a database in trouble is slow for each.
+    Requests that change something have time limits of their own; a stream has no end.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in SAFE_METHODS or scope["path"] == _STREAM:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            timer.reschedule(None)  # the time that the client takes to read does not count
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._seconds) as timer:
+                await self._app(scope, receive, send_in_time)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise unavailable("The database does not answer in time.") from None

@@ -39,7 +39,7 @@ from tracker.operations.metrics import Metrics
 from tracker.settings.tokens import Scope as TokenScope
 from tracker.settings.tokens import Token, Tokens
 from tracker.store.queries.audit import Principal, Refusals, acting
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.request import (
     SAFE_METHODS,
     header,

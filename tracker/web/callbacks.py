@@ -20,7 +20,7 @@ from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import SignatureError
 from tracker.receiving.receive import Received, Receiving
 from tracker.services import Services
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.request import ClientGone, header, read_body, too_slow
 from tracker.web.http.responses import (
     Answer,

@@ -13,7 +13,7 @@ from tracker.services import Services
 from tracker.settings.tokens import Scope
 from tracker.store import claims, migrate
 from tracker.web.auth import AccessControl, ScopedRoute
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.responses import Json, unavailable
 
 

@@ -30,8 +30,14 @@ from tracker.settings.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.store.queries import sessions as store
 from tracker.store.queries.sessions import SessionRow
-from tracker.web.http.prefix import prefix_of
-from tracker.web.http.request import SAFE_METHODS, header, header_values, is_https, is_same_origin
+from tracker.web.http.request import (
+    SAFE_METHODS,
+    header,
+    header_values,
+    is_https,
+    is_same_origin,
+    prefix_of,
+)
 
 LASTS: Final = timedelta(hours=12)
 """Longest duration of a session: a working day."""

@@ -23,7 +23,7 @@ from tracker.store.queries import techniques
 from tracker.views import event_json, run_json
 from tracker.web.api.requests import NONE_IF_EMPTY, Filter, Query, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.responses import to_json, unavailable
 
 RECONNECT_MILLISECONDS: Final = 2000

@@ -29,7 +29,7 @@ from tracker.starting.sheets.sheet import read_csv
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.schema import run_outputs, starts
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.worker import Worker
 
 SHEET = b"SKU,client,prompt\n" + b"".join(

@@ -21,7 +21,7 @@ from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.batches import BatchEntry, BatchRow
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 
 
 def _run(number: int, status: RunStatus = RunStatus.COMPLETED, **facts: Any) -> Observed:

@@ -22,7 +22,7 @@ from tracker.settings.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.web.auth import EACH_BURST, MOST_KEYS, Throttle
 from tracker.web.dashboard.access import local_path
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.sessions import IDLE, LASTS, Sessions
 
 pytestmark = pytest.mark.served_twice

@@ -48,9 +48,8 @@ from tracker.web.api.responses import (
     Timeline,
 )
 from tracker.web.auth import ScopedRoute, actor_of
-from tracker.web.http.limits import Limits
-from tracker.web.http.prefix import prefix_of
-from tracker.web.http.request import peer_of, read_json
+from tracker.web.http import Limits
+from tracker.web.http.request import peer_of, prefix_of, read_json
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 from tracker.web.stream import Stream, StreamQuery
 

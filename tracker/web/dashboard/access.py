@@ -14,7 +14,7 @@ from tracker.views import audit_facts
 from tracker.web.auth import AccessControl, principal_of, session_of
 from tracker.web.dashboard.forms import query_field, read_filters, read_form
 from tracker.web.dashboard.render import PageGroup, Renderer, action, page, query
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import Fault, forbidden
 

@@ -45,7 +45,7 @@ from tracker.web.dashboard.render import (
     prompt,
     query,
 )
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.responses import Fault, forbidden, invalid, unavailable
 
 PAGE_SIZE: Final = 50

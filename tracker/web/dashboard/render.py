@@ -41,8 +41,8 @@ from tracker.store.engine import Database
 from tracker.web.auth import ScopedRoute, may, session_of
 from tracker.web.dashboard.forms import check_csrf, query_field
 from tracker.web.dashboard.media import output_views, plain_http_origin
-from tracker.web.http.limits import Limits
-from tracker.web.http.prefix import link_below, prefix_of
+from tracker.web.http import Limits
+from tracker.web.http.request import prefix_of
 from tracker.web.http.responses import Fault, not_found
 
 
@@ -77,6 +77,11 @@ MORE: Final = (
 )
 """The other pages; a phone shows them under More."""
 IMMUTABLE: Final = "public, max-age=31536000, immutable"
+_LINKS: Final = re.compile(
+    rb'(\s(?:href|src|action|formaction|hx-get|hx-post|data-stream)=")(?=/(?!/))'
+)
+"""The attributes of our pages that hold a path. Values are escaped: a quotation mark before a path
+is always one of a template."""
 _TYPES: Final = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -227,8 +232,11 @@ class Renderer:
             content += part.encode(errors="replace")
             if len(content) > PAGE_BYTES:
                 raise Fault(500, "page_too_large", "This page is too large: use the API instead.")
+        page = bytes(content)
+        if prefix := prefix_of(scope):
+            page = _LINKS.sub(rb"\1" + prefix.encode(), page)
         return Response(
-            link_below(prefix_of(scope), bytes(content)),
+            page,
             status_code=status,
             media_type="text/html",
             headers={**self._headers, **(headers or {})},

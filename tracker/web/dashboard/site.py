@@ -19,8 +19,8 @@ from tracker.web.dashboard.runs import RunPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
 from tracker.web.dashboard.webhooks import WebhookPages
-from tracker.web.http.limits import Limits
-from tracker.web.http.prefix import prefix_of
+from tracker.web.http import Limits
+from tracker.web.http.request import prefix_of
 from tracker.web.http.responses import Fault
 
 _JSON_PATHS: Final = (

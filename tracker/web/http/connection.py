@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from tracker.core.log import LogRateLimit, get_logger
-from tracker.web.http.limits import Limits
+from tracker.web.http import Limits
 from tracker.web.http.responses import Fault, Json, Take, unavailable
 
 PARSE_BYTES: Final = 16 * 1024

@@ -1,14 +1,20 @@
-"""What a request says about itself: where it comes from, and its body."""
+"""What a request says about itself: where it comes from, below which path, and its body.
+
+Where the application is mounted below a path, such as `/flora`, the host application or the server
+names it as `root_path`: Starlette's `Mount`, FastAPI's `app.mount`, `uvicorn --root-path`. It is
+taken off each request and put in front of each address in the response, as a proxy would: routes,
+access rules, pages and templates know paths from the application's own root alone.
+"""
 
 import asyncio
 import re
 from contextlib import suppress
 from ipaddress import IPv6Address, ip_address
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import orjson
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope, Send
 
 from tracker.web.http.responses import Fault
 
@@ -18,6 +24,15 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_READ: Final = "tracker.body_read"
 _FORWARDING: Final = (b"forwarded", b"x-forwarded", b"x-real-ip", b"via")
 _PROTO: Final = re.compile(rb'(?i)(?:^|[;,\s])proto\s*=\s*"?([a-z]+)')
+_PREFIX: Final = "tracker.prefix"
+_OURS: Final = (
+    *("type", "asgi", "http_version", "method", "scheme", "path", "query_string", "headers"),
+    *("client", "server"),
+)
+"""What ASGI says of a request. What the host adds to it stays there: its exception handlers, which
+Starlette's routes would call with our errors, its router, state and session."""
+_ADDRESSES: Final = frozenset((b"location", b"hx-redirect"))
+"""Headers that hold an address of this application."""
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
@@ -118,6 +133,43 @@ def is_navigation(scope: Scope) -> bool:
         and not from_script
         and all(one == b"document" for one in destinations)
     )
+
+
+# The path below which the application is mounted
+
+
+def without_prefix(scope: Scope, send: Send) -> tuple[Scope, Send]:
+    """An HTTP request as it would be if the application were not mounted, and where to send."""
+    inner = {key: scope[key] for key in _OURS if key in scope}
+    inner["root_path"] = ""
+    root_path = scope.get("root_path", "").rstrip("/")
+    if not root_path:
+        return inner, send
+    path = scope["path"]
+    if path == root_path or path.startswith(f"{root_path}/"):  # some servers take it off themselves
+        inner["path"] = path[len(root_path) :] or "/"
+    # Quoted, because a part of it may be a parameter of the host's route, which anyone chooses.
+    # Two slashes would lead to another host.
+    prefix = inner[_PREFIX] = "/" + quote(root_path.strip("/"))
+
+    async def send_with_prefix(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [
+                (name, prefix.encode() + value)
+                if name in _ADDRESSES and value[:1] == b"/"
+                else (name, value)
+                for name, value in message.get("headers", ())
+            ]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return inner, send_with_prefix
+
+
+def prefix_of(scope: Scope) -> str:
+    """The prefix of a request, `""` where there is none."""
+    prefix: str = scope.get(_PREFIX, "")
+    return prefix
 
 
 # The body

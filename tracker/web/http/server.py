@@ -35,8 +35,8 @@ from tracker.core.net import is_loopback
 from tracker.core.waiting import wait_for
 from tracker.services import Services
 from tracker.settings import Settings
+from tracker.web.http import Limits
 from tracker.web.http.connection import Connection, ConnectionPool
-from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Answer, Take
 from tracker.worker import Worker
 
