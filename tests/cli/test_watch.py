@@ -13,7 +13,7 @@ import typer
 
 from tests.cli.conftest import Commands, first_line, simulate
 from tracker.cli.app import app
-from tracker.cli.runs.download import parse_size
+from tracker.cli.download import parse_size
 
 START = ("runs", "start", "icon-pack", "--input", "prompt:text=tools")
 

@@ -10,9 +10,8 @@
     database.py    db upgrade|current|copy|recount|prune
     doctor.py      doctor                       audit.py       audit list
 
-    runs/runs.py      runs start|track|forget|list|show
-    runs/watch.py     runs watch|explain        runs/download.py  runs download
-    runs/starts.py    starts list|show|resolve
+    runs.py        runs start|track|forget|list|show|watch|explain
+    download.py    runs download                starts.py      starts list|show|resolve|exclude
 
     batches/batch.py    batch, and what it reports in report.py
     batches/batches.py  batches list|show, results

@@ -21,17 +21,19 @@ from tracker.cli import (
     database,
     deliveries,
     doctor,
+    download,
     reconcile,
+    runs,
     serve,
     simulate,
     spending,
+    starts,
     techniques,
     webhooks,
 )
 from tracker.cli.batches import batch, batches
 from tracker.cli.options import option
 from tracker.cli.output import note
-from tracker.cli.runs import runs, starts
 from tracker.core.errors import (
     FieldFault,
     InvalidRequest,
@@ -57,6 +59,7 @@ for command in (
     *(simulate.simulate, simulate.demo),
 ):
     app.command()(command)
+runs.app.command()(download.download)
 for group in (
     *(runs.app, batches.app, starts.app, techniques.app, deliveries.app),
     *(webhooks.endpoints, webhooks.messages, audit.app, database.app),

@@ -21,7 +21,7 @@ import httpx
 import typer
 
 from tracker.cli.output import note, print_json, print_table, screen
-from tracker.cli.runs.watch import RunScreen
+from tracker.cli.runs import RunScreen
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money
 from tracker.operations.logs import configure_logs

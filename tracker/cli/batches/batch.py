@@ -20,6 +20,7 @@ from tracker.cli.batches.report import (
     report_plan,
     report_problems,
 )
+from tracker.cli.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
 from tracker.cli.options import (
     AS_JSON,
     TAGS,
@@ -34,7 +35,6 @@ from tracker.cli.options import (
     repeatable,
 )
 from tracker.cli.output import note, print_json, screen
-from tracker.cli.runs.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
 from tracker.cli.setup import flora_deadline, run_once
 from tracker.core.budget import check_tag_key
 from tracker.core.errors import TrackerError

@@ -1,1 +1,0 @@
-"""Runs and the start log: what is started, watched, shown and downloaded."""
