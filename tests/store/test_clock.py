@@ -22,7 +22,6 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches
 from tracker.store.schema import endpoints, leases, metadata
 from tracker.store.url import DatabaseTimes
-from tracker.store.writing import moves
 
 NEAR = timedelta(seconds=1)
 SECOND = timedelta(seconds=1)
@@ -231,7 +230,7 @@ async def test_a_machine_that_lost_seconds_moves_nothing_twice(
         for each in (one, two, one, two, one):
             await each.check()
     assert len(lines) == 1
-    assert await until(db, "one") == other() + moves.NAMED
+    assert await until(db, "one") == other() + clock.NAMED
     assert await db.fetchval(select(endpoints.c.failing_since)) == other()
     for name in TIMERS:
         assert await until(db, name) == other() + SECOND
@@ -351,9 +350,9 @@ WAITS = {
 
 def test_every_time_that_something_waits_for_is_moved() -> None:
     """The columns that say until when something lasts, or when it is due, by their names."""
-    moved = {str(column) for waits in moves.WAITS for column in waits.columns}
+    moved = {str(column) for waits in clock.WAITS for column in waits.columns}
     assert moved == WAITS
-    assert {str(one) for waits in moves.WAITS for one in waits.due} - {"leases.until"} == DUE
+    assert {str(one) for waits in clock.WAITS for one in waits.due} - {"leases.until"} == DUE
     for table in metadata.sorted_tables:
         for column in table.columns:
             if column.name.endswith(("_until", "until", "next_check_at", "retry_at", "launch_at")):
@@ -362,14 +361,14 @@ def test_every_time_that_something_waits_for_is_moved() -> None:
 
 def test_no_lease_is_longer_than_it_may_be_moved() -> None:
     """Else another process takes it early where the clock is set forward."""
-    assert max(poll.LEASE, sending.HELD_FOR, batches.LEASE) <= moves.HELD
-    assert sweep.LEASE <= moves.NAMED
+    assert max(poll.LEASE, sending.HELD_FOR, batches.LEASE) <= clock.HELD
+    assert sweep.LEASE <= clock.NAMED
 
 
 @pytest.mark.parametrize("jump", [3600, -3600])
 def test_a_clock_that_is_set_forward_puts_nothing_off(jump: float) -> None:
     """What is due is moved back, and never forward."""
-    statements = [str(one) for one in moves.moves("sqlite", jump * SECOND, NOW)]
+    statements = [str(one) for one in clock.moves("sqlite", jump * SECOND, NOW)]
     for table, _, column in (name.partition(".") for name in DUE):
         found = [
             one.partition(" WHERE ")[0]

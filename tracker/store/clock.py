@@ -8,33 +8,66 @@ the answer on until it is asked again.
 Either clock may be set. A clock that only runs forward shows by how much, and the database keeps
 where both were, for each boot of a machine: so a process also notices what happened before it
 started. The first that does moves what waits, in one transaction.
+
+What is moved: a clock that was set back would delay everything, so all times are moved back by as
+much. One that was set forward makes some reads come early, which is harmless. A machine that was
+paused looks the same, and must delay nothing on others. So only what protects from acting too early
+is moved forward: leases, by at most their length, and since when something fails, at most to now.
 """
 
 import asyncio
 import math
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    DateTime,
+    Interval,
+    Update,
+    and_,
+    case,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+    type_coerce,
+    update,
+)
 
 from tracker.core.clock import Clock, boot_id, boot_seconds, utc_now
 from tracker.core.errors import StoreUnavailable
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.store.engine import Database
-from tracker.store.schema import leases
-from tracker.store.writing.moves import CLOCKS, JUMP, moves
+from tracker.store.queries.starts import LISTED, UNKNOWN, is_in
+from tracker.store.schema import (
+    LONGEST_LEASE,
+    batches,
+    endpoints,
+    history_coverage,
+    leases,
+    messages,
+    runs,
+    starts,
+    word,
+)
 
 ASK_EVERY: Final = 10.0
 """Seconds between two comparisons of PostgreSQL's clock with one that only runs forward."""
 SLOW: Final = 1.0
 """Seconds after which an answer is too imprecise."""
+JUMP: Final = timedelta(seconds=2)
+"""A clock that differs by more from one that only runs forward was set; below, they drift."""
 DRIFT: Final = timedelta(seconds=0.5)
 """From how much on it is stored that they have drifted apart."""
 LOGGED_FROM: Final = timedelta(seconds=5)
@@ -45,7 +78,7 @@ MOVE_AGAIN_AFTER: Final = (1.0, 30.0)
 """The first and the longest pause, in seconds, before a move that failed is tried again."""
 
 _ASK: Final = select(func.clock_timestamp())
-_JUMPS: Final = CLOCKS
+_JUMPS: Final = "clock"
 """The lease whose `holder` is by how many seconds the clock was set in all, `until` when last."""
 _BOOT: Final = "clock:"
 """The beginning of the lease for each boot of a machine: `until` is the clock's time when its
@@ -302,3 +335,108 @@ async def shared_clock(
         yield clock
     finally:
         await cancel(keeping)
+
+
+# What waits, and the statements that move it.
+
+HELD: Final = timedelta(seconds=30)
+"""The longest lease of a run, a start or a batch."""
+NAMED: Final = timedelta(minutes=1)
+"""The longest lease with a name; one of ten minutes is renewed with every page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Rows, and their times: when something is `due`, until when a `lease` lasts, and for how long
+    at most, and `since` when something fails, which is given up after a while."""
+
+    which: ColumnElement[bool]
+    due: Sequence[Column[Any]] = ()
+    lease: Mapping[Column[Any], timedelta] = field(default_factory=dict)
+    since: Sequence[Column[Any]] = ()
+
+    @property
+    def columns(self) -> Sequence[Column[Any]]:
+        return *self.due, *self.lease, *self.since
+
+
+_TIMERS: Final = or_(
+    *map(leases.c.name.startswith, ("wait:", "contact:", "recheck:", "generations:", "catalogue:"))
+)
+"""Rows of `leases` that say when something is due, or was last done."""
+
+WAITS: Final = (
+    Waits(
+        runs.c.next_check_at.is_not(None),
+        due=[runs.c.next_check_at],
+        lease={runs.c.lease_until: HELD},
+        since=[runs.c.missing_since],
+    ),
+    Waits(
+        runs.c.recheck_at.is_not(None), due=[runs.c.recheck_at], lease={runs.c.lease_until: HELD}
+    ),
+    *(Waits(is_in(state), lease={starts.c.lease_until: HELD}) for state in LISTED),
+    Waits(
+        and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None)),
+        due=[batches.c.launch_at],
+        lease={batches.c.lease_until: HELD},
+    ),
+    Waits(
+        messages.c.state == word("pending"),
+        due=[messages.c.next_attempt_at],
+        lease={messages.c.lease_until: LONGEST_LEASE - 2 * JUMP},
+        since=[messages.c.tried_since],
+    ),
+    Waits(endpoints.c.failing_since.is_not(None), since=[endpoints.c.failing_since]),
+    Waits(history_coverage.c.retry_at.is_not(None), due=[history_coverage.c.retry_at]),
+    Waits(_TIMERS, due=[leases.c.until]),
+    # Where the clocks are, which the two names above begin, does not move.
+    Waits(~or_(leases.c.name.startswith(_JUMPS), _TIMERS), lease={leases.c.until: NAMED}),
+)
+"""What waits until a time, or for as long since one."""
+
+
+def moves(dialect: str, jump: timedelta, now: datetime) -> Iterator[Update]:
+    """The statements that move what waits where the clock was set by `jump`, and is `now`."""
+    for waits in WAITS:
+        since = [one.is_not(None) for one in waits.since]
+        if jump < timedelta(0):
+            values = {one: _moved(dialect, one, jump) for one in waits.columns}
+            ahead = [one > now for one in (*waits.due, *waits.lease)]
+        else:
+            latest = {one: now + longest for one, longest in waits.lease.items()}
+            latest |= dict.fromkeys(waits.since, now)
+            values = {one: _forward(dialect, one, jump, most) for one, most in latest.items()}
+            ahead = [one > now - jump for one in waits.lease]
+        if values:
+            yield _move(dialect, and_(waits.which, or_(*since, *ahead)), values)
+    if jump < timedelta(0):
+        back = func.coalesce(starts.c.set_back, 0.0) - jump.total_seconds()
+        for state in UNKNOWN:
+            yield update(starts).where(is_in(state)).values(set_back=back)
+
+
+def _move(
+    dialect: str, which: ColumnElement[bool], values: dict[Column[Any], ColumnElement[Any]]
+) -> Update:
+    table = next(iter(values)).table
+    if dialect == "postgresql":  # in one order, as other transactions lock them
+        keys = tuple_(*table.primary_key.columns)
+        rows = select(*table.primary_key.columns).where(which)
+        which = keys.in_(rows.order_by(*table.primary_key.columns).with_for_update())
+    return update(table).where(which).values(values)
+
+
+def _forward(
+    dialect: str, column: Column[Any], jump: timedelta, latest: datetime
+) -> ColumnElement[Any]:
+    """Moved by `jump`, at most to `latest`; one that is later stays."""
+    moved, most = _moved(dialect, column, jump), literal(latest, column.type)
+    return case((column >= most, column), (moved > most, most), else_=moved)
+
+
+def _moved(dialect: str, column: Column[Any], jump: timedelta) -> ColumnElement[Any]:
+    if dialect == "postgresql":
+        return type_coerce(column, DateTime(timezone=True)) + literal(jump, Interval)
+    by = f"{jump.total_seconds():+.3f} seconds"
+    return func.strftime("%Y-%m-%d %H:%M:%f", column, by).concat("000")
