@@ -28,8 +28,8 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.settings.tokens import Token, Tokens
 from tracker.store.engine import Database
-from tracker.store.queries import sessions as store
-from tracker.store.queries.sessions import SessionRow
+from tracker.store.queries import audit as store
+from tracker.store.queries.audit import SessionRow
 from tracker.web.http.request import (
     SAFE_METHODS,
     header,

@@ -1,4 +1,4 @@
-"""The audit log: who did what, and who was refused.
+"""The audit log: who did what, and who was refused; and the sessions of signed-in browsers.
 
 An action is logged in the transaction that performs it, or in one before. The principal is set
 where a request or command begins (`acting`) and travels in a context variable. Refused requests are
@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Connection, Executable, insert, select, text, update
+from sqlalchemy import Connection, Executable, delete, insert, select, text, update
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
@@ -24,7 +24,7 @@ from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.paging import between, matching, newest_first
-from tracker.store.schema import audit, word
+from tracker.store.schema import audit, sessions, word
 
 STORE_AFTER: Final = 2.0
 """Seconds between two commits of refused requests."""
@@ -267,3 +267,57 @@ def _store(pending: Sequence[tuple[_Key, _Refused]], connection: Connection) -> 
             reasons = Counter(detail.get("reasons", {})) + refused.reasons
             more = {"detail": detail | {"reasons": dict(reasons)}, "count": reasons.total()}
             connection.execute(update(audit).where(audit.c.id == audit_id).values(**more))
+
+
+# Sessions of signed-in browsers.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRow:
+    """One session. `session_id` and `token_digest` are digests of the cookie and of the token."""
+
+    session_id: str
+    token_name: str
+    token_digest: str
+    secure: bool
+    started_at: datetime
+    last_used_at: datetime
+
+
+async def begin_session(
+    db: Database, row: SessionRow, *, idle: timedelta, lasts: timedelta
+) -> None:
+    """Store a session and delete expired ones. Raises `StoreUnavailable`."""
+    now = row.started_at
+    noted = entry(Action.SIGN_IN, now)
+    over = delete(sessions).where(
+        (sessions.c.started_at <= now - lasts) | (sessions.c.last_used_at <= now - idle)
+    )
+    values = {name: getattr(row, name) for name in SessionRow.__slots__}
+
+    def work(connection: Connection) -> None:
+        connection.execute(over)
+        connection.execute(insert(sessions).values(values))
+        note(connection, noted)
+
+    await db.write(work)
+
+
+async def find_session(db: Database, session_id: str) -> SessionRow | None:
+    """The session with this id, expired or not. Raises `StoreUnavailable`."""
+    statement = select(sessions).where(sessions.c.session_id == session_id)
+    row = await db.fetchrow(statement)
+    return None if row is None else SessionRow(**row._mapping)
+
+
+async def use_session(db: Database, session_id: str, *, now: datetime) -> None:
+    """Set the time of the last use. Raises `StoreUnavailable`."""
+    statement = update(sessions).where(sessions.c.session_id == session_id).values(last_used_at=now)
+    await db.execute(statement)
+
+
+async def end_session(db: Database, session_id: str, *, now: datetime) -> None:
+    """Delete the session. Raises `StoreUnavailable`."""
+    statement = delete(sessions).where(sessions.c.session_id == session_id)
+    noted = entry(Action.SIGN_OUT, now)
+    await db.write(lambda connection: execute_noted(connection, statement, noted))
