@@ -18,7 +18,15 @@ from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, FailedRead
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read_endpoints
-from tracker.store.queries.endpoints import EndpointConfig, MessageRow, configure, list_messages
+from tracker.store.queries.endpoints import (
+    LEFT_FOR,
+    EndpointConfig,
+    MessageRow,
+    configure,
+    fan_out,
+    list_messages,
+    outbox_waits,
+)
 from tracker.store.schema import endpoints, outbox
 from tracker.store.writing.messages import (
     FAILING_FOR,
@@ -30,7 +38,6 @@ from tracker.store.writing.messages import (
     record_and_claim,
     recover,
 )
-from tracker.store.writing.outbox import LEFT_FOR, fan_out, outbox_waits
 from tracker.views import message_body
 
 SENDING = Sending(endpoint_id="a", holder="one", lease=timedelta(seconds=25))

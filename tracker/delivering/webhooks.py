@@ -27,12 +27,11 @@ from tracker.delivering.handlers import Handler, HandlerClient
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.queries.endpoints import configure, get_endpoint
+from tracker.store.queries.endpoints import Shown, configure, fan_out, get_endpoint, outbox_waits
 from tracker.store.signals import Signals
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import Attempt, Claim, Sending, next_due_at, record_and_claim
-from tracker.store.writing.outbox import Shown, fan_out, outbox_waits
 
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""

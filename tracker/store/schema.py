@@ -705,7 +705,7 @@ retention: Final = Table(
 
 # Events of runs, written in the transaction that causes them, by processes that need not know any
 # endpoint. A row becomes one message for each endpoint and is deleted: see
-# tracker.store.writing.outbox.
+# tracker.store.queries.endpoints.
 outbox: Final = Table(
     "outbox",
     metadata,
