@@ -14,7 +14,7 @@ from tests.worker.doubt import GATEWAY, attempt, change, request, state_of
 from tracker.core.errors import SettingsError
 from tracker.services import Services, open_services
 from tracker.settings import read_settings
-from tracker.settings.rotation import Rotation
+from tracker.settings.load import Rotation
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import SimulatedWorkspace
 
