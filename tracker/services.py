@@ -19,8 +19,8 @@ from tracker.delivering.handlers import Handler
 from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
+from tracker.operations.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.metrics import Metrics
-from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.retention import Pruner
 from tracker.operations.tracing import Wrap, tracing, untraced
 from tracker.polling.changes import Broadcaster

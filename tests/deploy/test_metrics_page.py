@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from tests.deploy.conftest import ROOT, Promtool
-from tracker.operations.metrics import counters
+from tracker.operations import metrics
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web import auth
@@ -73,13 +73,13 @@ def test_every_reason_and_outcome_is_described() -> None:
     """The values of a label that are few and fixed stand in the row of their metric."""
     rows = {name.strip("`"): meaning for name, _, _, meaning in table("Work")}
     for metric, words in (
-        ("tracker_callbacks_total", counters.RECEIVED),
-        ("tracker_callbacks_applied_total", counters.APPLIED),
-        ("tracker_callbacks_refused_total", counters.REFUSALS),
-        ("tracker_auth_refused_total", counters.AUTH_REFUSALS),
-        ("tracker_database_write_failures_total", counters.WRITE_FAILURES),
-        ("tracker_run_ends_total", [source.value for source in counters.ENDED_BY]),
-        ("tracker_sweeps_total", counters.SWEEP_RESULTS),
+        ("tracker_callbacks_total", metrics.RECEIVED),
+        ("tracker_callbacks_applied_total", metrics.APPLIED),
+        ("tracker_callbacks_refused_total", metrics.REFUSALS),
+        ("tracker_auth_refused_total", metrics.AUTH_REFUSALS),
+        ("tracker_database_write_failures_total", metrics.WRITE_FAILURES),
+        ("tracker_run_ends_total", [source.value for source in metrics.ENDED_BY]),
+        ("tracker_sweeps_total", metrics.SWEEP_RESULTS),
     ):
         assert set(words) <= set(re.findall(r"`(\w+)`", rows[metric])), metric
 
@@ -95,8 +95,8 @@ def test_every_refusal_is_one_of_those_counted_from_the_beginning() -> None:
         if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)
     }
     assert len(said) > 5
-    assert said <= set(counters.REFUSALS)
-    assert set(get_args(auth.Reason)) == set(counters.AUTH_REFUSALS)
+    assert said <= set(metrics.REFUSALS)
+    assert set(get_args(auth.Reason)) == set(metrics.AUTH_REFUSALS)
 
 
 def logged() -> Iterator[tuple[str, str]]:

@@ -25,8 +25,8 @@ from tests.web.callbacks import PATH, SECRET, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.core.run import RunError, RunStatus
+from tracker.operations.gauges import DatabaseGauges
 from tracker.operations.metrics import Metrics
-from tracker.operations.metrics.gauges import DatabaseGauges
 from tracker.services import Services, open_services
 from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, running
@@ -162,7 +162,7 @@ async def test_failed_writes_are_counted(serve: Serve, own_postgres: PostgresSer
     async with serve(own_postgres.url("tracker")) as site:
         await post(site, callbacks.event())
         await site.services.applier.drain()
-        site.services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
+        site.services.metrics._gauges.keep_seconds = 0  # type: ignore[union-attr]
         assert (await scrape(site.client)).value("tracker_database_up") == 1
         await asyncio.to_thread(own_postgres.stop)
         posting = asyncio.create_task(post(site, callbacks.event("run_2")))
@@ -230,7 +230,7 @@ async def test_every_process_reports_the_same_state(database_url: str, serve: Se
 async def test_scrapes_ask_the_database_once_in_a_while(small_site: Site) -> None:
     """However many scrape at the same moment, and however often."""
     sent: list[str] = []
-    small_site.services.metrics._database.keep_seconds = 600  # type: ignore[union-attr]
+    small_site.services.metrics._gauges.keep_seconds = 600  # type: ignore[union-attr]
 
     def hear(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
         sent.append(statement)
@@ -327,7 +327,7 @@ async def test_bills_and_failures_are_reported(site: Site) -> None:
     """What today's runs cost at least, what the others were quoted, how many may still be billed
     and how many never were; failed ones by what to do, unknown codes counted."""
     now = site.services.clock()
-    site.services.metrics._database.clock = lambda: now  # type: ignore[union-attr]
+    site.services.metrics._gauges.clock = lambda: now  # type: ignore[union-attr]
     ended = {"completed_at": now, "workspace_id": "ws_1"}
     quote = {"workspace_id": "ws_1", "charged_cost": Decimal("0.25")}
     old = now - timedelta(days=2)

@@ -21,7 +21,7 @@ from tracker.core.contact import Trouble
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
-from tracker.operations.metrics.counters import Counters
+from tracker.operations.metrics import Metrics
 from tracker.polling.contacts import Contacts
 from tracker.starting.start import BudgetReader
 from tracker.store import claims
@@ -279,7 +279,7 @@ class ProcessGauges(Collector):
     are not in force, `sweep_seconds` the longest time between two scheduled sweeps.
     """
 
-    counters: Counters
+    metrics: Metrics
     _: KW_ONLY
     waiting: Callable[[], int]
     is_stale: Callable[[], bool]
@@ -303,8 +303,8 @@ class ProcessGauges(Collector):
                 "build_info": {__version__: 1},
                 "settings_stale": self.is_stale(),
                 "queue_entries": self.waiting(),
-                "worker_running": self.counters.worker_running,
-                "worker_last_round_timestamp_seconds": timestamp(self.counters.last_round_at),
+                "worker_running": self.metrics.worker_running,
+                "worker_last_round_timestamp_seconds": timestamp(self.metrics.last_round_at),
                 "sweep_interval_seconds": self.sweep_seconds(),
                 "flora_requests_in_flight": {name: one.in_flight for name, one in limits.items()},
                 "flora_requests_waiting": {name: one.waiting for name, one in limits.items()},

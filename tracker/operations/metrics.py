@@ -1,14 +1,23 @@
-"""What this process does, counted; Prometheus adds the processes up.
+"""Prometheus metrics: what this process does, counted, with what `gauges.py` reads at each scrape.
 
-Every public method is a hook that others call: the receiver, the writer, the FLORA clients, the
-worker. No hook waits; those of a callback cost a few microseconds.
+Each set of services has its own registry, so two sets in one process share nothing. Multi-process
+mode of prometheus-client is not used: each process has a port of its own, Prometheus adds the
+counters up, and what must be the same everywhere comes from the database.
 """
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
@@ -25,6 +34,7 @@ from tracker.store.errors import StoreBusy
 from tracker.workspaces import UNKNOWN, Workspace
 
 if TYPE_CHECKING:
+    from tracker.operations.gauges import DatabaseGauges
     from tracker.store.writing.messages import Attempt, Claim
     from tracker.store.writing.writer import WriteOutcome
 
@@ -51,6 +61,9 @@ ATTEMPTS: Final = ("delivered", "refused", "no_answer")
 """Outcomes of an attempt to deliver a message: a 2xx, another answer, none."""
 
 log = get_logger(__name__)
+
+# Without this, each counter has a second series with the time of its first increase.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _QUICK: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _CALLS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
@@ -96,13 +109,21 @@ _HISTOGRAMS: Final = (
 )
 
 
-class Counters:
-    """Counters and histograms of one process, and whether it has a worker that is running."""
+class Metrics:
+    """All metrics of a process: counters and histograms, and gauges read at each scrape.
 
-    def __init__(self, registry: CollectorRegistry, *, clock: Clock) -> None:
+    Every public method from `create_series` on is a hook that others call: the receiver, the
+    writer, the FLORA clients, the worker. No hook waits; those of a callback cost a few
+    microseconds.
+    """
+
+    def __init__(self, *, clock: Clock) -> None:
         self.worker_running = False
+        """Whether the process has a worker that is running."""
         self.last_round_at: datetime | None = None
+        self.registry = registry = CollectorRegistry()
         self._clock = clock
+        self._gauges: DatabaseGauges | None = None
         self._counters = {
             name: Counter(f"tracker_{name}", meaning, labels, registry=registry)
             for name, meaning, *labels in _COUNTERS
@@ -111,6 +132,7 @@ class Counters:
             name: Histogram(f"tracker_{name}", meaning, labels, registry=registry, buckets=buckets)
             for name, meaning, buckets, *labels in _HISTOGRAMS
         }
+        ProcessCollector(registry=registry)
         self._stored: dict[tuple[str, int, str], Counter] = {}
         self._unknown = UNKNOWN
         """The label of work for a workspace whose id was not known then."""
@@ -125,6 +147,26 @@ class Counters:
         for source in ENDED_BY:
             for status in (RunStatus.COMPLETED, RunStatus.FAILED):
                 self._counters["run_ends"].labels(source.value, status.value)
+
+    def watch(self, process: Collector, database: "DatabaseGauges") -> None:
+        """Add the gauges. Call `aclose` before the database is closed."""
+        self._gauges = database
+        self.registry.register(process)
+        self.registry.register(database)
+
+    async def aclose(self) -> None:
+        if self._gauges is not None:
+            await self._gauges.aclose()
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The text in the format that `accept` asks for, and its content type."""
+        if self._gauges is not None:
+            await self._gauges.refresh()
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is not a number
+            encode, content_type = choose_encoder("")
+        return encode(self.registry), content_type
 
     def create_series(self, workspaces: Iterable[Workspace], endpoint_ids: Iterable[str]) -> None:
         """Create the series of workspaces and endpoints at zero, so that a first event is an
