@@ -15,7 +15,7 @@ from tests.e2e.processes import Sandbox
 from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
-from tracker.operations.doctor import Level, callbacks, database
+from tracker.operations.doctor import Level, database, webhooks
 from tracker.operations.doctor.delivery import FLORA_WAITS
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
@@ -38,7 +38,9 @@ async def _check_callbacks(environ: dict[str, str], timeout: float = FLORA_WAITS
     settings = read_settings(environ).settings
     url = DatabaseUrl.parse(settings.tracker_database_url)
     looking = asyncio.create_task(database.check(url, clock=utc_now))
-    findings = await callbacks.check(settings, looking, clock=utc_now, timeout=timeout, slow=8.0)
+    findings = await webhooks.check_callbacks(
+        settings, looking, clock=utc_now, timeout=timeout, slow=8.0
+    )
     await looking
     return Report({one.name: one for one in findings})
 
@@ -51,13 +53,13 @@ async def _at_work(url: str) -> bool:
 
 def test_slow_answers_are_a_warning() -> None:
     """From `SLOW` on, the time of the slowest answer is worth a look."""
-    assert callbacks._judge_time(callbacks.SLOW).level is Level.WARNING
-    assert callbacks._judge_time(callbacks.SLOW - 0.01).level is Level.OK
+    assert webhooks._judge_time(webhooks.SLOW).level is Level.WARNING
+    assert webhooks._judge_time(webhooks.SLOW - 0.01).level is Level.OK
 
 
 def _leave_time() -> None:
     """A machine that stands still for a moment makes neither answers nor notifications late."""
-    callbacks.check = partial(callbacks.check, slow=8.0)  # type: ignore[assignment]
+    webhooks.check_callbacks = partial(webhooks.check_callbacks, slow=8.0)  # type: ignore[assignment]
     database.check = partial(database.check, patience=6.0)  # type: ignore[assignment]
 
 

@@ -9,7 +9,7 @@ from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import eventually, free_port, let_pass
 from tracker.core.clock import utc_now
 from tracker.delivering.endpoint_client import send_test
-from tracker.operations.doctor import Finding, Level, endpoints
+from tracker.operations.doctor import Finding, Level, webhooks
 from tracker.settings import EndpointSettings, Settings
 from tracker.store.writing.messages import Attempt
 
@@ -21,7 +21,7 @@ def endpoint(id_: str, url: str, *, allow_private: bool = True) -> EndpointSetti
 
 async def findings(*configured: EndpointSettings) -> list[Finding]:
     """What the doctor says of them."""
-    return await endpoints.check(Settings(endpoints=configured), clock=utc_now)
+    return await webhooks.check_endpoints(Settings(endpoints=configured), clock=utc_now)
 
 
 async def test_an_endpoint_that_answers_is_sound() -> None:
@@ -44,7 +44,7 @@ async def test_what_is_wrong_is_named_for_each(monkeypatch: pytest.MonkeyPatch) 
         done.append(await send_test(*what, **how))
         return done[-1]
 
-    monkeypatch.setattr(endpoints, "send_test", noted)
+    monkeypatch.setattr(webhooks, "send_test", noted)
     async with Receiver(silent=True) as silent, Receiver(status=401) as strict:
         finding = asyncio.create_task(
             findings(

@@ -12,7 +12,7 @@ from tests.doctor.proxies import Proxy, in_front
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.operations.doctor import Level
-from tracker.operations.doctor.flora import compare_clocks
+from tracker.operations.doctor.settings import compare_clocks
 from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
 
 

@@ -18,7 +18,7 @@ from tests.doctor.conftest import look, with_flora
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.delivering.addresses import Address
-from tracker.operations.doctor import Finding, Level, callbacks
+from tracker.operations.doctor import Finding, Level, webhooks
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 
@@ -30,7 +30,7 @@ REFUSED = answer(
 
 
 async def _public_url(url: str, **options: Any) -> Finding:
-    return await callbacks.check_public_url(
+    return await webhooks.check_public_url(
         read_settings({"TRACKER_PUBLIC_URL": url}).settings, **options
     )
 
@@ -73,7 +73,7 @@ async def test_a_loopback_address_is_for_a_flora_on_this_machine() -> None:
     """FLORA itself refuses one, so that it fails; beside a simulator it is ok."""
     assert (await _public_url("http://localhost:8080")).level is Level.FAILED
     assert (await _public_url("https://10.1.2.3")).level is Level.WARNING
-    assert (await callbacks.check_public_url(read_settings({}).settings)).level is Level.WARNING
+    assert (await webhooks.check_public_url(read_settings({}).settings)).level is Level.WARNING
 
 
 async def test_nothing_signed_is_sent_if_it_could_not_be_deleted(
@@ -146,8 +146,8 @@ async def test_an_untrusted_certificate_fails(
 def test_a_certificate_is_to_be_renewed_in_time() -> None:
     """One that ends within days is a warning."""
     now = utc_now()
-    assert callbacks.judge_certificate(now + timedelta(days=60), now=now).level is Level.OK
-    assert callbacks.judge_certificate(now + timedelta(days=3), now=now).level is Level.WARNING
+    assert webhooks.judge_certificate(now + timedelta(days=60), now=now).level is Level.OK
+    assert webhooks.judge_certificate(now + timedelta(days=3), now=now).level is Level.WARNING
 
 
 async def test_a_proxy_that_passes_on_the_exact_path_alone_fails(

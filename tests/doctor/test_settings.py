@@ -9,7 +9,7 @@ import pytest
 from tests.doctor.conftest import Report
 from tests.e2e.processes import open_sandbox
 from tracker.operations.doctor import Level
-from tracker.operations.doctor import settings as checks
+from tracker.operations.doctor.settings import check_settings
 from tracker.settings import read_settings
 
 SECRET = "whsec_0123456789"
@@ -19,7 +19,7 @@ PUBLIC = "https://tracker.example.com"
 
 def _checked(**environ: str) -> Report:
     loaded = read_settings(environ)
-    found = checks.check(loaded.settings, loaded.sources, loaded.unknown, now=NOW)
+    found = check_settings(loaded.settings, loaded.sources, loaded.unknown, now=NOW)
     return Report({one.name: one for one in found})
 
 

@@ -4,12 +4,10 @@ It does not use `tracker.services`: what is broken must not hide the rest. Nothi
 for the doctor's own test deliveries, which are deleted again.
 
     examination.py   all checks together, in bounded time
-    settings.py      settings, signing secrets, tokens
+    settings.py      settings, signing secrets, tokens, API keys and clocks
     database.py      the database, its schema, its disk
-    flora.py         API key and clocks
-    callbacks.py     public URL, and test deliveries to it
+    webhooks.py      test deliveries to the public URL, test events to the endpoints
     delivery.py      one test delivery, and what its answer means
-    endpoints.py     test events to the endpoints
     work.py          worker, sweeps, and what waits for a person
 """
 

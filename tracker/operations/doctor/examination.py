@@ -16,21 +16,15 @@ from tracker.core.clock import utc_now
 from tracker.core.log import Redactor
 from tracker.core.waiting import in_thread
 from tracker.delivering.endpoint_client import ANSWER_SECONDS
-from tracker.operations.doctor import (
-    Finding,
-    Name,
-    callbacks,
-    database,
-    endpoints,
-    failed,
-    flora,
-    settings,
-    warning,
-    work,
-)
+from tracker.operations.doctor import Finding, Name, database, failed, warning, webhooks, work
 from tracker.operations.doctor.database import DatabaseState
 from tracker.operations.doctor.delivery import FLORA_WAITS
-from tracker.operations.doctor.flora import FloraState
+from tracker.operations.doctor.settings import (
+    FloraState,
+    check_keys,
+    check_settings,
+    compare_clocks,
+)
 from tracker.settings import Settings
 from tracker.store.url import DatabaseUrl
 
@@ -70,11 +64,13 @@ async def examine(
     start = asyncio.create_task
     check = database.check(url, clock=utc_now)
     at_database = start(_within("database", limits.database, check, DatabaseState))
-    reading = flora.check(configured, clock=utc_now, deadline=limits.flora_read)
+    reading = check_keys(configured, clock=utc_now, deadline=limits.flora_read)
     at_flora = start(_within("key", limits.flora, reading, FloraState))
-    sending = callbacks.check(configured, at_database, clock=utc_now, timeout=limits.delivery)
+    sending = webhooks.check_callbacks(
+        configured, at_database, clock=utc_now, timeout=limits.delivery
+    )
     at_callbacks = start(_within("callbacks", limits.callbacks, sending, list))
-    testing = endpoints.check(configured, clock=utc_now, seconds=limits.endpoint)
+    testing = webhooks.check_endpoints(configured, clock=utc_now, seconds=limits.endpoint)
     at_endpoints = start(_within("endpoints", limits.endpoints, testing, list))
 
     async def check_work() -> list[Finding]:
@@ -98,11 +94,11 @@ async def examine(
     at_work, at_disk = start(check_work()), start(check_disk())
     in_database, in_flora = await at_database, await at_flora
     findings = [
-        *settings.check(configured, sources, unknown, now=utc_now()),
+        *check_settings(configured, sources, unknown, now=utc_now()),
         *in_database.findings,
         *await at_disk,
         *in_flora.findings,
-        *flora.compare_clocks(
+        *compare_clocks(
             in_flora.clock_offset,
             in_database.clock_ahead,
             tolerance=configured.tracker_signature_tolerance,

@@ -1,4 +1,4 @@
-"""Callbacks: the public URL, and test deliveries to it.
+"""Webhooks: test deliveries to the public URL, and test events to the endpoints.
 
 Forged deliveries go first, to the bare address and to one below it as each start has; they must be
 refused. Only if that works, and the database is writable, signed ones follow: one per secret,
@@ -19,6 +19,7 @@ from tracker.core.formatting import duration
 from tracker.core.net import is_loopback
 from tracker.core.record import DeliveryOutcome
 from tracker.delivering.addresses import Resolver, is_public, resolve
+from tracker.delivering.endpoint_client import ANSWER_SECONDS, endpoint_of, send_test
 from tracker.operations.doctor import Finding, Level, failed, ok, warning
 from tracker.operations.doctor.database import DatabaseState
 from tracker.operations.doctor.delivery import (
@@ -29,7 +30,7 @@ from tracker.operations.doctor.delivery import (
     diagnose,
     open_sender,
 )
-from tracker.settings import Settings
+from tracker.settings import EndpointSettings, Settings
 from tracker.store.engine import Database
 from tracker.store.inspection import remove_test_deliveries, stored_test_deliveries
 
@@ -43,9 +44,18 @@ SLOW: Final = 3.0
 DELETE_SECONDS: Final = 4.0
 LEFT_AFTER: Final = timedelta(hours=1)
 """Age from which a test delivery was left behind by another run of the doctor."""
+_REFUSED: Final = {
+    400: "the signature",
+    401: "the signature",
+    403: "the signature",
+    404: "the path of the url",
+    405: "the path of the url",
+    410: "whether it is still wanted: 410 disables it",
+}
+"""What to compare, by the status of an answer."""
 
 
-async def check(
+async def check_callbacks(
     settings: Settings,
     database: Awaitable[DatabaseState],
     *,
@@ -258,3 +268,32 @@ def _judge_sizes(replies: Sequence[Reply]) -> Finding:
             long = "A callback with a long error message may be as large."
             return failed("body limit", f"{seen}. {long}", advice)
     return ok("body limit", f"Bodies of {SIZES[-1] // 1024} KiB pass, the maximum.")
+
+
+async def check_endpoints(
+    settings: Settings, *, clock: Clock, seconds: float = ANSWER_SECONDS
+) -> list[Finding]:
+    """Send each endpoint a test event, all at once; each answer may take `seconds`."""
+    return await asyncio.gather(
+        *(_check_endpoint(one, clock, seconds) for one in settings.endpoints)
+    )
+
+
+async def _check_endpoint(configured: EndpointSettings, clock: Clock, seconds: float) -> Finding:
+    attempt = await send_test(endpoint_of(configured), clock=clock, answer_seconds=seconds)
+    name, took = configured.id, duration(attempt.seconds)
+    if attempt.error is None:
+        return ok("endpoints", f"{name} answered a test event with {attempt.status} in {took}.")
+    if attempt.status is None:
+        advice = (
+            "Check its url in [[endpoints]], that its server runs and has a valid certificate, and "
+            "that this machine may reach it."
+        )
+    else:
+        compare = _REFUSED.get(attempt.status, "its log")
+        advice = f"Check {compare}, and that it answers 2xx to events of an unknown type."
+        if compare == "the signature":
+            advice += (
+                " It must have the same secret, and its clock may be off by five minutes at most."
+            )
+    return failed("endpoints", f"{name} refused a test event: {attempt.error}.", advice)
