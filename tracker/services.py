@@ -17,7 +17,7 @@ from tracker.delivering.downloads import Downloader
 from tracker.delivering.endpoint_client import endpoint_of
 from tracker.delivering.handlers import Handler
 from tracker.delivering.webhooks import Webhooks
-from tracker.explaining.explainer import Explainer
+from tracker.explainer import Explainer
 from tracker.flora.client import FloraClient
 from tracker.operations.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.metrics import Metrics

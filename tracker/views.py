@@ -24,7 +24,7 @@ from tracker.store.text import dump_json
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.core.schedule import Durations
-    from tracker.explaining.explainer import Explanation
+    from tracker.explainer import Explanation
     from tracker.starting.batches.rows import BatchPlan, RowState
     from tracker.store.queries.audit import AuditRow
     from tracker.store.queries.batches import BatchCounts, BatchRow

@@ -11,7 +11,6 @@ from typing import Final
 from tracker.core.contact import ContactState
 from tracker.core.errors import StoreError
 from tracker.core.formatting import duration, percent
-from tracker.explaining.timeline import moment
 from tracker.operations.doctor import Finding, Name, failed, ok, warning
 from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
@@ -22,6 +21,7 @@ from tracker.store.queries.attention import BOUND, LATE_AFTER, Gauges, SweepHeal
 from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.sweeps import UnreadSpan
 from tracker.store.queries.workspaces import stored_contacts
+from tracker.timeline import moment
 
 STUCK_AFTER: Final = timedelta(minutes=5)
 """How late a sweep may start, or a due run be read, before no worker seems to run."""

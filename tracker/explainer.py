@@ -11,12 +11,12 @@ from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Durations, Policy, PollReason
-from tracker.explaining.timeline import Sentence, SentenceKind, moment, source_name, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries.deliveries import list_deliveries
+from tracker.timeline import Sentence, SentenceKind, moment, source_name, timeline
 from tracker.workspaces import Service
 
 DELIVERIES: Final = 100
