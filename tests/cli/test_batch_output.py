@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tracker.cli.batches.batches import Results, results_format, show_rows
-from tracker.cli.batches.report import progress_text, report_outcome
+from tracker.cli.batch import progress_text
+from tracker.cli.batches import Results, report_outcome, results_format, show_rows
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError

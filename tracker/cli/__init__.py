@@ -13,8 +13,7 @@
     runs.py        runs start|track|forget|list|show|watch|explain
     download.py    runs download                starts.py      starts list|show|resolve|exclude
 
-    batches/batch.py    batch, and what it reports in report.py
-    batches/batches.py  batches list|show, results
+    batch.py       batch                        batches.py     batches list|show, and reports
 
     deliveries.py  deliveries list|show|replay|acknowledge
     webhooks.py    endpoints list|test|enable, messages list|show|resend|recover, listen

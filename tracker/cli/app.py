@@ -18,6 +18,8 @@ from typer.core import TyperArgument
 
 from tracker.cli import (
     audit,
+    batch,
+    batches,
     database,
     deliveries,
     doctor,
@@ -31,7 +33,6 @@ from tracker.cli import (
     techniques,
     webhooks,
 )
-from tracker.cli.batches import batch, batches
 from tracker.cli.options import option
 from tracker.cli.output import note
 from tracker.core.errors import (

@@ -1,34 +1,37 @@
-"""What `tracker batch` reports: problems of the sheet, the price, progress, totals, next steps."""
+"""`tracker batches`, and what is shown of a batch: its plan, results, totals and next steps."""
 
-import asyncio
+import json
+import os
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.batches.batches import cost_text
-from tracker.cli.output import BAR_WIDTH, Screen, note, plain, print_json, print_table
-from tracker.core.formatting import counted, duration, line_numbers, money
+from tracker.cli.options import AS_JSON, CURSOR, argument, option
+from tracker.cli.output import note, plain, print_json, print_table
+from tracker.cli.setup import print_list, run_once
+from tracker.core.errors import TrackerError
+from tracker.core.formatting import counted, duration, line_numbers, money, plain_lines
 from tracker.core.run import RetryAdvice
 
 if TYPE_CHECKING:
-    from tracker.delivering.files import FileKey
-    from tracker.delivering.saving import DownloadResult
-    from tracker.starting.batches.batches import BatchOutcome, BatchProgress
+    from tracker.services import Services
+    from tracker.starting.batches.batches import BatchOutcome
     from tracker.starting.batches.rows import BatchPlan, RowState
     from tracker.starting.sheets.sheet import SheetProblem
+    from tracker.store.engine import Database
+    from tracker.store.queries.batches import BatchCounts, BatchRow
 
 _NAMED: Final = 20
 """How many causes are named; the results hold every row."""
 _REPEATS: Final = 5
 """How many repeated rows are named."""
-_STATUS_SECONDS: Final = 5.0
-_WIDTH: Final = 79
-_NAME: Final = 16
 _ONCE: Final = ("--again", "--retry-failed", "--retry-all", "--yes", "-y", "--no-wait", "--json")
 """Options that the command for the next step does not repeat."""
 _ADVICE: Final[dict[str, str]] = {
@@ -37,6 +40,183 @@ _ADVICE: Final[dict[str, str]] = {
     RetryAdvice.CHANGE_INPUT: "change the input",
     RetryAdvice.NOT_RETRYABLE: "a retry does not help",
 }
+
+app = typer.Typer(name="batches", help="List and show batches.", no_args_is_help=True)
+
+
+class Results(StrEnum):
+    """The format of results."""
+
+    CSV = "csv"
+    JSONL = "jsonl"
+    TABLE = "table"
+
+
+RESULTS: Final = option(
+    "Format of the results. Default: by the ending of --output, else a table on a terminal and csv "
+    "elsewhere."
+)
+OUTPUT: Final = option("Write the results to a file.", metavar="FILE")
+
+
+@app.command("list")
+def list_(
+    limit: int = option("Maximum rows.", default=50, min=1, max=1000),
+    cursor: str | None = CURSOR,
+    as_json: bool = AS_JSON,
+) -> None:
+    """List batches, newest first."""
+    from tracker.store.queries import batches
+    from tracker.views import batch_json
+
+    async def find(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
+        found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
+        counts = await batches.batch_counts(database, [one.batch_id for one in found])
+        return [batch_json(one, counts[one.batch_id]) for one in found], next_cursor
+
+    print_list(
+        "batches",
+        find,
+        dict,
+        {
+            "batch": "batch_id",
+            "file": "name",
+            "technique": "technique_id",
+            "rows": "rows",
+            "completed": "completed",
+            "failed": "failed",
+            "running": "active",
+            "cost": lambda batch: money(batch["cost"]),
+            "created": "created_at",
+        },
+        as_json=as_json,
+        hide=("created", "technique", "running", "rows", "file"),
+        named=True,
+    )
+
+
+@app.command()
+def show(
+    batch_id: str = argument("BATCH", "Batch id (bat_…)."),
+    results: Results | None = RESULTS,
+    output: Path | None = OUTPUT,
+    as_json: bool = AS_JSON,
+) -> None:
+    """Show the result of each row of a batch."""
+    from tracker.store.queries import batches
+
+    check_output(results, output)
+
+    async def work(services: "Services") -> "tuple[BatchRow, BatchCounts, list[RowState]] | None":
+        found = await batches.get(services.database, batch_id)
+        if found is None:
+            return None
+        return found, await services.batches.counts(found), await services.batches.rows(found)
+
+    found = run_once(work)
+    if found is None:
+        raise TrackerError(
+            f"batch {plain(batch_id)} is not known: `tracker batches list` shows all batches"
+        )
+    print_batch(*found, results=results, output=output, as_json=as_json)
+
+
+def check_output(results: Results | None, output: Path | None) -> None:
+    """Raise `BadParameter` where results cannot be written: before anything is paid."""
+    from tracker.delivering import files
+
+    if output is None:
+        return
+    if results is Results.TABLE:
+        raise typer.BadParameter("a file takes csv or jsonl", param_hint="--results")
+    if output.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        message = f"results are CSV or JSON lines: use {output.with_suffix('.csv')}, for Excel too"
+        raise typer.BadParameter(message, param_hint="--output")
+    # A file is replaced, so its directory has to be writable.
+    written = output if files.is_special(output) else output.resolve().parent
+    if output.is_dir() or not written.exists() or not os.access(written, os.W_OK):
+        raise typer.BadParameter(f"{output} cannot be written", param_hint="--output")
+
+
+def print_batch(
+    batch: "BatchRow",
+    counts: "BatchCounts",
+    rows: "Sequence[RowState]",
+    *,
+    results: Results | None,
+    output: Path | None,
+    as_json: bool,
+    more: Mapping[str, Any] | None = None,
+    **csv_style: Any,
+) -> None:
+    """Print a batch as JSON, or its rows as results; write the results to `output` in any case.
+
+    `more` is added to the JSON; `csv_style` are `delimiter` and `bom` of a CSV file.
+    """
+    from tracker.views import batch_json, row_json
+
+    if as_json:
+        rows_json = [row_json(row) for row in rows]
+        print_json({"batch": batch_json(batch, counts), "rows": rows_json} | dict(more or {}))
+    if output is not None or not as_json:
+        show_rows(
+            rows, results_format(results, output), output, columns=batch.columns or (), **csv_style
+        )
+
+
+def results_format(results: Results | None, output: Path | None) -> Results:
+    """The format asked for, or that of the file's ending; else a table on a terminal, CSV
+    elsewhere."""
+    if results is not None:
+        return results
+    if output is not None:
+        return Results.JSONL if output.suffix in (".jsonl", ".ndjson") else Results.CSV
+    return Results.TABLE if sys.stdout.isatty() else Results.CSV
+
+
+def show_rows(
+    rows: "Sequence[RowState]",
+    results: Results,
+    output: Path | None,
+    *,
+    columns: Sequence[str] = (),
+    **csv_style: Any,
+) -> None:
+    """Print the rows, or write them to a file; `columns` are the carried ones.
+
+    A file is replaced as a whole. A link is followed; a device or pipe is written to.
+    """
+    from tracker.delivering import files
+    from tracker.starting.batches.rows import csv_lines
+    from tracker.views import row_json
+
+    shown = [row_json(row) for row in rows]
+    if results is Results.TABLE:
+        print_table(
+            (*columns, "row", "line", "key", "run", "status", "cost", "outputs", "error"),
+            (
+                (
+                    *(row["carried"].get(name) for name in columns),
+                    *(row[name] for name in ("row", "line", "key", "run_id", "status", "cost")),
+                    " ".join(output["url"] for output in row["outputs"]),
+                    row["error"],
+                )
+                for row in shown
+            ),
+            hide=("outputs", "key", "line", *columns[:0:-1], "cost"),
+        )
+        return
+    if results is Results.JSONL:
+        text = "".join(f"{json.dumps(row)}\n" for row in shown)
+    else:
+        text = "".join(csv_lines(rows, columns, **(csv_style if output else {})))
+    if output is None:
+        sys.stdout.write(plain_lines(text) if sys.stdout.isatty() else text)
+        return
+    try:
+        files.write_whole(output, text)
+    except OSError as error:
+        raise TrackerError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
@@ -71,7 +251,7 @@ def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
 
 def _repetitions(plan: "BatchPlan") -> list[str]:
     """A line for each row that is to start and whose inputs are those of rows before it."""
-    alike: defaultdict[str, list[Any]] = defaultdict(list)
+    alike: defaultdict[str, list[RowState]] = defaultdict(list)
     for row in plan.rows:
         alike[repr(row.inputs)].append(row)
     found = []
@@ -111,29 +291,6 @@ def _spent(plan: "BatchPlan") -> str:
     return f" for {money(sum(known, Decimal(0)))} so far" if known else ""
 
 
-async def confirmed(plan: "BatchPlan") -> bool:
-    """Ask on the terminal whether to start the rows; without a terminal, yes.
-
-    Anything but y or yes is no. The wait for the answer can be interrupted.
-    """
-    if not plan.missing or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
-    price = "price unknown" if plan.cost is None else f"up to {money(plan.cost)}"
-    typer.echo(f"Start {counted(len(plan.missing), 'run')}, {price}? [y/N] ", err=True, nl=False)
-    answered = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(sys.stdin.fileno(), answered.set)
-    try:
-        await answered.wait()
-    except asyncio.CancelledError:
-        typer.echo(err=True)
-        note("tracker: interrupted; nothing was started")
-        raise
-    finally:
-        loop.remove_reader(sys.stdin.fileno())
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
 def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
     """Print what a dry run found."""
     if as_json:
@@ -162,88 +319,6 @@ def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
         ),
     )
     typer.echo(intention(plan))
-
-
-class BatchScreen:
-    """The progress of a batch: one bar on a terminal; elsewhere a line now and then.
-
-    `begun` is set when the batch is stored; `waits` is whether the command waits for its runs.
-    """
-
-    def __init__(
-        self, screen: Screen, name: str, *, downloads: bool = False, waits: bool = True
-    ) -> None:
-        self._screen = screen
-        self._waits = waits
-        self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
-        self._phase: tuple[bool, bool] | None = None
-        self._said_doubt = False
-        self._progress: BatchProgress | None = None
-        self._files: set[FileKey] | None = set() if downloads else None
-        self.begun = asyncio.Event()
-
-    def show_file(self, result: "DownloadResult") -> None:
-        """Count a file that is there."""
-        if self._files is not None and result.entry is not None:
-            self._files.add(result.job.key)
-            if self._progress is not None and self._screen.has_bars:
-                self.show(self._progress)
-
-    def show(self, progress: "BatchProgress") -> None:
-        self.begun.set()
-        self._progress = progress
-        files = None if self._files is None else len(self._files)
-        counts = progress.counts
-        only_doubt = progress.doubt and not (progress.left or counts.active)
-        if only_doubt and self._waits and not self._said_doubt:
-            self._said_doubt = True
-            self._screen.notice(
-                f"waiting for {counted(progress.doubt, 'start')} in doubt: see `tracker starts "
-                "list`. If you interrupt the command, a running worker resolves them"
-            )
-        if self._screen.has_bars:
-            text = progress_text(progress, files, width=_WIDTH - _NAME - BAR_WIDTH - 2)
-            done, total = counts.ended, counts.rows
-            self._screen.bar(self._name, done=done, total=total, text=lambda _: [text])
-            return
-        phase = (progress.left == 0, counts.active == 0)
-        text = progress_text(progress, files)
-        self._screen.status(text, seconds=_STATUS_SECONDS, now=phase != self._phase)
-        self._phase = phase
-
-
-def progress_text(
-    progress: "BatchProgress", files: int | None = None, *, width: int = _WIDTH
-) -> str:
-    """The progress of a batch in at most `width` characters; what does not fit is left out, the
-    least important first."""
-    counts = progress.counts
-    if progress.left:
-        text = f"{counts.started} of {counts.rows} started"
-    else:
-        text = f"{counts.completed} of {counts.rows} completed"
-    shown = {
-        "running": counts.active,
-        "failed": counts.failed,
-        "lost": counts.lost,
-        "not startable": progress.errors,
-    }
-    parts = [f"{count} {name}" for name, count in shown.items() if count]
-    if (over := progress.over_budget) is not None and over.renews_at is not None:
-        parts.append(f"waiting for the budget {over.budget} until {over.renews_at:%m-%d %H:%M} UTC")
-    elif progress.left and progress.paused:
-        parts.append(f"paused for {progress.paused:.0f} s")
-    elif progress.held:
-        parts.append(f"next start in {progress.held:.0f} s")
-    if progress.doubt:
-        parts.append(f"{progress.doubt} in doubt")
-    parts.append(money(counts.cost) if counts.cost_final else f"{money(counts.cost)} so far")
-    if files is not None:
-        parts.append(counted(files, "file"))
-    for part in parts:
-        if len(text) + 2 + len(part) <= width:
-            text += f", {part}"
-    return text
 
 
 def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> bool:
@@ -280,7 +355,7 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         if count
     ]
     note(
-        f"Batch {outcome.batch.batch_id}: {', '.join(parts)}, {cost_text(counts)}, "
+        f"Batch {outcome.batch.batch_id}: {', '.join(parts)}, {_cost_text(counts)}, "
         f"{duration(seconds)}."
     )
     return bool(bad) or outcome.stopped is not None
@@ -332,3 +407,11 @@ def report_next_steps(
         note("Next:")
     for step in steps:
         note(f"  {step}")
+
+
+def _cost_text(counts: "BatchCounts") -> str:
+    """The cost of a batch: a lower bound and the quotes while bills may still change."""
+    if counts.cost_final:
+        return money(counts.cost)
+    quotes = f" ({money(counts.quoted)} quoted, not billed yet)" if counts.quoted else ""
+    return f"at least {money(counts.cost)}{quotes}"

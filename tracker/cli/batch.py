@@ -5,15 +5,17 @@ import sys
 import time
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.batches.batches import OUTPUT, RESULTS, Results, check_output, print_batch
-from tracker.cli.batches.report import (
-    BatchScreen,
-    confirmed,
+from tracker.cli.batches import (
+    OUTPUT,
+    RESULTS,
+    Results,
+    check_output,
     intention,
+    print_batch,
     print_plan,
     report_next_steps,
     report_outcome,
@@ -34,18 +36,25 @@ from tracker.cli.options import (
     parsed_tags,
     repeatable,
 )
-from tracker.cli.output import note, print_json, screen
+from tracker.cli.output import BAR_WIDTH, Screen, note, print_json, screen
 from tracker.cli.setup import flora_deadline, run_once
 from tracker.core.budget import check_tag_key
 from tracker.core.errors import TrackerError
-from tracker.core.formatting import parse_usd
+from tracker.core.formatting import counted, money, parse_usd
 from tracker.starting.sheets.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:
+    from tracker.delivering.files import FileKey
+    from tracker.delivering.saving import DownloadResult
     from tracker.services import Services
-    from tracker.starting.batches.batches import BatchOutcome
+    from tracker.starting.batches.batches import BatchOutcome, BatchProgress
     from tracker.starting.batches.rows import BatchPlan
     from tracker.starting.sheets.columns import ColumnMapping
+
+_STATUS_SECONDS: Final = 5.0
+_WIDTH: Final = 79
+_NAME: Final = 16
+"""Characters of a sheet's name beside its bar."""
 
 
 def batch(
@@ -193,7 +202,7 @@ def batch(
         if dry_run:
             return plan, skipped, None
         note(intention(plan))
-        if not (yes or await confirmed(plan)):
+        if not (yes or await _confirmed(plan)):
             raise TrackerError("nothing was started")
         try:
             return plan, skipped, await launch(services, plan)
@@ -285,3 +294,108 @@ def _read(
         )
     except LookupError as error:
         raise typer.BadParameter(f"{encoding!r} is not known", param_hint="--encoding") from error
+
+
+async def _confirmed(plan: "BatchPlan") -> bool:
+    """Ask on the terminal whether to start the rows; without a terminal, yes.
+
+    Anything but y or yes is no. The wait for the answer can be interrupted.
+    """
+    if not plan.missing or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    price = "price unknown" if plan.cost is None else f"up to {money(plan.cost)}"
+    typer.echo(f"Start {counted(len(plan.missing), 'run')}, {price}? [y/N] ", err=True, nl=False)
+    answered = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(sys.stdin.fileno(), answered.set)
+    try:
+        await answered.wait()
+    except asyncio.CancelledError:
+        typer.echo(err=True)
+        note("tracker: interrupted; nothing was started")
+        raise
+    finally:
+        loop.remove_reader(sys.stdin.fileno())
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+class BatchScreen:
+    """The progress of a batch: one bar on a terminal; elsewhere a line now and then.
+
+    `begun` is set when the batch is stored; `waits` is whether the command waits for its runs.
+    """
+
+    def __init__(
+        self, screen: Screen, name: str, *, downloads: bool = False, waits: bool = True
+    ) -> None:
+        self._screen = screen
+        self._waits = waits
+        self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+        self._phase: tuple[bool, bool] | None = None
+        self._said_doubt = False
+        self._progress: BatchProgress | None = None
+        self._files: set[FileKey] | None = set() if downloads else None
+        self.begun = asyncio.Event()
+
+    def show_file(self, result: "DownloadResult") -> None:
+        """Count a file that is there."""
+        if self._files is not None and result.entry is not None:
+            self._files.add(result.job.key)
+            if self._progress is not None and self._screen.has_bars:
+                self.show(self._progress)
+
+    def show(self, progress: "BatchProgress") -> None:
+        self.begun.set()
+        self._progress = progress
+        files = None if self._files is None else len(self._files)
+        counts = progress.counts
+        only_doubt = progress.doubt and not (progress.left or counts.active)
+        if only_doubt and self._waits and not self._said_doubt:
+            self._said_doubt = True
+            self._screen.notice(
+                f"waiting for {counted(progress.doubt, 'start')} in doubt: see `tracker starts "
+                "list`. If you interrupt the command, a running worker resolves them"
+            )
+        if self._screen.has_bars:
+            text = progress_text(progress, files, width=_WIDTH - _NAME - BAR_WIDTH - 2)
+            done, total = counts.ended, counts.rows
+            self._screen.bar(self._name, done=done, total=total, text=lambda _: [text])
+            return
+        phase = (progress.left == 0, counts.active == 0)
+        text = progress_text(progress, files)
+        self._screen.status(text, seconds=_STATUS_SECONDS, now=phase != self._phase)
+        self._phase = phase
+
+
+def progress_text(
+    progress: "BatchProgress", files: int | None = None, *, width: int = _WIDTH
+) -> str:
+    """The progress of a batch in at most `width` characters; what does not fit is left out, the
+    least important first."""
+    counts = progress.counts
+    if progress.left:
+        text = f"{counts.started} of {counts.rows} started"
+    else:
+        text = f"{counts.completed} of {counts.rows} completed"
+    shown = {
+        "running": counts.active,
+        "failed": counts.failed,
+        "lost": counts.lost,
+        "not startable": progress.errors,
+    }
+    parts = [f"{count} {name}" for name, count in shown.items() if count]
+    if (over := progress.over_budget) is not None and over.renews_at is not None:
+        parts.append(f"waiting for the budget {over.budget} until {over.renews_at:%m-%d %H:%M} UTC")
+    elif progress.left and progress.paused:
+        parts.append(f"paused for {progress.paused:.0f} s")
+    elif progress.held:
+        parts.append(f"next start in {progress.held:.0f} s")
+    if progress.doubt:
+        parts.append(f"{progress.doubt} in doubt")
+    parts.append(money(counts.cost) if counts.cost_final else f"{money(counts.cost)} so far")
+    if files is not None:
+        parts.append(counted(files, "file"))
+    for part in parts:
+        if len(text) + 2 + len(part) <= width:
+            text += f", {part}"
+    return text

@@ -1,1 +1,0 @@
-"""Batches: a run for each row of a file, and the results."""
