@@ -4,7 +4,7 @@
     options.py     how options and arguments are declared, and those that commands share
     setup.py       settings, log and services of a command
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
-    serve.py       serve, worker                simulation.py  serve --simulate
+    serve.py       serve, worker
     reconcile.py   reconcile, poll, verify      simulate.py    simulate; demo.py, demo
     techniques.py  techniques sync|list|show    spending.py    spending
     database.py    db upgrade|current|copy|recount|prune

@@ -1,24 +1,47 @@
-"""`tracker serve` and `tracker worker`: the long-running processes."""
+"""`tracker serve`, with a local FLORA where it is simulated, and `tracker worker`."""
 
 import ctypes
+import os
+import shlex
+import shutil
 import signal
-from contextlib import asynccontextmanager, suppress
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import typer
 
 from tracker.cli.options import flag, option
 from tracker.cli.setup import configure_service
+from tracker.core.errors import SettingsError
+from tracker.core.net import is_loopback, is_loopback_url
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tracker.services import Services
-    from tracker.settings import Rotation
+    from tracker.settings import Rotation, Settings
+    from tracker.simulator import Simulator
 
 _M_ARENA_MAX: Final = -8
 """glibc's option for the number of heaps."""
+_HINTS: Final = """\
+A local FLORA runs beside the tracker: no key is needed, and nothing is paid.
+
+Dashboard: {dashboard}
+Database:  {database}
+
+In another terminal:
+
+{exports}
+
+{program} runs start cctv-cam --input face=https://example.com/face.png --wait
+printf 'prompt\\ngarden tools\\nkitchen\\n' > prompts.csv
+{program} batch icon-pack prompts.csv
+
+Ctrl-C ends both.
+"""
 
 
 def serve(
@@ -71,10 +94,8 @@ def serve(
         listeners = [server.Listener(host=host, port=port, build=app.build_app)]
     worker = None if no_worker else Worker
     if simulate:
-        from tracker.cli.simulation import simulation
-
         dashboard, callbacks = (host, port), (callbacks_host or host, callbacks_port or port)
-        with simulation(rotation.settings, dashboard, callbacks) as (settings, services):
+        with _simulation(rotation.settings, dashboard, callbacks) as (settings, services):
             return server.serve(settings, services, *listeners, worker=worker)
     return server.serve(rotation.settings, partial(_opened, rotation), *listeners, worker=worker)
 
@@ -136,3 +157,95 @@ async def _opened(rotation: "Rotation") -> "AsyncIterator[Services]":
     with only_service(rotation.settings.tracker_database_url), rotation.reloaded_on_hangup():
         async with rotation.watched(), open_services(rotation, background=True) as services:
             yield services
+
+
+@contextmanager
+def _simulation(
+    settings: "Settings", dashboard: tuple[str, int], callbacks: tuple[str, int]
+) -> "Iterator[tuple[Settings, Callable[[], AbstractAsyncContextManager[Services]]]]":
+    """The settings to serve with, and what opens the services with their local FLORA.
+
+    The database is a temporary file, unless the settings name one. `dashboard` and `callbacks` are
+    hosts and ports. Raises `SettingsError` where a key of the real FLORA is set.
+    """
+    from tempfile import TemporaryDirectory
+
+    from tracker.settings import read_settings
+    from tracker.store.url import DatabaseUrl
+
+    _check_apart(settings)
+    with TemporaryDirectory(prefix="tracker-simulate-") as folder:
+        changes = {"tracker_public_url": _url(*callbacks)}
+        if is_temporary := "TRACKER_DATABASE_URL" not in read_settings().sources:
+            changes["tracker_database_url"] = f"sqlite:///{folder}/tracker.db"
+        settings = settings.model_copy(update=changes)
+        database = DatabaseUrl.parse(settings.tracker_database_url)
+
+        def print_hints(simulator: "Simulator") -> None:
+            environment = simulator.environment | {"TRACKER_PUBLIC_URL": _url(*callbacks)}
+            if database.path:
+                environment["TRACKER_DATABASE_URL"] = f"sqlite:///{Path(database.path).absolute()}"
+            exports = [f"export {name}={shlex.quote(v)}" for name, v in environment.items()]
+            if not database.path:  # whose password is not shown
+                exports.append("# and TRACKER_DATABASE_URL as in this terminal")
+            hints = _HINTS.format(
+                dashboard=_url(*dashboard),
+                database=f"{database}{', removed at the end' if is_temporary else ''}",
+                exports="\n".join(exports),
+                program=_program(),
+            )
+            typer.echo(hints)
+
+        yield settings, lambda: _open_simulated(settings, print_hints)
+
+
+def _check_apart(settings: "Settings") -> None:
+    """Raise `SettingsError` where a key of the real FLORA is set.
+
+    Its runs and those of the local FLORA must not get into one database.
+    """
+    real = any(one.api_key for one in settings.all_workspaces)
+    if settings.workspaces or (real and not is_loopback_url(settings.flora_base_url)):
+        raise SettingsError(
+            f"an API key is set for {settings.flora_base_url}, and --simulate would mix its runs "
+            "with those of the local FLORA: unset FLORA_API_KEY and TRACKER_CONFIG for it"
+        )
+
+
+@asynccontextmanager
+async def _open_simulated(
+    settings: "Settings", on_ready: "Callable[[Simulator], None]"
+) -> "AsyncIterator[Services]":
+    """A local FLORA, whose runs take some seconds and seldom fail, and the services that use it.
+
+    `on_ready` is called once both are open.
+    """
+    from tracker.services import open_services
+    from tracker.settings import load_settings
+    from tracker.simulator import Options, running
+
+    async with running(Options(seed=1, run_seconds=5, failures=0.1)) as simulator:
+        local = load_settings(simulator.environment)
+        names = map(str.lower, simulator.environment)
+        own = settings.model_copy(update={name: getattr(local, name) for name in names})
+        async with open_services(own, background=True) as services:
+            on_ready(simulator)
+            yield services
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches what is bound to `host`."""
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # noqa: S104 - not to bind it
+    if not is_loopback(host):
+        raise typer.BadParameter("--simulate serves this machine: use 127.0.0.1")
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _program() -> str:
+    """How another terminal calls this program."""
+    called = Path(sys.argv[0])
+    if called.name != "tracker":
+        return f"{shlex.quote(sys.executable)} -m tracker"
+    found = shutil.which("tracker")
+    on_path = found is not None and os.path.realpath(found) == os.path.realpath(called)
+    return "tracker" if on_path else shlex.quote(str(called.absolute()))
