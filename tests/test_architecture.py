@@ -128,7 +128,7 @@ def test_no_http_client_keeps_cookies() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "httpx.AsyncClient"
     }
     assert len(made) >= 6
-    assert {path for path, keeps_none in made if not keeps_none} == {"tracker/cli/demo.py"}
+    assert {path for path, keeps_none in made if not keeps_none} == {"tracker/cli/simulate.py"}
 
 
 def _imported(path: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.forked import run_python
-from tracker.cli.demo import compare_runs
+from tracker.cli.simulate import compare_runs
 
 RECORD: dict[str, Any] = {
     "run_id": "run_1",

@@ -15,7 +15,7 @@ from tracker.store import migrate as revisions
 FOR_HELP = """aiosqlite alembic apscheduler asyncpg httpx importlib.metadata jinja2 mako
     opentelemetry orjson prometheus_client pydantic rich sqlalchemy starlette uvicorn uvloop"""
 FOR_A_SHORT_COMMAND = """alembic apscheduler asyncpg httpx jinja2 mako opentelemetry
-    prometheus_client pygments starlette.routing tracker.cli.demo tracker.operations.doctor
+    prometheus_client pygments starlette.routing tracker.operations.doctor
     tracker.operations.metrics tracker.services tracker.simulator tracker.web uvicorn uvloop"""
 
 

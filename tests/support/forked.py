@@ -27,7 +27,7 @@ from tracker import worker  # noqa: F401
 
 # What the commands import when they run, and what libraries import when they are first used:
 # loaded once, before any is forked.
-from tracker.cli import demo, main, output  # noqa: F401
+from tracker.cli import main, output
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
 from tracker.store.writing import statements_postgres, statements_sqlite  # noqa: F401
@@ -44,8 +44,11 @@ for _module in (
     "openpyxl.reader.excel",
     "openpyxl.writer.excel",
     "stringprep",
+    "tracker.cli.app",
+    "tracker.services",
     "tracker.store.copy",
     "tracker.sync",
+    "tracker.web.http.server",
     "typer._click._textwrap",
     "uvicorn.lifespan.on",
     "uvicorn.loops.uvloop",

@@ -5,7 +5,7 @@
     setup.py       settings, log and services of a command
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
     serve.py       serve, worker
-    reconcile.py   reconcile, poll, verify      simulate.py    simulate; demo.py, demo
+    reconcile.py   reconcile, poll, verify      simulate.py    simulate, demo
     techniques.py  techniques sync|list|show    spending.py    spending
     database.py    db upgrade|current|copy|recount|prune
     doctor.py      doctor                       audit.py       audit list

@@ -17,7 +17,6 @@ import typer
 from tracker.cli.options import flag, option
 from tracker.cli.setup import configure_service
 from tracker.core.errors import SettingsError
-from tracker.core.net import is_loopback, is_loopback_url
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -204,6 +203,8 @@ def _check_apart(settings: "Settings") -> None:
 
     Its runs and those of the local FLORA must not get into one database.
     """
+    from tracker.core.net import is_loopback_url
+
     real = any(one.api_key for one in settings.all_workspaces)
     if settings.workspaces or (real and not is_loopback_url(settings.flora_base_url)):
         raise SettingsError(
@@ -235,6 +236,8 @@ async def _open_simulated(
 
 def _url(host: str, port: int) -> str:
     """Where this machine reaches what is bound to `host`."""
+    from tracker.core.net import is_loopback
+
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # noqa: S104 - not to bind it
     if not is_loopback(host):
         raise typer.BadParameter("--simulate serves this machine: use 127.0.0.1")
