@@ -50,14 +50,14 @@ COMMITS: Final = (
     *("batches.keep", "batches.finish"),
     *("batches.claim_due", "batches.renew_launch", "batches.end_launch"),
     *("batches.release_launch", "batches.finish_ended"),
-    *("outbox.fan_out", "endpoints.configure", "messages.record_and_claim"),
+    *("endpoints.fan_out", "endpoints.configure", "messages.record_and_claim"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
     *("claims.release", "claims.check_writes"),
     "sweeps.forget_after",
-    "statements.quarantine",
+    "deliveries.quarantine",
     "replay.requeue",
     "replay.acknowledge",
     "statements.forget_run",
@@ -229,9 +229,9 @@ def names_of(work: Callable[[Any], Any]) -> set[str]:
     module = function.__module__.rpartition(".")[2]
     if module == "writer":
         return {f"writer: {_kind(entry)}" for entry in work.args[0]}
-    if module == "statements_sqlite":
-        return {"inbox: store"}
     name = function.__qualname__.partition(".")[0].lstrip("_")
+    if (module, name) == ("deliveries", "store"):
+        return {"inbox: store"}
     return {f"{module}.{re.sub('_(sqlite|postgres)$', '', name)}"}
 
 

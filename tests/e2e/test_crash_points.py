@@ -28,7 +28,7 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     ("serve", Point(when="after", name="claims.claim_due")),
     ("worker", Point(when="before", name="sweeps.add")),
     # Events without messages, and messages that were sent and are not known to be.
-    ("serve", Point(when="after", name="outbox.fan_out")),
+    ("serve", Point(when="after", name="endpoints.fan_out")),
     ("worker", Point(when="before", name="messages.record_and_claim")),
     ("serve", Point(when="after", name="POST /hook")),
     # A batch that is on disk and whose client was told nothing; one whose launch is not noted.

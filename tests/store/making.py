@@ -22,7 +22,6 @@ from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries.runs import events
 from tracker.store.schema import deliveries
-from tracker.store.writing.statements import statements_for
 from tracker.store.writing.writer import MergeRules, Writer, WriteResult
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -199,7 +198,7 @@ def open_inbox(db: Database, **options: Any) -> Inbox:
 
 async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> int:
     """Apply all deliveries that wait; how many that were."""
-    statements, count = statements_for(db), 0
+    count = 0
     while True:
         done = await db.write(
             lambda connection: apply_waiting(
@@ -209,7 +208,7 @@ async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> in
                 taken=[],
                 clock=lambda: at,
                 rules=RULES,
-                statements=statements,
+                origin=db.origin,
             )
         )
         if not done.taken:

@@ -12,26 +12,22 @@ from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
-from tracker.store.writing.statements import BatchChanges
-from tracker.store.writing.statements_postgres import PostgresStatements
-from tracker.store.writing.writer import MergeRules, write_batch
+from tracker.store.writing.writer import MergeRules, WriteBatch, WriteOutcome
 
 WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
 
 
-class Halting(PostgresStatements):
+class Halting(WriteBatch):
     """Stands still between locking what is known and writing what is new."""
 
-    def __init__(self) -> None:
-        super().__init__("origin")
-        self.locked = asyncio.Event()
-        self.go_on = asyncio.Event()
+    locked: asyncio.Event
+    go_on: asyncio.Event
 
-    def write(self, connection: Connection, changes: BatchChanges) -> None:
+    def write(self) -> WriteOutcome:
         """As ever, but when it is told to."""
         self.locked.set()
         await_only(self.go_on.wait())
-        super().write(connection, changes)
+        return super().write()
 
 
 @pytest.mark.usefixtures("patient")
@@ -53,15 +49,18 @@ async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url
         for engine in (*one.engines, *other.engines, *third.engines):
             event.listen(engine, "handle_error", note)
         await writer.submit(seen("run_2"))
-        halting = Halting()
+        Halting.locked, Halting.go_on = asyncio.Event(), asyncio.Event()
         entries = [seen("run_1", RunStatus.COMPLETED), seen("run_2", RunStatus.COMPLETED)]
         rules = MergeRules(POLICY, lambda _: None)
-        first = asyncio.create_task(
-            one.write(
-                lambda connection: write_batch(entries, connection, rules=rules, statements=halting)
-            )
-        )
-        await halting.locked.wait()
+
+        def write(connection: Connection) -> WriteOutcome:
+            batch = Halting(connection, {entry.run_id for entry in entries}, rules, "origin")
+            for entry in entries:
+                batch.add(entry)
+            return batch.write()
+
+        first = asyncio.create_task(one.write(write))
+        await Halting.locked.wait()
         await writer.submit(callback("run_1"))
         last = asyncio.create_task(third_writer.submit_all([seen("run_1"), callback("run_2")]))
 
@@ -70,7 +69,7 @@ async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url
                 return bool((await connection.execute(WAITING)).scalar())
 
         await eventually(waits)
-        halting.go_on.set()
+        Halting.go_on.set()
         await asyncio.gather(first, last)
         for run_id in ("run_1", "run_2"):
             record = await get_run(other, run_id)

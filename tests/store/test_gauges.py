@@ -18,8 +18,8 @@ from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries.attention import counts, read_gauges
+from tracker.store.queries.deliveries import acknowledge
 from tracker.store.queries.starts import StartState
-from tracker.store.writing.statements import acknowledge
 
 WS = {"workspace_id": "ws_1"}
 ENDED = {**WS, "completed_at": NOW, "charged_cost": Decimal("0.25"), "outputs": ()}

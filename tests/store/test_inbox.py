@@ -41,10 +41,9 @@ from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_wait
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
-from tracker.store.queries.deliveries import get_delivery
+from tracker.store.queries.deliveries import MAX_LARGE, SMALL_BODY, get_delivery, requeue
 from tracker.store.schema import deliveries, run_events, runs
 from tracker.store.url import DatabaseTimes
-from tracker.store.writing.statements import MAX_LARGE, SMALL_BODY, requeue, statements_for
 from tracker.store.writing.writer import WriteOutcome
 from tracker.workspaces import Workspace, Workspaces
 
@@ -373,7 +372,6 @@ async def test_only_its_own_workspace_may_end_a_run(
         return lambda one: parsed(one)._replace(signers=signers)
 
     async def apply(signers: set[str]) -> Sequence[tuple[str, str]]:
-        statements = statements_for(db)
         done = await db.write(
             lambda connection: apply_waiting(
                 connection,
@@ -382,7 +380,7 @@ async def test_only_its_own_workspace_may_end_a_run(
                 taken=[],
                 clock=lambda: NOW,
                 rules=RULES,
-                statements=statements,
+                origin=db.origin,
             )
         )
         return done.quarantined

@@ -27,7 +27,13 @@ from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
 from tracker.store.queries import batches, sheet_rows, spending, starts
 from tracker.store.queries import runs as read
-from tracker.store.queries.deliveries import causes, list_deliveries
+from tracker.store.queries.deliveries import (
+    SELECT_WAITING,
+    STORE,
+    UPDATE_APPLIED,
+    causes,
+    list_deliveries,
+)
 from tracker.store.queries.endpoints import delays, list_attempts, list_messages
 from tracker.store.queries.search import SearchFilters, search_runs
 from tracker.store.queries.sheet_rows import RowOutcome
@@ -39,8 +45,7 @@ from tracker.store.writing.messages import (
     next_due_at,
     record_and_claim,
 )
-from tracker.store.writing.statements import LOCK_RUNS, SELECT_WAITING, UPDATE_APPLIED
-from tracker.store.writing.statements_postgres import STORE, WRITE
+from tracker.store.writing.statements import LOCK_RUNS, postgres_statements
 
 SENDING = Sending(endpoint_id="point_1", holder="h", lease=timedelta(seconds=25))
 RUNS = 6_000
@@ -464,7 +469,11 @@ def _text(statement: Any) -> str:
         (_text(LOCK_RUNS), "ARRAY['a', 'b']", "pk_runs"),
         (_text(SELECT_WAITING), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
         (_text(UPDATE_APPLIED), "now(), ARRAY['a']", "pk_deliveries"),
-        (_text(WRITE), "'[]', '[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
+        (
+            _text(postgres_statements().write),
+            "'[]', '[]', '[]', '[]', ARRAY['a'], '[]', '[]'",
+            "pk_runs",
+        ),
         (STORE, "'[]', '{}'", "pk_deliveries"),
     ],
     ids=["lock", "take", "applied", "write", "store"],

@@ -37,7 +37,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries import sweeps as coverage
-from tracker.store.queries.deliveries import get_delivery
+from tracker.store.queries.deliveries import get_delivery, requeue
 from tracker.store.queries.starts import StartState
 from tracker.store.queries.sweeps import Interval
 from tracker.store.schema import (
@@ -56,7 +56,6 @@ from tracker.store.schema import (
 from tracker.store.schema import starts as start_table
 from tracker.store.writing import retention, rollups
 from tracker.store.writing.retention import ListedRun
-from tracker.store.writing.statements import requeue
 
 DAY = timedelta(days=1)
 AGES = Ages(runs=90 * DAY, bodies=30 * DAY)

@@ -8,11 +8,11 @@ from tracker.store.engine import Database
 from tracker.store.queries.deliveries import (
     CAUSE_LENGTH,
     Cause,
+    acknowledge,
     causes,
     list_deliveries,
     unseen_deliveries,
 )
-from tracker.store.writing.statements import acknowledge
 
 MINUTE = timedelta(minutes=1)
 

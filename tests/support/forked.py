@@ -30,7 +30,6 @@ from tracker import worker  # noqa: F401
 from tracker.cli import main, output
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
-from tracker.store.writing import statements_postgres, statements_sqlite  # noqa: F401
 from tracker.web import app  # noqa: F401
 
 for _module in (

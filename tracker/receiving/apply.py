@@ -33,10 +33,10 @@ from tracker.flora import parse
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.queries import starts
+from tracker.store.queries.deliveries import finish, quarantine, take_waiting
 from tracker.store.queries.starts import StartRow, StartState
 from tracker.store.signals import INBOX
 from tracker.store.writing.group_commit import OnWrite, call_hook, reported
-from tracker.store.writing.statements import Statements, quarantine, statements_for
 from tracker.store.writing.writer import MergeRules, OnCommit, WriteBatch, WriteOutcome
 from tracker.workspaces import Workspaces
 
@@ -155,14 +155,14 @@ def apply_waiting(
     taken: list[str],
     clock: Clock,
     rules: MergeRules,
-    statements: Statements,
+    origin: str,
 ) -> ApplyResult:
     """Apply the oldest waiting deliveries, `limit` at most, without those `held_up`.
 
     Nothing is committed here. `taken` receives their ids before anything can fail, so that the
     caller can find the one that cannot be applied.
     """
-    deliveries, found = statements.take_waiting(connection, limit, held_up)
+    deliveries, found = take_waiting(connection, limit, held_up)
     taken[:] = [delivery.delivery_id for delivery in deliveries]
     more = found == limit or len(taken) < found
     if not deliveries:
@@ -171,7 +171,7 @@ def apply_waiting(
     tokens = {one.callback_token for one in deliveries if one.callback_token is not None}
     starts_by_token = starts.of_tokens(connection, sorted(tokens)) if tokens else {}
     run_ids = {one.observation.run_id for one in parsed if one.observation is not None}
-    batch = WriteBatch(connection, run_ids, rules, statements)
+    batch = WriteBatch(connection, run_ids, rules, origin)
     applied: list[str] = []
     quarantined: list[tuple[str, str]] = []
     for delivery, one in zip(deliveries, parsed, strict=True):
@@ -195,7 +195,7 @@ def apply_waiting(
         else:
             quarantined.append((delivery.delivery_id, reason))
     outcome = batch.write()
-    statements.finish(connection, applied, quarantined, clock())
+    finish(connection, applied, quarantined, clock())
     return ApplyResult(len(taken), more, quarantined, outcome)
 
 
@@ -228,7 +228,6 @@ class Applier:
 
     def __post_init__(self, workspaces: Workspaces) -> None:
         self._parse = partial(parse_stored, workspaces)
-        self._statements = statements_for(self.database)
         self._woken = asyncio.Event()
         self._queue_lengths: deque[int] = deque(maxlen=SAMPLES)
         """How many callbacks waited at each commit of the inbox, since the last pause."""
@@ -347,7 +346,7 @@ class Applier:
                             taken=taken,
                             clock=self.clock,
                             rules=self.rules,
-                            statements=self._statements,
+                            origin=self.database.origin,
                         )
                     )
             except Exception as error:

@@ -19,8 +19,8 @@ from tracker.core.run import fast_dataclass, known
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
 from tracker.store.engine import Database
+from tracker.store.queries.deliveries import Receipt, store_deliveries
 from tracker.store.writing.group_commit import GroupCommit
-from tracker.store.writing.statements import Receipt, statements_for
 from tracker.workspaces import Workspaces
 
 Positions = list[tuple[int, Delivery]]
@@ -57,7 +57,6 @@ class Inbox(GroupCommit[Delivery, Stored]):
     ) -> None:
         super().__init__(self._store, name="inbox", size=lambda one: len(one.body), **options)
         self._db = db
-        self._statements = statements_for(db)
         self._on_stored = on_stored
 
     async def _store(self, group: list[Delivery]) -> list[Stored]:
@@ -66,7 +65,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
         while left:
             receipts, left = _by_id(left)
             rows = [receipts[key] for key in sorted(receipts)]
-            before = await self._statements.store(self._db, rows)
+            before = await store_deliveries(self._db, rows)
             for key, receipt in receipts.items():
                 outcome: DeliveryOutcome | str = DeliveryOutcome.WAITING
                 if repeated := key in before:

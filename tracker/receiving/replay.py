@@ -19,11 +19,11 @@ from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.flora import parse
 from tracker.receiving.apply import Applier, parse_stored
-from tracker.store.queries import audit
+from tracker.store.queries import audit, deliveries
 from tracker.store.queries.audit import Action
 from tracker.store.queries.deliveries import DeliveryRow, get_delivery
 from tracker.store.queries.runs import get_run
-from tracker.store.writing import retention, statements
+from tracker.store.writing import retention
 from tracker.store.writing.retention import AROUND, ListedRun
 from tracker.workspaces import Service
 
@@ -143,14 +143,14 @@ class Replayer(Service):
 def _acknowledge(
     delivery_ids: Sequence[str], entry: Mapping[str, Any], connection: Connection
 ) -> list[str]:
-    marked = statements.acknowledge(connection, delivery_ids, entry["at"])
+    marked = deliveries.acknowledge(connection, delivery_ids, entry["at"])
     for delivery_id in marked:
         audit.note(connection, {**entry, "detail": {"delivery_id": delivery_id}})
     return marked
 
 
 def _requeue(delivery: Delivery, entry: Mapping[str, Any], connection: Connection) -> bool:
-    if not statements.requeue(connection, delivery):
+    if not deliveries.requeue(connection, delivery):
         return False
     audit.note(connection, entry)
     return True

@@ -1,20 +1,39 @@
-"""The statements that write runs and deliveries, as far as both databases share them.
+"""The statements of a write batch: on SQLite one for each table, on PostgreSQL one for nearly all.
 
-A write batch and a group of deliveries take a fixed number of statements, however large they are.
+Their number hardly depends on that of the rows.
+
+SQLite's single writer locks the whole file while it runs. So the text of each statement is made
+once, and the driver gets rows in SQLite's own form, many at a time.
+
+To PostgreSQL the rows travel as one JSON text, which `json_to_recordset` turns into rows again. So
+each connection plans a statement once, and one text takes this process a third of the time of an
+array for each column. Rows come sorted by key, so that two processes never deadlock.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Final
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import cache, lru_cache
+from itertools import chain
+from typing import Any, Final, NamedTuple
 
+import orjson
 from sqlalchemy import (
+    JSON,
+    Column,
     Connection,
+    Insert,
     Integer,
+    Select,
+    Table,
+    Text,
+    TypeDecorator,
     Update,
     bindparam,
     case,
+    cast,
+    column,
     delete,
     exists,
     func,
@@ -23,22 +42,32 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.selectable import TableValuedAlias
 
 from tracker.core.observation import Source
-from tracker.core.record import Delivery, Record
+from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
 from tracker.store.engine import Database
+from tracker.store.errors import WriteConflict
 from tracker.store.queries import audit
-from tracker.store.queries.deliveries import IS_UNSEEN
-from tracker.store.rows import RUN_COLUMNS, records
-from tracker.store.schema import deliveries, is_any_of, run_events, run_outputs, runs, starts, word
-from tracker.store.writing import retention, rollups
+from tracker.store.rows import RUN_COLUMNS, records, run_row
+from tracker.store.schema import (
+    Money,
+    UtcDateTime,
+    is_any_of,
+    outbox,
+    run_events,
+    run_outputs,
+    run_tally_changes,
+    runs,
+    starts,
+)
+from tracker.store.signals import DUE, OUTBOX, run_notices
+from tracker.store.sqlite import driver_execute
+from tracker.store.text import dump_json
+from tracker.store.writing import rollups
 
-EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
-OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
-OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
-ROLLUP_COLUMNS: Final = (*RollupKey._fields, "runs", "amount")
-STARTED_COLUMNS: Final = ("workspace", "key", "run", "shown", "others")
 Rows = list[tuple[Any, ...]]
 
 
@@ -69,149 +98,71 @@ class BatchChanges:
     """Runs whose workspace was corrected."""
 
 
-@dataclass(slots=True)
-class Receipt:
-    """A delivery, with the positions at which a group of deliveries holds it."""
-
-    delivery: Delivery
-    last_received_at: datetime
-    positions: list[int]
-
-
-DELIVERY_COLUMNS: Final = (
-    *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
-    *("received_at", "last_received_at", "receipts", "callback_token", "outcome"),
-)
-"""The columns of a new delivery beside its body."""
+def write_changes(connection: Connection, changes: BatchChanges, origin: str) -> None:
+    """Write all changes. On PostgreSQL, `origin` marks the notices of this process, and
+    `WriteConflict` is raised if another process has added a new run."""
+    if connection.dialect.name == "sqlite":
+        _write_sqlite(connection, changes)
+    else:
+        _write_postgres(connection, changes, origin)
 
 
-def new_delivery(receipt: Receipt) -> dict[str, Any]:
-    """The values of `DELIVERY_COLUMNS`, in their order."""
-    one = receipt.delivery
-    return {
-        "delivery_id": one.delivery_id,
-        "run_id": one.run_id,
-        "event_type": one.event_type,
-        "api_version": one.api_version,
-        "workspace_id": one.workspace_id,
-        "created_at": one.created_at,
-        "received_at": one.received_at,
-        "last_received_at": receipt.last_received_at,
-        "receipts": len(receipt.positions),
-        "callback_token": one.callback_token,
-        "outcome": "waiting",
-    }
-
-
-class Statements(ABC):
-    """The statements, of which two depend on the kind of database."""
-
-    def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
-        """The records of those of the runs that exist, locked until the commit."""
-        rows = connection.execute(LOCK_RUNS, {"run_ids": run_ids}).all()
-        return {record.run.run_id: record for record in records(connection, rows)}
-
-    @abstractmethod
-    def write(self, connection: Connection, changes: BatchChanges) -> None:
-        """Write all changes. Raises `WriteConflict` if another process has added a new run."""
-
-    @abstractmethod
-    async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        """Store deliveries, or count their receipts where they are stored already, in one commit.
-
-        They are sorted by id, each id once. Returns the outcome of those that were stored before;
-        `None` for an id under which another body is stored.
-        """
-
-    def take_waiting(
-        self, connection: Connection, limit: int, held_up: Sequence[str]
-    ) -> tuple[list[Delivery], int]:
-        """The oldest waiting deliveries without those `held_up`, locked until the commit.
-
-        Also returns how many rows were found: large ones may be left for the next time. Rows that
-        another process has locked are skipped.
-        """
-        values = {"most": limit, "held_up": held_up}
-        rows = connection.execute(SELECT_WAITING, values).all()
-        large = [row.delivery_id for row in rows if row.body is None][:MAX_LARGE]
-        bodies: dict[str, bytes] = {}
-        if large:
-            whole = select(deliveries.c.delivery_id, deliveries.c.body)
-            found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
-            bodies = dict(found.all())
-        taken = []
-        for key, received_at, run_id, kind, workspace_id, token, small in map(tuple, rows):
-            if (body := bodies.get(key) if small is None else small) is not None:
-                one = Delivery(
-                    delivery_id=key,
-                    received_at=received_at,
-                    body=body,
-                    run_id=run_id,
-                    event_type=kind,
-                    workspace_id=workspace_id,
-                    callback_token=token,
-                )
-                taken.append(one)
-        return taken, len(rows)
-
-    def finish(
-        self,
-        connection: Connection,
-        applied: Sequence[str],
-        quarantined: Sequence[tuple[str, str]],
-        at: datetime,
-    ) -> None:
-        """Mark deliveries as applied at that time, and others as quarantined, with the reason."""
-        if applied:
-            connection.execute(UPDATE_APPLIED, {"delivery_ids": applied, "at": at})
-        if quarantined:
-            quarantine(connection, quarantined)
-
-
-def statements_for(db: Database) -> Statements:
-    """The statements for this database; only its own dialect is loaded."""
-    if db.dialect == "sqlite":
-        from tracker.store.writing.statements_sqlite import SqliteStatements  # noqa: PLC0415
-
-        return SqliteStatements()
-    from tracker.store.writing.statements_postgres import PostgresStatements  # noqa: PLC0415
-
-    return PostgresStatements(db.origin)
-
-
-_APPLIED_COLUMNS: Final = (
-    *("delivery_id", "received_at", "run_id", "event_type", "workspace_id", "callback_token"),
-)
-"""What applying a delivery needs of its row, beside the body."""
-SMALL_BODY: Final = 16 * 1024
-MAX_LARGE: Final = 32
-"""Bytes that nearly every body has at most, and how many larger ones are applied together: at 256
-KiB each, they take at most eight megabytes of memory."""
-_SMALL_BODY: Final = case((func.length(deliveries.c.body) <= SMALL_BODY, deliveries.c.body))
 LOCK_RUNS: Final = (
     select(*RUN_COLUMNS)
     .where(is_any_of(runs.c.run_id, "run_ids"))
     .order_by(runs.c.run_id)
     .with_for_update(key_share=True)
 )
-DELETE_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
-SELECT_WAITING: Final = (
-    select(*(deliveries.c[name] for name in _APPLIED_COLUMNS), _SMALL_BODY.label("body"))
-    .where(deliveries.c.outcome == word("waiting"))
-    .where(~is_any_of(deliveries.c.delivery_id, "held_up"))
-    .order_by(deliveries.c.received_at, deliveries.c.delivery_id)
-    .limit(bindparam("most", type_=Integer))
-    .with_for_update(skip_locked=True)
-)
-UPDATE_APPLIED: Final = (
-    update(deliveries)
-    .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
-    .values(outcome=word("applied"), reason=null(), applied_at=bindparam("at"))
-)
 
 
-def close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
-    """Starts that became runs, with the values of `STARTED_COLUMNS`: each keeps its first run, and
+def lock_runs(connection: Connection, run_ids: Sequence[str]) -> dict[str, Record]:
+    """The records of those of the runs that exist, locked until the commit."""
+    rows = connection.execute(LOCK_RUNS, {"run_ids": run_ids}).all()
+    return {record.run.run_id: record for record in records(connection, rows)}
+
+
+class ShownByFlora(Exception):
+    """FLORA has shown the run, and does not deny it."""
+
+
+async def forget_run(
+    db: Database, run_id: str, *, force: bool, entry: Mapping[str, Any]
+) -> Record | None:
+    """Remove a run with its outputs and timeline, as though it had never been known, and write the
+    audit `entry`; the run as it was.
+
+    Returns `None` for an unknown run. Raises `ShownByFlora`, unless `force`, for a run that FLORA
+    has shown and that is not lost; and `StoreUnavailable`.
+    """
+
+    def work(connection: Connection) -> Record | None:
+        record = lock_runs(connection, [run_id]).get(run_id)
+        if record is None:
+            return None
+        mine = run_events.c.run_id == run_id
+        shown = exists().where(mine, run_events.c.source != Source.TRACK.value)
+        if not (force or record.lost) and connection.execute(select(shown)).scalar():
+            raise ShownByFlora
+        rollups.remove(connection, record)
+        connection.execute(delete(runs).where(runs.c.run_id == run_id))
+        audit.note(connection, entry)
+        return record
+
+    return await db.write(work)
+
+
+# What both databases share.
+
+_EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
+_OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
+_OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
+_ROLLUP_COLUMNS: Final = (*RollupKey._fields, "runs", "amount")
+_STARTED_COLUMNS: Final = ("workspace", "key", "run", "shown", "others")
+_DELETE_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
+
+
+def _close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
+    """Starts that became runs, with the values of `_STARTED_COLUMNS`: each keeps its first run, and
     no longer reserves the runs that appeared."""
     is_started = starts.c.state == "started"
     return (
@@ -233,107 +184,219 @@ def close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) ->
     )
 
 
-_QUARANTINE: Final = (
-    update(deliveries)
-    .where(deliveries.c.delivery_id == bindparam("quarantined"))
-    .where(deliveries.c.outcome == word("waiting"))
-    .values(
-        outcome="quarantined",
-        reason=bindparam("because", type_=deliveries.c.reason.type),
-        acknowledged_at=null(),
-    )
-)
+# SQLite.
+
+_SIZES: Final = (1, 2, 4, *range(8, 64, 8), 64, 96, 128)
+"""How many rows one statement inserts: the next size, filled up with rows that are not inserted."""
 
 
-def quarantine(connection: Connection, reasons: Sequence[tuple[str, str]]) -> None:
-    """Quarantine waiting deliveries, one at least, by id, each with its reason."""
-    rows = [{"quarantined": key, "because": reason} for key, reason in reasons]
-    connection.execute(_QUARANTINE, rows)
+@lru_cache(4096)  # most times of a run are equal
+def _moment(value: datetime) -> str:
+    """As `UtcDateTime` stores it on SQLite."""
+    if value.tzinfo is not UTC:
+        value = value.astimezone(UTC)
+    return value.isoformat(" ", "microseconds")[:-6]  # without its +00:00
 
 
-_PARSED: Final = {
-    name: deliveries.c[name]
-    for name in ("run_id", "event_type", "api_version", "workspace_id", "created_at")
+_FORMS: Final[dict[type, Callable[[Any], Any]]] = {
+    UtcDateTime: _moment,
+    Money: float,
+    JSON: dump_json,
 }
-"""What a newer version, or other settings, may read differently from the same body."""
-_REQUEUE: Final = (
-    update(deliveries)
-    .where(deliveries.c.delivery_id == bindparam("requeued"))
-    .where(deliveries.c.outcome == word("quarantined"))
-    .values(
-        outcome="waiting",
-        reason=null(),
-        **{name: bindparam(f"as_{name}", type_=column.type) for name, column in _PARSED.items()},
-    )
-)
+"""How SQLite stores what it has no type for; the types of `tracker.store.schema` do the same."""
 
 
-def requeue(connection: Connection, delivery: Delivery) -> bool:
-    """Let a quarantined delivery wait again, as it is parsed now; whether it was quarantined."""
-    parsed = {f"as_{name}": getattr(delivery, name) for name in _PARSED}
-    if not connection.execute(_REQUEUE, {"requeued": delivery.delivery_id, **parsed}).rowcount:
-        return False
-    # Once applied, its body is to be removed, though retention may have passed its time already.
-    retention.step_back(connection, "bodies", delivery.received_at)
-    return True
+class RowInsert:
+    """An insert of any number of rows into these columns of a table.
 
-
-def acknowledge(connection: Connection, delivery_ids: Sequence[str], at: datetime) -> list[str]:
-    """Mark quarantined deliveries as seen; returns the ids of those that were not yet."""
-    new = (
-        select(deliveries.c.delivery_id)
-        .where(deliveries.c.delivery_id.in_(delivery_ids))
-        .where(IS_UNSEEN)
-        .order_by(deliveries.c.delivery_id)
-        .with_for_update()
-    )
-    found = list(connection.execute(new).scalars())
-    if found:
-        marked = update(deliveries).where(deliveries.c.delivery_id.in_(found))
-        connection.execute(marked.values(acknowledged_at=at))
-    return found
-
-
-class ShownByFlora(Exception):
-    """FLORA has shown the run, and does not deny it."""
-
-
-async def forget_run(
-    db: Database, run_id: str, *, force: bool, entry: Mapping[str, Any]
-) -> Record | None:
-    """Remove a run with its outputs and timeline, as though it had never been known, and write the
-    audit `entry`; the run as it was.
-
-    Returns `None` for an unknown run. Raises `ShownByFlora`, unless `force`, for a run that FLORA
-    has shown and that is not lost; and `StoreUnavailable`.
+    After each statement the driver asks for Python's lock again, for which it may wait while other
+    threads compute. So rows go many at a time, in statements of a few fixed sizes: the driver keeps
+    each that it has prepared, with the values that it had last.
     """
-    statements = statements_for(db)
 
-    def work(connection: Connection) -> Record | None:
-        record = statements.lock_runs(connection, [run_id]).get(run_id)
-        if record is None:
-            return None
-        mine = run_events.c.run_id == run_id
-        shown = exists().where(mine, run_events.c.source != Source.TRACK.value)
-        if not (force or record.lost) and connection.execute(select(shown)).scalar():
-            raise ShownByFlora
-        rollups.remove(connection, record)
-        connection.execute(delete(runs).where(runs.c.run_id == run_id))
-        audit.note(connection, entry)
-        return record
+    def __init__(self, table: Table, names: Sequence[str], *, on_conflict: str = "") -> None:
+        columns = [table.c[name] for name in names]
+        into = f"INSERT INTO {table.name} ({', '.join(each.name for each in columns)})"
+        row = f"({', '.join('?' * len(columns))})"
+        self._texts = {
+            size: f"{into} SELECT * FROM (VALUES {', '.join([row] * size)}) "  # noqa: S608
+            f"WHERE column1 IS NOT NULL {on_conflict}"
+            for size in _SIZES
+        }
+        self._width = len(columns)
+        self._forms = [
+            (position, form)
+            for position, column in enumerate(columns)
+            if (form := _FORMS.get(type(column.type))) is not None
+        ]
 
-    return await db.write(work)
+    def statements(self, rows: Rows) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Statements in the driver's form, each with its values."""
+        for first in range(0, len(rows), _SIZES[-1]):
+            some = rows[first : first + _SIZES[-1]]
+            size = next(size for size in _SIZES if size >= len(some))
+            values = [*chain.from_iterable(some), *[None] * self._width * (size - len(some))]
+            for position, form in self._forms:
+                for at in range(position, self._width * len(some), self._width):
+                    if values[at] is not None:
+                        values[at] = form(values[at])
+            yield self._texts[size], tuple(values)
+
+    def __call__(self, connection: Connection, rows: Rows) -> None:
+        if rows:
+            execute = driver_execute(connection)
+            for text, values in self.statements(rows):
+                execute(text, values)
 
 
-def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
-    """Let the quarantined deliveries of these runs wait again; whether there were any."""
-    statement = (
-        update(deliveries)
-        .where(deliveries.c.run_id.in_(run_ids), deliveries.c.outcome == word("quarantined"))
-        .values(outcome="waiting", reason=null())
-        .returning(deliveries.c.received_at)
+_ALL_BUT_KEY: Final = (each.name for each in RUN_COLUMNS if not each.primary_key)
+_UPSERT_RUNS: Final = RowInsert(
+    runs,
+    [each.key for each in RUN_COLUMNS],
+    on_conflict="ON CONFLICT (run_id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in _ALL_BUT_KEY),
+)
+_INSERT_EVENTS: Final = RowInsert(run_events, _EVENT_COLUMNS)
+_INSERT_ROLLUPS: Final = RowInsert(run_tally_changes, _ROLLUP_COLUMNS)
+_INSERT_OUTBOX: Final = RowInsert(outbox, _OUTBOX_COLUMNS)
+_INSERT_OUTPUTS: Final = RowInsert(run_outputs, _OUTPUT_COLUMNS)
+_CLOSE_STARTS: Final = _close_starts(*(bindparam(name) for name in _STARTED_COLUMNS))
+
+
+def _write_sqlite(connection: Connection, changes: BatchChanges) -> None:
+    _UPSERT_RUNS(connection, [run_row(record) for record in changes.records])
+    _INSERT_EVENTS(connection, changes.events)
+    _INSERT_ROLLUPS(connection, changes.rollups)
+    _INSERT_OUTBOX(connection, changes.outbox)
+    if changes.replaced_outputs:
+        connection.execute(_DELETE_OUTPUTS, {"run_ids": changes.replaced_outputs})
+    _INSERT_OUTPUTS(connection, changes.outputs)
+    if changes.started:
+        rows = [dict(zip(_STARTED_COLUMNS, row, strict=True)) for row in changes.started]
+        connection.execute(_CLOSE_STARTS, rows)
+
+
+# PostgreSQL.
+
+
+def _incoming(name: str, columns: Sequence[Column[Any]]) -> TableValuedAlias:
+    """The rows that the parameter `name` holds as JSON, in order, with these columns' types."""
+    # The type under ours, because PostgreSQL has to know its name.
+    types = (
+        each.type.impl_instance if isinstance(each.type, TypeDecorator) else each.type
+        for each in columns
     )
-    received = connection.execute(statement).scalars().all()
-    if received:
-        retention.step_back(connection, "bodies", min(received))
-    return bool(received)
+    return (
+        func.json_to_recordset(cast(bindparam(name, type_=Text()), JSON))
+        .table_valued(*(column(each.key, kind) for each, kind in zip(columns, types, strict=True)))
+        .render_derived(name=name, with_types=True)
+    )
+
+
+def _insert_incoming(table: Table, names: Sequence[str], parameter: str) -> Any:
+    rows = _incoming(parameter, [table.c[name] for name in names])
+    return insert(table).from_select(names, select(*(rows.c[name] for name in names)))
+
+
+# Plain strings: SQLAlchemy's names are of a class of their own, which no JSON key may be.
+_RUNS: Final = tuple(f"{each.key}" for each in RUN_COLUMNS)
+_NOTICES: Final = ("channel", "payload")
+
+
+class PostgresStatements(NamedTuple):
+    """The statements of `postgres_statements`."""
+
+    write: Select[int, int]
+    """Writes runs, their events, rollup changes, the outbox and notices; returns how many runs were
+    written.
+
+    It waits for no row: those of `existing` runs are locked. A run that another process has added
+    meanwhile is left alone.
+    """
+    insert_outputs: Insert
+    close_starts: Update
+
+
+@cache
+def postgres_statements() -> PostgresStatements:
+    """The statements, made when they are first needed: it takes a few milliseconds."""
+    after = _incoming("after", RUN_COLUMNS)
+    changed = (
+        update(runs)
+        # The ids once more, because only an array is looked up in the index, however small the
+        # table was when this was planned.
+        .where(runs.c.run_id == after.c.run_id, is_any_of(runs.c.run_id, "existing"))
+        .values({name: after.c[name] for name in _RUNS if name != "run_id"})
+        .returning(runs.c.run_id)
+        .cte("changed")
+    )
+    added = (
+        _insert_incoming(runs, _RUNS, "new")
+        .on_conflict_do_nothing(index_elements=[runs.c.run_id])
+        .returning(runs.c.run_id)
+        .cte("added")
+    )
+    events = _insert_incoming(run_events, _EVENT_COLUMNS, "events").cte("new_events")
+    rollups = _insert_incoming(run_tally_changes, _ROLLUP_COLUMNS, "rollups").cte("new_rollups")
+    sent = _insert_incoming(outbox, _OUTBOX_COLUMNS, "outbox").cte("new_outbox")
+    notice = _incoming("notice", [Column(name, Text()) for name in _NOTICES])
+    notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
+    updates, inserts = (
+        select(func.count()).select_from(part).scalar_subquery() for part in (changed, added)
+    )
+    started: list[Column[Any]] = [
+        *(Column(name, Text()) for name in _STARTED_COLUMNS[:3]),
+        *(Column(name, Integer()) for name in _STARTED_COLUMNS[3:]),
+    ]
+    return PostgresStatements(
+        select(updates + inserts, notified.scalar_subquery()).add_cte(events, rollups, sent),
+        _insert_incoming(run_outputs, _OUTPUT_COLUMNS, "outputs"),
+        _close_starts(*_incoming("started", started).c),
+    )
+
+
+def _write_postgres(connection: Connection, changes: BatchChanges, origin: str) -> None:
+    notices = run_notices(origin, changes.changed_runs)
+    if changes.due:
+        notices.append((DUE, origin))
+    if changes.outbox:
+        notices.append((OUTBOX, origin))
+    existing = set(changes.existing)
+    rows: dict[bool, Rows] = {True: [], False: []}
+    for record in changes.records:
+        rows[record.run.run_id in existing].append(run_row(record))
+    values = {
+        "existing": changes.existing,
+        "after": _to_json(_RUNS, rows[True]),
+        "new": _to_json(_RUNS, rows[False]),
+        "events": _to_json(_EVENT_COLUMNS, changes.events),
+        "rollups": _to_json(_ROLLUP_COLUMNS, changes.rollups),
+        "outbox": _to_json(_OUTBOX_COLUMNS, changes.outbox),
+        "notice": _to_json(_NOTICES, notices),
+    }
+    statements = postgres_statements()
+    if connection.execute(statements.write, values).scalar_one() < len(changes.records):
+        raise WriteConflict
+    if changes.replaced_outputs:
+        connection.execute(_DELETE_OUTPUTS, {"run_ids": changes.replaced_outputs})
+    if changes.outputs:
+        made = _to_json(_OUTPUT_COLUMNS, changes.outputs)
+        connection.execute(statements.insert_outputs, {"outputs": made})
+    if changes.started:
+        started = _to_json(_STARTED_COLUMNS, changes.started)
+        connection.execute(statements.close_starts, {"started": started})
+
+
+def _to_json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    """Rows as one JSON text for `_incoming`, without nulls."""
+    named = [
+        {name: value for name, value in zip(names, row, strict=True) if value is not None}
+        for row in rows
+    ]
+    return orjson.dumps(named, default=_decimal_text).decode()
+
+
+def _decimal_text(value: Any) -> str:
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a row")

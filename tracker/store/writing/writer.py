@@ -17,9 +17,10 @@ from tracker.core.rollup import RollupKey, facts, same
 from tracker.core.run import fast_dataclass
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
+from tracker.store.queries.deliveries import requeue_runs
 from tracker.store.text import cleaned
 from tracker.store.writing.group_commit import GroupCommit, call_hook
-from tracker.store.writing.statements import BatchChanges, Statements, requeue_runs, statements_for
+from tracker.store.writing.statements import BatchChanges, lock_runs, write_changes
 
 NAME: Final = "writer"
 
@@ -94,7 +95,6 @@ class Writer(GroupCommit[Entry, WriteResult]):
         super().__init__(self._commit_entries, name=NAME, **options)
         self._db = db
         self._rules = rules
-        self._statements = statements_for(db)
         self._on_commit = on_commit
 
     async def submit(self, entry: Entry) -> WriteResult:
@@ -120,7 +120,7 @@ class Writer(GroupCommit[Entry, WriteResult]):
         return results
 
     async def _commit_entries(self, entries: list[Entry]) -> list[WriteResult]:
-        work = partial(write_batch, entries, rules=self._rules, statements=self._statements)
+        work = partial(write_batch, entries, rules=self._rules, origin=self._db.origin)
         outcome = await self._db.write(work)
         for hook in self._on_commit:
             call_hook(hook, outcome)
@@ -128,29 +128,30 @@ class Writer(GroupCommit[Entry, WriteResult]):
 
 
 def write_batch(
-    entries: Sequence[Entry], connection: Connection, *, rules: MergeRules, statements: Statements
+    entries: Sequence[Entry], connection: Connection, *, rules: MergeRules, origin: str
 ) -> WriteOutcome:
     """Merge and write entries, in their order. Several may be about one run; nothing is committed
     here."""
-    batch = WriteBatch(connection, {entry.run_id for entry in entries}, rules, statements)
+    batch = WriteBatch(connection, {entry.run_id for entry in entries}, rules, origin)
     for entry in entries:
         batch.add(entry)
     return batch.write()
 
 
 class WriteBatch:
-    """Entries about the runs with these ids, which are locked from the start.
+    """Entries about the runs with these ids, which are locked from the start. On PostgreSQL,
+    `origin` marks the notices of this process.
 
     Runs are always locked in the order of their ids, so that no two processes deadlock.
     """
 
     def __init__(
-        self, connection: Connection, run_ids: set[str], rules: MergeRules, statements: Statements
+        self, connection: Connection, run_ids: set[str], rules: MergeRules, origin: str
     ) -> None:
         self._connection = connection
         self._rules = rules
-        self._statements = statements
-        self._before = statements.lock_runs(connection, sorted(run_ids)) if run_ids else {}
+        self._origin = origin
+        self._before = lock_runs(connection, sorted(run_ids)) if run_ids else {}
         self._now = dict(self._before)
         self._changes = BatchChanges()
         self._started: dict[tuple[str, str], list[Any]] = {}
@@ -222,7 +223,7 @@ class WriteBatch:
             for key, (run_id, shown) in sorted(self._started.items())
         ]
         if changes.records or changes.started:
-            self._statements.write(self._connection, changes)
+            write_changes(self._connection, changes, self._origin)
         requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
         return WriteOutcome(
             self._results, changes.due, changes.changed_runs, requeued, bool(changes.outbox)
