@@ -10,7 +10,7 @@ from tracker.cli.output import note, print_json, print_table
 from tracker.cli.setup import flora_deadline, run_once
 
 if TYPE_CHECKING:
-    from tracker.polling.poll_round import PollReport
+    from tracker.polling.reading import PollReport
     from tracker.polling.sweep import SweepReport
     from tracker.polling.verify import VerifyReport
     from tracker.services import Services
@@ -61,7 +61,7 @@ def poll(as_json: bool = AS_JSON) -> int:
     """Poll all due runs once, and read due bills."""
 
     async def work(services: "Services") -> "PollReport":
-        from tracker.polling.poll_round import PollReport
+        from tracker.polling.reading import PollReport
 
         async with flora_deadline(services):
             await services.applier.drain()

@@ -16,7 +16,7 @@ from tracker.core.contact import ContactState, joined
 from tracker.core.errors import FloraError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat
-from tracker.polling.listed import attributed_page
+from tracker.polling.history import attributed_page
 from tracker.store.queries import workspaces
 from tracker.workspaces import Service, Workspace
 

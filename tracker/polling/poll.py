@@ -1,6 +1,6 @@
 """Polling what is due, with as few requests as possible.
 
-A round claims due runs in each workspace and reads them (`tracker.polling.poll_round`). Callers
+A round claims due runs in each workspace and reads them (`tracker.polling.reading`). Callers
 that poll repeatedly let due runs coalesce first, so that they share history pages. If more is due
 than one round reads, a share of it goes to the runs whose callbacks came last: a backlog does not
 delay fresh ends.
@@ -22,12 +22,11 @@ from typing import Any, Final
 from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
-from tracker.core.record import Entry, Record
+from tracker.core.record import Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import repeat, run_all
-from tracker.polling.poll_round import PollReport, PollRound
-from tracker.polling.reading import RunReader, SingleRead
+from tracker.polling.reading import PollReport, PollRound, RunReader, SingleRead
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import runs
@@ -145,14 +144,14 @@ class Poller(Service):
         if workspace is None or workspace.client is None or record.run.settled:
             return record
         try:
-            _, entries = await RunReader(self, workspace).read(record)
+            found = await RunReader(self, workspace).read(record)
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
-        results = await self.writer.submit_all(entries)
+        results = await self.writer.submit_all(found.entries)
         return results[-1].after or record
 
-    async def read_unwritten(self, run: Run) -> tuple[SingleRead, list[Entry]]:
-        """Read a run that may not be stored: the result, and what to write of it.
+    async def read_unwritten(self, run: Run) -> SingleRead:
+        """Read a run that may not be stored; nothing is written.
 
         Raises `SettingsError` without a key, and `KeyRefused`, `RateLimited` and `OtherWorkspace`.
         """

@@ -38,8 +38,14 @@ from tracker.core.observation import Observation
 from tracker.core.record import Observed
 from tracker.core.run import RunType
 from tracker.core.waiting import cancel, repeat, to_its_end
-from tracker.polling.history import HistoryWalk, Hole, PageUnreadable, WalkedPage
-from tracker.polling.listed import attributed_page, without_removed
+from tracker.polling.history import (
+    HistoryWalk,
+    Hole,
+    PageUnreadable,
+    WalkedPage,
+    attributed_page,
+    without_removed,
+)
 from tracker.polling.poll import Coalescer, DurationBook
 from tracker.store import claims
 from tracker.store.queries import runs, sweeps

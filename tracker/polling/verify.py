@@ -17,8 +17,7 @@ from tracker.core.formatting import iso_time
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunType
-from tracker.polling.history import PAGE_SIZE, HistoryWalk
-from tracker.polling.listed import attributed_page, without_removed
+from tracker.polling.history import PAGE_SIZE, HistoryWalk, attributed_page, without_removed
 from tracker.store.queries import runs
 from tracker.workspaces import Service, Workspace
 

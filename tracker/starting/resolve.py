@@ -256,7 +256,7 @@ class RunTracker(Service):
             technique_id=await self._technique_id(workspace, technique),
         )
         try:
-            found, entries = await self.poller.read_unwritten(run)
+            found = await self.poller.read_unwritten(run)
         except (FloraError, SettingsError) as error:
             raise NotTracked(f"FLORA cannot be asked about run {run_id}: {error}") from error
         if found.missing:
@@ -265,7 +265,7 @@ class RunTracker(Service):
         if found.observation is None:
             raise NotTracked(f"FLORA cannot be asked about run {run_id}: {found.error}")
         tracked = await self.track(run_id, technique=technique, workspace_id=workspace_id)
-        results = await self.writer.submit_all(entries)
+        results = await self.writer.submit_all(found.entries)
         return replace(tracked, record=results[-1].after or tracked.record)
 
     async def forget(self, run_id: str, *, force: bool = False) -> Record:
