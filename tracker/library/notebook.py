@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tracker.core.formatting import counted, duration, money, unturned
 from tracker.core.net import is_loopback_url
 from tracker.core.run import Output, RetryAdvice, known
-from tracker.web.dashboard.media import output_names, plain_http_origin, presentation, web_link
+from tracker.views import output_names, plain_http_origin, presentation, web_link
 
 if TYPE_CHECKING:
     from tracker.library.batches import BatchFields

@@ -21,7 +21,7 @@ from tests.web.dashboard.hostile import (
     attack,
 )
 from tracker.core.run import Output
-from tracker.web.dashboard.media import plain_http_origin, presentation, web_link
+from tracker.views import plain_http_origin, presentation, web_link
 
 PAGES = {
     "/": False,

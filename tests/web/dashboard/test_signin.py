@@ -21,7 +21,7 @@ from tracker.settings.tokens import Scope as TokenScope
 from tracker.settings.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.web.auth import EACH_BURST, MOST_KEYS, Throttle
-from tracker.web.dashboard.access import local_path
+from tracker.web.dashboard.site import local_path
 from tracker.web.http import Limits
 from tracker.web.sessions import IDLE, LASTS, Sessions
 

@@ -27,28 +27,24 @@ from tracker.store.queries.overview import technique_names
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.queries.starts import LISTED
 from tracker.web.auth import actor_of, may
-from tracker.web.dashboard.forms import (
+from tracker.web.dashboard import (
+    PAGE_SIZE,
+    FlashMessage,
+    PageGroup,
+    action,
+    attachment,
     check_csrf,
+    page,
     query_choice,
     query_field,
     query_position,
     read_filters,
     read_form,
 )
-from tracker.web.dashboard.render import (
-    FlashMessage,
-    PageGroup,
-    Renderer,
-    action,
-    attachment,
-    page,
-    prompt,
-    query,
-)
+from tracker.web.dashboard.render import Renderer, prompt, query
 from tracker.web.http import Limits
 from tracker.web.http.responses import Fault, forbidden, invalid, unavailable
 
-PAGE_SIZE: Final = 50
 PICTURES: Final = 4
 """Outputs that are shown of each batch."""
 ROWS: Final = 100

@@ -1,31 +1,51 @@
-"""`/health`: FLORA, callbacks, worker and database, what of FLORA's history has been read, and the
-sweeps, newest first. `/runbook.html`: what to do about alerts."""
+"""`/health`, and what of the tracker's state needs attention.
 
-import re
+The page shows FLORA, callbacks, worker and database, what of FLORA's history has been read, and the
+sweeps, newest first; the overview shows the alerts.
+"""
+
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
-from itertools import pairwise
-from pathlib import Path
 from time import monotonic
-from typing import Final
+from typing import Final, Literal
+from urllib.parse import quote
 
-from markdown_it import MarkdownIt
-from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from tracker.core.budget import Period
+from tracker.core.contact import ContactState, Trouble
+from tracker.core.formatting import counted, duration, money, number, percent
+from tracker.flora.client import FloraClient
+from tracker.services import Services
 from tracker.store import migrate
-from tracker.store.queries import attention, overview, sweeps
+from tracker.store.queries import attention, endpoints, overview, sweeps
+from tracker.store.queries.attention import BILL_DAYS, SweepHealth
 from tracker.store.queries.deliveries import list_deliveries
+from tracker.store.queries.endpoints import Backlog, EndpointRow
+from tracker.store.queries.overview import CallbackHealth
+from tracker.store.queries.spending import Usage
 from tracker.store.queries.sweeps import Interval, UnreadSpan
-from tracker.web.dashboard.alerts import connection, workspace_health
-from tracker.web.dashboard.forms import query_position
-from tracker.web.dashboard.render import PageGroup, page, query
+from tracker.web.dashboard import PAGE_SIZE, PageGroup, page, query_position
+from tracker.web.dashboard.render import query
+from tracker.workspaces import Workspace
 
-PAGE_SIZE: Final = 50
+BUDGET_SHARE: Final = 0.8
+"""The used share of a budget from which an alert is shown."""
+_TROUBLES: Final[dict[str, tuple[str, str]]] = {
+    Trouble.UNREACHABLE: ("FLORA has not answered", "trackerfloraunreachable"),
+    Trouble.NOT_FLORA: ("FLORA_BASE_URL has not led to FLORA", "trackerfloramisconfigured"),
+    Trouble.LISTS_REFUSED: ("FLORA has refused to list runs", "trackerfloramisconfigured"),
+    Trouble.OTHER_WORKSPACE: (
+        "The API key has belonged to another workspace",
+        "trackerfloramisconfigured",
+    ),
+    Trouble.KEY_REFUSED: ("FLORA has refused the API key", "trackerkeyrefused"),
+}
+"""What each is called, and its section in the runbook."""
+_PERIODS: Final = {Period.DAY: "a day", Period.MONTH: "a month", Period.TOTAL: "in total"}
 DATABASES: Final = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
 MIN_SPAN: Final = timedelta(days=1)
 MAX_SPAN: Final = timedelta(days=90)
@@ -59,7 +79,7 @@ class CoverageBar:
 
 
 class HealthPages(PageGroup):
-    """The page, and the runbook."""
+    """The page."""
 
     @page("/sweeps")
     async def moved(self, request: Request) -> Response:
@@ -101,13 +121,6 @@ class HealthPages(PageGroup):
             newest="/health" if before else None,
         )
 
-    @page("/runbook.html")
-    async def runbook(self, request: Request) -> Response:
-        """All sections; an alert's is `#` and its name in lower case."""
-        return self._render(
-            request, "runbook.html", text=runbook_html(self._services.settings.tracker_docs_url)
-        )
-
 
 def _bars(coverage: sweeps.Coverage, now: datetime) -> list[CoverageBar]:
     unread = sweeps.unread(coverage)
@@ -124,42 +137,287 @@ def _bars(coverage: sweeps.Coverage, now: datetime) -> list[CoverageBar]:
     ]
 
 
-# `/runbook.html`: what each alert means and what to do, from docs/runbook.md of this version.
-#
-# So a page can link to it where nothing else can be reached. With `TRACKER_DOCS_URL` pages link to
-# the documentation there instead.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """What holds (`since` when), what to do about it, a link to it, and the runbook's section."""
+
+    kind: Literal["good", "info", "warn", "bad"] = "warn"
+    title: str
+    since: datetime | None = None
+    advice: str = ""
+    href: str = ""
+    link: str = ""
+    section: str = ""
 
 
-@cache
-def runbook_html(docs_url: str | None) -> Markup:
-    """The runbook as HTML. Links to other pages of the documentation lead to `docs_url`, and are
-    plain text without one."""
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = markdown.parse(_text())
-    for token, inline in pairwise(tokens):
-        if token.type == "heading_open":
-            token.attrSet("id", re.sub(r"[^a-z0-9]+", "-", inline.content.lower()))
-        opened = False
-        for child in token.children or ():
-            if child.type == "link_open":
-                href = _target(str(child.attrGet("href")), docs_url)
-                opened = href is not None
-                child.attrSet("href", href or "")
-            if child.type in ("link_open", "link_close") and not opened:
-                child.type, child.tag, child.content = "text", "", ""
-    return Markup(markdown.renderer.render(tokens, markdown.options, {}))  # noqa: S704
+class WorkspaceHealth:
+    """The state of one workspace: its connection as all processes have seen it, its sweeps, and its
+    request limit in this process.
+
+    `key` is "not set", "refused", "accepted" or "not used yet".
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        state: ContactState | None,
+        swept: dict[str | None, SweepHealth],
+        *,
+        now: datetime,
+    ) -> None:
+        self.name = workspace.name
+        self.secret = bool(workspace.secrets)
+        self.sweep = swept.get(workspace.workspace_id)
+        self.state = state
+        self.answered_at = state.answered_at if state is not None else None
+        self.current = state is not None and state.is_current(now)
+        self.trouble = state.trouble if state is not None and self.current else None
+        self.key, self.requests = "not set", "not used"
+        if workspace.client is not None:
+            self.requests = _requests(workspace.client)
+            self.key = "not used yet" if self.answered_at is None else "accepted"
+            if self.trouble and self.trouble.trouble is Trouble.KEY_REFUSED:
+                self.key = "refused"
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing of it needs attention."""
+        swept = self.sweep is None or self.sweep.last_error is None
+        return self.key != "not set" and self.current and not self.trouble and swept and self.secret
 
 
-def _target(href: str, docs_url: str | None) -> str | None:
-    """Where a link of the page leads; `None` if nowhere."""
-    if href.startswith("#"):
-        return href
-    page = re.fullmatch(r"([a-z-]+)\.md(#.*)?", href)
-    return f"{docs_url}/{page[1]}.html{page[2] or ''}" if docs_url and page else None
+async def workspace_health(services: Services, *, now: datetime) -> list[WorkspaceHealth]:
+    """The state of each workspace."""
+    await services.contacts.read()
+    swept = {one.workspace_id: one for one in await attention.sweep_health(services.database)}
+    return [
+        WorkspaceHealth(one, services.contacts.of(one), swept, now=now)
+        for one in services.workspaces
+    ]
 
 
-def _text() -> str:
-    """The file, which is inside the package in a wheel and beside it in a checkout."""
-    package = Path(__file__).resolve().parents[2]
-    found = [root / "docs" / "runbook.md" for root in (package, package.parent)]
-    return next(path for path in found if path.is_file()).read_text(encoding="utf-8")
+def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
+    """Whether FLORA answers in a workspace, which is named unless it is `alone`."""
+    of = "" if alone else f" (workspace {one.name})"
+    if one.key == "not set":
+        return Alert(
+            title=f"No FLORA API key is set{of}",
+            advice="Callbacks are received; results and costs need FLORA_API_KEY.",
+        )
+    if one.state is None:
+        return Alert(
+            kind="info", title=f"FLORA has not been asked yet{of}", advice="Is a worker running?"
+        )
+    if not one.current:
+        return Alert(
+            kind="info",
+            title=f"FLORA has not been asked{of}",
+            since=one.state.asked_at,
+            advice="Is a worker running? Whether FLORA answers is not known.",
+            section="trackerworkerabsent",
+        )
+    if one.trouble is None and one.answered_at is None:
+        return Alert(kind="info", title=f"FLORA has not answered yet{of}")
+    if one.trouble is None:
+        return Alert(kind="good", title=f"FLORA answers{of}")
+    what = one.trouble.trouble
+    title, section = _TROUBLES.get(what, (f"FLORA cannot be read ({what})", ""))
+    return Alert(
+        kind="bad",
+        title=f"{title}{of}",
+        since=one.trouble.since,
+        advice=f"{one.trouble.reason}. No run is lost by this: {one.trouble.advice}.",
+        section=section,
+    )
+
+
+async def alerts(
+    services: Services,
+    workspaces: Sequence[WorkspaceHealth],
+    callbacks: CallbackHealth,
+    *,
+    overdue: bool,
+    now: datetime,
+) -> AsyncIterator[Alert]:
+    """What else needs attention. `overdue` is whether a run is."""
+    db = services.database
+    counts = await attention.counts(db, now=now)
+    unread = sum(
+        services.workspaces.of(one.workspace_id) is not None
+        for one in sweeps.unread(await sweeps.everything(db))
+    )
+    billed = await overview.costs(db, now=now, days=BILL_DAYS)
+    unpriced = sum(one.unpriced for one in billed)
+    interval = timedelta(seconds=services.sweep_seconds())
+    for one in workspaces:
+        of = "" if len(workspaces) == 1 else f" of workspace {one.name}"
+        for alert in _sweeps(one, now, of=of, interval=interval):
+            yield alert
+    if unread:
+        yield Alert(
+            title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
+            advice="The tracker tries again. Runs that others started in that time may be missing.",
+            href="/health",
+            link="Show coverage",
+            section="trackerhistorygap",
+        )
+    if overdue:
+        silent = any(one.trouble and one.trouble.silent for one in workspaces)
+        yield Alert(
+            kind="bad",
+            title="Runs are overdue",
+            advice="They wait for FLORA to answer and are retried; none is lost."
+            if silent
+            else "Is a worker running, and does FLORA answer it?",
+            href="/runs?state=open",
+            link="Show open runs",
+            section="trackerrunsoverdue",
+        )
+    if attention.is_inbox_behind(counts.oldest_waiting_at, now):
+        yield Alert(
+            title=f"{_are(counts.waiting, 'callback')} not applied yet",
+            advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
+            "version running?",
+            href="/deliveries?outcome=waiting",
+            link="Show callbacks",
+            section="trackerinboxbehind",
+        )
+    if counts.quarantined:
+        yield Alert(
+            title=f"{_are(counts.quarantined, 'callback')} quarantined",
+            advice="FLORA signed them, but they were not understood. Fix the cause, then replay "
+            "them.",
+            href="/deliveries?outcome=quarantined",
+            link="Show callbacks",
+            section="trackerquarantine",
+        )
+    if counts.unresolved_starts:
+        yield Alert(
+            title=f"{_are(counts.unresolved_starts, 'start')} unresolved",
+            advice="FLORA may or may not have started a run, and nothing is sent again. Check "
+            "at FLORA, then use the command tracker starts resolve.",
+            href="/starts?state=unresolved",
+            link="Show starts",
+            section="trackerstartsunresolved",
+        )
+    if unpriced:
+        yield Alert(
+            title=f"FLORA never billed {counted(unpriced, 'run')}",
+            advice="Their cost is unknown, so totals of the last 7 days may be too low. "
+            "Compare with FLORA's billing page.",
+            section="trackerrunsunpriced",
+        )
+    if counts.lost:
+        yield Alert(
+            title=f"{_are(counts.lost, 'run')} lost",
+            advice="FLORA answers that they do not exist, and is asked again once a day. Were they "
+            "removed there, or has the key or its workspace changed?",
+            href="/runs?state=lost",
+            link="Show lost runs",
+        )
+    if callbacks.miss_rate is not None and callbacks.misses_too_many:
+        check = f"Can FLORA reach {url}? " if (url := services.settings.callback_url) else ""
+        yield Alert(
+            title=f"{percent(callbacks.miss_rate)} of the expected callbacks are missing",
+            advice=f"{check}No results lost: polling found them.",
+            section="trackercallbacksmissed",
+        )
+    backlogs = await endpoints.backlogs(db)
+    for endpoint in await endpoints.list_endpoints(db):
+        for alert in _endpoint(endpoint, backlogs.get(endpoint.endpoint_id, Backlog()), now):
+            yield alert
+    for usage in await services.budgets.usages():
+        if usage.share >= BUDGET_SHARE:
+            yield _budget(usage)
+
+
+def _sweeps(
+    one: WorkspaceHealth, now: datetime, *, of: str, interval: timedelta
+) -> Iterator[Alert]:
+    """What is wrong with the sweeps of a workspace in which FLORA answers."""
+    if one.trouble is not None or one.sweep is None:
+        return
+    complete_at = one.sweep.complete_at
+    if one.sweep.last_error:
+        yield Alert(
+            kind="bad",
+            title=f"The last history sweep{of} failed",
+            advice=one.sweep.last_error,
+            href="/health",
+            link="Show sweeps",
+            section="trackersweepfailing",
+        )
+    elif complete_at is not None and attention.is_sweep_late(complete_at, now, interval=interval):
+        yield Alert(
+            title=f"No history sweep{of} has been complete",
+            since=complete_at,
+            advice="Is a worker running?",
+            href="/health",
+            link="Show sweeps",
+            section="trackersweeplate",
+        )
+
+
+def _endpoint(endpoint: EndpointRow, backlog: Backlog, now: datetime) -> Iterator[Alert]:
+    """What is wrong with an endpoint: it is disabled, or its messages wait for long."""
+    name, health = endpoint.endpoint_id, endpoint.health(now)
+    if health == "disabled":
+        yield Alert(
+            kind="bad",
+            title=f"Nothing is sent to the endpoint {name}",
+            since=endpoint.disabled_at,
+            advice=f"It is disabled: {endpoint.disabled_reason}. Its messages wait.",
+            href="/endpoints",
+            link="Show webhooks",
+            section="trackerendpointdisabled",
+        )
+    elif health != "not configured" and backlog.is_late(now):
+        error = f" Last error: {endpoint.last_error}." if health == "failing" else ""
+        yield Alert(
+            title=f"Messages to the endpoint {name} have waited",
+            since=backlog.oldest_at,
+            advice=f"Each is tried again for three days.{error}",
+            href=f"/endpoints/{quote(name, safe='')}",
+            link="Show endpoint",
+            section="trackermessageslate",
+        )
+
+
+def _requests(client: FloraClient) -> str:
+    state = client.request_limit.state()
+    parts = [f"{state.in_flight} of {state.concurrency} slots busy"]
+    if state.waiting:
+        parts.append(f"{number(state.waiting)} queued")
+    if state.paused > 0:
+        parts.append(f"paused for {duration(state.paused)}")
+    if state.rate is not None:
+        parts.append(f"{state.rate:.1f} requests a second")
+    if state.limited:
+        parts.append(f"rate-limited {counted(state.limited, 'time')}")
+    return ", ".join(parts)
+
+
+def _budget(usage: Usage) -> Alert:
+    """How much of a budget is used, and which one it is."""
+    budget = usage.budget
+    words = {"workspace_id": "workspace", "technique_id": "technique", "tag": "tag"}
+    covers = ", ".join(f"{words[name]} {value}" for name, value in budget.scope.items())
+    limit = f"{money(budget.usd)} {_PERIODS[budget.period]} for {covers or 'all runs'}"
+    amount = f"{money(usage.used)} of {limit}"
+    if usage.share < 1:
+        title = f"{percent(usage.share)} of a budget is used: {amount}"
+        effect, section = "Beyond it no run is started", "trackerbudgetnearlyused"
+    else:
+        title, section = f"A budget is used up: {amount}", "trackerbudgetused"
+        effect = "No run that it covers is started"
+    return Alert(
+        title=title,
+        advice=f"{effect} until it renews or is raised.",
+        href="/spending",
+        link="Show spending",
+        section=section,
+    )
+
+
+def _are(count: int, what: str) -> str:
+    return f"{counted(count, what)} {'is' if count == 1 else 'are'}"

@@ -1,12 +1,16 @@
-"""`/`: whether FLORA answers, what needs attention, what runs now, and the figures of a day."""
+"""The pages with figures: the overview at `/`, and `/spending`.
+
+The overview shows whether FLORA answers, what needs attention, what runs now, and the figures of a
+day; `/spending` how far each budget is used, and what was spent by day, technique and tag.
+"""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,19 +21,19 @@ from tracker.core.run import RunStatus, Tracking
 from tracker.store.queries import attention, batches, overview
 from tracker.store.queries import runs as read
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
-from tracker.web.dashboard.alerts import (
+from tracker.store.queries.spending import Spending, spending, tag_keys
+from tracker.views import OutputView
+from tracker.web.dashboard import PageGroup, page, query_choice, query_field
+from tracker.web.dashboard.batch import split_of
+from tracker.web.dashboard.health import (
     Alert,
     WorkspaceHealth,
     alerts,
     connection,
     workspace_health,
 )
-from tracker.web.dashboard.batch import split_of
-from tracker.web.dashboard.forms import query_field
-from tracker.web.dashboard.media import OutputView
-from tracker.web.dashboard.render import PageGroup, page
 
-PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
+SPANS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
 """How far back chart and counters go, in hours."""
 OUTCOMES: Final = (RunStatus.COMPLETED, RunStatus.FAILED)
 """The series of the chart. An end that only a newer FLORA knows is shown where there is one."""
@@ -47,17 +51,22 @@ BATCHES_SINCE: Final = timedelta(days=7)
 RESULTS: Final = 8
 RESULTS_OF_A_RUN: Final = 2
 """Newest outputs that are shown, in all and of one run."""
+SPENDING_DAYS: Final = {"7d": 7, "30d": 30, "90d": 90}
+"""How far back `/spending` goes, in days, today included."""
+DEFAULT_DAYS: Final = "30d"
+SPENDING_ROWS: Final = 12
+"""Techniques, or values of a tag, in a table; the command and the API have all."""
 
 
-class OverviewPage(PageGroup):
-    """The page."""
+class OverviewPages(PageGroup):
+    """Both pages."""
 
     @page("/")
     async def show(self, request: Request) -> Response:
         services, db, now = self._services, self._database, self._services.clock()
         period = query_field(request, "span")
-        period = period if period in PERIODS else "24h"
-        period_name, hours = PERIODS[period]
+        period = period if period in SPANS else "24h"
+        period_name, hours = SPANS[period]
         workspaces = await workspace_health(services, now=now)
         callbacks = await overview.callback_health(db, now=now, hours=hours)
         costs = await overview.costs(db, now=now)
@@ -93,7 +102,11 @@ class OverviewPage(PageGroup):
             ends=ends,
             outcomes=outcomes,
             adopted=sum(hour.adopted for hour in ends),
-            chart=json.dumps(_chart(ends, list(outcomes))),
+            chart=_chart(
+                3600,
+                [hour.hour for hour in ends],
+                {name: [hour.by_status.get(name, 0) for hour in ends] for name in outcomes},
+            ),
             callbacks=callbacks,
             lag=await overview.lags(db, now=now, hours=hours),
             shortest_delay=EDGES[0] / 1000,
@@ -105,7 +118,53 @@ class OverviewPage(PageGroup):
             has_key=self._has_key,
             period=period,
             period_name=period_name,
-            periods=PERIODS,
+            periods=SPANS,
+        )
+
+    @page("/spending")
+    async def show_spending(self, request: Request) -> Response:
+        db, workspace = self._database, query_field(request, "workspace")
+        period = query_choice(request, "span", SPENDING_DAYS) or DEFAULT_DAYS
+        today = self._services.clock().replace(hour=0, minute=0, second=0, microsecond=0)
+        since = today - timedelta(days=SPENDING_DAYS[period] - 1)
+        keys = await tag_keys(db, since=since)
+        usages = await self._services.budgets.usages()
+        key = query_field(request, "tag")
+        if key not in keys:
+            tags = {one.budget.tag[0] for one in usages if one.budget.tag}
+            key = next((one for one in keys if one in tags), keys[0] if keys else None)
+        by_day, total = await spending(db, "day", since=since, workspace_id=workspace)
+        by_technique, _ = await spending(db, "technique", since=since, workspace_id=workspace)
+        by_tag: list[Spending] = []
+        if key is not None:
+            by_tag, _ = await spending(db, f"tag:{key}", since=since, workspace_id=workspace)
+        ids = {*self._workspace_ids, workspace}
+        days = _each_day(by_day, since, SPENDING_DAYS[period])
+        return self._render(
+            request,
+            "spending.html",
+            usages=usages,
+            total=total,
+            days=days,
+            chart=_chart(
+                86400,
+                [one for row in days if isinstance(one := row.of, datetime)],
+                {
+                    "charged": [float(row.charged) for row in days],
+                    "quoted": [float(row.quoted) for row in days],
+                },
+                money=True,
+            ),
+            by_technique=_shown(by_technique),
+            by_tag=_shown(by_tag),
+            more_techniques=len(by_technique) - len(_shown(by_technique)),
+            more_tags=len(by_tag) - len(_shown(by_tag)),
+            key=key,
+            keys={one: one for one in sorted(keys)},
+            period=period,
+            periods={value: f"Last {count} days" for value, count in SPENDING_DAYS.items()},
+            workspace=workspace,
+            workspaces={one: one for one in sorted(one for one in ids if one)},
         )
 
     def _results(self, records: list[Record]) -> Iterator[tuple[Record, OutputView]]:
@@ -151,18 +210,6 @@ def _outcomes(hours: list[HourOfEnds]) -> dict[str, int]:
     return {status.value: 0 for status in OUTCOMES} | ends
 
 
-def _chart(hours: list[HourOfEnds], outcomes: list[str]) -> dict[str, Any]:
-    """The bars for the page's script: columns of Unix seconds and of counts."""
-    return {
-        "step": 3600,
-        "series": outcomes,
-        "columns": [
-            [int(hour.hour.timestamp()) for hour in hours],
-            *([hour.by_status.get(name, 0) for hour in hours] for name in outcomes),
-        ],
-    }
-
-
 def _sum(rows: list[TechniqueCost]) -> TechniqueCost | None:
     if not rows:
         return None
@@ -175,3 +222,24 @@ def _checked_through(workspaces: list[WorkspaceHealth]) -> datetime | None:
     through = [one.sweep.through if one.sweep else None for one in workspaces]
     known = [each for each in through if each is not None]
     return min(known) if known and len(known) == len(through) else None
+
+
+def _shown(rows: list[Spending]) -> list[Spending]:
+    """The highest rows, and what has neither technique nor value."""
+    return [row for number, row in enumerate(rows) if number < SPENDING_ROWS or row.of is None]
+
+
+def _each_day(rows: list[Spending], since: datetime, count: int) -> list[Spending]:
+    """A row for every day, with zeros where nothing was spent."""
+    found = {row.of: row for row in rows}
+    days = [since + timedelta(days=number) for number in range(count)]
+    return [found.get(day, Spending(of=day)) for day in days]
+
+
+def _chart(
+    step: int, times: Sequence[datetime], series: Mapping[str, Sequence[float]], **options: bool
+) -> str:
+    """The bars for the page's script, `step` seconds apart: columns of Unix seconds, and of the
+    values of each series."""
+    columns = [[int(at.timestamp()) for at in times], *series.values()]
+    return json.dumps({"step": step, "series": [*series], "columns": columns, **options})

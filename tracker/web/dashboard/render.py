@@ -10,18 +10,16 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from tracker import __version__
 from tracker.core.formatting import (
@@ -37,11 +35,8 @@ from tracker.core.formatting import (
 )
 from tracker.services import Services
 from tracker.settings.tokens import Scope
-from tracker.store.engine import Database
+from tracker.views import plain_http_origin
 from tracker.web.auth import ScopedRoute, may, session_of
-from tracker.web.dashboard.forms import check_csrf, query_field
-from tracker.web.dashboard.media import output_views, plain_http_origin
-from tracker.web.http import Limits
 from tracker.web.http.request import prefix_of
 from tracker.web.http.responses import Fault, not_found
 
@@ -143,14 +138,6 @@ class Assets:
             media_type=_TYPES[PurePath(name).suffix],
             headers={"Cache-Control": IMMUTABLE if current else "no-cache"},
         )
-
-
-@dataclass(frozen=True, slots=True)
-class FlashMessage:
-    """The result of an action, shown above the page."""
-
-    kind: Literal["good", "warn", "bad"]
-    text: str
 
 
 class Renderer:
@@ -257,111 +244,6 @@ class Renderer:
         return f"{value[:allowed]}… ({len(value):,} characters, cut here)"
 
 
-T = TypeVar("T")
-Handler = Callable[..., Awaitable[Response]]
-Act = TypeVar("Act", bound=Callable[..., Awaitable[Response | FlashMessage]])
-_ROUTE: Final = "page_route"
-"""The attribute of a handler that holds its path, the scope that each method needs, and, of an
-action, the page that shows its result."""
-
-
-def page(path: str, *, scope: Scope = Scope.READ, post: Scope | None = None) -> Callable[[T], T]:
-    """Decorates what answers requests to `path`: `GET`, and `POST` if there is a scope for it."""
-    return _routed(path, {"GET": scope} | ({} if post is None else {"POST": post}))
-
-
-def action(
-    path: str, shows: Handler | None = None, *, scope: Scope | None = Scope.ADMIN
-) -> Callable[[Act], Act]:
-    """Decorates what a form of a page does, by `POST`, once the CSRF token is checked.
-
-    It returns a response, or the message with which the page `shows` is shown. Where `path` is
-    below that page, `GET` leads there: so the answer can be reloaded.
-    """
-    is_below = shows is not None and getattr(shows, _ROUTE)[0] != path
-    get: dict[str, Scope | None] = {"GET": Scope.READ} if is_below else {}
-    return _routed(path, get | {"POST": scope}, shows)
-
-
-def _routed(
-    path: str, scopes: Mapping[str, Scope | None], *action: Handler | None
-) -> Callable[[T], T]:
-    def decorate(handler: T) -> T:
-        setattr(handler, _ROUTE, (path, scopes, action))
-        return handler
-
-    return decorate
-
-
-class PageGroup:
-    """Base of the pages about one thing: what they read from, and how they are rendered. Its
-    methods with `page` and `action` answer requests."""
-
-    def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
-        self._services = services
-        self._limits = limits
-        self._database = services.database
-        self._render = renderer.page
-        self._views = partial(output_views, media_origin=renderer.media_origin)
-
-    def routes(self) -> list[ScopedRoute]:
-        found = []
-        for handler in vars(type(self)).values():
-            if (route := getattr(handler, _ROUTE, None)) is not None:
-                path, scopes, act = route
-                endpoint = partial(self._act, handler, *act) if act else partial(handler, self)
-                found.append(ScopedRoute(path, endpoint, scopes))
-        return found
-
-    async def _act(self, act: Handler, shows: Handler, request: Request) -> Response:
-        if request.method != "POST":
-            ids = {name: quote(value, safe="") for name, value in request.path_params.items()}
-            path: str = getattr(shows, _ROUTE)[0]
-            return RedirectResponse(path.replace(":any}", "}").format(**ids), status_code=303)
-        await check_csrf(request)
-        done: Any = await act(self, request)
-        answer: Response = await shows(self, request, done) if type(done) is FlashMessage else done
-        return answer
-
-    def _list(
-        self,
-        request: Request,
-        template: str,
-        next_cursor: str | None,
-        filters: Mapping[str, str | None] | None = None,
-        **values: Any,
-    ) -> Response:
-        """A page of a list, with links to the next page, and from any other page to the first."""
-        path, filters = request.url.path, filters or {}
-        return self._render(
-            request,
-            template,
-            filters=filters,
-            older=query(path, **filters, cursor=next_cursor) if next_cursor else None,
-            newest=query(path, **filters) if query_field(request, "cursor") else None,
-            **values,
-        )
-
-    @property
-    def _workspace_ids(self) -> list[str]:
-        return [one.workspace_id for one in self._services.workspaces if one.workspace_id]
-
-    async def _stored(
-        self, request: Request, find: Callable[[Database, str], Awaitable[T | None]], missing: str
-    ) -> T:
-        """What `find` has for the id in the path. Raises `Fault` 404 with the text `missing`, in
-        which `{}` stands for the id."""
-        (key,) = request.path_params.values()
-        found = await find(self._database, key)
-        if found is None:
-            raise not_found(missing.format(key[:255]))
-        return found
-
-    @property
-    def _has_key(self) -> bool:
-        return bool(self._services.workspaces.keyed)
-
-
 def _is_below(path: str, page: str) -> bool:
     return path == page or (page != "/" and path.startswith(f"{page}/"))
 
@@ -370,13 +252,6 @@ def query(path: str, **values: str | None) -> str:
     """`path` with the values that are not empty as its query."""
     pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value]
     return f"{path}?{'&'.join(pairs)}" if pairs else path
-
-
-def attachment(name: str) -> dict[str, str]:
-    """The header that saves a response as a file of that name."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
-    text = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
-    return {"Content-Disposition": text}
 
 
 def time(at: datetime | None, style: str = "ago") -> Markup:

@@ -37,21 +37,25 @@ from tracker.store.queries.search import (
 )
 from tracker.store.queries.sheet_rows import RowOfBatch, SheetMatches, rows_of_start, search_sheets
 from tracker.store.text import dump_json
-from tracker.views import run_json
+from tracker.views import run_json, web_link
 from tracker.web.auth import actor_of
-from tracker.web.dashboard.forms import (
+from tracker.web.dashboard import (
+    PAGE_SIZE,
     PERIOD_NAMES,
     PERIODS,
+    FlashMessage,
+    PageGroup,
+    action,
+    attachment,
+    page,
     query_field,
     read_filters,
     read_form,
 )
-from tracker.web.dashboard.media import web_link
-from tracker.web.dashboard.render import FlashMessage, PageGroup, action, attachment, page, query
+from tracker.web.dashboard.render import query
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import invalid
 
-PAGE_SIZE: Final = 50
 BATCHES: Final = 50
 """The newest batches, which the filter names."""
 CSV_COLUMNS: Final = (

@@ -12,8 +12,7 @@ from tracker.starting.batches.rows import BOM
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.web.dashboard.forms import query_field, read_filters
-from tracker.web.dashboard.render import PageGroup, attachment, page
+from tracker.web.dashboard import PageGroup, attachment, page, query_field, read_filters
 from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 60

@@ -1,7 +1,13 @@
-"""`/endpoints` and `/messages`: where events are sent, how that goes, and sending them again."""
+"""Webhooks: callbacks received at `/deliveries`, and events sent at `/endpoints` and `/messages`.
 
-from datetime import timedelta
-from typing import Final
+Callbacks that were not understood come first, by cause; they are applied again or acknowledged, one
+or many at a time. Messages are sent again.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,14 +15,53 @@ from starlette.responses import Response
 from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import counted, duration
+from tracker.core.record import DeliveryOutcome
 from tracker.delivering.webhooks import UnknownEndpoint
-from tracker.store.queries import endpoints
+from tracker.receiving.replay import UnknownDelivery
+from tracker.store.queries import attention, endpoints
+from tracker.store.queries import runs as read
+from tracker.store.queries.deliveries import (
+    DeliveryRow,
+    causes,
+    get_delivery,
+    list_deliveries,
+    unseen_deliveries,
+)
 from tracker.store.queries.endpoints import Backlog, EndpointRow, MessageRow
-from tracker.web.dashboard.forms import query_field, read_filters, read_form
-from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page
+from tracker.web.dashboard import (
+    PAGE_SIZE,
+    PERIOD_NAMES,
+    PERIODS,
+    FlashMessage,
+    PageGroup,
+    action,
+    page,
+    query_field,
+    read_filters,
+    read_form,
+)
+from tracker.web.dashboard.render import query
 from tracker.web.http.responses import invalid
 
-PAGE_SIZE: Final = 50
+CAUSES: Final = 10
+"""Causes of quarantine that the page shows."""
+BULK_SECONDS: Final = 8.0
+"""Time after which a bulk replay stops; the page then says how many are left."""
+BULK_DELIVERIES: Final = 10_000
+"""The most deliveries of one bulk action."""
+OUTCOMES: Final = {
+    "waiting": "Waiting",
+    "applied": "Applied",
+    "quarantined": "Quarantined",
+    "acknowledged": "Quarantined, acknowledged",
+}
+FILTERS: Final = {
+    "run": None,
+    "workspace": None,
+    "cause": None,
+    "outcome": OUTCOMES,
+    "within": PERIODS,
+}
 LATEST: Final = 10
 """Messages on the page of an endpoint."""
 DELAYS_OF: Final = timedelta(days=1)
@@ -24,6 +69,130 @@ DELAYS_OF: Final = timedelta(days=1)
 SINCE: Final = {"1": "Last hour", "24": "Last 24 hours", "72": "Last 3 days", "720": "Last 30 days"}
 """How far back failed messages are sent again, in hours."""
 HELD: Final = "A disabled endpoint gets nothing until it is enabled."
+
+
+class DeliveryPages(PageGroup):
+    """The list, one delivery, and their actions."""
+
+    @page("/deliveries")
+    async def list(self, request: Request, flash: FlashMessage | None = None) -> Response:
+        """The problems, and a page of deliveries, newest first."""
+        filters, now = read_filters(request, FILTERS), self._services.clock()
+        rows, next_cursor = await list_deliveries(
+            self._database,
+            run_id=filters["run"],
+            workspace_id=filters["workspace"],
+            since=now - PERIODS[filters["within"]] if filters["within"] else None,
+            cause=filters["cause"],
+            **_wanted(filters["outcome"], filters["cause"]),
+            cursor=query_field(request, "cursor"),
+            limit=PAGE_SIZE,
+        )
+        counts = await attention.counts(self._database, now=now)
+        oldest = counts.oldest_waiting_at
+        return self._list(
+            request,
+            "deliveries.html",
+            next_cursor,
+            filters,
+            flash=flash,
+            filtered=any(filters.values()),
+            address=query("/deliveries", **filters),
+            rows=rows,
+            outcomes=OUTCOMES,
+            periods=PERIOD_NAMES,
+            workspaces={one: one for one in self._workspace_ids},
+            has_secret=any(one.secrets for one in self._services.workspaces),
+            callback_url=self._services.settings.callback_url,
+            causes=await causes(self._database, limit=CAUSES),
+            late=counts.waiting if attention.is_inbox_behind(oldest, now) else 0,
+            oldest_waiting_at=oldest,
+        )
+
+    @action("/deliveries", list)
+    async def act(self, request: Request) -> FlashMessage:
+        """Replays or acknowledges the selected deliveries, or those with one cause."""
+        form = await read_form(request)
+        chosen: Sequence[str] = form.getlist("delivery_id")
+        if "cause" in form:
+            until = _moment(form.get("until", ""))
+            chosen = await unseen_deliveries(
+                self._database, cause=form["cause"], until=until, limit=BULK_DELIVERIES
+            )
+        action = form.get("action")
+        if action not in ("replay", "acknowledge"):
+            raise invalid(FieldFault("action", "must be one of replay, acknowledge"))
+        if not chosen:
+            return FlashMessage("warn", "Nothing was selected.")
+        if action == "replay":
+            return await self._replay_all(chosen)
+        done = await self._services.replayer.acknowledge(chosen)
+        return FlashMessage("good", f"{_deliveries(len(done))} acknowledged.")
+
+    async def _replay_all(self, delivery_ids: Sequence[str]) -> FlashMessage:
+        loop = asyncio.get_running_loop()
+        until, applied, bad, left = loop.time() + BULK_SECONDS, 0, 0, len(delivery_ids)
+        for delivery_id in delivery_ids:
+            if loop.time() >= until:
+                break
+            left -= 1
+            try:
+                replay = await self._services.replayer.replay(delivery_id)
+            except UnknownDelivery:
+                continue  # removed by retention
+            applied += replay.outcome is DeliveryOutcome.APPLIED
+            bad += replay.outcome is DeliveryOutcome.QUARANTINED
+        parts = [f"{_deliveries(applied)} applied"]
+        parts += [f"{bad:,} still quarantined"] if bad else []
+        parts += [f"{left:,} left: replay them again"] if left else []
+        return FlashMessage("warn" if bad or left else "good", f"Replayed: {', '.join(parts)}.")
+
+    @page("/deliveries/{delivery_id:any}")
+    async def show(self, request: Request, flash: FlashMessage | None = None) -> Response:
+        row = await self._row(request)
+        run = await read.get_run(self._database, row.run_id) if row.run_id else None
+        return self._render(
+            request, "delivery.html", row=row, flash=flash, run_known=run is not None
+        )
+
+    @action("/deliveries/{delivery_id:any}/replay", show)
+    async def replay(self, request: Request) -> FlashMessage:
+        replay = await self._services.replayer.replay((await self._row(request)).delivery_id)
+        if replay.already:
+            return FlashMessage("good", f"Nothing to do: {replay.reason}.")
+        if replay.outcome is DeliveryOutcome.APPLIED:
+            return FlashMessage("good", f"Replayed: applied to run {replay.run_id}.")
+        return FlashMessage("warn", f"Still quarantined: {replay.reason}.")
+
+    @action("/deliveries/{delivery_id:any}/acknowledge", show)
+    async def acknowledge(self, request: Request) -> FlashMessage:
+        row = await self._row(request)
+        done = await self._services.replayer.acknowledge([row.delivery_id])
+        return FlashMessage("good", "Acknowledged." if done else "Nothing to do.")
+
+    async def _row(self, request: Request) -> DeliveryRow:
+        return await self._stored(request, get_delivery, "Delivery {} is not stored here.")
+
+
+def _wanted(outcome: str | None, cause: str | None) -> dict[str, Any]:
+    """A choice of `OUTCOMES` as arguments of `list_deliveries`. Only quarantine has causes."""
+    if outcome in ("quarantined", "acknowledged"):
+        return {"outcome": "quarantined", "acknowledged": outcome == "acknowledged"}
+    return {"outcome": outcome or ("quarantined" if cause else None)}
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise invalid(FieldFault("until", "must be a time with its zone"))
+    return moment
+
+
+def _deliveries(count: int) -> str:
+    return counted(count, "delivery", "deliveries")
 
 
 class WebhookPages(PageGroup):
