@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from tracker.delivering.files import ManifestEntry
     from tracker.delivering.saving import DownloadResult
     from tracker.library.batches import Batch, BatchResult
-    from tracker.library.callbacks import VerifiedCallback
-    from tracker.library.client import Tracker
-    from tracker.library.handlers import RunEvent
+    from tracker.library.client import Tracker, VerifiedCallback
     from tracker.library.mounted import Mounted
-    from tracker.library.run import Event, Run, RunChange, SpendingSummary
+    from tracker.library.run import Event, Run, RunChange, RunEvent, SpendingSummary
     from tracker.receiving.receive import Received
     from tracker.settings import Settings
     from tracker.store.queries.spending import Spending, Usage
@@ -66,13 +64,13 @@ _MODULES: Final = {
     "Received": "tracker.receiving.receive",
     "Run": "tracker.library.run",
     "RunChange": "tracker.library.run",
-    "RunEvent": "tracker.library.handlers",
+    "RunEvent": "tracker.library.run",
     "Settings": "tracker.settings",
     "Spending": "tracker.store.queries.spending",
     "SpendingSummary": "tracker.library.run",
     "Tracker": "tracker.library.client",
     "Usage": "tracker.store.queries.spending",
-    "VerifiedCallback": "tracker.library.callbacks",
+    "VerifiedCallback": "tracker.library.client",
 }
 
 

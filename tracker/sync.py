@@ -44,17 +44,24 @@ from typing import (
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.run import Output
 from tracker.errors import SettingsError, TrackerNotOpen
-from tracker.library import following
 from tracker.library.batches import Batch as AsyncBatch
 from tracker.library.batches import BatchFields, BatchResult
 from tracker.library.client import Tracker as AsyncTracker
-from tracker.library.handlers import EventName, RunEventFields
+from tracker.library.client import VerifiedCallback
 from tracker.library.loop_thread import CLOSED, LoopThread
-from tracker.library.run import Event, Owned, RunChange, RunFields, RunList
+from tracker.library.reading import id_of, raise_failures
+from tracker.library.run import (
+    Event,
+    EventName,
+    Owned,
+    RunChange,
+    RunEventFields,
+    RunFields,
+    RunList,
+)
 from tracker.library.run import Run as AsyncRun
 
 if TYPE_CHECKING:
-    from tracker.library.callbacks import VerifiedCallback
     from tracker.settings import Settings
     from tracker.store.writing.messages import Claim
 
@@ -252,10 +259,10 @@ class Tracker:
         false, `WaitTimeout` after `timeout` seconds, `RunUnknown` and `StoreUnavailable`.
         """
         wanted = [runs] if isinstance(runs, Run | str) else list(runs)
-        ending = self._tracker.wait(map(following.id_of, wanted), timeout, raise_on_failure=False)
+        ending = self._tracker.wait(map(id_of, wanted), timeout, raise_on_failure=False)
         ended = RunList(map(partial(_run_of, self), self._call(ending)))
         if raise_on_failure:  # here: the error's runs are of this tracker
-            following.raise_failures(ended)
+            raise_failures(ended)
         return ended[0] if isinstance(runs, Run | str) else ended
 
     def on(
@@ -300,7 +307,7 @@ class Tracker:
     def _event(self, claim: "Claim") -> "RunEvent":
         return RunEvent._of(claim, lambda shown: _copied(Run, RunFields.from_json(shown), self))
 
-    def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
+    def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> VerifiedCallback:
         """The callback in a request that an application received itself; stores nothing."""
         return self._tracker.verify_callback(body, headers)
 

@@ -1,15 +1,20 @@
 """Batches: a run for each of many rows, as frozen values."""
 
+import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Literal, Self
 
 from tracker.core.budget import check_tags
-from tracker.core.formatting import counted, money
+from tracker.core.formatting import counted, money, parse_usd
 from tracker.core.record import Record
-from tracker.library.inputs import Rows, check_text, valid
+from tracker.errors import BatchUnknown, WaitTimeout
+from tracker.library.inputs import Rows, check_text, planned, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
 from tracker.views import batch_columns
@@ -129,10 +134,27 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         cost, a budget or a person) ends with the runs that it has started. Raises `WaitTimeout`,
         and `StoreUnavailable` if the database does not answer for a minute.
         """
-        from tracker.library.launching import ended
+        from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
+        from tracker.starting.batches.batches import COUNT_SHARE
 
         services = self._tracker._launching_batches()
-        return Batch._bound(*await ended(services, self.batch_id, timeout), self._tracker)
+        read = partial(_counted, services, self.batch_id)
+        give_up = math.inf if timeout is None else time.monotonic() + timeout
+        async with OwnPolling(poll=services.poller.poll_due, clock=services.clock) as polling:
+            while True:
+                began = time.monotonic()
+                patience = min(OUTAGE, give_up - began)
+                batch, counts = await until_available(read, None, give_up_after=patience)
+                if batch.launch_at is None and not (counts.active or counts.doubt):
+                    return Batch._bound(batch, counts, self._tracker)
+                if time.monotonic() >= give_up:
+                    raise WaitTimeout(
+                        f"batch {self.batch_id} has not ended after {timeout:g} s: {counts.ended} "
+                        f"of {counted(counts.rows, 'row')} have. It goes on: wait again"
+                    )
+                polling.check(counts.next_check_at)
+                pause = max(CHECK_EVERY, (time.monotonic() - began) / COUNT_SHARE)
+                await asyncio.sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
 
     async def refresh(self) -> "Batch":
         """The batch as it is stored now."""
@@ -141,14 +163,14 @@ class Batch(BatchFields, Owned["BatchCalls"]):
     async def results(self) -> list[BatchResult[Run]]:
         """Each row with its run, in order."""
         services = self._tracker._services()
-        rows = await services.batches.rows(await self._stored(services))
+        rows = await services.batches.rows(await _stored(services, self.batch_id))
         return [BatchResult[Run]._of(row, self._tracker._run) for row in rows]
 
     async def stop(self) -> "Batch":
         """Start no further row; runs that are started go on."""
         services = self._tracker._services()
         with acting_here():
-            await services.batch_orders.stop(await self._stored(services), by=ACTOR)
+            await services.batch_orders.stop(await _stored(services, self.batch_id), by=ACTOR)
         return await self.refresh()
 
     async def retry(
@@ -162,21 +184,17 @@ class Batch(BatchFields, Owned["BatchCalls"]):
 
         A retry is a new run and is charged. Raises like `Tracker.start_batch`.
         """
-        from tracker.library.launching import order_of
         from tracker.starting.batches.rows import Retry
 
         services = self._tracker._services()
-        order = order_of(
+        order = _order_of(
             services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=which == "all"
         )
         retry = None if which == "unstarted" else valid("which", Retry, which)
-        plan = await services.batches.stored_plan(await self._stored(services), retry=retry)
+        plan = await services.batches.stored_plan(
+            await _stored(services, self.batch_id), retry=retry
+        )
         return await self._tracker._place(plan, order)
-
-    async def _stored(self, services: "Services") -> "BatchRow":
-        from tracker.library.launching import found
-
-        return (await found(services, self.batch_id))[0]
 
 
 class BatchCalls(RunCalls):
@@ -211,11 +229,10 @@ class BatchCalls(RunCalls):
         than `max_cost` (USD), `BudgetExceeded` unless it is to `wait_for_budget`,
         `DefinitionChanged` unless `accept_changes`, and `FloraError`.
         """
-        from tracker.library.launching import order_of, planned
         from tracker.starting.batches.rows import Retry
 
         services = self._services()
-        order = order_of(
+        order = _order_of(
             services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=retry == "all"
         )
         plan = await planned(
@@ -234,9 +251,7 @@ class BatchCalls(RunCalls):
 
     async def batch(self, batch_id: str) -> Batch:
         """A stored batch. Raises `BatchUnknown`."""
-        from tracker.library.launching import found
-
-        return Batch._bound(*await found(self._services(), batch_id), self)
+        return Batch._bound(*await _counted(self._services(), batch_id), self)
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """All stored batches, newest first, read in pages as the loop goes on."""
@@ -258,3 +273,34 @@ class BatchCalls(RunCalls):
             placed = await services.batch_orders.place(plan, order)
         counts = await services.batches.counts(placed.batch)
         return Batch._bound(placed.batch, counts, self)
+
+
+def _order_of(
+    services: "Services", *, max_cost: Decimal | float | None, wait_for_budget: bool, at_once: bool
+) -> "Order":
+    """An order of now. `max_cost` is USD."""
+    from tracker.starting.batches.launch import Order
+
+    return Order(
+        started_by=ACTOR,
+        ordered_at=services.clock(),
+        max_cost=None if max_cost is None else valid("max_cost", parse_usd, max_cost),
+        wait_for_budget=wait_for_budget,
+        at_once=at_once,
+    )
+
+
+async def _stored(services: "Services", batch_id: str) -> "BatchRow":
+    """A stored batch. Raises `BatchUnknown`."""
+    from tracker.store.queries import batches as stored
+
+    batch = await stored.get(services.database, batch_id)
+    if batch is None:
+        raise BatchUnknown(f"batch {batch_id} is not stored here")
+    return batch
+
+
+async def _counted(services: "Services", batch_id: str) -> "tuple[BatchRow, BatchCounts]":
+    """A stored batch and its counts. Raises `BatchUnknown`."""
+    batch = await _stored(services, batch_id)
+    return batch, await services.batches.counts(batch)

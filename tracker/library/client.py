@@ -1,12 +1,18 @@
-"""`Tracker`: start, follow and list runs from Python, over the same services as the commands."""
+"""`Tracker`: runs from Python, over the same services as the commands.
+
+Here they are started and tracked, and events and callbacks are handled.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 from tracker.core.budget import check_tags
+from tracker.core.clock import utc_now
 from tracker.core.errors import (
     FloraUnreachable,
     InvalidRequest,
@@ -18,17 +24,31 @@ from tracker.core.errors import (
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
-from tracker.library.handlers import EventName, HandlerFunction, RunEvent
 from tracker.library.inputs import InputValues, check_text, given_inputs, naming_fields, valid
+from tracker.library.opening import HandlerFunction
 from tracker.library.reading import CLOSED_MEANWHILE
-from tracker.library.run import ACTOR, Run, acting_here
+from tracker.library.run import ACTOR, EventName, Run, RunEvent, acting_here
 
 if TYPE_CHECKING:
-    from tracker.library.callbacks import VerifiedCallback
     from tracker.receiving.receive import Received
 
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts of a start while FLORA or the database does not answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedCallback:
+    """A callback that FLORA signed. `status` is `None` if this version does not understand it.
+
+    It says that a run ended, and has neither outputs nor cost: the run's details are polled.
+    """
+
+    delivery_id: str
+    event_type: str | None
+    run_id: str | None
+    status: str | None
+    workspace_id: str | None
+    created_at: datetime | None
 
 
 class Tracker(BatchCalls):
@@ -188,16 +208,36 @@ class Tracker(BatchCalls):
             timeout=timeout,
         )
 
-    def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
+    def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> VerifiedCallback:
         """The callback in a request that an application received itself; stores nothing.
 
         `body` are the raw bytes. Works on a tracker that is not open. Raises `SignatureError` if
         FLORA did not sign it, and `SettingsError` without a signing secret.
         """
-        from tracker.library.callbacks import verified
+        from tracker.flora import parse
+        from tracker.flora.signature import verify
+        from tracker.receiving.receive import NoSecrets
 
         self._verifying.check_or_retry()
-        return verified(self._verifying.settings, body, headers)
+        settings = self._verifying.settings
+        secrets = [secret for one in settings.all_workspaces for secret in one.clear_secrets]
+        if not secrets:
+            raise NoSecrets(
+                "no signing secret is set, so no callback can be verified: set FLORA_WEBHOOK_SECRET"
+            )
+        signature, webhook_id = _signature_headers(headers)
+        now = utc_now()
+        verify(signature, body, secrets, now=now, tolerance=settings.tracker_signature_tolerance)
+        delivery = parse.delivery(body, at=now, webhook_id=webhook_id)
+        seen = parse.callback(body, at=now)
+        return VerifiedCallback(
+            delivery_id=delivery.delivery_id,
+            event_type=delivery.event_type,
+            run_id=delivery.run_id,
+            status=None if isinstance(seen, str) else str(seen.status),
+            workspace_id=delivery.workspace_id,
+            created_at=delivery.created_at,
+        )
 
     async def receive_callback(
         self, body: bytes, headers: Mapping[str, str], *, token: str | None = None
@@ -208,9 +248,13 @@ class Tracker(BatchCalls):
         once. Answer 5xx to `StoreUnavailable`. `token` is what follows `/callbacks/flora/` in the
         address that was called. Raises `SignatureError` and `SettingsError` as `verify_callback`.
         """
-        from tracker.library.callbacks import signature_headers
-
-        signature, webhook_id = signature_headers(headers)
+        signature, webhook_id = _signature_headers(headers)
         return await self._services().receiver.receive(
             body, signature=signature, webhook_id=webhook_id, token=token
         )
+
+
+def _signature_headers(headers: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """`Flora-Signature` and `Flora-Webhook-Id`, whatever the case of their names."""
+    lower = {name.lower(): value for name, value in headers.items()}
+    return lower.get("flora-signature"), lower.get("flora-webhook-id")

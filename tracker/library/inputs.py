@@ -1,5 +1,6 @@
-"""Inputs given as Python values become the inputs of a start."""
+"""Inputs given as Python values become the inputs of a start, and rows the plan of a batch."""
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,12 +9,15 @@ from datetime import date, time
 from decimal import Decimal
 from enum import EnumType
 from math import isfinite
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
+from tracker.core.formatting import counted
+from tracker.library.run import ACTOR
 
 if TYPE_CHECKING:
     from tracker.services import Services
+    from tracker.starting.batches.rows import BatchPlan
 
 InputValue = str | int | float | Decimal | bool | date | time | None
 InputValues = Mapping[str, InputValue | Sequence[InputValue]] | Sequence[Mapping[str, str]]
@@ -42,7 +46,7 @@ async def given_inputs(
     faults: list[FieldFault] = []
     values: list[tuple[str, str | None, str]] = []
     for where, name, kind, value in _flat(inputs):
-        text = text_of(value)
+        text = _text_of(value)
         if not isinstance(name, str) or not isinstance(kind, str | None):
             faults.append(FieldFault(where, "its id and type must be texts"))
         elif text is None:
@@ -70,6 +74,57 @@ def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:
                 yield f"inputs.{name}", name, None, item
 
 
+async def planned(
+    services: "Services", technique: str, rows: Iterable[object], **options: Any
+) -> "BatchPlan":
+    """The plan of these rows; `columns` is the field of an input, by its id.
+
+    Raises `InvalidRequest`, which names rows and fields, and what `Batches.plan` raises.
+    """
+    from tracker.starting.sheets.columns import ColumnMapping
+    from tracker.starting.sheets.sheet import SheetRefused, sheet_of_objects
+
+    explicit = [ColumnMapping(*one) for one in options.pop("columns").items()]
+    objects: list[tuple[int, dict[str, Any]]] = []
+    faults: list[FieldFault] = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            message = f"must be a mapping, not {type(row).__name__}"
+            faults.append(FieldFault(f"rows.{number}", message))
+            continue
+        cells: dict[str, Any] = {}
+        for name, value in cast("Mapping[object, object]", row).items():
+            given = cast("list[object]", value) if isinstance(value, list | tuple) else [value]
+            cells[str(name)] = texts = [_text_of(one) for one in given if one is not None]
+            if None in texts:
+                message = "must be a text, a number, a boolean or a date, or a list of them"
+                faults.append(FieldFault(f"rows.{number}.{name}", message))
+        objects.append((number, cells))
+    if not objects and not faults:
+        faults.append(FieldFault("rows", "must not be empty"))
+    if faults:
+        raise _nothing_started(faults)
+    # In a thread: many rows would hold up what else the process does.
+    sheet = await asyncio.to_thread(sheet_of_objects, objects)
+    options["name"] = options["name"] or counted(len(objects), "row")
+    try:
+        plan, _ = await services.batches.plan(
+            technique, sheet, explicit=explicit, source=ACTOR, **options
+        )
+    except SheetRefused as refused:
+        for one in refused.problems:
+            where = [str(part) for part in ("rows", one.line, one.column) if part]
+            faults.append(FieldFault(".".join(where), one.of_fields))
+        raise _nothing_started(faults) from refused
+    return plan
+
+
+def _nothing_started(faults: list[FieldFault]) -> InvalidRequest:
+    more = f"; and {len(faults) - FIELDS_NAMED} more" if len(faults) > FIELDS_NAMED else ""
+    named = "; ".join(map(str, faults[:FIELDS_NAMED]))
+    return InvalidRequest(f"nothing was started: {named}{more}", faults)
+
+
 def naming_fields(
     error: InvalidRequest, given: InputValues, inputs: Sequence[Mapping[str, Any]]
 ) -> InvalidRequest:
@@ -86,7 +141,7 @@ def naming_fields(
     return InvalidRequest("; ".join([str(error), *named[:FIELDS_NAMED]]), faults)
 
 
-def text_of(value: object) -> str | None:
+def _text_of(value: object) -> str | None:
     """A text, number, boolean, date or time as an input has it; `None` for anything else, as
     `nan`."""
     if isinstance(value, str):

@@ -1,6 +1,7 @@
-"""Opening and closing a `Tracker`, and what its calls use while it is open."""
+"""Opening and closing a `Tracker`, what its calls use while it is open, and its handlers."""
 
 import asyncio
+import inspect
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable
@@ -8,12 +9,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger
 from tracker.errors import TrackerNotOpen
-from tracker.library.handlers import HandlerFunction, registering
+from tracker.library.run import RunEvent
 
 if TYPE_CHECKING:
     from tracker.delivering.handlers import Handler
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 WATCH_EVERY: Final = 0.25
 """Seconds between two checks of whether the server of the application stops."""
+
+HandlerFunction = TypeVar("HandlerFunction", bound=Callable[[RunEvent], object])
 
 log = get_logger(__name__)
 
@@ -190,12 +193,75 @@ class OpenedTracker:
         return services
 
     def _register(
-        self, event_of: "Callable[[Claim], object]", *, name: str, **wanted: Any
+        self, event_of: "Callable[[Claim], object]", *, name: str, **given: object
     ) -> Callable[[HandlerFunction], HandlerFunction]:
-        """A decorator that registers a handler, which gets the event that `event_of` makes. Raises
-        `SettingsError`."""
+        """A decorator that registers a handler, which gets the event that `event_of` makes.
+
+        Raises `SettingsError`.
+        """
+        from pydantic import ValidationError
+
+        from tracker.core.formatting import requirement
+        from tracker.delivering.handlers import Handler
+        from tracker.settings.model import HandlerSettings
+        from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
+
         if self._stack is not None:
             raise SettingsError(
                 f"handler {name!r}: the tracker is open; register handlers before it is opened"
             )
-        return registering(self._handlers, event_of, name=name, **wanted)
+        try:
+            settings = HandlerSettings.model_validate({"id": name, **given})
+        except ValidationError as error:
+            faults = "; ".join(
+                f"{_argument_of(one['loc'])} {requirement(one['type'], one['msg'])}"
+                for one in error.errors()
+            )
+            raise SettingsError(f"handler {name!r}: {faults}") from None
+
+        def decorate(function: HandlerFunction) -> HandlerFunction:
+            url = f"{HANDLER_URL}{_checked_name(name, function)}"
+            known = self._handlers.get(name)
+            if known is not None and known.config.url != url:  # else a cell or module is run again
+                other = known.config.url.removeprefix(HANDLER_URL)
+                raise SettingsError(
+                    f"handler {name!r}: {other} has this name already; names must differ"
+                )
+            # Its kind is asked for, not whether it has one.
+            call = getattr(function, "__call__", None)  # noqa: B004
+            self._handlers[name] = Handler(
+                config=EndpointConfig(
+                    endpoint_id=name, url=url, events=settings.events, filter=settings.filter
+                ),
+                call=lambda claim: cast("Callable[[object], object]", function)(event_of(claim)),
+                is_async=any(map(inspect.iscoroutinefunction, (function, call))),
+                concurrency=settings.concurrency,
+                timeout=settings.timeout,
+            )
+            return function
+
+        return decorate
+
+
+def _argument_of(loc: tuple[int | str, ...]) -> str:
+    first = str(loc[0]) if loc else ""
+    return {"id": "name", "events": "event"}.get(first, first)
+
+
+def _checked_name(name: str, function: Callable[[Any], object]) -> str:
+    """The function's name, to show. Raises `SettingsError` if it cannot be a handler."""
+    if not callable(function):
+        raise SettingsError(f"handler {name!r}: {function!r} is not a function")
+    inner: Any = inspect.unwrap(getattr(function, "func", function))  # of a `partial` too
+    shown = f"{inner.__module__}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise SettingsError(f"handler {name!r}: {shown} must not yield: its code would never run")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise SettingsError(
+            f"handler {name!r}: {shown} must take one argument, the event"
+        ) from None
+    except ValueError:  # a function in C does not tell
+        pass
+    return shown

@@ -1,17 +1,19 @@
-"""The part of `Tracker` that reads runs, and waits for them."""
+"""The part of `Tracker` that reads runs, and follows them in the database until they end."""
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from tracker.core.budget import parse_tag
 from tracker.core.events import RunFilter
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
-from tracker.errors import RunUnknown, TrackerNotOpen
-from tracker.library import following
+from tracker.errors import RunFailed, RunLost, RunUnknown, TrackerNotOpen, WaitTimeout
 from tracker.library.inputs import valid
 from tracker.library.opening import OpenedTracker
 from tracker.library.run import Event, Run, RunChange, RunFields, RunList, SpendingSummary
@@ -20,10 +22,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tracker.delivering.downloads import DownloadReport
+    from tracker.services import Services
 
 PAGE_SIZE: Final = 100
 LAST_MONTH: Final = timedelta(days=30)
 CLOSED_MEANWHILE: Final = "the tracker was closed during this call"
+
+log = get_logger(__name__)
+
+
+def id_of(run: RunFields | str) -> str:
+    """The id of a run, or the id itself."""
+    return run if isinstance(run, str) else run.run_id
+
+
+def raise_failures(runs: Sequence[RunFields]) -> None:
+    """Raise `RunFailed` or `RunLost` for the first of the ended runs that did not complete."""
+    for run in runs:
+        if run.tracking == Tracking.LOST:
+            raise RunLost(run, runs)
+        if not run.succeeded:
+            raise RunFailed(run, runs)
 
 
 class RunCalls(OpenedTracker):
@@ -113,9 +132,9 @@ class RunCalls(OpenedTracker):
         """
         wanted = [runs] if isinstance(runs, Run | str) else list(runs)
         ended = {run.run_id: run async for run in self.as_settled(wanted, timeout=timeout)}
-        result = RunList(ended[following.id_of(run)] for run in wanted)
+        result = RunList(ended[id_of(run)] for run in wanted)
         if raise_on_failure:
-            following.raise_failures(result)
+            raise_failures(result)
         return result[0] if isinstance(runs, Run | str) else result
 
     async def as_settled(
@@ -127,11 +146,9 @@ class RunCalls(OpenedTracker):
         """
         from tracker.store.errors import StoreClosed
 
-        run_ids = map(following.id_of, runs)
+        run_ids = map(id_of, runs)
         try:
-            async with aclosing(
-                following.as_settled(self._services(), run_ids, timeout)
-            ) as records:
+            async with aclosing(_ending(self._services(), run_ids, timeout)) as records:
                 async for record in records:
                     yield self._run(record)
         except StoreClosed as error:
@@ -141,7 +158,7 @@ class RunCalls(OpenedTracker):
         """The events of a run, oldest first. Raises `RunUnknown`."""
         from tracker.store.queries import runs as read
 
-        run_id = following.id_of(run)
+        run_id = id_of(run)
         events = await read.events(self._services().database, run_id)
         if not events:
             await self.get(run_id)
@@ -225,8 +242,8 @@ class RunCalls(OpenedTracker):
 
         services = self._services()
         wanted = [runs] if isinstance(runs, RunFields | str) else runs
-        run_ids = list(dict.fromkeys(map(following.id_of, wanted)))
-        await following.known(services, run_ids)
+        run_ids = list(dict.fromkeys(map(id_of, wanted)))
+        await _known(services, run_ids)
         report = DownloadReport()
         options = DownloadOptions(
             to=Path(to),
@@ -234,12 +251,73 @@ class RunCalls(OpenedTracker):
             max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
             concurrency=max(concurrency, 1),
         )
-        found = services.downloader.named(run_ids, watch=True, notify=following.notify)
+        found = services.downloader.named(run_ids, watch=True, notify=_notify)
         await services.downloader.download(found, options, report)
         return report
 
     def _run(self, record: Record | Mapping[str, Any]) -> Run:
         return Run._bound(record, self)
+
+
+async def _ending(
+    services: "Services", run_ids: Iterable[str], timeout: float | None
+) -> AsyncGenerator[Record, None]:
+    """Each run's record as it ends: settled or lost.
+
+    Raises `RunUnknown`, also for a run that is removed meanwhile, `WaitTimeout`, and
+    `StoreUnavailable` if the database does not answer for a minute.
+    """
+    wanted = list(dict.fromkeys(run_ids))
+    reason: str | None = None
+
+    def delayed(line: str) -> None:
+        nonlocal reason
+        reason = line
+        _notify(line)
+
+    give_up = None if timeout is None else time.monotonic() + timeout
+    found = await _known(services, wanted, patience=timeout or None)
+    for record in found.values():
+        if record.tracking is not Tracking.ACTIVE:
+            yield record
+    active = {key: one for key, one in found.items() if one.tracking is Tracking.ACTIVE}
+    async with aclosing(services.follower.follow(list(active), notify=delayed)) as updates:
+        while active:
+            try:
+                # Not around the loop: a time-out must not interrupt what the caller does.
+                left = None if give_up is None else max(give_up - time.monotonic(), 0.0)
+                async with asyncio.timeout(left):
+                    changed = await anext(updates)
+            except StopAsyncIteration:
+                raise RunUnknown(list(active)) from None
+            except TimeoutError as error:
+                still = [RunFields._of(one) for one in active.values()]
+                raise WaitTimeout._of(still, timeout or 0.0, reason) from error
+            active |= {one.record.run.run_id: one.record for one in changed}
+            for record, _ in changed:
+                if record.tracking is not Tracking.ACTIVE:
+                    del active[record.run.run_id]
+                    yield record
+
+
+async def _known(
+    services: "Services", run_ids: Sequence[str], *, patience: float | None = None
+) -> dict[str, Record]:
+    """These runs, as soon as the database answers. Raises `RunUnknown`, and `StoreUnavailable`
+    after a minute, or `patience` seconds if that is less."""
+    from tracker.polling.follow import OUTAGE, until_available
+
+    read = partial(services.follower.read, run_ids)
+    once = cache(_notify)  # it is repeated with the same reason
+    found = await until_available(read, once, give_up_after=min(patience or OUTAGE, OUTAGE))
+    if missing := [run_id for run_id in run_ids if run_id not in found]:
+        raise RunUnknown(missing)
+    return found
+
+
+def _notify(line: str) -> None:
+    """Log why a wait takes longer."""
+    log.warning("run.wait_delayed", reason=line)
 
 
 def _day_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:

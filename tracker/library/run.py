@@ -1,12 +1,13 @@
-"""Runs and their events as frozen values."""
+"""Runs, their events and their spending as frozen values."""
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar
 
 from tracker.core.formatting import counted, money
 from tracker.core.record import Record
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tracker.polling.changes import Change
     from tracker.store.queries import runs as read
     from tracker.store.queries.spending import Spending, Usage
+    from tracker.store.writing.messages import Claim
 
 
 _UNKNOWN: Final[Mapping[str, Any]] = {
@@ -285,3 +287,43 @@ class Run(RunFields, Owned["RunCalls"]):
     async def events(self) -> list[Event]:
         """The timeline of the run, oldest event first. Raises `StoreUnavailable`."""
         return await self._tracker.events_of(self)
+
+
+EventName = Literal["run.settled", "run.lost", "run.cost_changed"]
+"""What a handler can get."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEventFields:
+    """What the events of both trackers, asynchronous and blocking, have beside their run."""
+
+    type: EventName
+    timestamp: datetime
+    message_id: str
+    attempt: int
+
+    @classmethod
+    def _of(cls, claim: "Claim", run_of: Callable[[Mapping[str, Any]], object]) -> Self:
+        """The event of a message; `run_of` makes the run of its JSON."""
+        body = json.loads(claim.body)
+        values: dict[str, Any] = {
+            "type": body["type"],
+            "timestamp": datetime.fromisoformat(body["timestamp"]),
+            "message_id": claim.message_id,
+            "attempt": claim.attempts + 1,
+            "run": run_of(body["data"]),
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent(RunEventFields):
+    """An event of a run, as a handler gets it.
+
+    `type` is `run.settled`, `run.lost` or `run.cost_changed`; `timestamp` is when it happened.
+    `message_id` is the same in every attempt to deliver the event to this handler; `attempt` counts
+    them from 1. `run` is the run when the event's message was made; `await event.run.refresh()` is
+    its present state.
+    """
+
+    run: Run
