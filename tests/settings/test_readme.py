@@ -8,7 +8,7 @@ import typer.main
 from tracker.cli.app import app
 from tracker.settings import Settings, load_settings
 from tracker.simulator import Options
-from tracker.simulator.making import RandomDraws
+from tracker.simulator.runs import RandomDraws
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulator.conftest import Flora, ServeFlora
 from tests.support.clocks import HandClock
-from tracker.simulator.making import MEASURED_FAILURES
+from tracker.simulator.runs import MEASURED_FAILURES
 
 END = 30
 """Seconds after which every run has ended."""

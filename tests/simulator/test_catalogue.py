@@ -4,9 +4,9 @@ import pytest
 
 from tests.simulator.conftest import Flora
 from tracker.simulator import Options
+from tracker.simulator.api import decode_cursor, encode_cursor
 from tracker.simulator.catalogue import load_catalogue
 from tracker.simulator.faults import ErrorAnswer
-from tracker.simulator.history import decode_cursor, encode_cursor
 
 TYPES = {"imageUrl", "videoUrl", "audioUrl", "text", "documentUrl"}
 

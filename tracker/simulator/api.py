@@ -1,20 +1,29 @@
-"""FLORA's routes under `/api/v1`."""
+"""All routes: FLORA's under `/api/v1`, and the simulator's own, for records, faults and files."""
 
+import base64
+import hashlib
+import json
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
 from email.utils import formatdate
 from functools import partial
+from pathlib import Path
 from random import Random
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any, Final
+from weakref import finalize
 
+from pydantic import TypeAdapter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from tracker.simulator.callbacks import CallbackSender
-from tracker.simulator.catalogue import SimulatedTechnique
+from tracker.simulator.catalogue import CONTENT_TYPES, SimulatedTechnique, make_file
 from tracker.simulator.faults import CutConnection, ErrorAnswer, GatewayFault, RequestFault
-from tracker.simulator.history import page_bounds
-from tracker.simulator.options import CODES, SimulatedWorkspace
+from tracker.simulator.options import CODES, SECRETS, Number, Options, SimulatedWorkspace, fault_of
 from tracker.simulator.runs import RunType, SimulatedRun, digest
 from tracker.simulator.starts import (
     StartHandler,
@@ -26,6 +35,10 @@ from tracker.simulator.world import RequestRecord, World
 
 STATUSES: Final = ("pending", "running", "completed", "failed")
 FILTERS: Final = ("status", "technique_id", "project_id")
+
+_DEFAULT_LIMIT: Final = 20
+_MAX_LIMIT: Final = 100
+_NUMBER: Final = TypeAdapter[float](Number)
 
 Handler = Callable[[Request, SimulatedWorkspace], Awaitable[Response]]
 
@@ -251,3 +264,174 @@ class SimulatedApi:
         if not asked_for:
             raise ErrorAnswer(403, "forbidden", "This key does not belong to that workspace.")
         return asked_for
+
+
+def page_bounds(
+    query: Mapping[str, str], count: int, options: Options, now_ms: int
+) -> tuple[slice, object]:
+    """Which of `count` items `cursor` and `limit` ask for, and the cursor of the next page.
+
+    Raises `ErrorAnswer` where `limit` is not a number from 1 to 100 or the cursor is not ours.
+    """
+    text = query.get("limit", str(_DEFAULT_LIMIT))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= _MAX_LIMIT):
+        raise ErrorAnswer.invalid(("limit", f"must be a number from 1 to {_MAX_LIMIT}"))
+    cursor = query.get("cursor")
+    start = decode_cursor(cursor, options, now_ms) if cursor else 0
+    end = start + int(text)
+    return slice(start, end), encode_cursor(end, options, now_ms) if end < count else None
+
+
+def encode_cursor(offset: int, options: Options, now_ms: int) -> object:
+    """The cursor that stands for an offset: as at FLORA, base64url of `{"offset":N}`.
+
+    With `opaque_cursors` the offset is hidden, and the cursor contains its age. Other types are
+    the offset itself, or an object that holds it.
+    """
+    if options.cursor_type != "text":
+        return offset if options.cursor_type == "number" else {"offset": offset}
+    content = b'{"offset":%d}' % offset
+    if options.opaque_cursors:
+        opened = json.dumps([offset, now_ms, options.cursor_epoch]).encode()
+        content = _masked(opened, options.seed)
+    return base64.urlsafe_b64encode(content).rstrip(b"=").decode("ascii")
+
+
+def decode_cursor(cursor: str, options: Options, now_ms: int) -> int:
+    """The offset that a cursor stands for.
+
+    Raises `ErrorAnswer` for what `encode_cursor` never made, and for opaque cursors that are too
+    old or of another epoch.
+    """
+    if options.cursor_type == "number" and cursor.isdecimal():
+        return int(cursor)
+    try:
+        content = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        if options.opaque_cursors:
+            offset, made_ms, epoch = json.loads(_masked(content, options.seed))
+            age = (now_ms - made_ms) / 1000
+            valid = epoch == options.cursor_epoch and age <= (options.cursor_seconds or math.inf)
+        else:
+            offset, valid = json.loads(content)["offset"], True
+    except (ValueError, KeyError, TypeError, RecursionError):
+        offset, valid = None, False
+    if not valid or type(offset) is not int or offset < 0:
+        raise ErrorAnswer.invalid(("cursor", "is not a cursor of this list"))
+    return offset
+
+
+def _masked(content: bytes, seed: int) -> bytes:
+    """The content made unreadable, or readable again."""
+    mask = hashlib.shake_128(b"cursor/%d" % seed).digest(len(content))
+    return bytes(a ^ b for a, b in zip(content, mask, strict=True))
+
+
+class ControlRoutes:
+    """Routes that FLORA does not have, without a key."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._files: Path | None = None
+
+    def routes(self) -> list[Route]:
+        """All routes, from the root."""
+        return [
+            Route("/simulator/runs", self.runs, methods=["GET"]),
+            Route("/simulator/requests", self.requests, methods=["GET"]),
+            Route("/simulator/deliveries", self.deliveries, methods=["GET"]),
+            Route("/simulator/faults", self.faults, methods=["GET"]),
+            Route("/simulator/faults", self.change_faults, methods=["POST"]),
+            Route("/simulator/bills", self.bills, methods=["GET"]),
+            Route("/simulator/colleague", self.colleague, methods=["POST"]),
+            Route("/simulator/deletions", self.delete, methods=["POST"]),
+            Route("/media/{name}", self.media, methods=["GET"]),
+        ]
+
+    async def runs(self, request: Request) -> Response:
+        """Every run's true record, oldest first."""
+        return JSONResponse({"runs": self._world.records()})
+
+    async def requests(self, request: Request) -> Response:
+        """How often each route gave each status; 0 stands for a cut connection."""
+        counts = sorted(self._world.counts.items())
+        return JSONResponse(
+            {
+                "total": self._world.counts.total(),
+                "requests": [
+                    {"route": route, "status": status, "count": count}
+                    for (route, status), count in counts
+                ],
+            }
+        )
+
+    async def deliveries(self, request: Request) -> Response:
+        """Every attempt at a callback, oldest first."""
+        return JSONResponse({"deliveries": [asdict(sent) for sent in self._world.deliveries]})
+
+    async def bills(self, request: Request) -> Response:
+        """The true cost of every run, and the cost that reads show now, oldest first."""
+        return JSONResponse({"bills": self._world.bills()})
+
+    async def colleague(self, request: Request) -> Response:
+        """Starts `{"technique": …, "count"?: 1}` as another program, without callback."""
+        body = parse_body(await request.body())
+        try:
+            wanted = self._world.sample_request(str(body.get("technique")))
+            count = int(body.get("count", 1))
+        except (LookupError, TypeError, ValueError) as exc:
+            raise ErrorAnswer.invalid(("technique", str(exc))) from None
+        runs = [self._world.start(wanted, colleague=True) for _ in range(count)]
+        return JSONResponse({"run_ids": [run.run_id for run in runs]})
+
+    async def delete(self, request: Request) -> Response:
+        """Deletes runs at FLORA: `{"run_ids": [...]}`."""
+        run_ids = parse_body(await request.body()).get("run_ids")
+        if not isinstance(run_ids, list) or not all(isinstance(one, str) for one in run_ids):
+            raise ErrorAnswer.invalid(("run_ids", "must be a list of identifiers"))
+        self._world.delete(run_ids)
+        return JSONResponse({"deleted": sorted(self._world.deleted)})
+
+    async def faults(self, request: Request) -> Response:
+        """The present options that may be changed, without secrets."""
+        shown = self._world.options.changeable
+        return JSONResponse({name: shown[name] for name in shown if name not in SECRETS})
+
+    async def change_faults(self, request: Request) -> Response:
+        """Sets new values, `{"drop": 0.4, "errors": "10%"}`, and answers with the present options.
+
+        `?after=60` changes them 60 seconds later, `?seconds=30` for 30 seconds, both by the
+        simulator's clock.
+        """
+        query = request.query_params
+        changes = parse_body(await request.body())
+        try:
+            after, lasting = (
+                _NUMBER.validate_python(query.get(name, "0")) for name in ("after", "seconds")
+            )
+            self._world.change(changes, after=after, seconds=lasting or None)
+        except ValueError as exc:
+            name, _, reason = fault_of(exc).partition(": ")
+            raise ErrorAnswer.invalid((name, reason or name)) from None
+        return await self.faults(request)
+
+    async def media(self, request: Request) -> Response:
+        """The file behind an output's link, whole or the requested range."""
+        name = request.path_params["name"]
+        if name not in self._world.media_files:
+            raise ErrorAnswer.not_found("output")
+        output_id, _, extension = name.partition(".")
+        file = self._directory() / name
+        if not file.exists():
+            file.write_bytes(make_file(output_id, extension))
+        return FileResponse(file, media_type=CONTENT_TYPES[extension])
+
+    def close(self) -> None:
+        if self._files is not None:
+            rmtree(self._files, ignore_errors=True)
+
+    def _directory(self) -> Path:
+        if self._files is None:
+            self._files = Path(mkdtemp(prefix="flora-simulator-"))
+            # Also without `close`: when this object is collected, or the process ends.
+            finalize(self, rmtree, self._files, ignore_errors=True)
+        return self._files

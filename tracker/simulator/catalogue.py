@@ -1,4 +1,4 @@
-"""The techniques: FLORA's published catalogue, with inputs and outputs made up to be plausible.
+"""The techniques: FLORA's published catalogue, with made-up inputs, outputs and output files.
 
 `techniques.tsv` holds one technique a line. Inputs and outputs are written `id:type`, followed by
 `@16x9` for a required aspect ratio, `~5` for a required duration in seconds, and the flags `?`
@@ -6,7 +6,12 @@ optional, `*` several values, `+` takes an element.
 """
 
 import csv
+import hashlib
+import io
 import re
+import struct
+import wave
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +21,13 @@ from typing import Any, Final
 
 EXTENSIONS: Final = {"imageUrl": "png", "videoUrl": "mp4", "audioUrl": "wav", "documentUrl": "pdf"}
 """The file name extension for each type that is a link."""
+CONTENT_TYPES: Final = {
+    "png": "image/png",
+    "mp4": "video/mp4",
+    "wav": "audio/wav",
+    "pdf": "application/pdf",
+}
+"""The content type for each extension."""
 
 _PORT: Final = re.compile(
     r"(?P<id>\w+):(?P<type>\w+?)(?:@(?P<wide>\d+)x(?P<high>\d+))?(?:~(?P<seconds>\d+))?(?P<flags>[?*+]*)"
@@ -166,3 +178,75 @@ def parse_port(text: str) -> SimulatedPort:
         several="*" in parts["flags"],
         element="+" in parts["flags"],
     )
+
+
+def make_file(output_id: str, extension: str) -> bytes:
+    """The file behind an output's link, made from the output's id, so that each is different."""
+    return _FILES[extension](output_id.encode())
+
+
+def _png(output_id: bytes, size: int = 96) -> bytes:
+    """A square that runs from one colour to another."""
+    seed = hashlib.sha256(output_id).digest()
+    first, last = seed[:3], seed[3:6]
+    rows = bytearray()
+    for y in range(size):
+        rows.append(0)  # the row's filter: none
+        for x in range(size):
+            at = (x + y) / (2 * size - 2)
+            rows += bytes(round(a + (b - a) * at) for a, b in zip(first, last, strict=True))
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(rows))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _wav(output_id: bytes) -> bytes:
+    """A quarter of a second of a square wave."""
+    half_period = 8 + hashlib.sha256(output_id).digest()[0] % 24
+    samples = bytes(160 if i // half_period % 2 else 96 for i in range(2000))
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(1)
+        sound.setframerate(8000)
+        sound.writeframes(samples)
+    return file.getvalue()
+
+
+def _pdf(output_id: bytes) -> bytes:
+    """One page that names its output."""
+    text = b"BT /F1 12 Tf 20 60 Td (%s) Tj ET" % output_id
+    objects = (
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 240 120]/Contents 4 0 R"
+        b"/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(text), text),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    )
+    file = bytearray(b"%PDF-1.4\n")
+    offsets = []
+    for number, content in enumerate(objects, 1):
+        offsets.append(len(file))
+        file += b"%d 0 obj%s endobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    size = len(objects) + 1
+    return bytes(file) + (
+        b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\n"
+        b"startxref\n%d\n%%%%EOF\n" % (size, table, size, len(file))
+    )
+
+
+def _mp4(output_id: bytes) -> bytes:
+    """A file type box and a data box of a few bytes: a container without a track."""
+    kind = b"isom" + struct.pack(">I", 512) + b"isomiso2mp41"
+    return b"".join(
+        struct.pack(">I", 8 + len(data)) + name + data
+        for name, data in ((b"ftyp", kind), (b"mdat", output_id))
+    )
+
+
+_FILES: Final = {"png": _png, "mp4": _mp4, "wav": _wav, "pdf": _pdf}

@@ -20,9 +20,8 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock, utc_now
-from tracker.simulator.api import SimulatedApi
+from tracker.simulator.api import ControlRoutes, SimulatedApi
 from tracker.simulator.callbacks import INTERNAL_SUFFIXES, CallbackSender, literal_address
-from tracker.simulator.control import ControlRoutes
 from tracker.simulator.faults import CuttableProtocol, ErrorAnswer
 from tracker.simulator.options import Options, SimulatedWorkspace
 from tracker.simulator.runs import RunRequest, SimulatedRun

@@ -19,15 +19,17 @@ from tracker.simulator.catalogue import (
     parse_port,
 )
 from tracker.simulator.faults import ErrorAnswer
-from tracker.simulator.history import RUN_TYPES, PresetHistory, RunListing
-from tracker.simulator.making import make_run
 from tracker.simulator.options import Options, SimulatedWorkspace
-from tracker.simulator.runs import RunRequest, RunType, SimulatedRun, digest
+from tracker.simulator.runs import RunRequest, RunType, SimulatedRun, digest, make_run
 
 if TYPE_CHECKING:
     from tracker.simulator.callbacks import CallbackAttempt
 
+_RUN_TYPES: Final[tuple[RunType, ...]] = ("technique", "generation")
 _LOGGED_REQUESTS: Final = 100_000
+
+_LONGEST_RUN: Final = 2
+"""The newest preset run began this many `run_seconds` before the simulator started."""
 
 _PlannedChange = tuple[float, Mapping[str, object], float | None]
 """When it is due (Unix milliseconds), the new values, and for how many seconds."""
@@ -166,7 +168,7 @@ class World:
         """A run of these workspaces, started or preset; None where there is none, or it was
         removed."""
         run = self.runs.get(run_id)
-        for run_type in () if run is not None else RUN_TYPES:
+        for run_type in () if run is not None else _RUN_TYPES:
             preset = self.preset(run_type)
             index = preset.index_of(run_id)
             if index is not None:
@@ -218,7 +220,7 @@ class World:
             indexes = [i for i in indexes if matches(preset.run(i))]
         return RunListing(started, preset, indexes)
 
-    def preset(self, run_type: RunType) -> PresetHistory:
+    def preset(self, run_type: RunType) -> "PresetHistory":
         """The runs of a type that ended before the simulator started, by its first options."""
         preset, options = self._presets.get(run_type), self.options
         count = options.history if run_type == "technique" else options.history_generations
@@ -275,3 +277,86 @@ class World:
 
 def _is_of(workspace: SimulatedWorkspace, workspaces: Iterable[SimulatedWorkspace]) -> bool:
     return any(one.workspace_id == workspace.workspace_id for one in workspaces)
+
+
+class PresetHistory:
+    """The ended runs of one type that the first workspace had at `begun_ms` (Unix milliseconds).
+
+    An index of 0 is the oldest run. A run is made when it is read; its identifier holds its index,
+    so that it is found without a table.
+    """
+
+    def __init__(self, options: Options, run_type: RunType, *, begun_ms: int, root: str) -> None:
+        self.count = options.history if run_type == "technique" else options.history_generations
+        self.workspace = options.workspaces[0]
+        self._options = options
+        self._run_type = run_type
+        self._begun_ms = begun_ms - int(_LONGEST_RUN * options.run_seconds / options.speed * 1000)
+        self._root = root
+        self._techniques = tuple(load_catalogue().values())
+
+    def run(self, index: int) -> SimulatedRun:
+        """The run at an index from 0 to `count` - 1."""
+        if self._run_type == "technique":
+            technique = self.technique(index)
+            request = RunRequest(technique=technique, inputs=tuple(technique.sample_inputs()))
+        else:
+            request = RunRequest(generation="image", model="image-standard")
+        return make_run(
+            request,
+            self._options,
+            run_id=self.run_id(index),
+            ordinal=self._ordinal(index),
+            created_ms=self.created_ms(index),
+            root=self._root,
+            workspace=self.workspace,
+        )
+
+    def run_id(self, index: int) -> str:
+        ordinal = self._ordinal(index)
+        return f"run_{-ordinal:08x}{digest(self._options.seed, 'preset', ordinal)[:12]}"
+
+    def created_ms(self, index: int) -> int:
+        """When the run at an index was created; they are evenly spread."""
+        span_ms = int(self._options.history_seconds * 1000)
+        return self._begun_ms - (self.count - index) * span_ms // self.count
+
+    def technique(self, index: int) -> SimulatedTechnique:
+        return self._techniques[(index * 7 + self._options.seed) % len(self._techniques)]
+
+    def index_of(self, run_id: str) -> int | None:
+        """The index of the run with that identifier; None where there is none."""
+        try:
+            number = int(run_id[4:12], 16)
+        except ValueError:
+            return None
+        index = (number - 1 - _RUN_TYPES.index(self._run_type)) // len(_RUN_TYPES)
+        known = 0 <= index < self.count and self.run_id(index) == run_id
+        return index if known else None
+
+    def _ordinal(self, index: int) -> int:
+        """A number that no other run has: below 0, odd for techniques, even for generations."""
+        return -(len(_RUN_TYPES) * index + 1 + _RUN_TYPES.index(self._run_type))
+
+
+class RunListing(Sequence[SimulatedRun]):
+    """Started runs, followed by preset runs, which are made when they are read."""
+
+    def __init__(
+        self, started: Sequence[SimulatedRun], preset: PresetHistory, indexes: Sequence[int]
+    ) -> None:
+        self._started = started
+        self._preset = preset
+        self._indexes = indexes
+
+    def __len__(self) -> int:
+        return len(self._started) + len(self._indexes)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[position] for position in range(*at.indices(len(self)))]
+        position = range(len(self))[at]
+        started = len(self._started)
+        if position < started:
+            return self._started[position]
+        return self._preset.run(self._indexes[position - started])
