@@ -6,7 +6,7 @@ from functools import cache
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from tracker.web.api.openapi import Operation
+from tracker.web.api import Operation
 from tracker.web.api.responses import Error
 from tracker.web.api.routes import OPERATIONS
 

@@ -16,8 +16,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.described import check_described
 from tests.web.flora import START, with_flora
 from tracker.core.errors import FieldFault
-from tracker.web.api import responses
-from tracker.web.api.openapi import Operation, document
+from tracker.web.api import Operation, document, responses
 from tracker.web.api.routes import OPERATIONS
 from tracker.web.app import build_app
 from tracker.web.http.responses import invalid

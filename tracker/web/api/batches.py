@@ -1,16 +1,20 @@
-"""The operations on batches: create from JSON rows, show, retry, stop, results as CSV."""
+"""The operations on batches, and their responses: create from JSON rows, show, retry, stop, results
+as CSV."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from decimal import Decimal
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from pydantic import ConfigDict, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from tracker.core.errors import BudgetExceeded, DefinitionChanged, FieldFault, MaxCostReached
 from tracker.core.formatting import counted
+from tracker.core.run import RetryAdvice
 from tracker.services import Services
 from tracker.settings.tokens import Scope
 from tracker.starting.batches.launch import Order
@@ -21,25 +25,146 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchRow
 from tracker.views import batch_json, error_group_json, plan_json, row_json
-from tracker.web.api.batch_models import (
-    Batch,
+from tracker.web.api import Answer, Operation, page_of
+from tracker.web.api.requests import (
     BatchBody,
     OrderBody,
-    PlacedBatch,
+    PageQuery,
     ResultsQuery,
     RetryBody,
-    Row,
     RowsQuery,
-    ShownBatch,
 )
-from tracker.web.api.openapi import Answer, Operation, page_of
-from tracker.web.api.requests import PageQuery
+from tracker.web.api.responses import ResponseModel, RunInput
 from tracker.web.auth import actor_of
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 
 MOST_CAUSES: Final = 100
 """Causes of refused rows in one response."""
 _ORDER_ERRORS: Final = (402, 404, 422, 502, 504)
+_BATCH: Final[dict[str, Any]] = {
+    "batch_id": "bat_0123456789abcdef",
+    "workspace_id": "ws_abc123",
+    "technique_id": "tech_icon-pack",
+    "name": "Spring icons",
+    "source": "api",
+    "created_at": "2026-06-11T12:00:00.123000Z",
+    "finished_at": None,
+    "launching": True,
+    "stopped": None,
+    "columns": ["sku"],
+    "rows": 2,
+    "started": 1,
+    "completed": 0,
+    "failed": 0,
+    "active": 1,
+    "lost": 0,
+    "refused": 0,
+    "unresolved": 0,
+    "in_doubt": 0,
+    "cost": 0,
+    "cost_final": False,
+    "quoted": 0.25,
+}
+
+
+class Batch(ResponseModel):
+    """A batch, with the number of its rows in each state. Times are UTC, costs USD."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_BATCH]})
+
+    batch_id: str
+    workspace_id: str
+    technique_id: str
+    name: str
+    source: Literal["cli", "api", "page", "python"] | None = Field(
+        description="`cli`: `tracker batch`."
+    )
+    created_at: datetime
+    finished_at: datetime | None = Field(description="When all of its runs had ended.")
+    launching: bool = Field(description="A worker starts rows, or is about to.")
+    stopped: str | None = Field(
+        description="Why the last launch ended early, or what it waits for."
+    )
+    columns: list[str] = Field(description="The fields that are carried into the results.")
+    rows: int = Field(ge=0)
+    started: int = Field(
+        ge=0, description="Rows with a run: the sum of completed, failed, active and lost."
+    )
+    completed: int = Field(ge=0)
+    failed: int = Field(ge=0)
+    active: int = Field(ge=0)
+    lost: int = Field(ge=0)
+    refused: int = Field(ge=0, description="Starts that FLORA refused.")
+    unresolved: int = Field(ge=0, description="Starts that a person has to resolve.")
+    in_doubt: int = Field(ge=0, description="Starts that were sent and not answered.")
+    cost: float = Field(ge=0, description="Billed so far.")
+    cost_final: bool = Field(description="No bill may change any more.")
+    quoted: float = Field(ge=0, description="Quotes of runs without a bill.")
+
+
+class ErrorGroup(ResponseModel):
+    """Rows that failed for the same reason."""
+
+    code: str = Field(description="FLORA's code, or `lost`, `unresolved` or `not_started`.")
+    message: str | None = Field(description="An example.")
+    retry_advice: RetryAdvice | None
+    count: int = Field(ge=1)
+    retryable: int = Field(ge=0, description="Rows that a retry of `failed` starts again.")
+
+
+class ShownBatch(Batch):
+    """A batch with its errors."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{**_BATCH, "errors": []}]})
+
+    errors: list[ErrorGroup]
+
+
+class BatchPrice(ResponseModel):
+    """The result of a dry run."""
+
+    batch_id: str
+    rows: int = Field(ge=0)
+    to_start: int = Field(ge=0, description="Rows without a run.")
+    run_cost: float | None = Field(ge=0, description="FLORA's price for one run, in USD.")
+    cost: float | None = Field(ge=0, description="The most that starting them can cost, in USD.")
+    refusal: str | None = Field(
+        description="Why the request would be refused: the maximum cost or a budget."
+    )
+
+
+class PlacedBatch(RootModel[Batch | BatchPrice]):
+    """The batch, or the result of a dry run."""
+
+
+class BatchOutput(ResponseModel):
+    """One output of a row."""
+
+    output_id: str
+    type: str
+    url: str
+
+
+class Row(ResponseModel):
+    """One row of a batch. Costs are USD."""
+
+    row: int = Field(ge=1)
+    line: int = Field(ge=1, description="Its first line in the sheet.")
+    key: str = Field(description="The idempotency key of its start.")
+    run_id: str | None
+    status: str = Field(
+        description="FLORA's status of its run; `not_started`, `sending`, `in_doubt`, `refused` or "
+        "`unresolved` before there is one; `lost` or `forgotten` if there is none any more."
+    )
+    cost: float | None = Field(ge=0)
+    cost_final: bool
+    quoted_cost: float | None = Field(ge=0)
+    retry_advice: RetryAdvice | None
+    error: str | None
+    inputs: list[RunInput] | None
+    tags: dict[str, str]
+    carried: dict[str, str] = Field(description="The fields that are no input.")
+    outputs: list[BatchOutput]
 
 
 class BatchOperations:

@@ -15,12 +15,13 @@ from pydantic import (
 )
 from starlette.datastructures import QueryParams
 
-from tracker.core.budget import check_tags, parse_tag
+from tracker.core.budget import check_tag_key, check_tags, parse_tag
 from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import requirement
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import RetryAdvice, Tracking
+from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.queries.spending import check_by
 from tracker.store.queries.starts import LISTED
 from tracker.web.http.responses import invalid
@@ -35,6 +36,17 @@ _MESSAGES: Final = {
     _KEY: "must be printable ASCII characters without spaces at the ends",
 }
 """Messages for fields that do not match a pattern."""
+MOST_ROWS: Final = 10_000
+"""Rows of one batch."""
+_ROW: Final = {
+    "type": "object",
+    "additionalProperties": {
+        "anyOf": [
+            {"type": ["string", "number", "null"]},
+            {"type": "array", "items": {"type": "string"}},
+        ]
+    },
+}
 
 
 def validate(model: type[M], values: Any) -> M:
@@ -183,6 +195,86 @@ class TrackBody(Body):
     )
 
 
+class OrderBody(Body):
+    """What starts rows of a batch."""
+
+    max_cost: float | None = Field(
+        None,
+        ge=0,
+        le=1e9,
+        allow_inf_nan=False,
+        description="Start nothing if the rows could cost more than this, in USD.",
+    )
+    wait_for_budget: bool = Field(
+        False, description="Wait for a used-up budget to start again, in place of an error."
+    )
+    dry_run: bool = Field(False, description="Only return what would be started, and its price.")
+
+
+class BatchBody(OrderBody):
+    """Rows to start a run of each. Unknown fields are refused."""
+
+    model_config = ConfigDict(
+        title="NewBatch",
+        json_schema_extra={
+            "examples": [
+                {
+                    "technique": "icon-pack",
+                    "name": "Spring icons",
+                    "rows": [
+                        {"prompt": "garden tools", "sku": "SKU-0001"},
+                        {"prompt": "beach toys", "sku": "SKU-0002"},
+                    ],
+                    "tag_columns": {"sku": "sku"},
+                    "max_cost": 5,
+                }
+            ]
+        },
+    )
+
+    technique: Name = Field(description="Its id or its slug.")
+    rows: list[Annotated[dict[str, Any], WithJsonSchema(_ROW)]] = Field(
+        min_length=1,
+        max_length=MOST_ROWS,
+        description="An object for each run. A field with the id or name of an input is that "
+        "input: a text, or several in a list. All other fields are carried into the results.",
+    )
+    columns: dict[str, Name] = Field(
+        {}, description="The field of an input, by the input's id, where their names differ."
+    )
+    name: Name | None = Field(None, description="What lists and pages call it.")
+    workspace_id: Name | None = Field(
+        None, description="Required if several workspaces are configured."
+    )
+    tags: TagsField = Field({}, description="Labels of all runs, for filters and budgets.")
+    tag_columns: Annotated[
+        dict[Annotated[str, AfterValidator(check_tag_key)], Name],
+        BY_TAG,
+    ] = Field({}, description="Fields whose values tag the runs of their rows, by tag.")
+    retry: Literal["failed", "all"] | None = Field(
+        None,
+        description="Also start rows again that failed: temporarily (`failed`), or for any reason "
+        "(`all`).",
+    )
+    accept_changes: bool = Field(
+        False,
+        description="Start rows again whose fields are other inputs since the technique changed.",
+    )
+
+
+class RetryBody(OrderBody):
+    """Which rows of a batch to start again. Unknown fields are refused."""
+
+    model_config = ConfigDict(
+        title="Retry", json_schema_extra={"examples": [{"which": "failed", "max_cost": 2.5}]}
+    )
+
+    which: Literal["unstarted", "failed", "all"] = Field(
+        description="`unstarted`: rows without a run. `failed`: also rows that failed temporarily, "
+        "once, after a wait where advised. `all`: also every other row that failed."
+    )
+
+
 class RunsQuery(PageQuery):
     """The query of `GET /api/runs`. An empty filter counts as omitted."""
 
@@ -197,6 +289,21 @@ class RunsQuery(PageQuery):
     ] = Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
     tracking: Annotated[Tracking | None, NONE_IF_EMPTY, one_of(Tracking)] = None
     retry_advice: Annotated[RetryAdvice | None, NONE_IF_EMPTY, one_of(RetryAdvice)] = None
+
+
+class RowsQuery(PageQuery):
+    """The query of `GET /api/batches/{batch_id}/rows`."""
+
+    outcome: Annotated[RowOutcome | None, NONE_IF_EMPTY, one_of(RowOutcome)] = Field(
+        None, description="Default: all rows."
+    )
+    code: Filter = Field(None, description="Rows of the error group with this code.")
+
+
+class ResultsQuery(Query):
+    """The query of `GET /api/batches/{batch_id}/results.csv`."""
+
+    bom: bool = Field(False, description="Begin with a byte order mark, as Excel needs it.")
 
 
 class StartsQuery(PageQuery):
