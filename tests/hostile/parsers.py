@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.hostile import reference
 from tests.hostile.asgi import headers_of, split
 from tracker.core.errors import FloraRefusal, FloraUnreadable, SettingsError
+from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source, merge
 from tracker.flora import http as waits
 from tracker.flora import parse
@@ -23,7 +24,8 @@ from tracker.flora.signature import SignatureError, sign, verify
 from tracker.flora.technique import ports, technique
 from tracker.settings import load_settings
 from tracker.starting.sheets import sheet
-from tracker.store.text import clean, cleaned, dump_json
+from tracker.store.engine import dump_json
+from tracker.store.writing.writer import cleaned
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 TOLERANCE = 900

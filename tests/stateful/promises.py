@@ -16,7 +16,7 @@ from tracker.core.rollup import RollupKey
 from tracker.core.run import Precedence, Run, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
-from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.queries.runs import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts
 
 _STANDINGS = {

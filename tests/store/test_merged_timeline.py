@@ -13,7 +13,7 @@ from tracker.core.observation import Observation, merge
 from tracker.core.run import Run
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
-from tracker.store.text import cleaned
+from tracker.store.writing.writer import cleaned
 
 RUNS = ("run_1", "run_2", "run_3")
 observed = st.lists(st.sampled_from(RUNS).flatmap(observations), min_size=1, max_size=12)

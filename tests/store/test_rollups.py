@@ -39,7 +39,7 @@ from tracker.store.engine import Database, migration_engine
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.overview import ROLLUPS
-from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.queries.runs import RUN_COLUMNS, read_records
 from tracker.store.schema import audit as audit_table
 from tracker.store.schema import (
     deliveries,

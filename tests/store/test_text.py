@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.making import called, observations, seen
+from tracker.core.formatting import clean
 from tracker.core.record import FailedRead
-from tracker.store.text import clean, cleaned, dump_json
+from tracker.store.engine import dump_json
+from tracker.store.writing.writer import cleaned
 
 anything = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\0", "\ud800", "é\0"])
 

@@ -22,8 +22,8 @@ from tracker.delivering.addresses import (
 )
 from tracker.delivering.signing import signed_headers
 from tracker.flora.http import NoCookies, retry_after_of
+from tracker.store.engine import dump_json
 from tracker.store.queries.endpoints import EndpointConfig
-from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt, Claim
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ from tracker.core.run import Run
 from tracker.delivering.addresses import UNREACHED
 from tracker.delivering.endpoint_client import Endpoint, EndpointClient
 from tracker.flora.http import NoCookies
+from tracker.store.engine import dump_json
 from tracker.store.queries.endpoints import EndpointConfig
-from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt, Claim
 
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0)

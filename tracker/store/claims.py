@@ -19,7 +19,6 @@ from sqlalchemy import (
     not_,
     or_,
     select,
-    true,
     update,
 )
 
@@ -28,7 +27,7 @@ from tracker.core.run import Precedence, Tracking
 from tracker.core.schedule import Policy, PollReason
 from tracker.core.waiting import to_its_end
 from tracker.store.engine import Database
-from tracker.store.rows import RUN_COLUMNS, records
+from tracker.store.queries.runs import RUN_COLUMNS, WorkspaceScope, records, within
 from tracker.store.schema import is_free, leases, runs, word
 from tracker.store.signals import DUE
 
@@ -40,9 +39,6 @@ _APART: Final = timedelta(seconds=5)
 """How much the clocks of processes on one database may differ."""
 LEASE_SECONDS: Final = 1.0
 """How long a caller that is cancelled waits until what it writes about a lease is committed."""
-
-WorkspaceScope = Sequence[str | None] | None
-"""The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
 
 
 async def claim_due(
@@ -213,17 +209,6 @@ async def drop_lease(db: Database, name: str, holder: str) -> None:
     """Release the lease `name`, if `holder` has it."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
     await to_its_end(db.execute(statement), seconds=LEASE_SECONDS)
-
-
-def within(
-    workspaces: WorkspaceScope, column: ColumnElement[Any] = runs.c.workspace_id
-) -> ColumnElement[bool]:
-    """The condition that `column` is one of these workspaces."""
-    # An expression, so that the planner uses no index by workspace: there are few workspaces, many
-    # runs, and few due ones.
-    if workspaces is None:
-        return true()
-    return func.coalesce(column, "").in_([each or "" for each in workspaces])
 
 
 MAX_LISTED: Final = 10_000

@@ -7,10 +7,11 @@ process never wait for a lock.
 """
 
 import asyncio
+import math
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -23,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from tracker.core.errors import StoreUnavailable
+from tracker.core.formatting import clean
 from tracker.store.errors import (
     FOREIGN,
     StoreBusy,
@@ -42,7 +44,6 @@ from tracker.store.sqlite import (
     sqlite_migration_engine,
     sqlite_read_engine,
 )
-from tracker.store.text import dump_json
 from tracker.store.url import DatabaseTimes, DatabaseUrl
 
 T = TypeVar("T")
@@ -325,6 +326,51 @@ async def _discard(connection: AsyncConnection) -> None:
     """Close a connection instead of returning it to its pool."""
     await connection.invalidate()
     await connection.close()
+
+
+# JSON that both databases take.
+
+_INT64: Final = 2**63
+
+
+def dump_json(value: Any) -> str:
+    """`value` as JSON text that both engines take.
+
+    Numbers that JSON or the databases cannot hold become floats or null. Raises `ValueError` for
+    values that are no JSON, or are nested too deep.
+    """
+    with suppress(TypeError):  # orjson refuses surrogates and integers of more than 64 bits
+        text = orjson.dumps(value).decode()
+        if "\\u0000" not in text:
+            return text
+    try:
+        return orjson.dumps(_clean_value(value)).decode()
+    except (TypeError, RecursionError) as exc:
+        raise ValueError(f"this cannot be stored as JSON: {exc}") from exc
+
+
+def _clean_value(value: Any) -> Any:
+    match value:
+        case str():
+            return clean(value)
+        case bool():
+            return value
+        case int() if not -_INT64 <= value < _INT64:
+            return _float(value)
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {clean(str(key)): _clean_value(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_clean_value(item) for item in value]
+    return value
+
+
+def _float(value: int) -> float | None:
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 _COMMON: Final[dict[str, Any]] = {

@@ -53,7 +53,7 @@ from tracker.core.formatting import clean
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
-from tracker.store.text import dump_json
+from tracker.store.engine import dump_json
 
 # Column types with the same meaning on both databases. On SQLite, which lacks times with a zone,
 # exact decimals and JSON, they have the form that ad-hoc SQL reads best.

@@ -11,12 +11,12 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, FailedRead, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.services import Services
+from tracker.store.engine import dump_json
 from tracker.store.queries import batches, starts, sweeps, techniques
 from tracker.store.queries.audit import Principal, acting
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.queries.starts import StartState
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.store.text import dump_json
 
 MARK: Final = "attacked"
 EVIL: Final = (

@@ -31,9 +31,8 @@ from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.deliveries import IS_UNSEEN
 from tracker.store.queries.overview import CallbackHealth, rollups
-from tracker.store.queries.runs import is_tracked_as
+from tracker.store.queries.runs import RUN_COLUMNS, fetch_records, is_tracked_as
 from tracker.store.queries.starts import StartState, is_in
-from tracker.store.rows import RUN_COLUMNS, fetch_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word
 
 LATE_AFTER: Final = timedelta(seconds=60)

@@ -28,12 +28,11 @@ from sqlalchemy import (
 
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import known
-from tracker.store.engine import Database
+from tracker.store.engine import Database, dump_json
 from tracker.store.errors import StoreRefused
 from tracker.store.queries.paging import between, matching, newest_first
 from tracker.store.schema import UtcDateTime, deliveries, is_any_of, word
 from tracker.store.sqlite import driver_execute
-from tracker.store.text import dump_json
 from tracker.store.writing import retention
 from tracker.store.writing.statements import RowInsert, Rows
 

@@ -21,7 +21,7 @@ from tracker.core.run import known
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.paging import matching, newest_first
-from tracker.store.rows import RUN_COLUMNS, records
+from tracker.store.queries.runs import RUN_COLUMNS, records
 from tracker.store.schema import endpoints, is_rare, message_attempts, messages, outbox, runs, word
 
 HANDLER_URL: Final = "python:"

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import FieldFault, InvalidRequest
-from tracker.store.text import dump_json
+from tracker.store.engine import dump_json
 
 T = TypeVar("T")
 

@@ -19,9 +19,8 @@ from tracker.core.run import Precedence, RetryAdvice, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.queries import runs as read
-from tracker.store.queries.runs import has_status, is_tracked_as
+from tracker.store.queries.runs import RUN_COLUMNS, has_status, is_tracked_as, read_records
 from tracker.store.queries.sheet_rows import has_value, run_ids_of
-from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import run_duration, runs, word
 
 WINDOW: Final = 10_000

@@ -48,10 +48,10 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
-from tracker.store.engine import Database
+from tracker.store.engine import Database, dump_json
 from tracker.store.errors import WriteConflict
 from tracker.store.queries import audit
-from tracker.store.rows import RUN_COLUMNS, records, run_row
+from tracker.store.queries.runs import RUN_COLUMNS, records, run_row
 from tracker.store.schema import (
     Money,
     UtcDateTime,
@@ -65,7 +65,6 @@ from tracker.store.schema import (
 )
 from tracker.store.signals import DUE, OUTBOX, run_notices
 from tracker.store.sqlite import driver_execute
-from tracker.store.text import dump_json
 from tracker.store.writing import rollups
 
 Rows = list[tuple[Any, ...]]

@@ -5,22 +5,26 @@ Callbacks are stored first, and reach the same merge when they are applied: see 
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import orjson
 from sqlalchemy import Connection
 
 from tracker.core.events import event_id, events_between
-from tracker.core.record import DurationsOf, Entry, Observed, Record, apply
+from tracker.core.formatting import clean
+from tracker.core.observation import Observation
+from tracker.core.record import DurationsOf, Entry, FailedRead, Observed, Record, apply
 from tracker.core.rollup import RollupKey, facts, same
-from tracker.core.run import fast_dataclass
+from tracker.core.run import Output, RunError, fast_dataclass
 from tracker.core.schedule import Policy
-from tracker.store.engine import Database
+from tracker.store.engine import Database, dump_json
 from tracker.store.queries.deliveries import requeue_runs
-from tracker.store.text import cleaned
 from tracker.store.writing.group_commit import GroupCommit, call_hook
 from tracker.store.writing.statements import BatchChanges, lock_runs, write_changes
+
+T = TypeVar("T")
 
 NAME: Final = "writer"
 
@@ -235,3 +239,41 @@ def _count(rollups: dict[RollupKey, list[int]], record: Record | None, sign: int
         counts = rollups.setdefault(key, [0, 0])
         counts[0] += sign
         counts[1] += sign * amount
+
+
+_TEXTS: Final[dict[type, tuple[str, ...]]] = {
+    Observed: ("observation", "inputs"),
+    FailedRead: ("run_id", "error"),
+    Observation: (
+        *("run_id", "run_type", "workspace_id", "project_id", "technique_id", "technique_name"),
+        *("poll_url", "error", "outputs"),
+    ),
+    RunError: ("code", "message"),
+    Output: ("output_id", "type", "url"),
+}
+"""The attributes with text in them."""
+
+
+def cleaned(value: T) -> T:
+    """`value`, an entry or any text or JSON in one, as a database returns it; `value` itself if
+    that is equal.
+
+    PostgreSQL's text holds neither NUL nor half a surrogate pair. Both are replaced before
+    observations are merged, so that the merged values are the stored ones.
+    """
+    made: Any = value
+    if isinstance(value, str):
+        made = clean(value)
+    elif isinstance(value, tuple):
+        made = tuple(map(cleaned, value))
+    elif (names := _TEXTS.get(type(value))) is None:
+        made = orjson.loads(dump_json(value))
+    else:
+        changes = {}
+        for name in names:
+            one = getattr(value, name)
+            if one is not None and (fit := cleaned(one)) is not one:
+                changes[name] = fit
+        if changes:
+            made = replace(made, **changes)
+    return value if made is value or made == value else made

@@ -22,6 +22,7 @@ from tracker.flora.technique import cost_of
 from tracker.settings.tokens import Scope
 from tracker.starting.batches.rows import BOM
 from tracker.starting.start import StartRequest
+from tracker.store.engine import dump_json
 from tracker.store.queries import batches, starts, techniques
 from tracker.store.queries import runs as read
 from tracker.store.queries.overview import technique_names
@@ -36,7 +37,6 @@ from tracker.store.queries.search import (
     search_runs,
 )
 from tracker.store.queries.sheet_rows import RowOfBatch, SheetMatches, rows_of_start, search_sheets
-from tracker.store.text import dump_json
 from tracker.views import run_json, web_link
 from tracker.web.auth import actor_of
 from tracker.web.dashboard import (
