@@ -16,9 +16,9 @@ from tests.deploy.tls import certificate_for_localhost
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import eventually, let_pass
 from tracker.core.clock import utc_now
-from tracker.delivering import addresses, endpoint_client
+from tracker.delivering import addresses, targets
 from tracker.delivering.addresses import Address
-from tracker.delivering.endpoint_client import EndpointClient, EndpointResolver
+from tracker.delivering.targets import EndpointClient, EndpointResolver
 from tracker.store.writing.messages import Attempt, Claim
 
 
@@ -112,7 +112,7 @@ async def test_the_status_decides() -> None:
 async def test_the_status_decides_where_the_rest_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was answered 2xx is delivered, although the time of the attempt ends while the rest of
     the answer is waited for."""
-    read, read_to_the_end = endpoint_client._beginning, False
+    read, read_to_the_end = targets._beginning, False
 
     async def over_now(response: httpx.Response) -> str:
         nonlocal read_to_the_end
@@ -126,7 +126,7 @@ async def test_the_status_decides_where_the_rest_stalls(monkeypatch: pytest.Monk
         await writer.drain()
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(endpoint_client, "_beginning", over_now)
+    monkeypatch.setattr(targets, "_beginning", over_now)
     attempt = await answered(stalling)
     assert not read_to_the_end
     assert attempt.delivered

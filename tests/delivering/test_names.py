@@ -11,7 +11,7 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.inputs import Port
 from tracker.core.run import Output
 from tracker.delivering.fetch import file_ending
-from tracker.delivering.names import file_stem, output_names, row_names, row_numbers
+from tracker.delivering.saving import file_stem, output_names, row_names, row_numbers
 from tracker.starting.batches.rows import RowState
 from tracker.store.queries.batches import BatchEntry, BatchRow
 

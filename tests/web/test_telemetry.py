@@ -19,7 +19,7 @@ from tests.web.callbacks import PATH, SECRET, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
-from tracker.delivering.endpoint_client import send_test
+from tracker.delivering.targets import send_test
 from tracker.operations import logs
 from tracker.operations.tracing import ENDPOINT, Wrap, tracing, untraced
 from tracker.services import Services

@@ -120,7 +120,7 @@ def batch(
     """
     from tracker.delivering.downloads import DownloadOptions, DownloadReport
     from tracker.delivering.files import DownloadDirectory
-    from tracker.delivering.names import naming_column
+    from tracker.delivering.saving import naming_column
     from tracker.starting.batches.rows import Retry
     from tracker.views import values_of
 

@@ -22,8 +22,14 @@ from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.delivering.endpoint_client import ANSWER_SECONDS, Endpoint, EndpointClient, send_test
-from tracker.delivering.handlers import Handler, HandlerClient
+from tracker.delivering.targets import (
+    ANSWER_SECONDS,
+    Endpoint,
+    EndpointClient,
+    Handler,
+    HandlerClient,
+    send_test,
+)
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action

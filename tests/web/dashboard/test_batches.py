@@ -21,7 +21,7 @@ from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed
-from tracker.delivering import archive
+from tracker.delivering import downloads
 from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope
 from tracker.simulator import Simulator
@@ -249,9 +249,9 @@ async def test_outputs_come_as_one_zip(serve: Serve, sqlite_url: str) -> None:
         with zipfile.ZipFile(io.BytesIO(answer.content)) as files:
             assert files.testzip() is None
             names = files.namelist()
-            missing = files.read(archive.MISSING).decode()
+            missing = files.read(downloads.MISSING).decode()
             assert files.read(names[0]).startswith(b"\x89PNG")
-        assert names[-1] == archive.MISSING
+        assert names[-1] == downloads.MISSING
         numbers = [int(re.findall(r"SKU-(\d+)_icon_[1-4]\.png", name)[0]) for name in names[:-1]]
         assert numbers == sorted(numbers)
         failed = shown_rows(await found.page("?show=failed"))
@@ -279,7 +279,7 @@ async def test_few_zips_are_sent_at_once(
 
     async with finished(serve, sqlite_url, limits=Limits(archives=1), failures=0) as found:
         client, address = found.site.client, f"/batches/{found.batch_id}/outputs.zip"
-        monkeypatch.setattr(archive, "_fetch", hold)
+        monkeypatch.setattr(downloads, "_fetch", hold)
         async with client.stream("GET", address) as first:
             assert first.status_code == 200
             second = await client.get(address)

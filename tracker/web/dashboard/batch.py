@@ -15,8 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tracker.core.errors import BudgetExceeded, FieldFault, MaxCostReached
 from tracker.core.formatting import counted, money, parse_usd
-from tracker.delivering.archive import batch_archive
-from tracker.delivering.names import naming_column
+from tracker.delivering.downloads import batch_archive
+from tracker.delivering.saving import naming_column
 from tracker.services import Services
 from tracker.settings.tokens import Scope as TokenScope
 from tracker.starting.batches.launch import Order
