@@ -28,7 +28,7 @@ from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
 from tracker.store import claims
 from tracker.store.engine import Database
-from tracker.store.queries import attention, overview, search, spending
+from tracker.store.queries import overview, search, spending, sweeps
 from tracker.store.queries import runs as feed
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import list_deliveries
@@ -79,8 +79,8 @@ def of_workers() -> Questions:
     return {
         f"claiming {CLAIMED} due runs": claim,
         "the next moment that something is due": partial(claims.next_due_at, now=utc_now()),
-        "a scrape of the metrics": partial(attention.read_gauges, now=utc_now()),
-        "what waits, which the pages count": partial(attention.counts, now=utc_now()),
+        "a scrape of the metrics": partial(overview.read_gauges, now=utc_now()),
+        "what waits, which the pages count": partial(overview.counts, now=utc_now()),
         "durations of a technique": lambda db: read.durations_of(db, ["tech_1"]),
     }
 
@@ -129,9 +129,9 @@ def of_pages(run_id: str, cursor: str | None) -> Questions:
         "overview: callbacks": partial(overview.callback_health, now=utc_now()),
         "overview: lags": partial(overview.lags, now=utc_now()),
         "overview: costs": partial(overview.costs, now=utc_now()),
-        "overview: overdue": partial(attention.overdue, now=utc_now()),
-        "overview: sweeps": attention.sweep_health,
-        "overview: conflicts": attention.conflicts,
+        "overview: overdue": partial(overview.overdue, now=utc_now()),
+        "overview: sweeps": sweeps.sweep_health,
+        "overview: conflicts": overview.conflicts,
         **{
             name: partial(spending.usages, budgets=[one], now=utc_now())
             for name, one in BUDGETS.items()

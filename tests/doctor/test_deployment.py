@@ -21,7 +21,7 @@ from tracker.settings import read_settings
 from tracker.simulator import Simulator
 from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.queries.attention import sweep_health
+from tracker.store.queries.sweeps import sweep_health
 from tracker.store.queries.workspaces import stored_contacts
 from tracker.store.schema import deliveries
 from tracker.store.url import DatabaseUrl

@@ -16,9 +16,10 @@ from tracker.simulator import Simulator
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.inspection import remove_test_deliveries, stored_test_deliveries
-from tracker.store.queries import attention, sweeps
-from tracker.store.queries.attention import SweepHealth, read_gauges
+from tracker.store.queries import sweeps
 from tracker.store.queries.endpoints import Backlog, EndpointRow
+from tracker.store.queries.overview import read_gauges
+from tracker.store.queries.sweeps import SweepHealth
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SWEEP = SweepHealth(
@@ -100,11 +101,11 @@ async def test_a_running_sweep_is_seen(database_url: str) -> None:
     """A sweep is running while its lease is held; other leases do not count."""
     async with await Database.open(database_url) as database:
         now = utc_now()
-        assert not await attention.sweeping(database, now=now)
+        assert not await sweeps.sweeping(database, now=now)
         for name, away in (("other", False), ("sweep:default", True)):
             assert await claims.take_lease(database, name, "me", now, timedelta(minutes=1))
-            assert await attention.sweeping(database, now=now) is away
-        assert not await attention.sweeping(database, now=now + timedelta(minutes=2))
+            assert await sweeps.sweeping(database, now=now) is away
+        assert not await sweeps.sweeping(database, now=now + timedelta(minutes=2))
         await sweeps.begin(database, "ws_1", now)
 
 

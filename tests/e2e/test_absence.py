@@ -20,7 +20,7 @@ from tracker.core import contact as core_contact
 from tracker.core.clock import utc_now
 from tracker.flora import contact
 from tracker.polling import contacts
-from tracker.store.queries import attention
+from tracker.store.queries import overview
 
 WITHIN = 15.0
 TOKEN = "a-token-of-the-absence"
@@ -35,7 +35,7 @@ def hasty() -> None:
     shorten(contacts, PROBE_IDLE_AFTER=1.0, PROBE_FAILING_AFTER=0.5, KEEP_TICK=0.2)
     shorten(contacts, KEEP_EVERY=timedelta(seconds=0.5), PROBE_SECONDS=2.0)
     shorten(worker, PROBE_EVERY=timedelta(seconds=0.3))
-    shorten(attention, LATE_AFTER=timedelta(seconds=1))
+    shorten(overview, LATE_AFTER=timedelta(seconds=1))
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from tests.hostile.parsers import NOW, SECRETS, TOLERANCE
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import sign
 from tracker.services import Services
-from tracker.store.queries import attention
+from tracker.store.queries import overview
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import get_delivery
 from tracker.web.app import build_app
@@ -43,10 +43,10 @@ def callback(services: Services) -> Asks:
         )
         if len(body) > limit or not signed:
             await services.applier.drain()
-            kept = await attention.counts(services.database, now=NOW)
+            kept = await overview.counts(services.database, now=NOW)
             answer = await ask(app, "POST", b"/callbacks/flora", headers, body)
             assert answer.status == (413 if len(body) > limit else 401), answer
-            assert await attention.counts(services.database, now=NOW) == kept
+            assert await overview.counts(services.database, now=NOW) == kept
             return
         answer = await ask(app, "POST", b"/callbacks/flora", headers, body)
         assert answer.status == 200, answer

@@ -17,8 +17,8 @@ from tests.store.making import (
 from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries.attention import counts, read_gauges
 from tracker.store.queries.deliveries import acknowledge
+from tracker.store.queries.overview import counts, read_gauges
 from tracker.store.queries.starts import StartState
 
 WS = {"workspace_id": "ws_1"}

@@ -12,7 +12,7 @@ from tracker.core.observation import Source
 from tracker.core.rollup import EDGES, lag_of, quantile
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import attention, overview, sweeps
+from tracker.store.queries import overview, sweeps
 from tracker.store.queries.overview import StateCount
 from tracker.store.schema import runs, starts, techniques
 from tracker.store.writing import rollups
@@ -138,8 +138,8 @@ async def test_costs(told: Database) -> None:
 
 async def test_overdue(told: Database) -> None:
     """A run whose time to be read has passed shows how long ago that was."""
-    assert await attention.overdue(told, now=NOW - HOUR) == []
-    (late,) = await attention.overdue(told, now=NOW + HOUR)
+    assert await overview.overdue(told, now=NOW - HOUR) == []
+    (late,) = await overview.overdue(told, now=NOW + HOUR)
     assert late.run.run_id == "run_4"
     (row,) = await rows(told, "v_overdue_runs")
     assert row["run_id"] == "run_4"
@@ -153,7 +153,7 @@ async def test_a_run_that_waits_for_a_retry_is_overdue(db: Database, writer: Tes
     await writer.submit(started("run_1"))
     retry = update(runs).values(next_check_at=later, last_error="FLORA cannot be reached")
     await db.write(lambda connection: connection.execute(retry))
-    (late,) = await attention.overdue(db, now=NOW)
+    (late,) = await overview.overdue(db, now=NOW)
     (row,) = await rows(db, "v_overdue_runs")
     assert late.run.run_id == row["run_id"] == "run_1"
     assert row["retrying"]
@@ -170,7 +170,7 @@ async def test_sweeps(db: Database) -> None:
             through = None if error else NOW - HOUR
             await sweeps.finish(db, sweep, at=at + SECOND, through=through, error=error, **counts)
     await sweeps.begin(db, "ws_2", NOW + 5 * HOUR)
-    unnamed, one, two = await attention.sweep_health(db)
+    unnamed, one, two = await sweeps.sweep_health(db)
     assert (unnamed.workspace_id, one.workspace_id, two.workspace_id) == (None, "ws_1", "ws_2")
     assert (one.last_started_at, one.last_error) == (NOW + HOUR, "503")
     assert (one.complete_at, one.through) == (NOW + SECOND, NOW - HOUR)

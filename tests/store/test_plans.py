@@ -24,8 +24,8 @@ from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
-from tracker.store.queries import attention as gauges
 from tracker.store.queries import batches, sheet_rows, spending, starts
+from tracker.store.queries import overview as gauges
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import (
     SELECT_WAITING,

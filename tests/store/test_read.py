@@ -15,8 +15,8 @@ from tracker.core.run import Output, RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.queries.attention import AttentionCounts, counts
 from tracker.store.queries.deliveries import get_delivery, list_deliveries
+from tracker.store.queries.overview import AttentionCounts, counts
 from tracker.store.queries.runs import (
     durations_of,
     events,

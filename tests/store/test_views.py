@@ -11,7 +11,7 @@ from bench.filling import fill
 from tests.store.test_plans import plans
 from tracker.core.clock import utc_now
 from tracker.store.engine import Database
-from tracker.store.queries import attention, overview
+from tracker.store.queries import overview, sweeps
 
 PAGE = Path(__file__).parents[2] / "docs" / "views.md"
 RUNS = 3_000
@@ -140,8 +140,8 @@ async def test_nothing_reads_all_runs(db: Database) -> None:
         "callbacks": lambda db: overview.callback_health(db, now=now),
         "lags": lambda db: overview.lags(db, now=now),
         "costs": lambda db: overview.costs(db, now=now, days=7),
-        "overdue": lambda db: attention.overdue(db, now=now),
-        "sweeps": attention.sweep_health,
+        "overdue": lambda db: overview.overdue(db, now=now),
+        "sweeps": sweeps.sweep_health,
     }
     assert reads_whole(await plans(db, lambda db: ask(db, "SELECT sum(checks) FROM runs")))
     for name, call in asked.items():

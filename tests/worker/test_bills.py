@@ -16,7 +16,7 @@ from tracker.core.run import Tracking
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
-from tracker.store.queries import attention, runs, spending
+from tracker.store.queries import overview, runs, spending
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 HOUR = 3600.0
@@ -165,7 +165,7 @@ async def test_a_run_that_is_never_billed_stays_unpriced(
         async with database.read() as connection:
             [row] = await connection.execute(view)
         assert (Decimal(str(row.quoted)), row.unpriced) == (price, 1)
-        counted = await attention.read_gauges(database, now=clock())
+        counted = await overview.read_gauges(database, now=clock())
         assert sum(counted.unpriced.values()) == 1
 
 

@@ -16,7 +16,7 @@ from tracker.simulator import Simulator
 from tracker.simulator.callbacks import sign_callback
 from tracker.starting.start import StartRequest
 from tracker.store import claims
-from tracker.store.queries import attention
+from tracker.store.queries import overview
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
@@ -41,7 +41,7 @@ async def poll_to_the_end(services: Services, clock: HandClock, *, within: float
     give_up = clock().timestamp() + within
 
     async def active() -> int:
-        return (await attention.counts(services.database, now=clock())).active
+        return (await overview.counts(services.database, now=clock())).active
 
     while await active():
         due = await services.poller.next_due_at()

@@ -110,7 +110,7 @@ def print_list(
         found, next_cursor = await find(database)
         rows, names = [to_json(one) for one in found], {}
         if named and sys.stdout.isatty():
-            from tracker.store.queries.overview import technique_names
+            from tracker.store.queries.techniques import technique_names
 
             ids = {row["technique_id"] for row in rows if row["technique_id"]}
             names = await technique_names(database, sorted(ids))

@@ -26,8 +26,9 @@ from tracker.polling.contacts import Contacts
 from tracker.starting.start import BudgetReader
 from tracker.store import claims
 from tracker.store.queries import endpoints, starts, sweeps
-from tracker.store.queries.attention import read_gauges, sweep_health
 from tracker.store.queries.endpoints import Backlog
+from tracker.store.queries.overview import read_gauges
+from tracker.store.queries.sweeps import sweep_health
 from tracker.workspaces import UNKNOWN, Service, Workspaces
 
 KEEP_SECONDS: Final = 5.0

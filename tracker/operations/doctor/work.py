@@ -16,10 +16,10 @@ from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
 from tracker.settings.values import longest_wait
 from tracker.store.engine import Database
-from tracker.store.queries import attention, endpoints, sweeps
-from tracker.store.queries.attention import BOUND, LATE_AFTER, Gauges, SweepHealth
+from tracker.store.queries import endpoints, overview, sweeps
 from tracker.store.queries.endpoints import Backlog, EndpointRow
-from tracker.store.queries.sweeps import UnreadSpan
+from tracker.store.queries.overview import BOUND, LATE_AFTER, Gauges
+from tracker.store.queries.sweeps import SweepHealth, UnreadSpan
 from tracker.store.queries.workspaces import stored_contacts
 from tracker.timeline import moment
 
@@ -68,11 +68,11 @@ async def check(settings: Settings, ids: Sequence[str | None], now: datetime) ->
             state = WorkState(
                 now=now,
                 interval=timedelta(seconds=longest_wait(settings.tracker_reconcile_cron, now)),
-                sweeps=await attention.sweep_health(database),
-                gauges=await attention.read_gauges(database, now=now),
-                sweeping=await attention.sweeping(database, now=now),
+                sweeps=await sweeps.sweep_health(database),
+                gauges=await overview.read_gauges(database, now=now),
+                sweeping=await sweeps.sweeping(database, now=now),
                 unread=sweeps.unread(await sweeps.everything(database)),
-                conflicts=await attention.conflicts(database),
+                conflicts=await overview.conflicts(database),
                 contacts=await stored_contacts(database, now=now),
                 endpoints=await endpoints.list_endpoints(database),
                 backlogs=await endpoints.backlogs(database),
@@ -166,9 +166,7 @@ def check_sweeps(state: WorkState) -> Finding:
     newest = max(state.sweeps, key=lambda one: one.last_started_at, default=None)
     complete = max((one.complete_at for one in state.sweeps if one.complete_at), default=None)
     since = None if complete is None else state.now - complete
-    overdue = complete is None or attention.is_sweep_late(
-        complete, state.now, interval=state.interval
-    )
+    overdue = complete is None or sweeps.is_sweep_late(complete, state.now, interval=state.interval)
     last = "None was ever complete" if since is None else f"Last complete {duration(since)} ago"
     reconcile = "`tracker reconcile` runs one now and reports what it finds."
     if newest is not None and (error := newest.last_error) is not None:
@@ -309,7 +307,7 @@ def _missed_callbacks(gauges: Gauges) -> Finding:
 
 def _inbox(gauges: Gauges, now: datetime) -> Finding:
     oldest = gauges.oldest_waiting_at
-    if oldest is None or not attention.is_inbox_behind(oldest, now):
+    if oldest is None or not overview.is_inbox_behind(oldest, now):
         return ok("inbox", "Acknowledged callbacks are applied.")
     return warning(
         "inbox",

@@ -8,9 +8,9 @@ it: FLORA's cursor and, if that part could not be read, why and when to retry.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -18,18 +18,19 @@ from sqlalchemy import (
     Row,
     Select,
     and_,
+    column,
     delete,
     insert,
     or_,
     select,
+    table,
     update,
 )
 
 from tracker.core.run import RunType
 from tracker.store.engine import Database
 from tracker.store.queries.workspaces import BEFORE_IDS
-from tracker.store.schema import history_coverage as table
-from tracker.store.schema import sweeps
+from tracker.store.schema import CleanText, UtcDateTime, history_coverage, leases, sweeps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,64 @@ async def list_sweeps(
     if before is not None:
         statement = statement.where(sweeps.c.id < before)
     return [SweepRow(**row._asdict()) for row in await db.fetch(statement)]
+
+
+SWEEP_TAKES: Final = timedelta(minutes=10)
+"""How much later than due a sweep may be complete: a long one takes its time."""
+SWEEPS: Final = table(
+    "v_sweeps",
+    column("workspace_id", CleanText),
+    *(
+        column(name, UtcDateTime)
+        for name in (
+            *("last_started_at", "last_finished_at", "complete_started_at"),
+            *("complete_finished_at", "through", "generations_through"),
+        )
+    ),
+    column("last_error", CleanText),
+    column("last_generations_error", CleanText),
+)
+
+
+class SweepHealth(NamedTuple):
+    """The state of one workspace's sweeps: the columns of `SWEEPS`, in their order.
+
+    `complete_at` is the end of the last complete sweep. History is checked up to `through` and
+    `generations_through`, by FLORA's clock. `last_error` is why the last sweep failed, if it did;
+    `last_finished_at` is `None` while it runs; `generations_error` is why generations could not be
+    read.
+    """
+
+    workspace_id: str | None
+    last_started_at: datetime
+    last_finished_at: datetime | None
+    complete_started_at: datetime | None
+    complete_at: datetime | None
+    through: datetime | None
+    generations_through: datetime | None
+    last_error: str | None
+    generations_error: str | None = None
+
+
+def is_sweep_late(complete_at: datetime, now: datetime, *, interval: timedelta) -> bool:
+    """Whether the last complete sweep is too old, where one is due every `interval`; like the alert
+    `TrackerSweepLate`."""
+    return now - complete_at > 3 * interval + SWEEP_TAKES
+
+
+async def sweep_health(db: Database) -> list[SweepHealth]:
+    """The state of sweeps by workspace; without workspaces that were never swept."""
+    found = [SweepHealth(*row) for row in await db.fetch(select(SWEEPS))]
+    return sorted(found, key=lambda each: each.workspace_id or "")
+
+
+async def sweeping(db: Database, *, now: datetime) -> bool:
+    """Whether any process is sweeping a history now."""
+    held = leases.c.name.startswith("sweep:") & (leases.c.until > now)
+    return await db.fetchrow(select(leases.c.name).where(held)) is not None
+
+
+# Coverage.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +269,9 @@ async def of(db: Database, workspace_id: str, kind: RunType) -> list[Interval]:
 async def everything(db: Database) -> Coverage:
     """All intervals, newest first."""
     found: Coverage = {}
-    statement = select(table).order_by(table.c.workspace_id, table.c.to_at.desc())
+    statement = select(history_coverage).order_by(
+        history_coverage.c.workspace_id, history_coverage.c.to_at.desc()
+    )
     for row in await db.fetch(statement):
         found.setdefault((row.workspace_id, row.run_type), []).append(_interval(row))
     return found
@@ -235,7 +296,9 @@ async def add(
 
 async def forget_after(db: Database, workspace_id: str, kind: RunType, moment: datetime) -> None:
     """Delete intervals that end after `moment`, a future time: a clock was wrong."""
-    wrong = delete(table).where(_is_of(workspace_id, kind), table.c.to_at > moment)
+    wrong = delete(history_coverage).where(
+        _is_of(workspace_id, kind), history_coverage.c.to_at > moment
+    )
     await db.execute(wrong)
 
 
@@ -243,18 +306,20 @@ def keep(
     connection: Connection, workspace_id: str, kind: str, intervals: Sequence[Interval]
 ) -> None:
     """Replace all intervals of one kind."""
-    connection.execute(delete(table).where(_is_of(workspace_id, kind)))
+    connection.execute(delete(history_coverage).where(_is_of(workspace_id, kind)))
     if intervals:
         key = {"workspace_id": workspace_id, "run_type": kind}
-        connection.execute(insert(table), [key | asdict(one) for one in intervals])
+        connection.execute(insert(history_coverage), [key | asdict(one) for one in intervals])
 
 
 def _rows_of(workspace_id: str, kind: str) -> Select[Any]:
-    return select(table).where(_is_of(workspace_id, kind))
+    return select(history_coverage).where(_is_of(workspace_id, kind))
 
 
 def _is_of(workspace_id: str, kind: str) -> ColumnElement[bool]:
-    return and_(table.c.workspace_id == workspace_id, table.c.run_type == kind)
+    return and_(
+        history_coverage.c.workspace_id == workspace_id, history_coverage.c.run_type == kind
+    )
 
 
 def _interval(row: Row[tuple[object, ...]]) -> Interval:

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from tracker.core.inputs import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import paging
-from tracker.store.schema import techniques
+from tracker.store.schema import runs, techniques
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +187,29 @@ async def page(
     found = [_row(row) for row in rows[:limit]]
     more = len(rows) > limit
     return found, paging.encode(found[-1].name, found[-1].technique_id) if more else None
+
+
+async def technique_names(db: Database, technique_ids: Sequence[str]) -> dict[str, str]:
+    """Names of techniques, from the catalogue or else from their newest run."""
+    if not technique_ids:
+        return {}
+    known = select(techniques.c.technique_id, techniques.c.name).where(
+        techniques.c.technique_id.in_(technique_ids)
+    )
+    async with db.read() as connection:
+        names = {row.technique_id: row.name for row in await connection.execute(known)}
+        for technique_id in technique_ids:
+            if technique_id not in names:
+                newest = (
+                    select(runs.c.technique_name)
+                    .where(runs.c.technique_id == technique_id)
+                    .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
+                    .limit(1)
+                )
+                name = (await connection.execute(newest)).scalar()
+                if name:
+                    names[technique_id] = name
+    return names
 
 
 _BY_NAME: Final = (func.lower(techniques.c.name), techniques.c.technique_id)

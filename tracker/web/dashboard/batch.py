@@ -23,9 +23,9 @@ from tracker.starting.batches.launch import Order
 from tracker.starting.batches.rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow
-from tracker.store.queries.overview import technique_names
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.queries.starts import LISTED
+from tracker.store.queries.techniques import technique_names
 from tracker.web.auth import actor_of, may
 from tracker.web.dashboard import (
     PAGE_SIZE,

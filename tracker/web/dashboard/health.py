@@ -21,13 +21,12 @@ from tracker.core.formatting import counted, duration, money, number, percent
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.store import migrate
-from tracker.store.queries import attention, endpoints, overview, sweeps
-from tracker.store.queries.attention import BILL_DAYS, SweepHealth
+from tracker.store.queries import endpoints, overview, sweeps
 from tracker.store.queries.deliveries import list_deliveries
 from tracker.store.queries.endpoints import Backlog, EndpointRow
-from tracker.store.queries.overview import CallbackHealth
+from tracker.store.queries.overview import BILL_DAYS, CallbackHealth
 from tracker.store.queries.spending import Usage
-from tracker.store.queries.sweeps import Interval, UnreadSpan
+from tracker.store.queries.sweeps import Interval, SweepHealth, UnreadSpan
 from tracker.web.dashboard import PAGE_SIZE, PageGroup, page, query_position
 from tracker.web.dashboard.render import query
 from tracker.workspaces import Workspace
@@ -94,7 +93,7 @@ class HealthPages(PageGroup):
         rows = await sweeps.list_sweeps(db, limit=PAGE_SIZE + 1, before=before)
         page = rows[:PAGE_SIZE]
         began = monotonic()
-        counts = await attention.counts(db, now=now)
+        counts = await overview.counts(db, now=now)
         seconds = monotonic() - began
         workspaces = await workspace_health(services, now=now)
         deliveries, _ = await list_deliveries(db, limit=1)
@@ -104,7 +103,7 @@ class HealthPages(PageGroup):
             "health.html",
             connections=[(one, connection(one, alone=True)) for one in workspaces],
             counts=counts,
-            overdue=bool(await attention.overdue(db, now=now, limit=1)),
+            overdue=bool(await overview.overdue(db, now=now, limit=1)),
             last_delivery=deliveries[0] if deliveries else None,
             callback_url=services.settings.callback_url,
             by_source=sum((Counter(hour.by_source) for hour in ends), Counter()),
@@ -189,7 +188,7 @@ class WorkspaceHealth:
 async def workspace_health(services: Services, *, now: datetime) -> list[WorkspaceHealth]:
     """The state of each workspace."""
     await services.contacts.read()
-    swept = {one.workspace_id: one for one in await attention.sweep_health(services.database)}
+    swept = {one.workspace_id: one for one in await sweeps.sweep_health(services.database)}
     return [
         WorkspaceHealth(one, services.contacts.of(one), swept, now=now)
         for one in services.workspaces
@@ -241,7 +240,7 @@ async def alerts(
 ) -> AsyncIterator[Alert]:
     """What else needs attention. `overdue` is whether a run is."""
     db = services.database
-    counts = await attention.counts(db, now=now)
+    counts = await overview.counts(db, now=now)
     unread = sum(
         services.workspaces.of(one.workspace_id) is not None
         for one in sweeps.unread(await sweeps.everything(db))
@@ -273,7 +272,7 @@ async def alerts(
             link="Show open runs",
             section="trackerrunsoverdue",
         )
-    if attention.is_inbox_behind(counts.oldest_waiting_at, now):
+    if overview.is_inbox_behind(counts.oldest_waiting_at, now):
         yield Alert(
             title=f"{_are(counts.waiting, 'callback')} not applied yet",
             advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
@@ -347,7 +346,7 @@ def _sweeps(
             link="Show sweeps",
             section="trackersweepfailing",
         )
-    elif complete_at is not None and attention.is_sweep_late(complete_at, now, interval=interval):
+    elif complete_at is not None and sweeps.is_sweep_late(complete_at, now, interval=interval):
         yield Alert(
             title=f"No history sweep{of} has been complete",
             since=complete_at,

@@ -18,10 +18,11 @@ from starlette.responses import Response
 from tracker.core.record import Record
 from tracker.core.rollup import EDGES
 from tracker.core.run import RunStatus, Tracking
-from tracker.store.queries import attention, batches, overview
+from tracker.store.queries import batches, overview
 from tracker.store.queries import runs as read
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
 from tracker.store.queries.spending import Spending, spending, tag_keys
+from tracker.store.queries.techniques import technique_names
 from tracker.views import OutputView
 from tracker.web.dashboard import PageGroup, page, query_choice, query_field
 from tracker.web.dashboard.batch import split_of
@@ -70,7 +71,7 @@ class OverviewPages(PageGroup):
         workspaces = await workspace_health(services, now=now)
         callbacks = await overview.callback_health(db, now=now, hours=hours)
         costs = await overview.costs(db, now=now)
-        overdue = await attention.overdue(db, now=now, limit=OVERDUE)
+        overdue = await overview.overdue(db, now=now, limit=OVERDUE)
         ends = await overview.ends_by_hour(db, now=now, hours=hours)
         outcomes = _outcomes(ends)
         state_counts = await overview.states(db)
@@ -98,7 +99,7 @@ class OverviewPages(PageGroup):
             batch_counts=counted_rows,
             splits={batch_id: split_of(found) for batch_id, found in counted_rows.items()},
             results=list(islice(self._results(newest), RESULTS)),
-            names=await overview.technique_names(db, sorted(techniques)),
+            names=await technique_names(db, sorted(techniques)),
             ends=ends,
             outcomes=outcomes,
             adopted=sum(hour.adopted for hour in ends),

@@ -25,7 +25,6 @@ from tracker.starting.start import StartRequest
 from tracker.store.engine import dump_json
 from tracker.store.queries import batches, starts, techniques
 from tracker.store.queries import runs as read
-from tracker.store.queries.overview import technique_names
 from tracker.store.queries.search import (
     STATES,
     WINDOW,
@@ -37,6 +36,7 @@ from tracker.store.queries.search import (
     search_runs,
 )
 from tracker.store.queries.sheet_rows import RowOfBatch, SheetMatches, rows_of_start, search_sheets
+from tracker.store.queries.techniques import technique_names
 from tracker.views import run_json, web_link
 from tracker.web.auth import actor_of
 from tracker.web.dashboard import (

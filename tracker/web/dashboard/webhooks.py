@@ -18,7 +18,7 @@ from tracker.core.formatting import counted, duration
 from tracker.core.record import DeliveryOutcome
 from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.receiving.replay import UnknownDelivery
-from tracker.store.queries import attention, endpoints
+from tracker.store.queries import endpoints, overview
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import (
     DeliveryRow,
@@ -88,7 +88,7 @@ class DeliveryPages(PageGroup):
             cursor=query_field(request, "cursor"),
             limit=PAGE_SIZE,
         )
-        counts = await attention.counts(self._database, now=now)
+        counts = await overview.counts(self._database, now=now)
         oldest = counts.oldest_waiting_at
         return self._list(
             request,
@@ -105,7 +105,7 @@ class DeliveryPages(PageGroup):
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
             causes=await causes(self._database, limit=CAUSES),
-            late=counts.waiting if attention.is_inbox_behind(oldest, now) else 0,
+            late=counts.waiting if overview.is_inbox_behind(oldest, now) else 0,
             oldest_waiting_at=oldest,
         )
 
