@@ -15,8 +15,8 @@
 
     batch.py       batch                        batches.py     batches list|show, and reports
 
-    deliveries.py  deliveries list|show|replay|acknowledge
-    webhooks.py    endpoints list|test|enable, messages list|show|resend|recover, listen
+    webhooks.py    deliveries list|show|replay|acknowledge, endpoints list|test|enable,
+                   messages list|show|resend|recover, listen
 
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """

@@ -21,7 +21,6 @@ from tracker.cli import (
     batch,
     batches,
     database,
-    deliveries,
     doctor,
     download,
     reconcile,
@@ -62,7 +61,7 @@ for command in (
     app.command()(command)
 runs.app.command()(download.download)
 for group in (
-    *(runs.app, batches.app, starts.app, techniques.app, deliveries.app),
+    *(runs.app, batches.app, starts.app, techniques.app, webhooks.deliveries),
     *(webhooks.endpoints, webhooks.messages, audit.app, database.app),
 ):
     app.add_typer(group)
