@@ -279,7 +279,7 @@ import sys
 from tracker.cli import main
 class Interrupt:
     def find_spec(self, name, *_):
-        if name == "tracker.cli.doctor":
+        if name == "tracker.cli.operations":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())
 main()

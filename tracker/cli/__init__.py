@@ -7,8 +7,7 @@
     serve.py       serve, worker
     reconcile.py   reconcile, poll, verify      simulate.py    simulate, demo
     techniques.py  techniques sync|list|show    spending.py    spending
-    database.py    db upgrade|current|copy|recount|prune
-    doctor.py      doctor                       audit.py       audit list
+    operations.py  doctor, db upgrade|current|copy|recount|prune, audit list
 
     runs.py        runs start|track|forget|list|show|watch|explain
     download.py    runs download                starts.py      starts list|show|resolve|exclude

@@ -17,12 +17,10 @@ import typer
 from typer.core import TyperArgument
 
 from tracker.cli import (
-    audit,
     batch,
     batches,
-    database,
-    doctor,
     download,
+    operations,
     reconcile,
     runs,
     serve,
@@ -55,14 +53,14 @@ app = typer.Typer(
 )
 for command in (
     *(serve.serve, serve.worker, reconcile.reconcile, reconcile.poll, reconcile.verify),
-    *(batch.batch, spending.spending, webhooks.listen, doctor.doctor),
+    *(batch.batch, spending.spending, webhooks.listen, operations.doctor),
     *(simulate.simulate, simulate.demo),
 ):
     app.command()(command)
 runs.app.command()(download.download)
 for group in (
     *(runs.app, batches.app, starts.app, techniques.app, webhooks.deliveries),
-    *(webhooks.endpoints, webhooks.messages, audit.app, database.app),
+    *(webhooks.endpoints, webhooks.messages, operations.audit, operations.db),
 ):
     app.add_typer(group)
 
