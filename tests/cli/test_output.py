@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.waiting import eventually
 from tracker.cli import output
+from tracker.cli.command import flora_deadline
 from tracker.cli.output import print_fields, print_json, print_table
-from tracker.cli.setup import flora_deadline
 from tracker.core.errors import FloraUnreachable
 from tracker.flora.caller import Wait
 

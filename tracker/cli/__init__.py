@@ -1,8 +1,7 @@
 """The command line: one file for each group of commands, and no logic.
 
     app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
-    options.py     how options and arguments are declared, and those that commands share
-    setup.py       settings, log and services of a command
+    command.py     what commands share: options, settings, log, services and lists
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
     serve.py       serve, worker
     reconcile.py   reconcile, poll, verify      simulate.py    simulate, demo

@@ -30,7 +30,7 @@ from tracker.cli import (
     techniques,
     webhooks,
 )
-from tracker.cli.options import option
+from tracker.cli.command import option
 from tracker.cli.output import note
 from tracker.core.errors import (
     FieldFault,

@@ -22,8 +22,7 @@ from tracker.cli.batches import (
     report_plan,
     report_problems,
 )
-from tracker.cli.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
-from tracker.cli.options import (
+from tracker.cli.command import (
     AS_JSON,
     TAGS,
     TECHNIQUE,
@@ -31,13 +30,15 @@ from tracker.cli.options import (
     argument,
     checked,
     flag,
+    flora_deadline,
     option,
     parse_value,
     parsed_tags,
     repeatable,
+    run_once,
 )
+from tracker.cli.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
 from tracker.cli.output import BAR_WIDTH, Screen, note, print_json, screen
-from tracker.cli.setup import flora_deadline, run_once
 from tracker.core.budget import check_tag_key
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, money, parse_usd

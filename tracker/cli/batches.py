@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.options import AS_JSON, CURSOR, argument, option
+from tracker.cli.command import AS_JSON, CURSOR, argument, option, print_list, run_once
 from tracker.cli.output import note, plain, print_json, print_table
-from tracker.cli.setup import print_list, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, duration, line_numbers, money, plain_lines
 from tracker.core.run import RetryAdvice

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.options import AS_JSON, argument, check_run_ids, flag, option
+from tracker.cli.command import AS_JSON, argument, check_run_ids, flag, option, run_once
 from tracker.cli.output import note, plain, print_json, screen
 from tracker.cli.runs import require_known
-from tracker.cli.setup import run_once
 from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
 

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.options import AS_JSON, CURSOR, LIMIT, age, flag, option
+from tracker.cli.command import (
+    AS_JSON,
+    CURSOR,
+    LIMIT,
+    age,
+    configure,
+    flag,
+    option,
+    print_list,
+    run_on_database,
+    run_once,
+)
 from tracker.cli.output import (
     Screen,
     console,
@@ -19,7 +30,6 @@ from tracker.cli.output import (
     print_json,
     print_table,
 )
-from tracker.cli.setup import configure, print_list, run_on_database, run_once
 from tracker.core.errors import SettingsError, StoreUnavailable, TrackerError
 from tracker.core.formatting import counted
 

@@ -5,9 +5,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from tracker.cli.options import AS_JSON, age
+from tracker.cli.command import AS_JSON, age, flora_deadline, run_once
 from tracker.cli.output import note, print_json, print_table
-from tracker.cli.setup import flora_deadline, run_once
 
 if TYPE_CHECKING:
     from tracker.polling.reading import PollReport

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import typer
 
-from tracker.cli.options import (
+from tracker.cli.command import (
     AS_JSON,
     CURSOR,
     LIMIT,
@@ -26,10 +26,14 @@ from tracker.cli.options import (
     WORKSPACE,
     checked,
     flag,
+    flora_deadline,
     option,
     parse_value,
     parsed_tags,
+    print_list,
     repeatable,
+    run_on_database,
+    run_once,
 )
 from tracker.cli.output import (
     Screen,
@@ -41,7 +45,6 @@ from tracker.cli.output import (
     print_with_inputs,
     screen,
 )
-from tracker.cli.setup import flora_deadline, print_list, run_on_database, run_once
 from tracker.core.budget import parse_tag
 from tracker.core.clock import Clock
 from tracker.core.errors import FloraError, TrackerError

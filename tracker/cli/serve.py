@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.options import flag, option
-from tracker.cli.setup import configure_service
+from tracker.cli.command import configure_service, flag, option
 from tracker.core.errors import SettingsError
 
 if TYPE_CHECKING:

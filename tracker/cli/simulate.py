@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.options import AS_JSON, checked, flag, option, repeatable
+from tracker.cli.command import AS_JSON, checked, flag, option, repeatable
 from tracker.cli.output import note, print_json, print_table, screen
 from tracker.cli.runs import RunScreen
 from tracker.core.errors import TrackerError

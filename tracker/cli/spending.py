@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tracker.cli.options import AS_JSON, OF_WORKSPACE, checked, flag, option, parse_time
+from tracker.cli.command import AS_JSON, OF_WORKSPACE, checked, flag, option, parse_time, run_once
 from tracker.cli.output import print_json, print_table
-from tracker.cli.setup import run_once
 from tracker.core.formatting import csv_text, money
 
 if TYPE_CHECKING:

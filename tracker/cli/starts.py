@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.options import (
+from tracker.cli.command import (
     AS_JSON,
     CURSOR,
     LIMIT,
@@ -15,10 +15,12 @@ from tracker.cli.options import (
     argument,
     check_not_empty,
     flag,
+    flora_deadline,
     option,
+    print_list,
+    run_once,
 )
 from tracker.cli.output import note, print_fields, print_json, print_table, print_with_inputs
-from tracker.cli.setup import flora_deadline, print_list, run_once
 from tracker.core.formatting import money
 
 if TYPE_CHECKING:

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tracker.cli.options import AS_JSON, CURSOR, TECHNIQUE, argument, flag, option
+from tracker.cli.command import (
+    AS_JSON,
+    CURSOR,
+    TECHNIQUE,
+    argument,
+    flag,
+    flora_deadline,
+    option,
+    print_list,
+    run_once,
+)
 from tracker.cli.output import note, plain, print_fields, print_json, print_table
-from tracker.cli.setup import flora_deadline, print_list, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money
 

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.options import (
+from tracker.cli.command import (
     AS_JSON,
     CURSOR,
     LIMIT,
     argument,
     checked,
+    configure,
     flag,
     option,
     parse_time,
+    print_list,
+    run_on_database,
+    run_once,
 )
 from tracker.cli.output import note, plain, print_fields, print_json, print_table
-from tracker.cli.setup import configure, print_list, run_on_database, run_once
 from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, MessageState
