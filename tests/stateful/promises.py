@@ -15,9 +15,9 @@ from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
 from tracker.core.run import Precedence, Run, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries.overview import ROLLUPS
 from tracker.store.queries.runs import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts
+from tracker.store.writing.rollups import ROLLUPS
 
 _STANDINGS = {
     "pending": (Precedence.PENDING,),

@@ -38,7 +38,6 @@ from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.queries.overview import ROLLUPS
 from tracker.store.queries.runs import RUN_COLUMNS, read_records
 from tracker.store.schema import audit as audit_table
 from tracker.store.schema import (
@@ -51,7 +50,7 @@ from tracker.store.schema import (
 )
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing import rollups
-from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
+from tracker.store.writing.rollups import FACTS, PRUNED, ROLLUPS, RollupCompactor
 from tracker.store.writing.statements import ShownByFlora, forget_run
 
 ROOT = Path(__file__).parents[2]

@@ -31,9 +31,8 @@ from tracker.core.run import known
 from tracker.store.engine import Database, dump_json
 from tracker.store.errors import StoreRefused
 from tracker.store.queries.paging import between, matching, newest_first
-from tracker.store.schema import UtcDateTime, deliveries, is_any_of, word
+from tracker.store.schema import UtcDateTime, deliveries, is_any_of, retention, word
 from tracker.store.sqlite import driver_execute
-from tracker.store.writing import retention
 from tracker.store.writing.statements import RowInsert, Rows
 
 # Storing.
@@ -279,9 +278,28 @@ def requeue(connection: Connection, delivery: Delivery) -> bool:
     parsed = {f"as_{name}": getattr(delivery, name) for name in _PARSED}
     if not connection.execute(_REQUEUE, {"requeued": delivery.delivery_id, **parsed}).rowcount:
         return False
-    # Once applied, its body is to be removed, though retention may have passed its time already.
-    retention.step_back(connection, "bodies", delivery.received_at)
+    _remove_bodies_again(connection, delivery.received_at)
     return True
+
+
+def _remove_bodies_again(connection: Connection, since: datetime) -> None:
+    """Let retention go back to that time: bodies as old are removed once they are applied."""
+    beyond = (retention.c.what == "bodies", retention.c.through > since)
+    connection.execute(update(retention).where(*beyond).values(through=since))
+
+
+def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
+    """Let the quarantined deliveries of these runs wait again; whether there were any."""
+    statement = (
+        update(deliveries)
+        .where(deliveries.c.run_id.in_(run_ids), deliveries.c.outcome == word("quarantined"))
+        .values(outcome="waiting", reason=null())
+        .returning(deliveries.c.received_at)
+    )
+    received = connection.execute(statement).scalars().all()
+    if received:
+        _remove_bodies_again(connection, min(received))
+    return bool(received)
 
 
 def acknowledge(connection: Connection, delivery_ids: Sequence[str], at: datetime) -> list[str]:
@@ -298,20 +316,6 @@ def acknowledge(connection: Connection, delivery_ids: Sequence[str], at: datetim
         marked = update(deliveries).where(deliveries.c.delivery_id.in_(found))
         connection.execute(marked.values(acknowledged_at=at))
     return found
-
-
-def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
-    """Let the quarantined deliveries of these runs wait again; whether there were any."""
-    statement = (
-        update(deliveries)
-        .where(deliveries.c.run_id.in_(run_ids), deliveries.c.outcome == word("quarantined"))
-        .values(outcome="waiting", reason=null())
-        .returning(deliveries.c.received_at)
-    )
-    received = connection.execute(statement).scalars().all()
-    if received:
-        retention.step_back(connection, "bodies", min(received))
-    return bool(received)
 
 
 # Showing.

@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple, Self
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    MetaData,
     ScalarSelect,
     Select,
     Subquery,
@@ -54,11 +53,11 @@ from tracker.store.queries.starts import StartState, is_in
 from tracker.store.queries.techniques import technique_names
 from tracker.store.schema import (
     deliveries,
-    rollup_columns,
     runs,
     starts,
     word,
 )
+from tracker.store.writing.rollups import ROLLUPS
 
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
@@ -66,8 +65,6 @@ MISS_RATE: Final = 0.1
 """The share of missing callbacks that is too high."""
 MIN_CALLBACKS: Final = 10
 """Expected callbacks below which the share means nothing."""
-
-ROLLUPS: Final = Table("run_tallies_now", MetaData(), *rollup_columns())
 
 
 class StateCount(NamedTuple):

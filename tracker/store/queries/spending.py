@@ -37,9 +37,9 @@ from tracker.core.errors import BudgetExceeded
 from tracker.core.formatting import money
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.store.engine import Database
-from tracker.store.queries.overview import ROLLUPS
 from tracker.store.queries.paging import between, unindexed
 from tracker.store.schema import starts, techniques, word
+from tracker.store.writing.rollups import ROLLUPS
 
 RESERVED: Final = "reserved"
 SEVERAL_WITHIN: Final = timedelta(minutes=15)

@@ -157,12 +157,6 @@ def advance(connection: Connection, what: Mark, removed: Iterable[tuple[str, dat
     connection.execute(later)
 
 
-def step_back(connection: Connection, what: Mark, at: datetime) -> None:
-    """Move the marks back to that time: something as old is to be removed again."""
-    beyond = (retention.c.what == what, retention.c.through > at)
-    connection.execute(update(retention).where(*beyond).values(through=at))
-
-
 Protected = dict[str | None, list[tuple[datetime, datetime]]]
 """The spans of creation times, by technique, whose runs are still needed."""
 

@@ -78,6 +78,10 @@ _FITS: Final = (
 )
 
 
+ROLLUPS: Final = Table("run_tallies_now", MetaData(), *rollup_columns())
+"""The view `run_tallies_now`."""
+
+
 def _facts_in(view: str) -> Select[Any]:
     rows = Table(view, MetaData(), Column("run_id", CleanText), *rollup_columns())
     return select(*(rows.c[name] for name in ("run_id", *_KEY, "amount")))
