@@ -33,7 +33,7 @@ from tests.support.databases import Background, PostgresDatabases, sqlite_url_of
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.simulator import Options, Simulator, running
 from tracker.store import migrate
 from tracker.store.engine import Database

@@ -78,7 +78,7 @@ from tracker.core.errors import (
     StoreUnavailable,
     TrackerError,
 )
-from tracker.flora.signature import SignatureError
+from tracker.flora.callback import SignatureError
 
 if TYPE_CHECKING:
     from tracker.library.run import RunFields

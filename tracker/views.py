@@ -25,7 +25,7 @@ from tracker.core.formatting import iso_time, unturned
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, RunError
-from tracker.flora.technique import ports
+from tracker.flora.parse import ports
 from tracker.store.engine import dump_json
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from tracker.core.clock import utc_now
-from tracker.flora.signature import verify
+from tracker.flora.callback import verify
 
 _START = {
     "type": "http.response.start",

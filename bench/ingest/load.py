@@ -20,7 +20,7 @@ from typing import Final
 
 from bench.filling import SCATTER
 from bench.ingest.sender import HEADER, PATH, Sender
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 
 SECRET: Final = "whsec_bench"  # noqa: S105 - of no workspace
 WORKSPACE: Final = "ws_bench"

@@ -31,7 +31,7 @@ from bench.others.installing import HERE, from_npm
 from bench.ready import served
 from bench.throw_away import throw_away
 from tests.support.waiting import free_port
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 
 TABLE: Final = "stripe.products"
 STRIPE_SYNC: Final = Contender("Stripe Sync Engine 0.48.5", "serve_stripe_sync.mjs", (), TABLE)

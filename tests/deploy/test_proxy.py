@@ -21,7 +21,7 @@ from tests.e2e.processes import Process
 from tests.support.waiting import free_port
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 
 PUBLIC_URL = "https://tracker.example.com"
 SECRET = "whsec_proxied"

@@ -15,7 +15,7 @@ import pytest
 from tests.deploy.stack import LEFT_OUT, SERVICES, Stack
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.simulator import Options, running
 
 RUNS = 4

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.simulator import Simulator
 
 OURS = "ours: "

@@ -12,7 +12,7 @@ from tests.e2e.processes import Sandbox
 from tests.support.deliveries import applied
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries, runs
 

@@ -22,7 +22,7 @@ from tests.support.deliveries import applied
 from tests.support.waiting import eventually
 from tests.web.serving import post, wire
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries, run_events, run_tally_changes, runs
 

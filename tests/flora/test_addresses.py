@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from tracker.core.errors import FloraUnreadable, NotFound, SettingsError
-from tracker.flora.urls import FloraUrls, PollUrlRefused
+from tracker.flora.client import FloraUrls, PollUrlRefused
 
 FLORA = FloraUrls("https://app.flora.test/api/v1")
 

@@ -37,9 +37,8 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus
-from tracker.flora.client import FloraClient, start_body
-from tracker.flora.contact import Trouble
-from tracker.flora.urls import PollUrlRefused
+from tracker.flora.client import FloraClient, PollUrlRefused, start_body
+from tracker.flora.connection import Trouble
 
 INPUTS = [{"id": "prompt", "type": "text", "value": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}]
 

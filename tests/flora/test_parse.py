@@ -27,8 +27,8 @@ from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora import parse
-from tracker.flora.parse import decode
-from tracker.flora.technique import ports, technique
+from tracker.flora.callback import delivery_of, observation_of
+from tracker.flora.parse import decode, ports, technique
 
 AT = datetime(2026, 6, 11, 12, tzinfo=UTC)
 read_run = partial(parse.run, source=Source.POLL, at=AT)
@@ -411,11 +411,11 @@ def event(**changes: Any) -> dict[str, Any]:
 
 
 def read_callback(value: object) -> Observation | str:
-    return parse.callback(json.dumps(value).encode(), at=AT)
+    return observation_of(json.dumps(value).encode(), at=AT)
 
 
 def delivery(value: object, webhook_id: str | None = None) -> Delivery:
-    return parse.delivery(json.dumps(value).encode(), at=AT, webhook_id=webhook_id)
+    return delivery_of(json.dumps(value).encode(), at=AT, webhook_id=webhook_id)
 
 
 def test_a_callback() -> None:
@@ -508,15 +508,15 @@ def test_a_delivery_always_has_an_id(no_id: object) -> None:
 )
 def test_hostile_bodies(body: bytes) -> None:
     """No bytes whatever make a reader raise, and every delivery has an id."""
-    assert parse.delivery(body, at=AT).delivery_id
-    assert isinstance(parse.callback(body, at=AT), str)
+    assert delivery_of(body, at=AT).delivery_id
+    assert isinstance(observation_of(body, at=AT), str)
 
 
 @given(body=st.binary())
 def test_any_bytes(body: bytes) -> None:
     """No bytes whatever make a reader raise, and every delivery has an id."""
-    assert parse.delivery(body, at=AT).delivery_id
-    assert parse.callback(body, at=AT)
+    assert delivery_of(body, at=AT).delivery_id
+    assert observation_of(body, at=AT)
 
 
 @given(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.flora.signature import SignatureError, sign, verify
+from tracker.flora.callback import SignatureError, sign, verify
 
 CASES: list[dict[str, Any]] = json.loads(
     Path(__file__).with_name("signatures.json").read_text(encoding="utf-8")

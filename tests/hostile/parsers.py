@@ -19,9 +19,8 @@ from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source, merge
 from tracker.flora import http as waits
 from tracker.flora import parse
-from tracker.flora.parse import decode
-from tracker.flora.signature import SignatureError, sign, verify
-from tracker.flora.technique import ports, technique
+from tracker.flora.callback import SignatureError, delivery_of, observation_of, sign, verify
+from tracker.flora.parse import decode, ports, technique
 from tracker.settings import load_settings
 from tracker.starting.sheets import sheet
 from tracker.store.engine import dump_json
@@ -84,9 +83,9 @@ def answers(data: bytes) -> None:
         wait = waits.retry_after_of(head, now=NOW)
         assert wait is None or 0 <= wait <= waits.LONGEST_WAIT, wait
     elif kind == "callback":
-        about = parse.delivery(body, at=NOW, webhook_id=more)
+        about = delivery_of(body, at=NOW, webhook_id=more)
         _fits(about.delivery_id, about.run_id, about.workspace_id, about.event_type)
-        observation = parse.callback(body, at=NOW)
+        observation = observation_of(body, at=NOW)
         if isinstance(observation, str):
             assert observation
         else:

@@ -9,7 +9,7 @@ from tests.hostile import reference
 from tests.hostile.asgi import Answer, ask, headers_of, split
 from tests.hostile.parsers import NOW, SECRETS, TOLERANCE
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.services import Services
 from tracker.store.queries import overview
 from tracker.store.queries import runs as read

@@ -26,8 +26,8 @@ from tests.web.serving import serving
 from tracker.cli.app import main
 from tracker.core import log as core_log
 from tracker.core.errors import TrackerError
+from tracker.flora.callback import sign
 from tracker.flora.client import FloraClient
-from tracker.flora.signature import sign
 from tracker.operations import logs
 from tracker.services import open_services
 from tracker.settings import load_settings

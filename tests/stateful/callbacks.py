@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from tests.stateful.clocks import Clocks
 from tests.stateful.flora import WORKSPACE
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 
 TOLERANCE: Final = 900
 FORGERIES: Final = ("unsigned", "wrong secret", "altered body", "old time", "future time")

@@ -16,7 +16,7 @@ from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery, DeliveryOutcome, Entry, Observed
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
-from tracker.flora import parse
+from tracker.flora.callback import observation_of
 from tracker.receiving.apply import ParsedDelivery, apply_waiting
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
@@ -187,7 +187,7 @@ def delivery(run_id: str, *, at: datetime = NOW, body: bytes | None = None) -> D
 
 def parsed(one: Delivery) -> ParsedDelivery:
     """A delivery, parsed without any settings."""
-    seen = parse.callback(one.body, at=one.received_at)
+    seen = observation_of(one.body, at=one.received_at)
     return ParsedDelivery(None, seen) if isinstance(seen, str) else ParsedDelivery(seen)
 
 

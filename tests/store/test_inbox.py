@@ -36,7 +36,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.waiting import cancel
-from tracker.flora.parse import digest_id
+from tracker.flora.callback import digest_id
 from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_waiting
 from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from tracker.core.clock import utc_now
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 
 SECRET = "whsec_of_the_tests"
 PATH = "/callbacks/flora"

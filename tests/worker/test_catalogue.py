@@ -18,7 +18,7 @@ from tracker.core.errors import (
     NotFound,
     SettingsError,
 )
-from tracker.flora.technique import ports
+from tracker.flora.parse import ports
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue

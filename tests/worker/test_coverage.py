@@ -20,7 +20,7 @@ from tests.worker.test_sweep import A_LOOK, sweep
 from tracker.core.formatting import iso_time
 from tracker.core.observation import Source
 from tracker.core.run import RunType, Tracking
-from tracker.flora.client import cursor_at, offset_of
+from tracker.flora.parse import cursor_at, offset_of
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store.queries import runs as read

@@ -16,7 +16,7 @@ from tracker.core.record import Delivery, DeliveryOutcome, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.schedule import PollReason
 from tracker.explainer import Explanation
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest

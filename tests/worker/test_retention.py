@@ -16,7 +16,7 @@ from tests.worker.test_sweep import sweep
 from tracker.core.errors import StartUnresolved
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
-from tracker.flora.signature import sign
+from tracker.flora.callback import sign
 from tracker.operations.retention import Ages
 from tracker.receiving.replay import APPLIED_BEFORE
 from tracker.services import Services

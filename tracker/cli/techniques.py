@@ -111,7 +111,7 @@ def show(technique: str = TECHNIQUE, as_json: bool = AS_JSON) -> None:
         raise TrackerError(
             f"there is no technique {technique}: `tracker techniques list` shows all techniques"
         )
-    from tracker.flora.technique import ports
+    from tracker.flora.parse import ports
     from tracker.views import technique_json
 
     shown = technique_json(row)

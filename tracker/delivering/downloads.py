@@ -38,7 +38,7 @@ from tracker.delivering.saving import (
     row_names,
     row_numbers,
 )
-from tracker.flora.technique import ports
+from tracker.flora.parse import ports
 from tracker.polling.changes import Broadcaster
 from tracker.polling.follow import Follower, Notify
 from tracker.starting.batches.rows import kept_rows

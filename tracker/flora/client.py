@@ -11,8 +11,6 @@ limit, breaker and connections. A call without a usable answer raises a `FloraEr
 (`tracker.errors` draws the tree); none takes longer than `deadline` seconds.
 """
 
-import base64
-import binascii
 import hashlib
 import json
 import re
@@ -21,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -34,17 +33,17 @@ from tracker.core.errors import (
     FloraUnreadable,
     InvalidRequest,
     KeyRefused,
+    NotFound,
     SettingsError,
 )
 from tracker.core.inputs import Technique, is_empty_text
+from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies
-from tracker.flora.parse import Page, as_text
-from tracker.flora.technique import technique
-from tracker.flora.urls import FloraUrls
+from tracker.flora.parse import LONGEST_ID, Page, as_text, circular, technique
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0
@@ -348,6 +347,68 @@ class FloraClient(Caller):
         )
 
 
+class PollUrlRefused(FloraError):
+    """A `poll_url` leads away from the configured FLORA; the key is not sent there."""
+
+
+class FloraUrls:
+    """The URLs to which the API key may be sent: those below one base URL.
+
+    Raises `SettingsError` for a base URL that is not `https` (`http` only on this machine itself),
+    or that holds more than an origin and a path.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        try:
+            self.base = httpx.URL(base_url.strip().rstrip("/"))
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise SettingsError("FLORA_BASE_URL is not a URL") from exc
+        self.on_loopback = is_loopback(self.base.raw_host.decode())
+        """Whether FLORA is on this machine, a simulator."""
+        secure = self.base.scheme == "https" or (self.base.scheme == "http" and self.on_loopback)
+        if not secure or not self.base.raw_host:
+            raise SettingsError("FLORA_BASE_URL must be https (http only for a loopback host)")
+        if self.base.userinfo or self.base.query or self.base.fragment:
+            raise SettingsError("FLORA_BASE_URL must have no user, query or fragment in it")
+
+    def of(self, *segments: str, **params: str | int | None) -> httpx.URL:
+        """The URL of a path below the base; a parameter that is `None` is left out.
+
+        Raises `NotFound` for a segment that can be no id, `FloraUnreadable` for a cursor that is
+        too long.
+        """
+        path = "/".join(_segment(segment) for segment in segments)
+        query = {name: value for name, value in params.items() if value is not None}
+        try:
+            return httpx.URL(f"{self.base}/{path}").copy_merge_params(query)
+        except httpx.InvalidURL as exc:
+            raise FloraUnreadable("FLORA's cursor is too long to be sent back") from exc
+
+    def follow(self, poll_url: str) -> httpx.URL:
+        """The URL of a `poll_url`. Raises `PollUrlRefused` if it is on another origin.
+
+        The parser that checks it is the one that the request uses.
+        """
+        try:
+            url = self.base.join(poll_url).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise PollUrlRefused("the poll_url is not a URL, so it is not followed") from exc
+        if _origin(url) != _origin(self.base) or url.userinfo:
+            raise PollUrlRefused("the poll_url is not below FLORA_BASE_URL's origin: not followed")
+        return url
+
+
+def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
+    return (url.scheme, url.raw_host, url.port)
+
+
+def _segment(value: str) -> str:
+    """One segment of a path, which it cannot leave. Nothing is sent for what can be no id."""
+    if value in ("", ".", "..") or len(value) > LONGEST_ID:
+        raise NotFound(status=404, code="not_found", message=f"{value[:80]!r} can be no id")
+    return quote(value, safe="", errors="replace")
+
+
 def start_body(
     inputs: list[dict[str, Any]], *, idempotency_key: str, callback_url: str | None = None
 ) -> str:
@@ -364,9 +425,6 @@ def check_idempotency_key(key: str) -> None:
     if not _IDEMPOTENCY_KEY.fullmatch(key):
         fault = FieldFault("idempotency_key", "must be 1 to 255 visible ASCII characters")
         raise InvalidRequest("the idempotency key cannot be sent", [fault])
-
-
-# Lists by their cursors, which are offsets as far as FLORA's reference shows.
 
 
 async def pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncGenerator[Page[T], None]:
@@ -386,30 +444,3 @@ async def pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncGenera
         if cursor in seen:
             raise circular()
         seen.add(cursor)
-
-
-def circular() -> FloraUnreadable:
-    """The error for a list whose cursors lead back to a page that was read."""
-    return FloraUnreadable("the list has no end: FLORA gave the same cursor twice")
-
-
-def offset_of(cursor: str) -> int | None:
-    """The offset that a cursor stands for; `None` if it stands for anything else.
-
-    FLORA's reference shows base64url of `{"offset":20}`, without padding (flora-api.md, 6).
-    """
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        match json.loads(raw):
-            case {"offset": int(offset), **more} if not more and offset >= 0:
-                return offset
-    except (ValueError, binascii.Error, RecursionError):
-        pass
-    return None
-
-
-def cursor_at(offset: int) -> str | None:
-    """The cursor of an offset; the top of the list has none."""
-    if offset == 0:
-        return None
-    return base64.urlsafe_b64encode(b'{"offset":%d}' % offset).rstrip(b"=").decode("ascii")

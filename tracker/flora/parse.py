@@ -1,18 +1,20 @@
-"""FLORA's answers and callbacks as observations: it and `technique` name FLORA's fields.
+"""FLORA's answers, parsed: runs as observations, techniques, pages and errors.
 
 Parsing is tolerant. Unknown fields and output types are kept or ignored, and an optional field of
 the wrong type counts as missing. Only what nothing can be done without (run id and status) is
 required: without it `FloraUnreadable` is raised, and no other error ever is.
 """
 
+import base64
+import binascii
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
 
@@ -30,8 +32,8 @@ from tracker.core.errors import (
     ServerFault,
 )
 from tracker.core.formatting import clean
+from tracker.core.inputs import Port, Technique, is_empty_text
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus, status_of
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
@@ -71,6 +73,13 @@ def _integer(digits: str) -> int | float:
 def as_object(value: object) -> dict[str, Any]:
     """A JSON object; an empty one in place of anything else."""
     return value if isinstance(value, dict) else {}
+
+
+def required_object(value: object, what: str) -> dict[str, Any]:
+    """A JSON object. Raises `FloraUnreadable`, which says `what` is none."""
+    if not isinstance(value, dict):
+        raise FloraUnreadable(f"{what} is not a JSON object")
+    return value
 
 
 def as_objects(value: object) -> tuple[dict[str, Any], ...]:
@@ -148,7 +157,6 @@ LONGEST_VALUE: Final = 100
 CLOCKS_AGREE: Final = timedelta(seconds=5)
 """Clocks that differ by less agree: a header `Date` is exact to the second."""
 PLAN_REQUIRED: Final = "paid_plan_required"
-_EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
 _PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
 _REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
     401: KeyRefused,
@@ -156,6 +164,13 @@ _REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
     404: NotFound,
     429: RateLimited,
 }
+DEEPEST: Final = 32
+"""How deeply an unknown field may be nested to be kept."""
+_SAYS_OPTIONAL: Final = re.compile(
+    r"(?<!not )(?<!non-)\b(optional(ly)?\b|(leave|left) (\w+ )?(out|empty|blank)\b)"
+    r"|\bnot (required|needed|mandatory)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +204,7 @@ def run(
     or a single read has no status; elsewhere one without a status counts as pending, and the run
     is read.
     """
-    fields = _required(payload, "the run")
+    fields = required_object(payload, "the run")
     run_id = (
         as_id(fields.get("run_id"))
         or as_id(fields.get("technique_run_id"))
@@ -203,7 +218,7 @@ def run(
     if name is None and source not in (Source.START, Source.HISTORY):
         raise FloraUnreadable(f"run {run_id} has no status")
     lacks_status = True if name is None and source is Source.HISTORY else None
-    technique, progress = as_object(fields.get("technique")), as_number(fields.get("progress"))
+    of_technique, progress = as_object(fields.get("technique")), as_number(fields.get("progress"))
     skew = None
     if clock_offset is not None and abs(clock_offset) > CLOCKS_AGREE:  # as far as a date shows
         skew = clock_offset.total_seconds()
@@ -216,19 +231,39 @@ def run(
         run_type=as_id(fields.get("run_type")) or run_type,
         workspace_id=as_id(fields.get("workspace_id")),
         project_id=as_id(fields.get("project_id")),
-        technique_id=as_id(technique.get("technique_id")) or technique_id,
-        technique_name=as_text(technique.get("name")),
+        technique_id=as_id(of_technique.get("technique_id")) or technique_id,
+        technique_name=as_text(of_technique.get("name")),
         poll_url=as_text(fields.get("poll_url")),
         created_at=as_time(fields.get("created_at")),
         started_at=as_time(fields.get("started_at")),
         completed_at=as_time(fields.get("completed_at")),
         # Without a status it may be a quote or the bill.
         charged_cost=None if lacks_status else as_dollars(fields.get("charged_cost")),
-        error=_error(fields),
+        error=run_error(fields),
         outputs=_outputs(fields.get("outputs")),
         sent_at=sent_at,
         clock_skew=skew,
         lacks_status=lacks_status,
+    )
+
+
+def run_error(fields: dict[str, Any]) -> RunError | None:
+    """The error of a run or a callback, if it names one."""
+    code, message = as_text(fields.get("error_code")), as_text(fields.get("error_message"))
+    return RunError(code or "", message or "") if code or message else None
+
+
+def _outputs(value: object) -> tuple[Output, ...] | None:
+    if not isinstance(value, list):
+        return None
+    return tuple(
+        Output(
+            output_id=as_text(output.get("output_id")) or "",
+            type=as_text(output.get("type")) or "",
+            url=as_text(output["url"]) or "",  # of a text the text itself, which may be empty
+        )
+        for output in as_objects(value)
+        if isinstance(output.get("url"), str)
     )
 
 
@@ -241,7 +276,7 @@ def page(
     Raises `FloraUnreadable` if it is no page at all, or does not say whether it is the last: a
     cursor that is neither text nor a whole number, or a full page without `meta`.
     """
-    fields = _required(payload, "the page")
+    fields = required_object(payload, "the page")
     listed = fields.get(key)
     if not isinstance(listed, list):
         raise FloraUnreadable(f"the page has no list of {key}")
@@ -261,73 +296,6 @@ def page(
             unreadable[position] = str(exc)
     next_cursor = as_text(cursor) if listed else None
     return Page(items=items, next_cursor=next_cursor, unreadable=unreadable)
-
-
-def delivery(
-    body: bytes,
-    *,
-    at: datetime,
-    webhook_id: str | None = None,
-    signers: Sequence[str | None] = (None,),
-    token: str | None = None,
-) -> Delivery:
-    """An authentic callback, received at `at`, as it is stored, understood or not.
-
-    Its id is the body's, else `webhook_id` (the header `Flora-Webhook-Id`), else the body's digest.
-    `signers` are the workspaces whose secret signed it: one, unless several share a secret; then it
-    is the one that the body names, else the first. `token` is that of its address. Raises nothing,
-    whatever the bytes.
-    """
-    try:
-        event = as_object(decode(body))
-    except FloraUnreadable:
-        event = {}
-    data = as_object(event.get("data"))
-    named = as_id(data.get("workspace_id"))
-    signer = named if named in signers else signers[0]
-    return Delivery(
-        delivery_id=as_id(event.get("id")) or as_id(webhook_id) or digest_id(body),
-        received_at=at,
-        body=body,
-        run_id=as_id(data.get("run_id")),
-        event_type=as_id(event.get("type")),
-        api_version=as_id(event.get("api_version")),
-        workspace_id=signer or named,
-        created_at=as_time(event.get("created_at")),
-        callback_token=token,
-    )
-
-
-def callback(body: bytes, *, at: datetime) -> Observation | str:
-    """The observation of an authentic callback, received at `at`; or why it is not understood.
-
-    Raises nothing, whatever the bytes.
-    """
-    try:
-        event = _required(decode(body), "the body")
-    except FloraUnreadable as exc:
-        return str(exc)
-    status, data = _EVENTS.get(as_id(event.get("type")) or ""), event.get("data")
-    if status is None:
-        return "the type is neither run.completed nor run.failed"
-    if not isinstance(data, dict):
-        return "data is not a JSON object"
-    run_id, workspace_id = as_id(data.get("run_id")), as_id(data.get("workspace_id"))
-    if run_id is None:
-        return "data has no run_id that can be one"
-    if workspace_id is None and data.get("workspace_id") is not None:
-        return "data.workspace_id can be no workspace"
-    if as_id(data.get("status")) != status:
-        return "data.status does not agree with the type"
-    return Observation(
-        run_id=run_id,
-        source=Source.CALLBACK,
-        at=at,
-        status=status,
-        run_type=as_id(data.get("run_type")),
-        workspace_id=workspace_id,
-        error=_error(data),
-    )
 
 
 def refusal(
@@ -367,14 +335,6 @@ def refusal(
     )
 
 
-def workspace_id(payload: object) -> str:
-    """The id of a workspace in a list. Raises `FloraUnreadable`."""
-    found = as_id(_required(payload, "the workspace").get("workspace_id"))
-    if found is None:
-        raise FloraUnreadable("the workspace has no workspace_id")
-    return found
-
-
 def _valid_values(value: object) -> tuple[str, ...]:
     """The valid values of a field as texts; only texts and numbers count."""
     listed = value if isinstance(value, list) else []
@@ -382,31 +342,112 @@ def _valid_values(value: object) -> tuple[str, ...]:
     return tuple(text[:LONGEST_VALUE] for text in texts if text)[:MOST_FIELDS]
 
 
-def _required(value: object, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FloraUnreadable(f"{what} is not a JSON object")
-    return value
+def workspace_id(payload: object) -> str:
+    """The id of a workspace in a list. Raises `FloraUnreadable`."""
+    found = as_id(required_object(payload, "the workspace").get("workspace_id"))
+    if found is None:
+        raise FloraUnreadable("the workspace has no workspace_id")
+    return found
 
 
-def _error(fields: dict[str, Any]) -> RunError | None:
-    code, message = as_text(fields.get("error_code")), as_text(fields.get("error_message"))
-    return RunError(code or "", message or "") if code or message else None
-
-
-def _outputs(value: object) -> tuple[Output, ...] | None:
-    if not isinstance(value, list):
-        return None
-    return tuple(
-        Output(
-            output_id=as_text(output.get("output_id")) or "",
-            type=as_text(output.get("type")) or "",
-            url=as_text(output["url"]) or "",  # of a text the text itself, which may be empty
-        )
-        for output in as_objects(value)
-        if isinstance(output.get("url"), str)
+def technique(payload: object) -> Technique:
+    """Parse a technique. Raises `FloraUnreadable` without an id."""
+    fields = as_object(payload)
+    technique_id = as_id(fields.get("technique_id"))
+    if technique_id is None:
+        raise FloraUnreadable("the technique has no technique_id")
+    return Technique(
+        technique_id=technique_id,
+        name=as_text(fields.get("name")) or technique_id,
+        description=as_text(fields.get("description")),
+        run_cost=as_dollars(fields.get("run_cost")),
+        inputs=_kept(fields.get("inputs")),
+        outputs=_kept(fields.get("outputs")),
     )
 
 
-def digest_id(body: bytes) -> str:
-    """The id of a delivery that has none of its own."""
-    return f"sha256:{sha256(body).hexdigest()}"
+def _kept(value: object) -> tuple[dict[str, Any], ...]:
+    """The objects of a list, without values that are nested too deeply for a database."""
+    return tuple(
+        {name: inner for name, inner in fields.items() if depth_within(inner, DEEPEST)}
+        for fields in as_objects(value)
+    )
+
+
+def ports(objects: Iterable[dict[str, Any]]) -> tuple[Port, ...]:
+    """A definition's inputs or outputs; none if one of them has no id.
+
+    A definition that is only partly understood would refuse what FLORA accepts.
+    """
+    read = [_port(fields) for fields in objects]
+    known = tuple(port for port in read if port is not None)
+    return known if len(known) == len(read) else ()
+
+
+def runs_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> int:
+    """The number of runs of a start with these inputs: one for each value of an input that accepts
+    several, without empty texts, which are not sent."""
+    values = Counter(one["id"] for one in inputs if not is_empty_text(one))
+    return math.prod(max(values[port.id], 1) for port in ports(technique.inputs) if port.several)
+
+
+def cost_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
+    """The price of such a start, in USD; `None` if FLORA names none."""
+    return None if technique.run_cost is None else technique.run_cost * runs_of(technique, inputs)
+
+
+def _port(fields: dict[str, Any]) -> Port | None:
+    port_id = as_id(fields.get("id"))
+    if port_id is None:
+        return None
+    description = as_text(fields.get("description")) or ""
+    return Port(
+        id=port_id,
+        type=as_id(fields.get("type")) or "",
+        name=as_text(fields.get("name")) or "",
+        description=description,
+        optional=_may_be_left_out(fields, description),
+        several=fields.get("allow_multiple") is True,
+        element=fields.get("accepts_element") is True,
+        aspect_ratio=as_text(fields.get("specified_aspect_ratio")),
+        duration=as_number(fields.get("specified_duration")) or None,  # 0 is no length at all
+    )
+
+
+def _may_be_left_out(fields: dict[str, Any], description: str) -> bool:
+    """Whether an input is marked as optional or, without a mark, described as such."""
+    if isinstance(fields.get("optional"), bool):
+        return fields["optional"] is True
+    if isinstance(fields.get("required"), bool):
+        return fields["required"] is False
+    return _SAYS_OPTIONAL.search(description) is not None
+
+
+# Cursors of lists, which are offsets as far as FLORA's reference shows.
+
+
+def circular() -> FloraUnreadable:
+    """The error for a list whose cursors lead back to a page that was read."""
+    return FloraUnreadable("the list has no end: FLORA gave the same cursor twice")
+
+
+def offset_of(cursor: str) -> int | None:
+    """The offset that a cursor stands for; `None` if it stands for anything else.
+
+    FLORA's reference shows base64url of `{"offset":20}`, without padding (flora-api.md, 6).
+    """
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        match json.loads(raw):
+            case {"offset": int(offset), **more} if not more and offset >= 0:
+                return offset
+    except (ValueError, binascii.Error, RecursionError):
+        pass
+    return None
+
+
+def cursor_at(offset: int) -> str | None:
+    """The cursor of an offset; the top of the list has none."""
+    if offset == 0:
+        return None
+    return base64.urlsafe_b64encode(b'{"offset":%d}' % offset).rstrip(b"=").decode("ascii")

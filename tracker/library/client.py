@@ -214,8 +214,7 @@ class Tracker(BatchCalls):
         `body` are the raw bytes. Works on a tracker that is not open. Raises `SignatureError` if
         FLORA did not sign it, and `SettingsError` without a signing secret.
         """
-        from tracker.flora import parse
-        from tracker.flora.signature import verify
+        from tracker.flora.callback import delivery_of, observation_of, verify
         from tracker.receiving.receive import NoSecrets
 
         self._verifying.check_or_retry()
@@ -228,8 +227,8 @@ class Tracker(BatchCalls):
         signature, webhook_id = _signature_headers(headers)
         now = utc_now()
         verify(signature, body, secrets, now=now, tolerance=settings.tracker_signature_tolerance)
-        delivery = parse.delivery(body, at=now, webhook_id=webhook_id)
-        seen = parse.callback(body, at=now)
+        delivery = delivery_of(body, at=now, webhook_id=webhook_id)
+        seen = observation_of(body, at=now)
         return VerifiedCallback(
             delivery_id=delivery.delivery_id,
             event_type=delivery.event_type,

@@ -26,7 +26,7 @@ from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
 from tracker.core.rollup import is_adopted, lag_ms
 from tracker.core.run import RunStatus, is_known
-from tracker.flora.signature import Reason
+from tracker.flora.callback import Reason
 from tracker.polling.reading import PollReport
 from tracker.polling.sweep import SweepReport
 from tracker.receiving.receive import Received

@@ -24,7 +24,8 @@ from tracker.core.errors import (
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, RunType
-from tracker.flora.client import FloraClient, HistoryPage, circular, cursor_at, offset_of
+from tracker.flora.client import FloraClient, HistoryPage
+from tracker.flora.parse import circular, cursor_at, offset_of
 from tracker.store.engine import Database
 from tracker.store.writing import retention
 from tracker.store.writing.retention import ListedRun

@@ -20,8 +20,7 @@ from tracker.core.observation import Observation
 from tracker.core.record import Entry, FailedRead, Observed, Record
 from tracker.core.run import Run, RunStatus
 from tracker.core.waiting import run_all
-from tracker.flora.client import FloraClient, pages
-from tracker.flora.urls import PollUrlRefused
+from tracker.flora.client import FloraClient, PollUrlRefused, pages
 from tracker.polling.history import (
     PAGE_SIZE,
     attributed,

@@ -29,7 +29,7 @@ from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import TEST_DELIVERY, Delivery, Observed, Record
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.flora import parse
+from tracker.flora.callback import observation_of
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.queries import starts
@@ -108,7 +108,7 @@ def parse_stored(workspaces: Workspaces, delivery: Delivery) -> ParsedDelivery:
     """
     if delivery.event_type == TEST_DELIVERY:
         return ParsedDelivery(None)
-    seen = parse.callback(delivery.body, at=delivery.received_at)
+    seen = observation_of(delivery.body, at=delivery.received_at)
     if isinstance(seen, str):
         return ParsedDelivery(None, seen)
     if (signer := delivery.workspace_id) and workspaces.has(signer):

@@ -16,8 +16,7 @@ from tracker.core.errors import SettingsError
 from tracker.core.log import add_log_context
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.core.run import fast_dataclass, known
-from tracker.flora import parse
-from tracker.flora.signature import SignatureError, verify
+from tracker.flora.callback import SignatureError, delivery_of, digest_id, verify
 from tracker.store.engine import Database
 from tracker.store.queries.deliveries import Receipt, store_deliveries
 from tracker.store.writing.group_commit import GroupCommit
@@ -100,7 +99,7 @@ def _by_id(deliveries: Iterable[tuple[int, Delivery]]) -> tuple[dict[str, Receip
 
 def _renamed(delivery: Delivery) -> Delivery:
     """The delivery under an id made from its body: it was signed, though its id is taken."""
-    key = parse.digest_id(delivery.body)
+    key = digest_id(delivery.body)
     if delivery.delivery_id.startswith(key):  # another body bears that as its own id
         key = f"{delivery.delivery_id}+"
     return replace(delivery, delivery_id=key)
@@ -195,7 +194,7 @@ class Receiver:
         now = self.clock()
         secret = self._verify(body, signature, now)
         signers = self.workspaces.signers[secret]
-        delivery = parse.delivery(
+        delivery = delivery_of(
             body,
             at=now,
             webhook_id=webhook_id,

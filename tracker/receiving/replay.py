@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
-from tracker.flora import parse
+from tracker.flora.callback import delivery_of
 from tracker.receiving.apply import Applier, parse_stored
 from tracker.store.queries import audit, deliveries
 from tracker.store.queries.audit import Action
@@ -122,7 +122,7 @@ class Replayer(Service):
     def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
         """The delivery as it is parsed now; its id may come from a header, which is not kept."""
         signer = row.workspace_id if self.workspaces.has(row.workspace_id) else None
-        again = parse.delivery(body, at=row.received_at, signers=[signer])
+        again = delivery_of(body, at=row.received_at, signers=[signer])
         return replace(again, delivery_id=row.delivery_id)
 
     async def _why_not(self, delivery: Delivery) -> str | None:

@@ -30,7 +30,7 @@ from tracker.core.errors import (
 from tracker.core.inputs import Port, Technique, check, typed
 from tracker.core.log import get_logger
 from tracker.flora.client import pages as pages_of
-from tracker.flora.technique import ports
+from tracker.flora.parse import ports
 from tracker.store import claims
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow

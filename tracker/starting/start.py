@@ -30,7 +30,7 @@ from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
-from tracker.flora.technique import runs_of
+from tracker.flora.parse import runs_of
 from tracker.polling.poll import DurationBook
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery

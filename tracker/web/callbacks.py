@@ -17,7 +17,7 @@ from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.log import LogRateLimit, get_logger
 from tracker.core.net import CALLBACK_PATH
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
-from tracker.flora.signature import SignatureError
+from tracker.flora.callback import SignatureError
 from tracker.receiving.receive import Received, Receiving
 from tracker.services import Services
 from tracker.web.http import Limits

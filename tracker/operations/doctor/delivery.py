@@ -25,8 +25,8 @@ from tracker.core.formatting import plain
 from tracker.core.net import CALLBACK_PATH as _PATH
 from tracker.core.net import is_loopback
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
+from tracker.flora.callback import sign
 from tracker.flora.http import NoCookies
-from tracker.flora.signature import sign
 
 FLORA_WAITS: Final = 10.0
 """Seconds that FLORA waits for an answer."""

@@ -39,7 +39,7 @@ from tracker.core.errors import (
 from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.flora.technique import runs_of
+from tracker.flora.parse import runs_of
 from tracker.starting.batches.rows import BatchPlan, RowState
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from tracker.core.budget import Tags
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import batch_id, obstacle, row_digests
-from tracker.flora.technique import ports
+from tracker.flora.parse import ports
 from tracker.starting.batches.rows import (
     BatchPlan,
     Retry,

@@ -13,7 +13,7 @@ from tracker.core.formatting import counted, csv_text, money
 from tracker.core.inputs import RunNumber, Technique
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
-from tracker.flora.technique import cost_of
+from tracker.flora.parse import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read

@@ -18,7 +18,7 @@ from tracker.core.formatting import csv_text, money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
-from tracker.flora.technique import cost_of
+from tracker.flora.parse import cost_of
 from tracker.settings.tokens import Scope
 from tracker.starting.batches.rows import BOM
 from tracker.starting.start import StartRequest
