@@ -158,12 +158,6 @@ def load_catalogue() -> Mapping[str, SimulatedTechnique]:
     return MappingProxyType({technique.technique_id: technique for technique in techniques})
 
 
-def find_technique(reference: str) -> SimulatedTechnique | None:
-    """The technique with that identifier or slug; None where there is none."""
-    catalogue = load_catalogue()
-    return catalogue.get(reference) or catalogue.get(f"tech_{reference}")
-
-
 def parse_port(text: str) -> SimulatedPort:
     """The input or output that `text` describes. Raises `ValueError` where it describes none."""
     parts = _PORT.fullmatch(text)

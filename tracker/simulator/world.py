@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from tracker.core.clock import Clock, utc_now
 from tracker.simulator.catalogue import (
     SimulatedTechnique,
-    find_technique,
     load_catalogue,
     parse_port,
 )
@@ -117,7 +116,8 @@ class World:
 
     def technique(self, reference: str) -> SimulatedTechnique | None:
         """The technique with that identifier or slug as it is at this moment, if there is one."""
-        found = find_technique(reference)
+        catalogue = load_catalogue()
+        found = catalogue.get(reference) or catalogue.get(f"tech_{reference}")
         return found and self._present(found)
 
     def sample_request(self, technique: str) -> RunRequest:
