@@ -1,4 +1,4 @@
-"""The command line: one file for each group of commands, and no logic.
+"""The command line: one file for each subject, and no logic.
 
     app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
     command.py     what commands share: options, settings, log, services and lists

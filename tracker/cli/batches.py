@@ -85,7 +85,7 @@ def list_(
             "completed": "completed",
             "failed": "failed",
             "running": "active",
-            "cost": lambda batch: money(batch["cost"]),
+            "cost": "cost",
             "created": "created_at",
         },
         as_json=as_json,

@@ -15,6 +15,7 @@ from tracker.cli.output import note, print_json, print_table, showing_waits
 from tracker.core.budget import parse_tags
 from tracker.core.clock import utc_now
 from tracker.core.errors import FloraUnreachable
+from tracker.core.formatting import money
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -215,8 +216,9 @@ def print_list(
     number of its rows.
 
     `columns` are the table's: for each title the key of its values, or a function of the row. Times
-    (keys that end in `_at`) are shown to the second. `hide` is that of `print_table`. With `named`
-    a terminal shows the names of techniques in place of their ids.
+    (keys that end in `at`) are shown to the second, costs (that end in `cost`) in USD. `hide` is
+    that of `print_table`. With `named` a terminal shows the names of techniques in place of their
+    ids.
     """
 
     async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None, dict[str, str]]:
@@ -238,9 +240,13 @@ def print_list(
         if not isinstance(column, str):
             return column(row)
         value = row[column]
+        if value is None:
+            return None
         if column == "technique_id":
             return names.get(value, value)
-        return f"{value[:19]}Z" if value and column.endswith("_at") else value
+        if column.endswith("cost"):
+            return money(value)
+        return f"{value[:19]}Z" if column == "at" or column.endswith("_at") else value
 
     values = ([cell(row, column) for column in columns.values()] for row in rows)
     print_table(columns, values, hide=hide)

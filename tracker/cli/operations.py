@@ -300,7 +300,7 @@ def list_audit(
         find,
         audit_json,
         {
-            "at": lambda entry: f"{entry['at'][:19]}Z",
+            "at": "at",
             "actor": "actor",
             "action": "action",
             "detail": lambda entry: ", ".join(

@@ -225,7 +225,7 @@ def list_(
             "status": "status",
             "progress": "progress",
             "tracking": "tracking",
-            "cost": lambda run: None if run["charged_cost"] is None else money(run["charged_cost"]),
+            "cost": "charged_cost",
             "outputs": lambda run: len(run["outputs"]),
             "created": "created_at",
         },

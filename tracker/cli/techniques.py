@@ -84,7 +84,7 @@ def list_(
         {
             "technique": "technique_id",
             "name": "name",
-            "price": lambda row: None if row["run_cost"] is None else money(row["run_cost"]),
+            "price": "run_cost",
             **({"retired": "gone_at"} if gone else {}),
             "description": "description",
         },
