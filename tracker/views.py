@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 from tracker.core.events import EventType
 from tracker.core.formatting import iso_time, unturned
-from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, RunError
+from tracker.core.starts import obstacle
 from tracker.flora.parse import ports
 from tracker.store.engine import dump_json
 

@@ -23,9 +23,9 @@ from sqlalchemy import text
 from bench.report import Report, Table, say
 from bench.scale.databases import Plot
 from tests.store.making import open_writer, started
-from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
+from tracker.core.starts import Budget, Period
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import overview, search, spending, sweeps

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tracker.core.inputs import Port
+from tracker.core.starts import Port
 from tracker.starting.sheets.columns import ColumnMapping, SheetReading, read_rows
 from tracker.starting.sheets.sheet import read_csv, read_jsonl
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracker.core.errors import InvalidRequest
-from tracker.core.inputs import NOT_STARTABLE, STARTABLE, Port, check, obstacle, typed
+from tracker.core.starts import NOT_STARTABLE, STARTABLE, Port, check, obstacle, typed
 
 FACE = Port(id="face", type="imageUrl", aspect_ratio="4:3")
 LINK = "https://example.com/a.png"

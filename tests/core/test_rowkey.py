@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.core.inputs import Input, RunNumber, batch_id, canonical, row_digests, row_key
+from tracker.core.starts import Input, RunNumber, batch_id, canonical, row_digests, row_key
 
 
 def asked(value: str) -> list[Input]:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tracker.core.budget import Period, check_tags, parse_tags
+from tracker.core.starts import Period, check_tags, parse_tags
 
 
 def test_tags_are_kept_in_order() -> None:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracker.core.errors import InvalidRequest
-from tracker.core.inputs import Port
 from tracker.core.run import Output
+from tracker.core.starts import Port
 from tracker.delivering.fetch import file_ending
 from tracker.delivering.saving import file_stem, output_names, row_names, row_numbers
 from tracker.starting.batches.rows import RowState

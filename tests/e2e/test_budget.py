@@ -10,8 +10,8 @@ import pytest
 from tests.e2e.lives import Life
 from tests.e2e.short_waits import shorten_searches, shorten_waits
 from tests.support.waiting import NO_SWEEPS, eventually, free_port
-from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
+from tracker.core.starts import Budget, Period
 from tracker.simulator import Simulator, running
 from tracker.simulator.options import Options
 from tracker.store.engine import Database

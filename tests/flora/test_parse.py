@@ -22,10 +22,10 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
-from tracker.core.inputs import Port
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.starts import Port
 from tracker.flora import parse
 from tracker.flora.callback import delivery_of, observation_of
 from tracker.flora.parse import decode, ports, technique

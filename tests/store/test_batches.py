@@ -11,8 +11,8 @@ from sqlalchemy import update
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
-from tracker.core.inputs import RunNumber
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.starts import RunNumber
 from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, LaunchEnd

@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
-from tracker.core.budget import Budget, Period
+from tracker.core.starts import Budget, Period
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims
 from tracker.store.engine import Database, migration_engine

@@ -10,10 +10,10 @@ import pytest
 
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.support.patience import A_MINUTE
-from tracker.core.budget import Budget, Period
 from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
 from tracker.core.run import RunError, RunStatus
+from tracker.core.starts import Budget, Period
 from tracker.store.engine import Database
 from tracker.store.queries import spending, starts
 from tracker.store.queries.starts import StartRow, StartState

@@ -19,7 +19,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
-from tracker.core.budget import Budget, Budgets, Period
+from tracker.core.starts import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting.batches import worker as batch_worker
 from tracker.starting.batches.launch import Order

@@ -9,7 +9,7 @@ import pytest
 
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START
-from tracker.core.budget import Period
+from tracker.core.starts import Period
 from tracker.settings.model import BudgetSettings
 from tracker.simulator import Options, running
 

@@ -15,7 +15,6 @@ from tests.support.clocks import HandClock, PassedTime
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, client_by, reads_of
 from tests.worker.test_poll import poll_to_the_end
-from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import (
     DefinitionChanged,
     FloraRefusal,
@@ -25,7 +24,16 @@ from tracker.core.errors import (
     SettingsError,
     TrackerError,
 )
-from tracker.core.inputs import Input, RunNumber, batch_id, digest_of, row_digests
+from tracker.core.starts import (
+    Budget,
+    Budgets,
+    Input,
+    Period,
+    RunNumber,
+    batch_id,
+    digest_of,
+    row_digests,
+)
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace

@@ -10,9 +10,9 @@ from sqlalchemy import text
 from tests.support.clocks import HandClock
 from tests.support.shares import shared
 from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
-from tracker.core.budget import Budget, Period
 from tracker.core.record import Record
 from tracker.core.run import Tracking
+from tracker.core.starts import Budget, Period
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest

@@ -13,8 +13,8 @@ from tests.worker.conftest import MakeFlora, OpenServices
 from tests.worker.test_batch import plan, silent
 from tests.worker.test_poll import poll_to_the_end
 from tests.worker.test_start import request
-from tracker.core.budget import Period
 from tracker.core.errors import BudgetExceeded, IdempotencyConflict, StartPending
+from tracker.core.starts import Period
 from tracker.services import Services
 from tracker.settings.model import BudgetSettings
 from tracker.simulator import Simulator

@@ -458,7 +458,7 @@ async def test_a_dead_process_leaves_doubt(
     technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
     db = services.database
     await services.workspaces.id_of(workspace)
-    from tracker.core.inputs import digest_of
+    from tracker.core.starts import digest_of
 
     await start_log.reserve(
         db,

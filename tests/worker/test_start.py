@@ -19,8 +19,8 @@ from tracker.core.errors import (
     StartUnresolved,
     StoreUnavailable,
 )
-from tracker.core.inputs import digest_of
 from tracker.core.observation import Source
+from tracker.core.starts import digest_of
 from tracker.flora.client import start_body
 from tracker.services import Services
 from tracker.simulator import Simulator

@@ -39,9 +39,9 @@ from tracker.cli.command import (
 )
 from tracker.cli.download import ALLOW_PRIVATE, NAME_BY, report_files, report_json
 from tracker.cli.output import BAR_WIDTH, Screen, note, print_json, screen
-from tracker.core.budget import check_tag_key
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, money, parse_usd
+from tracker.core.starts import check_tag_key
 from tracker.starting.sheets.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:

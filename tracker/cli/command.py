@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import typer
 
 from tracker.cli.output import note, print_json, print_table, showing_waits
-from tracker.core.budget import parse_tags
 from tracker.core.clock import utc_now
 from tracker.core.errors import FloraUnreachable
 from tracker.core.formatting import money
+from tracker.core.starts import parse_tags
 
 if TYPE_CHECKING:
     from tracker.services import Services

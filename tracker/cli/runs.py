@@ -45,12 +45,12 @@ from tracker.cli.output import (
     print_with_inputs,
     screen,
 )
-from tracker.core.budget import parse_tag
 from tracker.core.clock import Clock
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import duration, money
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
+from tracker.core.starts import parse_tag
 
 if TYPE_CHECKING:
     from tracker.core.observation import Source

@@ -23,7 +23,7 @@ from tracker.core.errors import TrackerError
 from tracker.core.formatting import money
 
 if TYPE_CHECKING:
-    from tracker.core.inputs import Port
+    from tracker.core.starts import Port
     from tracker.services import Services
     from tracker.starting.catalogue import SyncReport
     from tracker.store.queries.techniques import TechniqueRow

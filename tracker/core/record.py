@@ -12,7 +12,6 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.budget import Tags
 from tracker.core.observation import API_READS, Observation, Source, merge, shows_the_same
 from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
 from tracker.core.schedule import (
@@ -23,6 +22,7 @@ from tracker.core.schedule import (
     next_poll,
     next_recheck,
 )
+from tracker.core.starts import Tags
 
 TEST_DELIVERY: Final = "tracker.doctor"
 """The type of the test deliveries of `tracker doctor`. They are signed, stored and answered like

@@ -18,9 +18,9 @@ from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.errors import InvalidRequest
-from tracker.core.inputs import Port
 from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, Tracking
+from tracker.core.starts import Port
 from tracker.delivering.addresses import MediaError
 from tracker.delivering.fetch import FetchedFile, Fetcher
 from tracker.delivering.files import DownloadDirectory, FileKey, ManifestEntry, PartialFile

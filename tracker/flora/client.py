@@ -36,10 +36,10 @@ from tracker.core.errors import (
     NotFound,
     SettingsError,
 )
-from tracker.core.inputs import Technique, is_empty_text
 from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
+from tracker.core.starts import Technique, is_empty_text
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies

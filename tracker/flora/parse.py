@@ -32,9 +32,9 @@ from tracker.core.errors import (
     ServerFault,
 )
 from tracker.core.formatting import clean
-from tracker.core.inputs import Port, Technique, is_empty_text
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus, status_of
+from tracker.core.starts import Port, Technique, is_empty_text
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
 # type, so that one odd value never spoils a whole answer.

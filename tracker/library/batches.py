@@ -10,9 +10,9 @@ from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Generic, Literal, Self
 
-from tracker.core.budget import check_tags
 from tracker.core.formatting import counted, money, parse_usd
 from tracker.core.record import Record
+from tracker.core.starts import check_tags
 from tracker.errors import BatchUnknown, WaitTimeout
 from tracker.library.inputs import Rows, check_text, planned, valid
 from tracker.library.reading import RunCalls

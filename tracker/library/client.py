@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
-from tracker.core.budget import check_tags
 from tracker.core.clock import utc_now
 from tracker.core.errors import (
     FloraUnreachable,
@@ -22,6 +21,7 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
+from tracker.core.starts import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.inputs import InputValues, check_text, given_inputs, naming_fields, valid

@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
-from tracker.core.budget import parse_tag
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
+from tracker.core.starts import parse_tag
 from tracker.errors import RunFailed, RunLost, RunUnknown, TrackerNotOpen, WaitTimeout
 from tracker.library.inputs import valid
 from tracker.library.opening import OpenedTracker

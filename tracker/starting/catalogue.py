@@ -27,8 +27,8 @@ from tracker.core.errors import (
     RateLimited,
     StoreError,
 )
-from tracker.core.inputs import Port, Technique, check, typed
 from tracker.core.log import get_logger
+from tracker.core.starts import Port, Technique, check, typed
 from tracker.flora.client import pages as pages_of
 from tracker.flora.parse import ports
 from tracker.store import claims

@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
-from tracker.core.budget import Budgets, Tags
 from tracker.core.errors import (
     BudgetExceeded,
     FloraRefusal,
@@ -25,9 +24,9 @@ from tracker.core.errors import (
     StartUnresolved,
     TrackerError,
 )
-from tracker.core.inputs import Technique, digest_of
 from tracker.core.log import get_logger
 from tracker.core.record import Record
+from tracker.core.starts import Budgets, Tags, Technique, digest_of
 from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.parse import runs_of

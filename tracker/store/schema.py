@@ -624,7 +624,7 @@ batch_rows: Final = Table(
     # From 1, in the order of the file; `line` is where the row begins in it.
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("line", Integer, nullable=False),
-    # The identity of the row, and how often it was run before: see tracker.core.inputs.
+    # The identity of the row, and how often it was run before: see tracker.core.starts.
     Column("row_digest", CleanText, nullable=False),
     Column("generation", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),

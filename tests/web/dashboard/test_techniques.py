@@ -5,7 +5,7 @@ import shlex
 from tests.web.conftest import Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.clock import utc_now
-from tracker.core.inputs import Port
+from tracker.core.starts import Port
 from tracker.starting.sheets.columns import read_rows
 from tracker.starting.sheets.sheet import read_csv
 from tracker.store.queries import techniques

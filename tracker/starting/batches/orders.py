@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from tracker.core.budget import Budget, Budgets
 from tracker.core.log import get_logger
+from tracker.core.starts import Budget, Budgets
 from tracker.starting.batches.launch import Order
 from tracker.starting.batches.rows import BatchPlan
 from tracker.store.queries import audit, batches, spending

@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
-from tracker.core.budget import Tags
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
-from tracker.core.inputs import batch_id, obstacle, row_digests
+from tracker.core.starts import Tags, batch_id, obstacle, row_digests
 from tracker.flora.parse import ports
 from tracker.starting.batches.rows import (
     BatchPlan,

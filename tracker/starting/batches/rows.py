@@ -7,12 +7,11 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.budget import Tags
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
 from tracker.core.formatting import counted, csv_text, money
-from tracker.core.inputs import RunNumber, Technique
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus
+from tracker.core.starts import RunNumber, Tags, Technique
 from tracker.flora.parse import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts

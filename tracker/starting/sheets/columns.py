@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from tracker.core.budget import Tags, check_tags
 from tracker.core.errors import FieldFault
-from tracker.core.inputs import Input, Port, canonical, check
+from tracker.core.starts import Input, Port, Tags, canonical, check, check_tags
 from tracker.starting.sheets.sheet import DELIMITERS, Sheet, SheetProblem, SheetRow
 
 _LINKS: Final = ("imageUrl", "videoUrl")

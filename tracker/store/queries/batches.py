@@ -26,9 +26,8 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.budget import Tags
-from tracker.core.inputs import Input, RunNumber, row_key
 from tracker.core.run import RunStatus, Tracking
+from tracker.core.starts import Input, RunNumber, Tags, row_key
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first

@@ -21,8 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONPATH
 
-from tracker.core.inputs import Input, RunNumber, key_parts
 from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking, known
+from tracker.core.starts import Input, RunNumber, key_parts
 from tracker.store.engine import Database, dump_json
 from tracker.store.queries.starts import StartRow, StartState
 from tracker.store.schema import batch_rows, batches, is_any_of, run_outputs, runs, starts, word

@@ -32,10 +32,10 @@ from sqlalchemy import (
     union_all,
 )
 
-from tracker.core.budget import Budget, Period, check_tag_key
 from tracker.core.errors import BudgetExceeded
 from tracker.core.formatting import money
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
+from tracker.core.starts import Budget, Period, check_tag_key
 from tracker.store.engine import Database
 from tracker.store.queries.paging import between, unindexed
 from tracker.store.schema import starts, techniques, word

@@ -40,10 +40,10 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.budget import Budget, Tags
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed
 from tracker.core.run import known
+from tracker.core.starts import Budget, Tags
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action

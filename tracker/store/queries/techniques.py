@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.inputs import Technique
+from tracker.core.starts import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.schema import runs, techniques

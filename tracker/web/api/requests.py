@@ -15,12 +15,12 @@ from pydantic import (
 )
 from starlette.datastructures import QueryParams
 
-from tracker.core.budget import check_tag_key, check_tags, parse_tag
 from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import requirement
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import RetryAdvice, Tracking
+from tracker.core.starts import check_tag_key, check_tags, parse_tag
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.queries.spending import check_by
 from tracker.store.queries.starts import LISTED

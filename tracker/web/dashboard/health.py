@@ -15,9 +15,9 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from tracker.core.budget import Period
 from tracker.core.contact import ContactState, Trouble
 from tracker.core.formatting import counted, duration, money, number, percent
+from tracker.core.starts import Period
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.store import migrate

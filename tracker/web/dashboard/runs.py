@@ -12,12 +12,12 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from tracker.core.budget import parse_tag
 from tracker.core.errors import FieldFault
 from tracker.core.formatting import csv_text, money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
+from tracker.core.starts import parse_tag
 from tracker.flora.parse import cost_of
 from tracker.settings.tokens import Scope
 from tracker.starting.batches.rows import BOM
