@@ -32,7 +32,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed
 from tracker.core.run import RunStatus
 from tracker.operations.retention import Ages, Pruner
-from tracker.store import claims, migrate
+from tracker.store import coordination, migrate
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.writing import rollups
@@ -90,7 +90,9 @@ async def churn(
                 await half()
             now += timedelta(minutes=6)  # beyond the longest wait: all are due
             for _ in range(0, active, AT_ONCE):
-                due = await claims.claim_due(db, holder="h", now=now, lease=LEASE, limit=AT_ONCE)
+                due = await coordination.claim_due(
+                    db, holder="h", now=now, lease=LEASE, limit=AT_ONCE
+                )
                 facts = {"progress": min(99.0, number * 100 / rounds)}
                 await writer.submit_all(
                     [seen(one.run.run_id, at=now, reads=1, claim="h", facts=facts) for one in due]

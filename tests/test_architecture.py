@@ -156,7 +156,7 @@ def test_run_state_is_written_by_the_writers_alone() -> None:
     written = set().union(*(found.get(name, set()) for name in WRITERS))
     assert {("insert", table) for table in STATE} <= written
     beside = {name: what for name, what in found.items() if name not in WRITERS}
-    assert beside.pop("store/claims.py") == {("update", "runs")}
+    assert beside.pop("store/coordination.py") == {("update", "runs")}
     assert beside.pop("store/inspection.py") == {("insert", "deliveries"), ("delete", "deliveries")}
     empties = {what for what in beside["store/writing/retention.py"] if what[0] != "delete"}
     assert empties == {("update", "deliveries")}
@@ -166,7 +166,7 @@ def test_run_state_is_written_by_the_writers_alone() -> None:
 
 def test_claims_move_only_the_times_and_the_lease() -> None:
     """A claim says who looks at a run and until when, never what the run is."""
-    moved = _set_by("tracker/store/claims.py")
+    moved = _set_by("tracker/store/coordination.py")
     assert moved
     assert moved <= {
         *("next_check_at", "next_check_reason", "recheck_at"),

@@ -44,9 +44,9 @@ from tracker.starting.sending import StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
 from tracker.store.clock import SharedClock, shared_clock
+from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
-from tracker.store.signals import Signals
 from tracker.store.url import TLS_ADVICE
 from tracker.store.writing.rollups import RollupCompactor
 from tracker.store.writing.writer import MergeRules, Writer

@@ -26,7 +26,7 @@ from tests.store.making import open_writer, started
 from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
 from tracker.core.starts import Budget, Period
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.engine import Database
 from tracker.store.queries import overview, search, spending, sweeps
 from tracker.store.queries import runs as feed
@@ -63,7 +63,7 @@ Questions = Mapping[str, Question]
 
 async def claim(db: Database) -> None:
     """What a worker does when a hundred runs are due."""
-    found = await claims.claim_due(
+    found = await coordination.claim_due(
         db, holder=HOLDER, now=utc_now() + SOON, lease=timedelta(seconds=60), limit=CLAIMED
     )
     assert len(found) == CLAIMED
@@ -71,14 +71,14 @@ async def claim(db: Database) -> None:
 
 async def give_back(db: Database) -> None:
     """So that the next round finds them."""
-    await claims.release(db, HOLDER)
+    await coordination.release(db, HOLDER)
 
 
 def of_workers() -> Questions:
     """What happens all the time."""
     return {
         f"claiming {CLAIMED} due runs": claim,
-        "the next moment that something is due": partial(claims.next_due_at, now=utc_now()),
+        "the next moment that something is due": partial(coordination.next_due_at, now=utc_now()),
         "a scrape of the metrics": partial(overview.read_gauges, now=utc_now()),
         "what waits, which the pages count": partial(overview.counts, now=utc_now()),
         "durations of a technique": lambda db: read.durations_of(db, ["tech_1"]),

@@ -13,9 +13,9 @@ from tracker.core.clock import utc_now
 from tracker.core.events import EventType, RunFilter
 from tracker.delivering.targets import Endpoint
 from tracker.delivering.webhooks import DeliveryTimes, Webhooks
+from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.queries.endpoints import EndpointConfig
-from tracker.store.signals import Signals
 from tracker.views import message_body
 
 SHORT = tuple(timedelta(seconds=seconds) for seconds in (0.2, 0.4, 0.4))

@@ -27,6 +27,7 @@ from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.waiting import cancel
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage, Webhooks
 from tracker.store.clock import SharedClock
+from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
@@ -34,7 +35,6 @@ from tracker.store.queries.audit import list_audit
 from tracker.store.queries.endpoints import MessageRow, configure
 from tracker.store.queries.runs import get_run
 from tracker.store.schema import endpoints
-from tracker.store.signals import Signals
 from tracker.store.url import DatabaseTimes
 from tracker.store.writing.messages import Attempt, Sending, record_and_claim
 from tracker.views import message_body

@@ -13,7 +13,7 @@ from tracker.operations.doctor import Level, work
 from tracker.services import open_services
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.engine import Database
 from tracker.store.inspection import remove_test_deliveries, stored_test_deliveries
 from tracker.store.queries import sweeps
@@ -103,7 +103,7 @@ async def test_a_running_sweep_is_seen(database_url: str) -> None:
         now = utc_now()
         assert not await sweeps.sweeping(database, now=now)
         for name, away in (("other", False), ("sweep:default", True)):
-            assert await claims.take_lease(database, name, "me", now, timedelta(minutes=1))
+            assert await coordination.take_lease(database, name, "me", now, timedelta(minutes=1))
             assert await sweeps.sweeping(database, now=now) is away
         assert not await sweeps.sweeping(database, now=now + timedelta(minutes=2))
         await sweeps.begin(database, "ws_1", now)

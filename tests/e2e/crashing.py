@@ -38,11 +38,11 @@ COMMITS: Final = (
     *("starts.prolong", "starts.give_back"),
     *("workspaces.keep_id", "workspaces.give_ids", "clock.agree"),
     # Who works at what, and until when nobody asks FLORA.
-    *("claims.claim_due", "claims.renew"),
+    *("coordination.claim_due", "coordination.renew"),
     *(
-        "claims.take_lease",
-        "claims.drop_lease",
-        "claims.reset_far_schedules",
+        "coordination.take_lease",
+        "coordination.drop_lease",
+        "coordination.reset_far_schedules",
         "workspaces.keep_wait",
         "workspaces.keep_contact",
     ),
@@ -55,7 +55,7 @@ COMMITS: Final = (
 )
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
-    *("claims.release", "claims.check_writes"),
+    *("coordination.release", "coordination.check_writes"),
     "sweeps.forget_after",
     "deliveries.quarantine",
     "replay.requeue",

@@ -25,7 +25,7 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     # The same where another process goes on.
     ("receiver", Point(when="before", name="inbox: apply")),
     # Runs that are claimed; a page that is stored and not covered.
-    ("serve", Point(when="after", name="claims.claim_due")),
+    ("serve", Point(when="after", name="coordination.claim_due")),
     ("worker", Point(when="before", name="sweeps.add")),
     # Events without messages, and messages that were sent and are not known to be.
     ("serve", Point(when="after", name="endpoints.fan_out")),

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from tests.store.making import NOW, TestWriter, callback, ids, seen, started
 from tracker.core.record import FailedRead
-from tracker.store.claims import claim_due, drop_lease, next_due_at, release, take_lease
+from tracker.store.coordination import claim_due, drop_lease, next_due_at, release, take_lease
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 

@@ -16,7 +16,7 @@ from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
 from tracker.polling import poll, sweep
 from tracker.starting import sending
-from tracker.store import claims, clock
+from tracker.store import clock, coordination
 from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries import batches
@@ -132,7 +132,7 @@ async def until(db: Database, name: str) -> datetime:
 
 async def lease(db: Database, hand: HandClock) -> None:
     """A lease of half a minute."""
-    assert await claims.take_lease(db, "one", "holder", hand(), 30 * SECOND)
+    assert await coordination.take_lease(db, "one", "holder", hand(), 30 * SECOND)
 
 
 def of(db: Database, hand: HandClock) -> SharedClock:

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from tests.store.making import NOW, TestWriter, seen
-from tracker.store.claims import list_positions
+from tracker.store.coordination import list_positions
 from tracker.store.engine import Database
 
 MINUTE = timedelta(minutes=1)

@@ -29,7 +29,7 @@ from tests.support.logs import capture_logs
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import assert_takes_less, eventually, free_port, let_pass
 from tracker.core.errors import StoreError, StoreUnavailable
-from tracker.store.claims import check_writes
+from tracker.store.coordination import check_writes
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 from tracker.store.url import DatabaseTimes

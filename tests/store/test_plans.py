@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
 from tracker.core.starts import Budget, Period
 from tracker.operations.retention import Ages, Pruner
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import batches, sheet_rows, spending, starts
@@ -163,30 +163,32 @@ async def explained(engine: AsyncEngine, sent: list[tuple[str, Any]]) -> str:
 
 QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     "claiming what is due": (
-        lambda db: claims.claim_due(db, holder="h", now=NOW, lease=timedelta(seconds=60), limit=10),
+        lambda db: coordination.claim_due(
+            db, holder="h", now=NOW, lease=timedelta(seconds=60), limit=10
+        ),
         "ix_runs_due",
     ),
     "claiming what is due in some workspaces": (
-        lambda db: claims.claim_due(
+        lambda db: coordination.claim_due(
             db, holder="h", now=NOW, lease=timedelta(60), limit=10, workspaces=["ws_1", None]
         ),
         "ix_runs_due",
     ),
     "claiming what has ended": (
-        lambda db: claims.claim_due(
+        lambda db: coordination.claim_due(
             db, holder="h", now=NOW, lease=timedelta(60), limit=10, ended=True, newest=True
         ),
         "ix_runs_due",
     ),
     "where runs stand in FLORA's list": (
-        lambda db: claims.list_positions(db, ["run_1", "run_2"], ["ws_1", None], among=200),
+        lambda db: coordination.list_positions(db, ["run_1", "run_2"], ["ws_1", None], among=200),
         "ix_runs_newest",
     ),
     "the next moment that something is due": (
-        lambda db: claims.next_due_at(db, now=NOW),
+        lambda db: coordination.next_due_at(db, now=NOW),
         "ix_runs_due",
     ),
-    "giving claims back": (lambda db: claims.release(db, "h"), "ix_runs_due"),
+    "giving claims back": (lambda db: coordination.release(db, "h"), "ix_runs_due"),
     "runs": (read.list_runs, "ix_runs_newest"),
     **{
         f"runs that are {status}": (

@@ -11,9 +11,16 @@ from tests.store.making import NOW, callback, called, ids, open_writer, seen, st
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
-from tracker.store.claims import claim_due, next_due_at, release
+from tracker.store.coordination import (
+    PAYLOAD_BYTES,
+    Signals,
+    claim_due,
+    next_due_at,
+    read_runs,
+    release,
+    run_notices,
+)
 from tracker.store.engine import Database
-from tracker.store.signals import PAYLOAD_BYTES, Signals, read_runs, run_notices
 
 
 async def test_a_due_run_wakes_waiting_workers(db: Database) -> None:

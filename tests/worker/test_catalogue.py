@@ -25,7 +25,7 @@ from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
 from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.catalogue import LEASE
 from tracker.starting.start import StartRequest
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import starts, techniques
 from tracker.store.queries.techniques import TechniqueRow
 from tracker.worker import Worker
@@ -149,9 +149,9 @@ async def test_an_empty_list_is_not_believed(
 async def test_one_process_syncs_at_a_time(services: Services, clock: HandClock) -> None:
     """A sync that begins during another one steps aside; once that has ended it does not."""
     lease = ("catalogue", "another process")
-    assert await claims.take_lease(services.database, *lease, clock(), LEASE)
+    assert await coordination.take_lease(services.database, *lease, clock(), LEASE)
     assert (await services.catalogue_sync.sync()).skipped
-    await claims.drop_lease(services.database, *lease)
+    await coordination.drop_lease(services.database, *lease)
     assert not (await services.catalogue_sync.sync()).skipped
 
 

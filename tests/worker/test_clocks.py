@@ -21,7 +21,7 @@ from tracker.core.clock import utc_now
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import sweeps
 from tracker.worker import Worker, WorkerTimes
 
@@ -38,10 +38,10 @@ async def test_a_clock_that_is_set_puts_no_poll_off(
     process that died has left."""
     [run_id] = await start(services)
     lease = timedelta(seconds=30)
-    await claims.claim_due(
+    await coordination.claim_due(
         services.database, holder="dead", now=clock() + LONGEST, lease=lease, limit=1
     )
-    assert await claims.take_lease(services.database, "sweep:default", "dead", clock(), lease)
+    assert await coordination.take_lease(services.database, "sweep:default", "dead", clock(), lease)
     clock.move(moved)
     flora.world.change({"clock_offset": -moved})  # FLORA's clock goes on as it was
     await services.poller.poll_due()

@@ -20,7 +20,7 @@ from tracker.flora.callback import sign
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.timeline import SentenceKind
 from tracker.views import explanation_json
 
@@ -310,7 +310,7 @@ async def test_the_polling_worker_or_that_there_is_none(
     assert "Overdue for 55 s: no worker seems to be running" in text_of(
         await explained(services, run_id), SentenceKind.TROUBLE
     )
-    await claims.claim_due(
+    await coordination.claim_due(
         services.database,
         holder="worker-7",
         now=clock(),

@@ -20,7 +20,7 @@ from tracker.polling import follow
 from tracker.polling.follow import OwnPolling, RunUpdate
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.store import claims
+from tracker.store import coordination
 
 
 async def collect(source: AsyncIterator[list[RunUpdate]], into: list[RunUpdate]) -> None:
@@ -116,7 +116,7 @@ async def test_a_run_that_a_worker_has_claimed_is_left_to_it(
     run = flora.start()
     await one.tracker.track(run.run_id)
     clock.move(60)
-    [claimed] = await claims.claim_due(
+    [claimed] = await coordination.claim_due(
         other.database,
         holder="worker",
         now=clock(),

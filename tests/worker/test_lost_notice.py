@@ -7,9 +7,9 @@ from tests.support.waiting import eventually
 from tests.worker.test_scheduler import swept, working
 from tracker.core.clock import utc_now
 from tracker.simulator import Options, running
+from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
-from tracker.store.signals import Signals
 from tracker.worker import WorkerTimes
 
 TICK = 0.5

@@ -15,7 +15,7 @@ from tracker.settings import Rotation, read_settings
 from tracker.simulator import Simulator
 from tracker.simulator.callbacks import sign_callback
 from tracker.starting.start import StartRequest
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import overview
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
@@ -398,7 +398,7 @@ async def test_a_claim_that_was_not_given_back_runs_out(
     one, other = two
     [run_id] = await start(one)
     clock.move(60)
-    await claims.claim_due(
+    await coordination.claim_due(
         one.database,
         holder="a process that died",
         now=clock(),

@@ -25,7 +25,7 @@ from tracker.core.schedule import Policy
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.errors import StoreBusy
 from tracker.store.queries import starts as start_log
 from tracker.workspaces import DatabaseWaits
@@ -312,14 +312,14 @@ async def test_no_lease_is_lost_and_none_is_held(
     clock.move(6)
 
     async def claim(services: Services, holder: str) -> list[str]:
-        found = await claims.claim_due(
+        found = await coordination.claim_due(
             services.database, holder=holder, now=services.clock(), lease=LEASE, limit=1
         )
         return [record.run.run_id for record in found]
 
     async def take(services: Services, holder: str) -> bool:
         now = services.clock()
-        return await claims.take_lease(services.database, "sweep:default", holder, now, LEASE)
+        return await coordination.take_lease(services.database, "sweep:default", holder, now, LEASE)
 
     assert await claim(one, "one") == [run_id]
     assert await take(one, "one")

@@ -26,7 +26,7 @@ from tracker.polling.sweep import LEASE, SweepReport
 from tracker.services import Services
 from tracker.settings import WorkspaceSettings
 from tracker.simulator import SimulatedWorkspace, Simulator
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import runs as read
 from tracker.store.queries import sweeps as coverage
 from tracker.store.schema import leases, sweeps
@@ -266,7 +266,7 @@ async def test_a_sweep_begins_when_it_holds_the_lease(
     services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waited for it while another process finished is not logged as beside that one."""
-    take = claims.take_lease
+    take = coordination.take_lease
 
     async def waits(*args: Any, **named: Any) -> bool:
         clock.move(10)
@@ -274,7 +274,7 @@ async def test_a_sweep_begins_when_it_holds_the_lease(
 
     began = clock()
     with monkeypatch.context() as patched:
-        patched.setattr(claims, "take_lease", waits)
+        patched.setattr(coordination, "take_lease", waits)
         await sweep(services)
     [row] = await sweep_rows(services)
     assert row.started_at >= began + timedelta(seconds=10)
@@ -384,14 +384,16 @@ async def test_a_sweep_that_was_taken_over_ends(
         pages += 1
         if pages == 2:
             clock.move(LEASE.total_seconds() + 1)
-            assert await claims.take_lease(services.database, lease, "another", clock(), LEASE)
+            assert await coordination.take_lease(
+                services.database, lease, "another", clock(), LEASE
+            )
 
     on_history(services, halt)
     report = await sweep(services)
     assert (report.items > 0, report.error is None) == (True, False)
     [row] = await sweep_rows(services)
     assert (row.error, row.through) == (report.error, None)
-    assert not await claims.take_lease(services.database, lease, "third", clock(), LEASE)
+    assert not await coordination.take_lease(services.database, lease, "third", clock(), LEASE)
 
 
 async def test_a_sweep_that_waits_for_flora_stays_alone(
@@ -402,7 +404,7 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
     flora.start()
     [workspace] = services.workspaces
     lease = f"sweep:{workspace.place}"
-    take = partial(claims.take_lease, services.database, lease, "another")
+    take = partial(coordination.take_lease, services.database, lease, "another")
     until = sa.select(leases.c.until).where(leases.c.name == lease)
 
     async def renewed() -> bool:
@@ -444,8 +446,8 @@ async def test_a_sweep_that_is_cancelled_as_it_drops_its_lease_drops_it(
         monkeypatch.setattr(services.database, "write", waits)
         await drop(*args)
 
-    drop = claims.drop_lease
-    monkeypatch.setattr(claims, "drop_lease", drops)
+    drop = coordination.drop_lease
+    monkeypatch.setattr(coordination, "drop_lease", drops)
     sweeping = asyncio.create_task(sweep(services))
     await dropping.wait()
     sweeping.cancel()
@@ -459,7 +461,7 @@ async def test_a_sweep_that_is_cancelled_as_it_takes_its_lease_drops_it(
     """The lease is committed, and the sweep is told to stop before it knows: another process can
     sweep at once."""
     taken = asyncio.Event()
-    take = claims.take_lease
+    take = coordination.take_lease
 
     async def takes_long(*args: Any, **more: Any) -> bool:
         held = await take(*args, **more)
@@ -467,7 +469,7 @@ async def test_a_sweep_that_is_cancelled_as_it_takes_its_lease_drops_it(
         await asyncio.Event().wait()
         return held
 
-    monkeypatch.setattr(claims, "take_lease", takes_long)
+    monkeypatch.setattr(coordination, "take_lease", takes_long)
     sweeping = asyncio.create_task(sweep(services))
     await taken.wait()
     sweeping.cancel()
@@ -482,7 +484,7 @@ async def test_a_sweep_that_is_cancelled_as_it_ends_drops_its_lease(
     end."""
     flora.start()
     renewing, ending = asyncio.Event(), asyncio.Event()
-    take = claims.take_lease
+    take = coordination.take_lease
 
     async def takes(*args: Any, **more: Any) -> bool:
         if asyncio.current_task() is sweeping:
@@ -495,7 +497,7 @@ async def test_a_sweep_that_is_cancelled_as_it_ends_drops_its_lease(
             await asyncio.sleep(0.05)
             await take(*args, **more)
 
-    monkeypatch.setattr(claims, "take_lease", takes)
+    monkeypatch.setattr(coordination, "take_lease", takes)
     services.sweeper.renew_after = 0.0
 
     async def wait(_: list[str]) -> None:

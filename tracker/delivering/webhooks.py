@@ -30,11 +30,11 @@ from tracker.delivering.targets import (
     HandlerClient,
     send_test,
 )
+from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.endpoints import Shown, configure, fan_out, get_endpoint, outbox_waits
-from tracker.store.signals import Signals
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import Attempt, Claim, Sending, next_due_at, record_and_claim

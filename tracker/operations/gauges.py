@@ -24,7 +24,7 @@ from tracker.core.waiting import cancel
 from tracker.operations.metrics import Metrics
 from tracker.polling.contacts import Contacts
 from tracker.starting.start import BudgetReader
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import endpoints, starts, sweeps
 from tracker.store.queries.endpoints import Backlog
 from tracker.store.queries.overview import read_gauges
@@ -180,7 +180,7 @@ class DatabaseGauges(Service, Collector):
         try:
             async with asyncio.timeout(self.patience):
                 self._values = await self._read_values()  # shown where only writes fail, too
-                await claims.check_writes(self.database)
+                await coordination.check_writes(self.database)
             self._up, self._failing = True, False
         except (StoreError, TimeoutError) as error:
             if not self._failing:

@@ -29,11 +29,11 @@ from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.core.waiting import repeat, wait_for
 from tracker.polling.follow import Notify, until_available
+from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.errors import StoreClosed
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import EventLine, Snapshot
-from tracker.store.signals import Signals
 
 PAGE_SIZE: Final = 250
 """Events in one read. A reader's queue holds several times as many."""

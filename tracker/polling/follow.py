@@ -20,9 +20,9 @@ from tracker.core.record import Record
 from tracker.core.run import Run, Tracking
 from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
+from tracker.store.coordination import Signals
 from tracker.store.errors import StoreClosed
 from tracker.store.queries import runs
-from tracker.store.signals import Signals
 from tracker.workspaces import Service
 
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import repeat, run_all
 from tracker.polling.reading import PollReport, PollRound, RunReader, SingleRead
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.engine import Database
 from tracker.store.queries import runs
 from tracker.store.writing.writer import Writer
@@ -99,7 +99,7 @@ class Poller(Service):
         """Make what is due too far ahead due now, at first and now and then."""
         if self.clock.seconds() - self._brought_near_at < BRING_NEAR_EVERY:
             return
-        brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
+        brought = await coordination.reset_far_schedules(self.database, self.policy, self.clock())
         self._brought_near_at = self.clock.seconds()
         if brought:
             cause = "the clock was set back, or the waits were shortened"
@@ -119,7 +119,7 @@ class Poller(Service):
                 times.append(now + timedelta(seconds=wait))
                 continue
             among = self.workspaces.claimable(workspace)
-            due = await claims.next_due_at(self.database, among, now=now)
+            due = await coordination.next_due_at(self.database, among, now=now)
             pause = self.coalescer.left(workspace.place) if coalesce else 0.0
             # If lists carry no details, known ends are read singly all the time.
             if due and pause and workspace.lists_carry_details:
@@ -161,7 +161,7 @@ class Poller(Service):
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""
-        await claims.release(self.database, self.process)
+        await coordination.release(self.database, self.process)
 
     async def _in_each(
         self, poll: Callable[[Workspace], Coroutine[Any, Any, PollReport]]
@@ -192,10 +192,12 @@ class Poller(Service):
 
     async def _recheck(self, workspace: Workspace, *, once_per: timedelta | None) -> PollReport:
         now, among = self.clock(), self.workspaces.claimable(workspace)
-        if not await claims.recheck_is_due(self.database, among, now=now):
+        if not await coordination.recheck_is_due(self.database, among, now=now):
             return PollReport()
         name, holder = f"recheck:{workspace.place}", self.process
-        if once_per and not await claims.take_lease(self.database, name, holder, now, once_per):
+        if once_per and not await coordination.take_lease(
+            self.database, name, holder, now, once_per
+        ):
             return PollReport()
         due = await self._claim(workspace, limit=RECHECK_CLAIM, recheck=True)
         poll_round = PollRound(self, workspace, due, recheck=True)
@@ -207,7 +209,7 @@ class Poller(Service):
         async def renew() -> None:
             await asyncio.sleep(self.renew_after)
             until = self.clock() + self.lease
-            await claims.renew(self.database, self.process, list(poll_round.remaining), until)
+            await coordination.renew(self.database, self.process, list(poll_round.remaining), until)
 
         renewing = asyncio.create_task(repeat("poll claims", renew))
         try:
@@ -219,7 +221,7 @@ class Poller(Service):
             renewing.cancel()
             # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
             if poll_round.remaining:
-                await claims.release(self.database, self.process, list(poll_round.remaining))
+                await coordination.release(self.database, self.process, list(poll_round.remaining))
         report = poll_round.report
         if not poll_round.broken_off:
             self.backoff.succeeded(workspace.place)
@@ -236,8 +238,8 @@ class Poller(Service):
         return report
 
     async def _claim(self, workspace: Workspace, **which: Any) -> list[Record]:
-        """Claim due runs; `which` are options of `claims.claim_due`."""
-        return await claims.claim_due(
+        """Claim due runs; `which` are options of `coordination.claim_due`."""
+        return await coordination.claim_due(
             self.database,
             holder=self.process,
             now=self.clock(),

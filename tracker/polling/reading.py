@@ -29,7 +29,7 @@ from tracker.polling.history import (
     oldest,
     without_removed,
 )
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.workspaces import Workspace
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class PollRound:
         wanted = self._listable()
         if len(wanted) < 2 or backoff.left(place):
             return
-        self._places = await claims.list_positions(
+        self._places = await coordination.list_positions(
             self._poller.database,
             [record.run.run_id for record in wanted],
             self._poller.workspaces.claimable(self._workspace),

@@ -47,7 +47,7 @@ from tracker.polling.history import (
     without_removed,
 )
 from tracker.polling.poll import Coalescer, DurationBook
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import runs, sweeps
 from tracker.store.queries.sweeps import Gap, Interval
 from tracker.store.writing.writer import Writer, WriteResult
@@ -139,13 +139,13 @@ class Sweeper(Service):
         finally:
             if not report.skipped:  # if taking it was cancelled, it may be taken all the same
                 ending = self._drop(sweep.lease, renewing)  # two writes, one after the other
-                await to_its_end(ending, seconds=2 * claims.LEASE_SECONDS)
+                await to_its_end(ending, seconds=2 * coordination.LEASE_SECONDS)
         return report
 
     async def _drop(self, lease: str, renewing: "asyncio.Task[None] | None" = None) -> None:
         await cancel(renewing)  # else it might take back what is dropped
         with suppress(StoreError):  # it then expires
-            await claims.drop_lease(self.database, lease, self.process)
+            await coordination.drop_lease(self.database, lease, self.process)
 
 
 class _Sweep:
@@ -163,7 +163,7 @@ class _Sweep:
         self._through: dict[RunType, datetime | None] = {}
 
     async def hold(self) -> bool:
-        return await claims.take_lease(
+        return await coordination.take_lease(
             self._database, self.lease, self._sweeper.process, self._clock(), self._sweeper.lease
         )
 
@@ -209,7 +209,7 @@ class _Sweep:
         among = sweeper.workspaces.ids_of_runs(workspace)
         known = await runs.has_generations(self._database, among)
         take_lease = partial(
-            claims.take_lease,
+            coordination.take_lease,
             self._database,
             f"generations:{workspace.place}",
             f"{sweeper.process}:{uuid4()}",  # this process's next sweep does not have it either

@@ -30,12 +30,12 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import TEST_DELIVERY, Delivery, Observed, Record
 from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.flora.callback import observation_of
+from tracker.store.coordination import INBOX
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.queries import starts
 from tracker.store.queries.deliveries import finish, quarantine, take_waiting
 from tracker.store.queries.starts import StartRow, StartState
-from tracker.store.signals import INBOX
 from tracker.store.writing.group_commit import OnWrite, call_hook, reported
 from tracker.store.writing.writer import MergeRules, OnCommit, WriteBatch, WriteOutcome
 from tracker.workspaces import Workspaces

@@ -31,7 +31,7 @@ from tracker.core.log import get_logger
 from tracker.core.starts import Port, Technique, check, typed
 from tracker.flora.client import pages as pages_of
 from tracker.flora.parse import ports
-from tracker.store import claims
+from tracker.store import coordination
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 from tracker.workspaces import Service, Workspace, asking_in_turn
@@ -332,7 +332,7 @@ class CatalogueSync(Service):
                 )
         finally:
             with suppress(StoreError):  # the lease then expires
-                await claims.drop_lease(self.database, _RUNNING, holder)
+                await coordination.drop_lease(self.database, _RUNNING, holder)
         return report
 
     async def sync_if_due(self) -> SyncReport | None:
@@ -374,10 +374,12 @@ class CatalogueSync(Service):
             walked.error = f"{len(unreadable)} could not be read, the first being {unreadable[0]}"
 
     async def _hold(self, holder: str) -> bool:
-        return await claims.take_lease(self.database, _RUNNING, holder, self.clock(), self.lease)
+        return await coordination.take_lease(
+            self.database, _RUNNING, holder, self.clock(), self.lease
+        )
 
     async def _schedule(self, holder: str, until: timedelta) -> bool:
         """Prevent other scheduled syncs for so long; false if another process already does."""
-        return await claims.take_lease(
+        return await coordination.take_lease(
             self.database, _SCHEDULED, holder, self.clock(), until, longest=EVERY
         )

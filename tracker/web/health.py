@@ -11,7 +11,7 @@ from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.core.formatting import iso_time
 from tracker.services import Services
 from tracker.settings.tokens import Scope
-from tracker.store import claims, migrate
+from tracker.store import coordination, migrate
 from tracker.web.auth import AccessControl, ScopedRoute
 from tracker.web.http import Limits
 from tracker.web.http.responses import Json, unavailable
@@ -73,7 +73,7 @@ class Health:
     async def _check(self) -> None:
         async with asyncio.timeout(self._limits.ready_seconds):
             await migrate.check(self._services.database)
-            await claims.check_writes(self._services.database)
+            await coordination.check_writes(self._services.database)
             await self._services.contacts.read()
 
     def _flora(self) -> str:

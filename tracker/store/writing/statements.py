@@ -48,6 +48,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
+from tracker.store.coordination import DUE, OUTBOX, run_notices
 from tracker.store.engine import Database, dump_json
 from tracker.store.errors import WriteConflict
 from tracker.store.queries import audit
@@ -63,7 +64,6 @@ from tracker.store.schema import (
     runs,
     starts,
 )
-from tracker.store.signals import DUE, OUTBOX, run_notices
 from tracker.store.sqlite import driver_execute
 from tracker.store.writing import rollups
 
