@@ -24,7 +24,7 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, running
 from tracker.simulator.catalogue import load_catalogue
-from tracker.starting.sheets.sheet import read_csv
+from tracker.starting.sheet import read_csv
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
 from tracker.web.app import build_app

@@ -33,11 +33,10 @@ from tracker.receiving.receive import Inbox, Receiver
 from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings
 from tracker.settings.values import longest_wait
-from tracker.starting.batches.batches import Batches
-from tracker.starting.batches.orders import BatchOrders
-from tracker.starting.batches.worker import BatchWorker
+from tracker.starting.batches import Batches
 from tracker.starting.catalogue import Catalogue, CatalogueSync
 from tracker.starting.matching import StartMatcher
+from tracker.starting.orders import BatchOrders, BatchWorker
 from tracker.starting.recover import Recovery
 from tracker.starting.resolve import RunTracker, StartResolver
 from tracker.starting.sending import StartSender

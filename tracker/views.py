@@ -31,7 +31,7 @@ from tracker.store.engine import dump_json
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.core.schedule import Durations
     from tracker.explainer import Explanation
-    from tracker.starting.batches.rows import BatchPlan, RowState
+    from tracker.starting.rows import BatchPlan, RowState
     from tracker.store.queries.audit import AuditRow
     from tracker.store.queries.batches import BatchCounts, BatchRow
     from tracker.store.queries.deliveries import DeliveryRow

@@ -22,7 +22,7 @@ from tests.web.dashboard.hostile import (
     TECHNIQUE_ID,
 )
 from tracker.core.run import Tracking
-from tracker.starting.sheets.sheet import read_csv
+from tracker.starting.sheet import read_csv
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import list_deliveries
 from tracker.store.queries.endpoints import get_message

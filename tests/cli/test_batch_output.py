@@ -15,8 +15,8 @@ from tracker.cli.batches import Results, report_outcome, results_format, show_ro
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError
-from tracker.starting.batches.batches import BatchOutcome, BatchProgress
-from tracker.starting.batches.rows import RowState, carried_names, csv_lines
+from tracker.starting.batches import BatchOutcome, BatchProgress
+from tracker.starting.rows import RowState, carried_names, csv_lines
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow
 from tracker.store.queries.starts import StartRow, StartState
 

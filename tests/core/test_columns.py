@@ -3,8 +3,8 @@
 import pytest
 
 from tracker.core.starts import Port
-from tracker.starting.sheets.columns import ColumnMapping, SheetReading, read_rows
-from tracker.starting.sheets.sheet import read_csv, read_jsonl
+from tracker.starting.plan import ColumnMapping, SheetReading, read_rows
+from tracker.starting.sheet import read_csv, read_jsonl
 
 FACE = Port(id="face", type="imageUrl", name="Face photo")
 PROMPT = Port(id="prompt", type="text")

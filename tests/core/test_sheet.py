@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.starting.sheets.sheet import (
+from tracker.starting.sheet import (
     Sheet,
     SheetProblem,
     SheetRefused,

@@ -9,8 +9,8 @@ from typing import Any
 import openpyxl
 import pytest
 
-from tracker.starting.sheets import workbook
-from tracker.starting.sheets.sheet import Sheet, SheetFormat, problem_lines, read_sheet
+from tracker.starting import workbook
+from tracker.starting.sheet import Sheet, SheetFormat, problem_lines, read_sheet
 
 
 def saved(*sheets: tuple[str, list[list[Any]]], formats: dict[str, str] | None = None) -> bytes:

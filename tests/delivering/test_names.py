@@ -12,7 +12,7 @@ from tracker.core.run import Output
 from tracker.core.starts import Port
 from tracker.delivering.fetch import file_ending
 from tracker.delivering.saving import file_stem, output_names, row_names, row_numbers
-from tracker.starting.batches.rows import RowState
+from tracker.starting.rows import RowState
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
 HOSTILE = ("..", "../../etc/passwd", "/etc/passwd", "a\0b", "", ".", "-rf", "x" * 5000, "a b", "ü")

@@ -22,7 +22,7 @@ from tracker.flora import parse
 from tracker.flora.callback import SignatureError, delivery_of, observation_of, sign, verify
 from tracker.flora.parse import decode, ports, technique
 from tracker.settings import load_settings
-from tracker.starting.sheets import sheet
+from tracker.starting import sheet
 from tracker.store.engine import dump_json
 from tracker.store.writing.writer import cleaned
 

@@ -21,9 +21,9 @@ from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
 from tracker.core.starts import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting.batches import worker as batch_worker
-from tracker.starting.batches.launch import Order
-from tracker.starting.sheets.sheet import read_csv
+from tracker.starting import orders
+from tracker.starting.launch import Order
+from tracker.starting.sheet import read_csv
 from tracker.starting.start import Started
 from tracker.store import schema
 from tracker.store.queries import audit, batches
@@ -231,7 +231,7 @@ async def test_a_batch_that_waits_keeps_no_other_from_being_launched(
     serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that waits for a budget, perhaps for weeks, gives way to another, and then goes on."""
-    monkeypatch.setattr(batch_worker, "MOST_LAUNCHES", 1)
+    monkeypatch.setattr(orders, "MOST_LAUNCHES", 1)
     async with working(serve, sqlite_url) as (site, flora):
         works = site.services.batch_worker
         works.check_every, works.go_on_after = 0.1, timedelta(seconds=0.5)

@@ -37,10 +37,10 @@ from tracker.core.starts import (
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
-from tracker.starting.batches import launch
-from tracker.starting.batches.batches import BatchOutcome, BatchProgress
-from tracker.starting.batches.rows import BatchPlan, Retry, RowState
-from tracker.starting.sheets.sheet import SheetRefused, read_csv, sheet_of_objects
+from tracker.starting import launch
+from tracker.starting.batches import BatchOutcome, BatchProgress
+from tracker.starting.rows import BatchPlan, Retry, RowState
+from tracker.starting.sheet import SheetRefused, read_csv, sheet_of_objects
 from tracker.starting.start import Started
 from tracker.store import schema as tables
 from tracker.store.queries import batches, starts

@@ -18,7 +18,7 @@ from tracker.core.starts import Period
 from tracker.services import Services
 from tracker.settings.model import BudgetSettings
 from tracker.simulator import Simulator
-from tracker.starting.batches.batches import BatchProgress
+from tracker.starting.batches import BatchProgress
 from tracker.store.queries import runs as read
 from tracker.store.queries import spending, starts
 from tracker.store.queries.spending import Usage

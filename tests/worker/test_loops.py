@@ -22,7 +22,7 @@ from tracker.receiving.apply import Applier
 from tracker.services import Services
 from tracker.settings.model import EndpointSettings
 from tracker.simulator import Options, Simulator, running
-from tracker.starting.batches.worker import BatchWorker
+from tracker.starting.orders import BatchWorker
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Refusals
 

@@ -21,7 +21,7 @@ from tracker.operations.retention import Ages
 from tracker.receiving.replay import APPLIED_BEFORE
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.starting.batches.rows import Retry
+from tracker.starting.rows import Retry
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
 

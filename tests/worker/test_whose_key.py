@@ -15,7 +15,7 @@ from tracker.core.record import Observed
 from tracker.core.run import RunStatus, Tracking
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.starting.sheets.sheet import sheet_of_objects
+from tracker.starting.sheet import sheet_of_objects
 from tracker.store.queries import starts as start_log
 from tracker.store.schema import runs, starts
 

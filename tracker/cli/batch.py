@@ -42,15 +42,15 @@ from tracker.cli.output import BAR_WIDTH, Screen, note, print_json, screen
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, money, parse_usd
 from tracker.core.starts import check_tag_key
-from tracker.starting.sheets.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
+from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:
     from tracker.delivering.files import FileKey
     from tracker.delivering.saving import DownloadResult
     from tracker.services import Services
-    from tracker.starting.batches.batches import BatchOutcome, BatchProgress
-    from tracker.starting.batches.rows import BatchPlan
-    from tracker.starting.sheets.columns import ColumnMapping
+    from tracker.starting.batches import BatchOutcome, BatchProgress
+    from tracker.starting.plan import ColumnMapping
+    from tracker.starting.rows import BatchPlan
 
 _STATUS_SECONDS: Final = 5.0
 _WIDTH: Final = 79
@@ -122,7 +122,7 @@ def batch(
     from tracker.delivering.downloads import DownloadOptions, DownloadReport
     from tracker.delivering.files import DownloadDirectory
     from tracker.delivering.saving import naming_column
-    from tracker.starting.batches.rows import Retry
+    from tracker.starting.rows import Retry
     from tracker.views import values_of
 
     if again + retry_failed + retry_all > 1:
@@ -246,7 +246,7 @@ def batch(
 
 
 def _mapping(text: str) -> "ColumnMapping":
-    from tracker.starting.sheets.columns import ColumnMapping
+    from tracker.starting.plan import ColumnMapping
 
     form = "INPUT=COLUMN or INPUT:TYPE=COLUMN"
     input_id, type_, column = parse_value(text, form, "--map")

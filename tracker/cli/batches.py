@@ -21,9 +21,9 @@ from tracker.core.run import RetryAdvice
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.starting.batches.batches import BatchOutcome
-    from tracker.starting.batches.rows import BatchPlan, RowState
-    from tracker.starting.sheets.sheet import SheetProblem
+    from tracker.starting.batches import BatchOutcome
+    from tracker.starting.rows import BatchPlan, RowState
+    from tracker.starting.sheet import SheetProblem
     from tracker.store.engine import Database
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
@@ -186,7 +186,7 @@ def show_rows(
     A file is replaced as a whole. A link is followed; a device or pipe is written to.
     """
     from tracker.delivering import files
-    from tracker.starting.batches.rows import csv_lines
+    from tracker.starting.rows import csv_lines
     from tracker.views import row_json
 
     shown = [row_json(row) for row in rows]
@@ -220,7 +220,7 @@ def show_rows(
 
 def report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
     """One line on stderr for each cause, with the lines of the sheet that have it."""
-    from tracker.starting.sheets.sheet import problem_lines
+    from tracker.starting.sheet import problem_lines
 
     _note_causes(name, problem_lines(problems))
 
@@ -234,7 +234,7 @@ def _note_causes(prefix: str, lines: Sequence[str], advice: str = "") -> None:
 
 def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
     """What is carried, renamed and repeated, and what a retry leaves out, on stderr."""
-    from tracker.starting.batches.rows import carried_names
+    from tracker.starting.rows import carried_names
 
     columns = plan.batch.columns or []
     if columns:

@@ -41,7 +41,7 @@ from tracker.delivering.saving import (
 from tracker.flora.parse import ports
 from tracker.polling.changes import Broadcaster
 from tracker.polling.follow import Follower, Notify
-from tracker.starting.batches.rows import kept_rows
+from tracker.starting.rows import kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, runs, techniques
 

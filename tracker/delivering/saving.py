@@ -24,7 +24,7 @@ from tracker.core.starts import Port
 from tracker.delivering.addresses import MediaError
 from tracker.delivering.fetch import FetchedFile, Fetcher
 from tracker.delivering.files import DownloadDirectory, FileKey, ManifestEntry, PartialFile
-from tracker.starting.batches.rows import RowState
+from tracker.starting.rows import RowState
 from tracker.store.queries.batches import BatchRow
 
 LONGEST_PART: Final = 60

@@ -21,8 +21,8 @@ from tracker.views import batch_columns
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.starting.batches.launch import Order
-    from tracker.starting.batches.rows import BatchPlan, RowState
+    from tracker.starting.launch import Order
+    from tracker.starting.rows import BatchPlan, RowState
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
 PAGE_SIZE = 50
@@ -135,7 +135,7 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         and `StoreUnavailable` if the database does not answer for a minute.
         """
         from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
-        from tracker.starting.batches.batches import COUNT_SHARE
+        from tracker.starting.batches import COUNT_SHARE
 
         services = self._tracker._launching_batches()
         read = partial(_counted, services, self.batch_id)
@@ -184,7 +184,7 @@ class Batch(BatchFields, Owned["BatchCalls"]):
 
         A retry is a new run and is charged. Raises like `Tracker.start_batch`.
         """
-        from tracker.starting.batches.rows import Retry
+        from tracker.starting.rows import Retry
 
         services = self._tracker._services()
         order = _order_of(
@@ -229,7 +229,7 @@ class BatchCalls(RunCalls):
         than `max_cost` (USD), `BudgetExceeded` unless it is to `wait_for_budget`,
         `DefinitionChanged` unless `accept_changes`, and `FloraError`.
         """
-        from tracker.starting.batches.rows import Retry
+        from tracker.starting.rows import Retry
 
         services = self._services()
         order = _order_of(
@@ -279,7 +279,7 @@ def _order_of(
     services: "Services", *, max_cost: Decimal | float | None, wait_for_budget: bool, at_once: bool
 ) -> "Order":
     """An order of now. `max_cost` is USD."""
-    from tracker.starting.batches.launch import Order
+    from tracker.starting.launch import Order
 
     return Order(
         started_by=ACTOR,

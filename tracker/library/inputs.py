@@ -17,7 +17,7 @@ from tracker.library.run import ACTOR
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.starting.batches.rows import BatchPlan
+    from tracker.starting.rows import BatchPlan
 
 InputValue = str | int | float | Decimal | bool | date | time | None
 InputValues = Mapping[str, InputValue | Sequence[InputValue]] | Sequence[Mapping[str, str]]
@@ -81,8 +81,8 @@ async def planned(
 
     Raises `InvalidRequest`, which names rows and fields, and what `Batches.plan` raises.
     """
-    from tracker.starting.sheets.columns import ColumnMapping
-    from tracker.starting.sheets.sheet import SheetRefused, sheet_of_objects
+    from tracker.starting.plan import ColumnMapping
+    from tracker.starting.sheet import SheetRefused, sheet_of_objects
 
     explicit = [ColumnMapping(*one) for one in options.pop("columns").items()]
     objects: list[tuple[int, dict[str, Any]]] = []

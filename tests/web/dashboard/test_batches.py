@@ -25,7 +25,7 @@ from tracker.delivering import downloads
 from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope
 from tracker.simulator import Simulator
-from tracker.starting.sheets.sheet import read_csv
+from tracker.starting.sheet import read_csv
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.schema import run_outputs, starts

@@ -6,8 +6,8 @@ from tests.web.conftest import Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.clock import utc_now
 from tracker.core.starts import Port
-from tracker.starting.sheets.columns import read_rows
-from tracker.starting.sheets.sheet import read_csv
+from tracker.starting.plan import read_rows
+from tracker.starting.sheet import read_csv
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 

@@ -17,10 +17,10 @@ from tracker.core.formatting import counted
 from tracker.core.run import RetryAdvice
 from tracker.services import Services
 from tracker.settings.tokens import Scope
-from tracker.starting.batches.launch import Order
-from tracker.starting.batches.rows import BatchPlan, Retry, csv_lines, kept_rows
-from tracker.starting.sheets.columns import ColumnMapping
-from tracker.starting.sheets.sheet import SheetProblem, SheetRefused, sheet_of_objects
+from tracker.starting.launch import Order
+from tracker.starting.plan import ColumnMapping
+from tracker.starting.rows import BatchPlan, Retry, csv_lines, kept_rows
+from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchRow

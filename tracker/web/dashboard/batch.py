@@ -19,8 +19,8 @@ from tracker.delivering.downloads import batch_archive
 from tracker.delivering.saving import naming_column
 from tracker.services import Services
 from tracker.settings.tokens import Scope as TokenScope
-from tracker.starting.batches.launch import Order
-from tracker.starting.batches.rows import BatchPlan, Retry, RowState, kept_rows
+from tracker.starting.launch import Order
+from tracker.starting.rows import BatchPlan, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow
 from tracker.store.queries.sheet_rows import RowOutcome

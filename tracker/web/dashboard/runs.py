@@ -20,7 +20,7 @@ from tracker.core.run import RetryAdvice, Tracking
 from tracker.core.starts import parse_tag
 from tracker.flora.parse import cost_of
 from tracker.settings.tokens import Scope
-from tracker.starting.batches.rows import BOM
+from tracker.starting.rows import BOM
 from tracker.starting.start import StartRequest
 from tracker.store.engine import dump_json
 from tracker.store.queries import batches, starts, techniques

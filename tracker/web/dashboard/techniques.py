@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tracker.core.formatting import csv_text
-from tracker.starting.batches.rows import BOM
+from tracker.starting.rows import BOM
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow

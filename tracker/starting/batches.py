@@ -17,10 +17,10 @@ from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, Server
 from tracker.core.waiting import cancel
 from tracker.polling.follow import CHECK_EVERY, OwnPolling
 from tracker.polling.poll import Poller
-from tracker.starting.batches.launch import BUDGET_EVERY, BatchLaunch, Order
-from tracker.starting.batches.plan import BatchPlanner
-from tracker.starting.batches.rows import BatchPlan, RowState, kept_rows
+from tracker.starting.launch import BUDGET_EVERY, BatchLaunch, Order
+from tracker.starting.plan import BatchPlanner
 from tracker.starting.recover import Recovery
+from tracker.starting.rows import BatchPlan, RowState, kept_rows
 from tracker.starting.start import Starter
 from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchCounts, BatchRow

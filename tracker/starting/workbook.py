@@ -15,7 +15,7 @@ from typing import Any, Final
 import openpyxl
 
 from tracker.core.formatting import counted, size
-from tracker.starting.sheets.sheet import Sheet, SheetProblem, refused, sheet_of
+from tracker.starting.sheet import Sheet, SheetProblem, refused, sheet_of
 
 MOST_UNPACKED: Final = 256 * 1024**2
 """Bytes of all parts of a workbook, unpacked, and characters of all cells that are read."""

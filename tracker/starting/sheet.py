@@ -136,7 +136,7 @@ def read_sheet(
     `encoding`.
     """
     if data.startswith(_WORKBOOK) and file_format in (None, SheetFormat.XLSX):
-        from tracker.starting.sheets.workbook import read_workbook  # noqa: PLC0415 - few sheets are one
+        from tracker.starting.workbook import read_workbook  # noqa: PLC0415 - few sheets are one
 
         return read_workbook(data, sheet_name)
     if file_format is SheetFormat.XLSX or sheet_name is not None:

@@ -40,7 +40,7 @@ from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.flora.parse import runs_of
-from tracker.starting.batches.rows import BatchPlan, RowState
+from tracker.starting.rows import BatchPlan, RowState
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts
@@ -49,7 +49,7 @@ from tracker.store.queries.starts import UNKNOWN, StartState
 from tracker.workspaces import Workspace
 
 if TYPE_CHECKING:
-    from tracker.starting.batches.batches import Batches
+    from tracker.starting.batches import Batches
 
 ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
 """Statuses of refusals that the next row may not meet."""

@@ -1,1 +1,0 @@
-"""Batches: a start for each row of a sheet, planned, ordered, launched and followed."""

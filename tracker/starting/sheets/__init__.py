@@ -1,1 +1,0 @@
-"""Sheets: their formats, and how their columns become inputs and tags."""
