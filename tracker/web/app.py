@@ -10,7 +10,7 @@ as a header, and every log line of the request as `request_id`.
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from starlette.responses import Response
@@ -184,7 +184,11 @@ class ResponseMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message = {**message, "headers": _headers(message.get("headers", ()), scope)}
+                headers = list(message.get("headers", ()))
+                own = {name for name, _ in headers}
+                defaults = (*DEFAULT_HEADERS, (b"x-request-id", scope[REQUEST_ID].encode()))
+                headers += [header for header in defaults if header[0] not in own]
+                message = {**message, "headers": headers}
             await send(message)
 
         with log_context(request_id=assign_request_id(scope)):
@@ -258,14 +262,6 @@ class ResponseMiddleware:
                     **where,
                 )
         return fault
-
-
-def _headers(own: Iterable[tuple[bytes, bytes]], scope: Scope) -> list[tuple[bytes, bytes]]:
-    """A response's own headers, and the default ones that it does not set."""
-    headers = list(own)
-    names = {name for name, _ in headers}
-    defaults = [*DEFAULT_HEADERS, (b"x-request-id", scope[REQUEST_ID].encode())]
-    return headers + [header for header in defaults if header[0] not in names]
 
 
 class DeadlineMiddleware:

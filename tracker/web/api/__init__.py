@@ -22,6 +22,7 @@ from tracker import __version__
 from tracker.settings.tokens import Scope
 from tracker.web.api.requests import KeyHeader, PageQuery
 from tracker.web.api.responses import Error, Meta, ResponseModel
+from tracker.web.http.responses import Json
 
 H = TypeVar("H", bound=Callable[..., Awaitable[Response]])
 _Json = dict[str, Any]
@@ -43,6 +44,11 @@ def page_of(name: str, model: type[ResponseModel], description: str) -> Answer:
         f"{model.__name__}Page", __base__=ResponseModel, __doc__=description, **fields
     )
     return Answer(f"{description.rstrip('.').partition(',')[0]}.", page)
+
+
+def page_json(name: str, items: Iterable[_Json], next_cursor: str | None) -> Response:
+    """A response as `page_of` describes it."""
+    return Json({name: list(items), "meta": {"next_cursor": next_cursor}})
 
 
 OPERATIONS: "Final[list[Operation]]" = []

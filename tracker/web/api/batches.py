@@ -25,7 +25,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows
 from tracker.store.queries.batches import BatchRow
 from tracker.views import batch_json, error_group_json, plan_json, row_json
-from tracker.web.api import Answer, Operation, page_of
+from tracker.web.api import Answer, Operation, page_json, page_of
 from tracker.web.api.requests import (
     BatchBody,
     OrderBody,
@@ -178,8 +178,8 @@ class BatchOperations:
         """List batches, newest first."""
         rows, cursor = await batches.list_batches(self._database, **dict(query))
         counts = await batches.batch_counts(self._database, [one.batch_id for one in rows])
-        shown = [batch_json(one, counts[one.batch_id]) for one in rows]
-        return Json({"batches": shown, "meta": {"next_cursor": cursor}})
+        shown = (batch_json(one, counts[one.batch_id]) for one in rows)
+        return page_json("batches", shown, cursor)
 
     @Operation(
         "POST /api/batches",
@@ -246,8 +246,7 @@ class BatchOperations:
         )
         page = found[: query.limit]
         cursor = str(page[-1].entry.position) if len(found) > len(page) else None
-        rows = [row_json(row) for row in page]
-        return Json({"rows": rows, "meta": {"next_cursor": cursor}})
+        return page_json("rows", map(row_json, page), cursor)
 
     @Operation(
         "GET /api/batches/{batch_id}/results.csv",

@@ -3,7 +3,7 @@
 Nothing is decided here: a request is validated, a service is called, and its result is returned.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cached_property, partial
@@ -21,7 +21,15 @@ from tracker.settings.tokens import Scope
 from tracker.starting.start import StartRequest
 from tracker.store.queries import endpoints, runs, spending, starts, techniques
 from tracker.store.queries.deliveries import list_deliveries
-from tracker.web.api import OPERATIONS, REPLAYED, Answer, Operation, document, page_of
+from tracker.web.api import (
+    OPERATIONS,
+    REPLAYED,
+    Answer,
+    Operation,
+    document,
+    page_json,
+    page_of,
+)
 from tracker.web.api.batches import BatchOperations
 from tracker.web.api.requests import (
     DeliveriesQuery,
@@ -111,7 +119,7 @@ class Api(BatchOperations):
         technique_id = await techniques.id_of(self._database, query.technique_id)
         wanted = dict(query) | {"technique_id": technique_id}
         records, cursor = await runs.list_runs(self._database, **wanted)
-        return _page("runs", map(views.run_json, records), cursor)
+        return page_json("runs", map(views.run_json, records), cursor)
 
     @Operation(
         "POST /api/runs",
@@ -199,7 +207,7 @@ class Api(BatchOperations):
             cursor=query.cursor,
             limit=query.limit,
         )
-        return _page("starts", map(views.start_json, rows), cursor)
+        return page_json("starts", map(views.start_json, rows), cursor)
 
     @Operation(
         "GET /api/deliveries", page_of("deliveries", Delivery, "A page of callbacks, newest first.")
@@ -207,7 +215,7 @@ class Api(BatchOperations):
     async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
         """List callbacks, newest first, without their bodies."""
         rows, cursor = await list_deliveries(self._database, **dict(query))
-        return _page("deliveries", map(views.delivery_json, rows), cursor)
+        return page_json("deliveries", map(views.delivery_json, rows), cursor)
 
     @Operation("POST /api/deliveries/{delivery_id}/replay", Answer("The result.", Replayed))
     async def replay_delivery(self, request: Request, delivery_id: str) -> Response:
@@ -223,7 +231,7 @@ class Api(BatchOperations):
     async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
         """List messages, the events sent to endpoints, newest first."""
         rows, cursor = await endpoints.list_messages(self._database, **dict(query))
-        return _page("messages", map(views.message_json, rows), cursor)
+        return page_json("messages", map(views.message_json, rows), cursor)
 
     @Operation("GET /api/messages/{message_id}", Answer("The message.", MessageDetail))
     async def show_message(self, request: Request, message_id: str) -> Response:
@@ -256,7 +264,7 @@ class Api(BatchOperations):
     async def list_techniques(self, request: Request, query: TechniquesQuery) -> Response:
         """Search the catalogue of techniques, sorted by name."""
         rows, cursor = await techniques.page(self._database, **dict(query))
-        return _page("techniques", map(views.technique_json, rows), cursor)
+        return page_json("techniques", map(views.technique_json, rows), cursor)
 
     @Operation("GET /api/techniques/{technique}", Answer("The technique.", Technique), (502, 504))
     async def show_technique(self, request: Request, technique: str) -> Response:
@@ -288,10 +296,6 @@ class Api(BatchOperations):
             raise not_found(f"There is no message {message_id[:255]}.")
         attempts = await endpoints.list_attempts(self._database, message_id)
         return Json(views.message_json(row, attempts))
-
-
-def _page(name: str, items: Iterable[dict[str, Any]], next_cursor: str | None) -> Response:
-    return Json({name: list(items), "meta": {"next_cursor": next_cursor}})
 
 
 def _unknown(run_id: str) -> Fault:
