@@ -52,7 +52,7 @@ async def test_a_full_disk_is_not_ready(serve: Serve) -> None:
             async with serve(f"sqlite:///{disk.path}/tracker.db") as site:
                 assert (await site.client.get("/readyz")).status_code == 200
                 site.services.inbox._deadline = 0.5
-                site.services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
+                site.services.metrics._gauges.keep_seconds = 0  # type: ignore[union-attr]
                 disk.fill()
                 answer = await site.client.post(PATH, content=body, headers=signed(body))
                 assert answer.status_code == 503

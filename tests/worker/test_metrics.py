@@ -84,8 +84,8 @@ async def test_a_sweep_that_fails_is_counted_and_shown(
         report = await services.sweeper.sweep(workspace)
         assert report.error
         services.metrics.swept(report)
-        services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
-        services.metrics._database._fresh_until = 0  # type: ignore[union-attr]
+        services.metrics._gauges.keep_seconds = 0  # type: ignore[union-attr]
+        services.metrics._gauges._fresh_until = 0  # type: ignore[union-attr]
         found = await scrape(services)
     last_complete = "tracker_sweep_last_complete_timestamp_seconds"
     assert never.value(last_complete, workspace_id="ws_1") == 0
@@ -119,7 +119,7 @@ async def test_work_before_the_id_is_known_is_counted_for_the_workspace(
     """One workspace has one label: what was counted as `unknown` moves to it with the id."""
     async with make_flora(refuse={"workspaces.list": "not_found"}) as flora:
         services = await open_on(flora)
-        services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
+        services.metrics._gauges.keep_seconds = 0  # type: ignore[union-attr]
         [workspace] = services.workspaces
         await services.sweeper.sweep(workspace)
         services.metrics.swept(SweepReport(workspace_id=workspace.name))

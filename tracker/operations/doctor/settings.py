@@ -198,18 +198,16 @@ async def check_keys(settings: Settings, *, clock: Clock, deadline: float) -> Fl
     """Read the newest run of each workspace with its key, within `deadline` seconds."""
     workspaces = settings.all_workspaces
     keys = Counter(one.api_key.get_secret_value() for one in workspaces if one.api_key)
-    states = await asyncio.gather(
+    found = await asyncio.gather(
         *(_check_key(settings, one, keys, clock, deadline) for one in workspaces)
     )
-    offsets = [state.clock_offset for state in states if state.clock_offset is not None]
     return FloraState(
         [
             replace(finding, workspace=label_of(settings, workspace))
-            for workspace, state in zip(workspaces, states, strict=True)
-            for finding in state.findings
+            for workspace, (finding, _, _) in zip(workspaces, found, strict=True)
         ],
-        clock_offset=offsets[0] if offsets else None,
-        ids=[workspace_id for state in states for workspace_id in state.ids],
+        clock_offset=next((offset for _, _, offset in found if offset is not None), None),
+        ids=[workspace_id for _, workspace_id, _ in found],
     )
 
 
@@ -219,13 +217,14 @@ async def _check_key(
     keys: Counter[str],
     clock: Clock,
     deadline: float,
-) -> FloraState:
+) -> tuple[Finding, str | None, timedelta | None]:
+    """The finding for a key; the id of its workspace, and FLORA's clock minus ours, if known."""
     several = len(settings.all_workspaces) > 1
     setting = "api_key of this workspace" if several else "FLORA_API_KEY"
     key = "" if workspace.api_key is None else workspace.api_key.get_secret_value()
 
-    def unusable(seen: str, advice: str) -> FloraState:
-        return FloraState([failed("key", seen, advice)], ids=[workspace.id])
+    def unusable(seen: str, advice: str) -> tuple[Finding, str | None, None]:
+        return failed("key", seen, advice), workspace.id, None
 
     if not key:
         return unusable(
@@ -247,8 +246,8 @@ async def _check_key(
             deadline=deadline,
             clock=clock,
         ) as client:
-            finding, workspace_id = await _read(client, settings.flora_base_url, workspace, setting)
-            return FloraState([finding], client.clock_offset, [workspace_id])
+            found = await _read(client, settings.flora_base_url, workspace, setting)
+            return *found, client.clock_offset
     except errors.SettingsError as error:
         return unusable(f"{error}.", f"Copy the key again into {setting}.")
 

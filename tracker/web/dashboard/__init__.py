@@ -180,15 +180,11 @@ class PageGroup:
         return bool(self._services.workspaces.keyed)
 
 
-def query_field(request: Request, name: str) -> str | None:
-    """A field of the query, stripped; `None` where it is empty or missing."""
-    return request.query_params.get(name, "").replace("\0", "").strip()[:512] or None
-
-
-def query_choice(request: Request, name: str, choices: Iterable[str]) -> str | None:
-    """As `query_field`. Raises `Fault` 400 for a value that is not one of `choices`."""
-    value, allowed = query_field(request, name), list(choices)
-    if value is not None and value not in allowed:
+def query_field(request: Request, name: str, choices: Iterable[str] | None = None) -> str | None:
+    """A field of the query, stripped; `None` where it is empty or missing. Raises `Fault` 400 for
+    a value that is not one of `choices`."""
+    value = request.query_params.get(name, "").replace("\0", "").strip()[:512] or None
+    if value is not None and choices is not None and value not in (allowed := list(choices)):
         raise invalid(FieldFault(name, f"must be one of {', '.join(allowed)}"))
     return value
 
@@ -196,14 +192,8 @@ def query_choice(request: Request, name: str, choices: Iterable[str]) -> str | N
 def read_filters(
     request: Request, fields: Mapping[str, Iterable[str] | None]
 ) -> dict[str, str | None]:
-    """The fields of the query by name, as `query_choice` where the values that one may have are
-    given."""
-    return {
-        name: query_field(request, name)
-        if choices is None
-        else query_choice(request, name, choices)
-        for name, choices in fields.items()
-    }
+    """The fields of the query by name, with the values that one may have where they are given."""
+    return {name: query_field(request, name, choices) for name, choices in fields.items()}
 
 
 def query_position(request: Request, name: str) -> int | None:

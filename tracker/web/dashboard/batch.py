@@ -35,7 +35,6 @@ from tracker.web.dashboard import (
     attachment,
     check_csrf,
     page,
-    query_choice,
     query_field,
     query_position,
     read_filters,
@@ -144,7 +143,7 @@ class BatchPages(PageGroup):
         """One batch, with a page of its rows. `row` leads to the page that has it."""
         database = self._database
         batch = await self._batch(request)
-        outcome = query_choice(request, "show", RowOutcome)
+        outcome = query_field(request, "show", RowOutcome)
         chosen: dict[str, Any] = {
             "outcome": None if outcome is None else RowOutcome(outcome),
             "code": query_field(request, "error"),
@@ -216,7 +215,7 @@ class BatchPages(PageGroup):
             batch = await self._batch(request)
             if not may(request.scope, TokenScope.START):
                 raise forbidden("This token may not start runs.")
-            which = query_choice(request, "which", CHOICES) or "failed"
+            which = query_field(request, "which", CHOICES) or "failed"
             return self._confirmation(request, await self._plan(batch, which), which)
         form = await read_form(request)
         await check_csrf(request)

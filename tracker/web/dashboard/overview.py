@@ -24,7 +24,7 @@ from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
 from tracker.store.queries.spending import Spending, spending, tag_keys
 from tracker.store.queries.techniques import technique_names
 from tracker.views import OutputView
-from tracker.web.dashboard import PageGroup, page, query_choice, query_field
+from tracker.web.dashboard import PageGroup, page, query_field
 from tracker.web.dashboard.batch import split_of
 from tracker.web.dashboard.health import (
     Alert,
@@ -125,7 +125,7 @@ class OverviewPages(PageGroup):
     @page("/spending")
     async def show_spending(self, request: Request) -> Response:
         db, workspace = self._database, query_field(request, "workspace")
-        period = query_choice(request, "span", SPENDING_DAYS) or DEFAULT_DAYS
+        period = query_field(request, "span", SPENDING_DAYS) or DEFAULT_DAYS
         today = self._services.clock().replace(hour=0, minute=0, second=0, microsecond=0)
         since = today - timedelta(days=SPENDING_DAYS[period] - 1)
         keys = await tag_keys(db, since=since)
