@@ -48,7 +48,7 @@ def acting_here() -> AbstractContextManager[None]:
     return acting(Principal(name=ACTOR))
 
 
-def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the database by name, with the text of each member of an enumeration."""
     return {name: one.value if isinstance(one, Enum) else one for name, one in values.items()}
 
@@ -95,7 +95,7 @@ class Event:
     @classmethod
     def _of(cls, event: "read.TimelineEvent") -> Self:
         """The value of a stored event."""
-        return cls(**plain_values(event._asdict()))
+        return cls(**_plain_values(event._asdict()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -156,7 +156,7 @@ class RunFields:
     @classmethod
     def _of(cls, record: Record) -> Self:
         """The value of a stored run."""
-        values = plain_values(run_columns(record))
+        values = _plain_values(run_columns(record))
         values["inputs"] = tuple(record.inputs or ())
         return cls(**values)
 

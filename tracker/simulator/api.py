@@ -82,7 +82,7 @@ class SimulatedApi:
             for technique in self._world.techniques()
             if text in f"{technique.slug} {technique.name} {technique.description}".casefold()
         ]
-        bounds, next_cursor = page_bounds(
+        bounds, next_cursor = _page_bounds(
             query, len(found), self._world.options, self._world.now_ms()
         )
         return JSONResponse(
@@ -130,7 +130,7 @@ class SimulatedApi:
         if filters["status"] is not None and filters["status"] not in statuses:
             raise ErrorAnswer.invalid(("status", f"must be one of {', '.join(STATUSES)}"))
         found = world.history(run_type, *workspaces, **filters)
-        bounds, next_cursor = page_bounds(query, len(found), options, now_ms)
+        bounds, next_cursor = _page_bounds(query, len(found), options, now_ms)
         runs = found[bounds]
         items = [
             run.history_item(
@@ -266,7 +266,7 @@ class SimulatedApi:
         return asked_for
 
 
-def page_bounds(
+def _page_bounds(
     query: Mapping[str, str], count: int, options: Options, now_ms: int
 ) -> tuple[slice, object]:
     """Which of `count` items `cursor` and `limit` ask for, and the cursor of the next page.
