@@ -125,7 +125,7 @@ class RequestLimit:
         `fresh` is for a read of a run that has just ended. Raises `RequestPaused` at once if the
         wait is known to last beyond `until`.
         """
-        self._refuse_beyond(until)
+        self._wait(until)
         self._asked += 1
         asked_at = self.monotonic()
         try:
@@ -189,8 +189,7 @@ class RequestLimit:
 
     async def _wait_for_start(self, until: float) -> None:
         while True:
-            while (wait := self._wait()) > 0:
-                self._refuse_beyond(until)
+            while (wait := self._wait(until)) > 0:
                 await self.sleep(wait)
             # Last: another process may have been asked to wait a moment ago.
             left = await self.shared.left()
@@ -198,13 +197,16 @@ class RequestLimit:
                 return
             self.pause(left)
 
-    def _wait(self) -> float:
-        return max(self._next_start, self._paused_until) - self.monotonic()
+    def _wait(self, until: float) -> float:
+        """Seconds until a request may start; none are left if it is negative.
 
-    def _refuse_beyond(self, until: float) -> None:
-        wait = self._wait()
-        if wait > 0 and self.monotonic() + wait > until:
+        Raises `RequestPaused` if that is beyond `until`.
+        """
+        now = self.monotonic()
+        wait = max(self._next_start, self._paused_until) - now
+        if wait > 0 and now + wait > until:
             raise RequestPaused(seconds=wait, until=self.clock() + timedelta(seconds=wait))
+        return wait
 
 
 class Breaker:

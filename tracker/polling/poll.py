@@ -83,7 +83,6 @@ class Poller(Service):
         `coalesce`, for callers that poll repeatedly, leaves due runs until they have coalesced. A
         workspace without a key, with a refused one, or in which FLORA has just failed is left out.
         """
-        await self._bring_near()
         return await self._in_each(partial(self._poll, coalesce=coalesce))
 
     async def recheck_due(self, *, once_per: timedelta | None = None) -> PollReport:
@@ -92,7 +91,6 @@ class Poller(Service):
         With `once_per`, for callers that do so repeatedly, one process at a time does it for each
         workspace, and the others leave it out for so long. Raises `StoreUnavailable`.
         """
-        await self._bring_near()
         return await self._in_each(partial(self._recheck, once_per=once_per))
 
     async def _bring_near(self) -> None:
@@ -166,6 +164,7 @@ class Poller(Service):
     async def _in_each(
         self, poll: Callable[[Workspace], Coroutine[Any, Any, PollReport]]
     ) -> PollReport:
+        await self._bring_near()
         report = PollReport()
         for one in await run_all([poll(workspace) for workspace in self.readable()]):
             report.add(one)
@@ -179,7 +178,7 @@ class Poller(Service):
         due, full = await self._claim_in_order(workspace, ended=pausing)
         if not due:
             return PollReport()
-        poll_round = PollRound(self, workspace, due)
+        poll_round = PollRound(self, workspace, due=due)
         report = await self._read(workspace, poll_round, full=full)
         if not pausing:
             complete = not poll_round.remaining or poll_round.broken_off
@@ -200,7 +199,7 @@ class Poller(Service):
         ):
             return PollReport()
         due = await self._claim(workspace, limit=RECHECK_CLAIM, recheck=True)
-        poll_round = PollRound(self, workspace, due, recheck=True)
+        poll_round = PollRound(self, workspace, due=due, recheck=True)
         return await self._read(workspace, poll_round, full=len(due) == RECHECK_CLAIM)
 
     async def _read(self, workspace: Workspace, poll_round: PollRound, *, full: bool) -> PollReport:
