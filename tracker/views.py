@@ -26,7 +26,6 @@ from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, RunError
 from tracker.core.starts import obstacle
 from tracker.flora.parse import ports
-from tracker.store.engine import dump_json
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.core.schedule import Durations
@@ -140,6 +139,8 @@ def endpoint_json(row: "EndpointRow", backlog: "Backlog", delays: "Durations") -
 
 def message_body(event: EventType, at: datetime, run: Record) -> str:
     """What endpoints receive, as JSON: the run as the API shows it."""
+    from tracker.store.engine import dump_json  # noqa: PLC0415 - a program may only read runs
+
     return dump_json({"type": event.value, "timestamp": iso_time(at), "data": run_json(run)})
 
 
