@@ -128,7 +128,7 @@ def _fuzz(target: str, options: list[str]) -> None:
 
     with atheris.instrument_imports(include=["tracker"]):  # so it is imported here and not before
         from tests.hostile.targets import opened  # noqa: PLC0415
-        from tracker.operations.logs import configure_logs  # noqa: PLC0415
+        from tracker.operations.telemetry import configure_logs  # noqa: PLC0415
     with open(os.devnull, "w", encoding="ascii") as nowhere, opened(target) as check:
         configure_logs(level="error", stream=nowhere)
         atheris.Setup([sys.argv[0], *options], check)

@@ -21,7 +21,7 @@ from tracker.flora.client import FloraClient
 from tracker.operations.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.metrics import Metrics
 from tracker.operations.retention import Pruner
-from tracker.operations.tracing import Wrap, tracing, untraced
+from tracker.operations.telemetry import Wrap, tracing, untraced
 from tracker.polling.changes import Broadcaster
 from tracker.polling.contacts import Contacts
 from tracker.polling.follow import Follower

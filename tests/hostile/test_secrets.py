@@ -28,7 +28,7 @@ from tracker.core import log as core_log
 from tracker.core.errors import TrackerError
 from tracker.flora.callback import sign
 from tracker.flora.client import FloraClient
-from tracker.operations import logs
+from tracker.operations.telemetry import configure_logs
 from tracker.services import open_services
 from tracker.settings import load_settings
 from tracker.web.app import build_app
@@ -65,7 +65,7 @@ def _log(format: Literal["console", "json"], monkeypatch: pytest.MonkeyPatch) ->
     """All that is logged, from the lowest level on, and nothing taken out of it."""
     stream = io.StringIO()
     monkeypatch.setattr(core_log, "_SHAPES", ())
-    logs.configure_logs(format=format, level="debug", secrets=(), stream=stream)
+    configure_logs(format=format, level="debug", secrets=(), stream=stream)
     return stream
 
 

@@ -21,7 +21,7 @@ from tests.web.dashboard.conftest import TOKEN
 from tests.web.dashboard.hostile import attack
 from tracker.cli.app import main
 from tracker.core.formatting import plain, plain_lines
-from tracker.operations.logs import configure_logs
+from tracker.operations.telemetry import configure_logs
 from tracker.services import open_services
 from tracker.settings import Settings
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tracker.core.log import get_logger, log_context, redact_also
-from tracker.operations.logs import configure_logs
+from tracker.operations.telemetry import configure_logs
 
 SECRETS = ["hunter22", 'quo"te\\d ü', "p@ss/word"]
 

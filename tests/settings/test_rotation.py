@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.waiting import eventually
-from tracker.operations.logs import configure_logs
+from tracker.operations.telemetry import configure_logs
 from tracker.settings import Rotation, Settings, read_settings
 
 CONFIG = """

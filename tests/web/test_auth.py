@@ -385,7 +385,7 @@ async def test_refusals_are_counted_and_logged_without_flooding(
     serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A metric counts each by its reason; the log has a line for many, and no token in it."""
-    from tracker.operations.logs import configure_logs
+    from tracker.operations.telemetry import configure_logs
 
     configure_logs(format="json", level="info", secrets=())
     narrow = TokenSettings(name="grafana", token="g" * 20, scopes={"read", "metrics"})
@@ -415,7 +415,7 @@ async def test_a_start_is_logged_with_who_asked_for_it(
     serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its token's name, its address, and the request that the other lines are about."""
-    from tracker.operations.logs import configure_logs
+    from tracker.operations.telemetry import configure_logs
 
     async with with_flora(serve, sqlite_url, token=TOKEN) as (site, _):
         configure_logs(format="json", level="info", secrets=())
@@ -460,7 +460,7 @@ async def test_the_log_counts_those_that_came_after_its_line(
     serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a burst that ends before the next line is due, the number is told all the same."""
-    from tracker.operations.logs import configure_logs
+    from tracker.operations.telemetry import configure_logs
 
     configure_logs(format="json", level="info", secrets=())
     in_force = Tokens([_token("only")])

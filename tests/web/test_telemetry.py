@@ -20,8 +20,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
 from tracker.delivering.targets import send_test
-from tracker.operations import logs
-from tracker.operations.tracing import ENDPOINT, Wrap, tracing, untraced
+from tracker.operations.telemetry import ENDPOINT, Wrap, configure_logs, tracing, untraced
 from tracker.services import Services
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
@@ -87,7 +86,7 @@ async def test_the_token_of_a_callback_address_shows_nowhere(
     monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", "http/dup")
     monkeypatch.setattr(_OpenTelemetrySemanticConventionStability, "_initialized", False)
     told = io.StringIO()
-    logs.configure_logs(format="json", level="debug", secrets=(), stream=told)
+    configure_logs(format="json", level="debug", secrets=(), stream=told)
     body, address = callbacks.event(), f"{PATH}/a-token-of-one-start"
     async with serve(sqlite_url, tracker_api_token="a-token-for-the-api") as site:
         processor = SimpleSpanProcessor(spans)

@@ -145,7 +145,7 @@ def configure() -> "Settings":
 
 def configure_service() -> "Rotation":
     """As `configure`, for a long-running process, whose secrets may be rotated."""
-    from tracker.operations.logs import configure_logs
+    from tracker.operations.telemetry import configure_logs
     from tracker.settings import Rotation, read_settings
 
     loaded = read_settings()

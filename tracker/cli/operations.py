@@ -81,7 +81,7 @@ def doctor(as_json: bool = AS_JSON) -> int:
 
 def _examine() -> "Sequence[Finding]":
     from tracker.operations.doctor.examination import examine, run
-    from tracker.operations.logs import configure_logs
+    from tracker.operations.telemetry import configure_logs
     from tracker.settings import read_settings
 
     settings, sources, _, unknown = read_settings()

@@ -156,7 +156,7 @@ def demo(as_json: bool = AS_JSON) -> int:
 
     It uses a temporary SQLite file.
     """
-    from tracker.operations.logs import configure_logs
+    from tracker.operations.telemetry import configure_logs
 
     configure_logs(level="error")  # the forged callbacks of the demo would log warnings
     note("A local FLORA loses two callbacks of five; one run is started without the tracker.")

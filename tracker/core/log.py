@@ -1,8 +1,8 @@
 """Structured logging over the standard library's loggers `tracker.*`.
 
 An event is a name and fields: `log.info("run.started", run_id=run_id)`. Nothing is configured here.
-The commands configure handlers and formats (`tracker.operations.logs`). In another application the
-handlers and levels are its own: they see an ordinary record whose message is one line,
+The commands configure handlers and formats (`tracker.operations.telemetry`). In another application
+the handlers and levels are its own: they see an ordinary record whose message is one line,
 `run.started run_id=run_…`, and whose `msg` is the `LogEvent`, for formatters that want the fields.
 Neither the message nor the traceback contains a known secret, or anything of the shape of one.
 """

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tracker.core.errors import FloraRefusal, StoreError
 from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.core.net import hide_callback_token
-from tracker.operations.tracing import untraced
+from tracker.operations.telemetry import untraced
 from tracker.services import Services
 from tracker.web.api.routes import Api
 from tracker.web.auth import AccessControl, AuthMiddleware, ScopedRoute

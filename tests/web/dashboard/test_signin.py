@@ -14,7 +14,7 @@ from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
 from tests.web.flora import START
 from tests.web.streaming import following
 from tracker.core.clock import utc_now
-from tracker.operations.logs import configure_logs
+from tracker.operations.telemetry import configure_logs
 from tracker.services import open_services
 from tracker.settings import Settings, TokenSettings
 from tracker.settings.tokens import Scope as TokenScope
