@@ -275,25 +275,20 @@ class DurationBook:
     def __init__(self, database: Database, *, seconds: Callable[[], float]) -> None:
         self._database = database
         self._seconds = seconds
-        self._known: dict[str, tuple[float, Durations]] = {}
+        self._known: dict[str, Durations] = {}
+        self._kept_until: dict[str, float] = {}
 
     def of(self, technique_id: str | None) -> Durations | None:
         """The durations of a technique; `None` if none are known yet."""
-        entry = self._known.get(technique_id or "")
-        return entry[1] if entry else None
+        return self._known.get(technique_id or "")
 
     async def learn(self, technique_ids: Iterable[str | None]) -> None:
         """Read the durations of these techniques, unless they were read recently."""
         now = self._seconds()
-        wanted = {one for one in technique_ids if one is not None and not self._is_fresh(one, now)}
+        wanted = {one for one in technique_ids if one and self._kept_until.get(one, now) <= now}
         for technique_id, found in (await runs.durations_of(self._database, wanted)).items():
-            self._known[technique_id] = now, found
-
-    def _is_fresh(self, technique_id: str, now: float) -> bool:
-        if technique_id not in self._known:
-            return False
-        read_at, known = self._known[technique_id]
-        return now - read_at < (KEPT_FOR if known.count >= LEARNED_FROM else FEW_KEPT_FOR)
+            kept_for = KEPT_FOR if found.count >= LEARNED_FROM else FEW_KEPT_FOR
+            self._known[technique_id], self._kept_until[technique_id] = found, now + kept_for
 
 
 class Backoff:

@@ -195,7 +195,8 @@ class Catalogue(Service):
             if here is not None and self._is_current(here, (workspace.place, technique)):
                 return here
             try:
-                return await self._renewed_in_turn(workspace, technique)
+                async with asking_in_turn(self._finding, self.renewal_seconds) as left:
+                    return await self.definition(workspace, technique, deadline=left)
             except NotFound:
                 continue
             except FloraError as error:
@@ -212,11 +213,6 @@ class Catalogue(Service):
         """
         if refusal.code == "input_validation_error":
             await techniques.doubt(self.database, technique_id, before=self.clock() - PAUSE)
-
-    async def _renewed_in_turn(self, workspace: Workspace, technique: str) -> TechniqueRow:
-        """As `definition`, after other callers of this; for `renewal_seconds` in all."""
-        async with asking_in_turn(self._finding, self.renewal_seconds) as left:
-            return await self.definition(workspace, technique, deadline=left)
 
     async def _ask(
         self, workspace: Workspace, technique: str, deadline: float | None

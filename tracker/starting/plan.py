@@ -48,6 +48,11 @@ class ColumnMapping:
     column: str
     type: str | None = None
 
+    @property
+    def stored(self) -> tuple[str, str, str]:
+        """It as batches store it."""
+        return self.input_id, self.column, self.type or ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputRow:
@@ -140,7 +145,7 @@ class BatchPlanner(Service):
             technique_id=definition.technique_id,
             name=name,
             created_at=self.clock(),
-            mapping=[[one.input_id, one.column, one.type or ""] for one in reading.mapping],
+            mapping=[list(one.stored) for one in reading.mapping],
             source=source,
             columns=columns,
         )
@@ -221,7 +226,7 @@ class BatchPlanner(Service):
     ) -> None:
         """Raise `DefinitionChanged` if rows that were started with another mapping of columns would
         start anew with this one."""
-        now = {(one.input_id, one.column, one.type or "") for one in reading.mapping}
+        now = {one.stored for one in reading.mapping}
         digests = row_digests(technique_id, [row.inputs for row in reading.rows])
         if all(digest in latest for digest in digests):
             return
@@ -230,7 +235,7 @@ class BatchPlanner(Service):
         asked = await sheet_rows.asked_without_mapping(self.database, workspace_id, technique_id)
         for inputs in asked:
             derived = _mapping_of(sheet, reading.mapping, inputs)
-            mappings.append(tuple((one.input_id, one.column, one.type or "") for one in derived))
+            mappings.append(tuple(one.stored for one in derived))
         for before in mappings:
             if set(before) == now or any(column not in sheet.columns for _, column, _ in before):
                 continue
