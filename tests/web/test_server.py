@@ -26,7 +26,7 @@ pytestmark = pytest.mark.alone
 PROGRAM = """
 import sys
 from functools import partial
-from tracker.operations.logs import configure_logs
+from tracker.operations.telemetry import configure_logs
 from tracker.settings import load_settings
 from tracker.web.app import build_app
 from tracker.web.http.server import Listener, serve

@@ -1,6 +1,7 @@
-"""The ASGI applications: their routes, and what all responses have in common.
+"""The ASGI applications: their routes, and what all of them have in common.
 
-That is a request id, default headers, and one shape of errors. Errors become responses in
+That is health and metrics (`/healthz`: the process serves; `/readyz`: it can do its work;
+`/metrics`), a request id, default headers, and one shape of errors. Errors become responses in
 `ResponseMiddleware` and nowhere else, wherever on the HTTP side they are raised. An unexpected one
 is logged under an error id, which is all that the client sees.
 
@@ -11,22 +12,27 @@ as a header, and every log line of the request as `request_id`.
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Final
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tracker.core.errors import FloraRefusal, StoreError
+from tracker.core.contact import ContactState
+from tracker.core.errors import FloraRefusal, SchemaOutdated, StoreError
+from tracker.core.formatting import iso_time
 from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.core.net import hide_callback_token
 from tracker.operations.telemetry import untraced
 from tracker.services import Services
+from tracker.settings.tokens import Scope as TokenScope
+from tracker.store import coordination, migrate
 from tracker.web.api.routes import Api
 from tracker.web.auth import AccessControl, AuthMiddleware, ScopedRoute
 from tracker.web.callbacks import Callbacks, is_callback
 from tracker.web.dashboard.site import Dashboard
-from tracker.web.health import Health
 from tracker.web.http import Limits
 from tracker.web.http.request import (
     SAFE_METHODS,
@@ -56,14 +62,17 @@ log = get_logger(__name__)
 
 
 class Application:
-    """An ASGI application. `stop` ends what would hold up the end of the process: event streams,
-    and requests that wait for evidence of a start in doubt."""
+    """An ASGI application: `routes`, after those of `Health`.
+
+    `stop` ends what would hold up the end of the process: event streams, and requests that wait for
+    evidence of a start in doubt.
+    """
 
     def __init__(
         self,
         services: Services,
         limits: Limits,
-        routes: Sequence[ScopedRoute],
+        routes: Sequence[ScopedRoute] = (),
         *,
         access: AccessControl | None = None,
         callbacks: bool = False,
@@ -71,12 +80,12 @@ class Application:
         stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.stop = stop
-        self.routes = routes
+        self.routes = [*Health(services, access, limits=limits).routes(), *routes]
         # A redirect would lose a callback, and FLORA follows none.
-        self._router = Router(routes, redirect_slashes=False)
+        self._router = Router(self.routes, redirect_slashes=False)
         app: ASGIApp = self._router
         if access is not None:
-            app = AuthMiddleware(app, access=access, routes=routes)
+            app = AuthMiddleware(app, access=access, routes=self.routes)
         self._app = DeadlineMiddleware(app, seconds=limits.answer_seconds)
         self._callbacks = Callbacks(services, limits=limits) if callbacks else None
         self.take: Take | None = None
@@ -116,15 +125,10 @@ def build_app(
         stream.stop()
         services.starter.stop_waiting()
 
-    routes = [
-        *Health(services, access, limits=limits).routes(),
-        *Api(services, stream, limits=limits).routes(),
-        *dashboard.routes(),
-    ]
     return Application(
         services,
         limits,
-        routes,
+        [*Api(services, stream, limits=limits).routes(), *dashboard.routes()],
         access=access,
         callbacks=callbacks,
         error_page=dashboard.show_fault,
@@ -134,17 +138,13 @@ def build_app(
 
 def build_callbacks_app(services: Services) -> Application:
     """Callbacks and health alone, which are open to everyone and know no token."""
-    limits = Limits()
-    routes = Health(services, None, limits=limits).routes()
-    return Application(services, limits, routes, callbacks=True)
+    return Application(services, Limits(), callbacks=True)
 
 
 def build_health_app(services: Services) -> Application:
     """Health and metrics, for a process with the worker alone."""
     limits = Limits()
-    access = _access(services, limits)
-    routes = Health(services, access, limits=limits).routes()
-    return Application(services, limits, routes, access=access)
+    return Application(services, limits, access=_access(services, limits))
 
 
 def _access(services: Services, limits: Limits) -> AccessControl:
@@ -164,6 +164,92 @@ def _access(services: Services, limits: Limits) -> AccessControl:
         clock=services.clock,
         limits=limits,
     )
+
+
+class Health:
+    """The three routes. Without `access` there are no details, and no metrics."""
+
+    def __init__(self, services: Services, access: AccessControl | None, *, limits: Limits) -> None:
+        self._services = services
+        self._access = access
+        self._limits = limits
+        self._checking: asyncio.Task[None] | None = None
+
+    def routes(self) -> list[ScopedRoute]:
+        routes = [
+            ScopedRoute("/healthz", self._healthz, {"GET": None}),
+            ScopedRoute("/readyz", self._readyz, {"GET": None}),
+        ]
+        if self._access is None:
+            return routes
+        return [*routes, ScopedRoute("/metrics", self._metrics, {"GET": TokenScope.METRICS})]
+
+    async def _healthz(self, request: Request) -> Response:
+        return Json({"status": "ok"})
+
+    async def _readyz(self, request: Request) -> Response:
+        """200 if the database answers, takes writes, and has a current schema; else 503 and why.
+
+        A refused API key or an unreachable FLORA does not make the service unready, because
+        callbacks are still received. With a valid token, or locally if no token is set, the
+        response names them beside the status.
+        """
+        # Anyone may ask, as often as they like: one query serves all who wait.
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._check())
+        try:
+            await asyncio.shield(self._checking)
+        except TimeoutError:
+            raise unavailable("The database does not answer.") from None
+        except SchemaOutdated as error:
+            raise unavailable(str(error)) from error
+        except StoreError as error:
+            # Without the driver's message, which names the server and its user: anyone may ask.
+            raise unavailable(f"{str(error).partition(':')[0]}.") from error
+        if self._access is None or await self._access.identify(request.scope) is None:
+            return Json({"status": "ready"})
+        details = {"status": "ready", "flora": self._flora()}
+        if (stale := self._services.rotation.stale) is not None:
+            details["settings"] = f"not in force: {stale}"
+        return Json(details)
+
+    async def _metrics(self, request: Request) -> Response:
+        """Prometheus's text format. Always 200: a metric shows a database that does not answer."""
+        accept = request.headers.get("accept", "")
+        text, content_type = await self._services.metrics.exposition(accept)
+        return Response(text, media_type=content_type)
+
+    async def _check(self) -> None:
+        async with asyncio.timeout(self._limits.ready_seconds):
+            await migrate.check(self._services.database)
+            await coordination.check_writes(self._services.database)
+            await self._services.contacts.read()
+
+    def _flora(self) -> str:
+        services = self._services
+        now = services.clock()
+        keyed = services.workspaces.keyed
+        if not keyed:
+            return "no key is set"
+        states = [(one, _in_words(services.contacts.of(one), now)) for one in keyed]
+        troubles = [
+            text if one.workspace_id is None else f"{text} ({one.workspace_id})"
+            for one, text in states
+            if text is not None
+        ]
+        return "; ".join(troubles) or "ok"
+
+
+def _in_words(state: ContactState | None, now: datetime) -> str | None:
+    """`None` if FLORA answers."""
+    if state is None:
+        return "not asked yet"
+    if not state.is_current(now):
+        return f"not asked since {iso_time(state.asked_at)}"
+    found = state.trouble
+    if found is None:
+        return "no answer yet" if state.answered_at is None else None
+    return f"{found.trouble} since {iso_time(found.since)}: {found.reason}"
 
 
 class ResponseMiddleware:
