@@ -35,7 +35,6 @@ from tracker.settings import Rotation, Settings
 from tracker.settings.values import longest_wait
 from tracker.starting.batches import Batches
 from tracker.starting.catalogue import Catalogue, CatalogueSync
-from tracker.starting.matching import StartMatcher
 from tracker.starting.orders import BatchOrders, BatchWorker
 from tracker.starting.recover import Recovery
 from tracker.starting.resolve import RunTracker, StartResolver
@@ -203,13 +202,10 @@ class Services:
         )
         self.catalogue = Catalogue(**shared)
         self.catalogue_sync = CatalogueSync(**shared)
-        matcher = StartMatcher(**shared, writer=writer)
-        stack.on_close("matcher", matcher.aclose)
-        sender = StartSender(**shared, matcher=matcher, callback_url=settings.callback_url)
-        self.recovery = Recovery(
-            **shared, matcher=matcher, sender=sender, doubt=settings.tracker_start_doubt
-        )
-        self.resolver = StartResolver(**shared, matcher=matcher)
+        sender = StartSender(**shared, writer=writer, callback_url=settings.callback_url)
+        stack.on_close("sender", sender.aclose)
+        self.recovery = Recovery(**shared, sender=sender, doubt=settings.tracker_start_doubt)
+        self.resolver = StartResolver(**shared, sender=sender)
         coalescer = Coalescer(clock.seconds)
         self.poller = poller = Poller(
             **shared,

@@ -41,7 +41,7 @@ from tracker.flora.client import FloraClient, HistoryPage
 from tracker.services import open_services
 from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.starting import matching, recover
+from tracker.starting import recover
 from tracker.store import clock as store_clock
 from tracker.store.queries import starts as start_log
 from tracker.store.queries.endpoints import list_messages
@@ -222,9 +222,8 @@ async def test_a_history_of_many_runs_is_read_however_long_that_takes(
             return await read(client, deadline=deadline, **more)
 
         monkeypatch.setattr(FloraClient, "history", read_slowly)
-        for module in (matching, recover):
-            passed = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds)
-            monkeypatch.setattr(module, "time", passed)
+        passed = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds)
+        monkeypatch.setattr(recover, "time", passed)
         assert await services.recovery.recover() == 1
         assert seconds > 20
 

@@ -24,7 +24,7 @@ from tracker.core.starts import digest_of
 from tracker.flora.client import start_body
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.starting.matching import HistoryRead
+from tracker.starting.recover import HistoryRead
 from tracker.starting.start import StartRequest
 from tracker.store.queries import starts
 
@@ -220,16 +220,16 @@ async def test_a_key_that_flora_knows_finds_its_run(
     flora.world.options = replace(flora.world.options, idempotency="conflict")
     technique_id = await reserve(services, clock)
     clock.move(200)
-    read = services.recovery.matcher.read
+    read = services.recovery.read_history
 
     async def read_nothing(*given: Any, **named: Any) -> HistoryRead:
         found = await read(*given, **named)
         await run_it(services, technique_id)  # listed late
         return found
 
-    services.recovery.matcher.read = read_nothing  # type: ignore[method-assign]
+    services.recovery.read_history = read_nothing  # type: ignore[method-assign]
     assert await services.recovery.recover() == 0
-    services.recovery.matcher.read = read  # type: ignore[method-assign]
+    services.recovery.read_history = read  # type: ignore[method-assign]
     clock.move(61)
     assert await services.recovery.recover() == 1
     row = await starts.get(services.database, "ws_simulator", "key-1")

@@ -1,6 +1,6 @@
 """Starting runs: starts and the evidence of what they became, batches, and definitions.
 
-`start` begins with a start, `sending` sends it, `matching`, `recover` and `resolve` end a doubt;
+`start` begins with a start, `sending` sends it, `recover` and `resolve` end the doubt about it;
 `catalogue` has the definitions of techniques. Rows of a `sheet` (or `workbook`) become the `rows`
 of a `plan`; `launch` starts them, for a command (`batches`) or in a worker (`orders`).
 """

@@ -5,18 +5,26 @@ doubt is not sent again before FLORA must be done with it (`doubt`), nor after i
 forgotten, nor while the history shows a run that may be its own. Once no callback can tell any more
 whose that run is, a person decides. A key that FLORA says is in use (409, 422) is never sent again:
 its run is searched for.
+
+A run in the history belongs to no start by itself: colleagues start the same technique. It is
+matched with a start only if FLORA says, by 409 or 422, that the start's key is in use, and exactly
+one run of the technique that became known since the first sending is not accounted for. What is
+compared are the times at which runs became known here. FLORA's creation times are compared with
+each other alone: its clock may differ from ours and from the header `Date`, and be set.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from tracker.core.errors import FloraError, SettingsError, StartError
+from tracker.core.errors import FloraError, FloraRefusal, FloraUnreadable, SettingsError, StartError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
-from tracker.starting.matching import HistoryRead, StartMatcher
+from tracker.flora.client import HistoryPage, pages
+from tracker.polling.history import oldest
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.clock import SharedClock
 from tracker.store.queries import starts
@@ -40,11 +48,28 @@ another's."""
 CALLBACKS_WITHIN: Final = timedelta(minutes=15)
 """How long after the end of a run its callback may tell whose it is: FLORA tries for six minutes.
 What other starts became is stored by then, too."""
+READ_BELOW: Final = timedelta(hours=2)
+"""How far the history is read below the runs that were known before a start: FLORA's clock may have
+been set back by an hour, and the list is only roughly sorted by creation."""
+FIRST_READ: Final = timedelta(days=3)
+"""How far the history is read where none was known before a start: FLORA's clock differs from ours
+and from `Date` by less."""
+PAGE_SECONDS: Final = 20.0
+"""How long FLORA may take for a page."""
 MOST_SHOWN: Final = 5
 """How many runs that a start may have become its last message names."""
 _MAY_BE: Final = "; it may have become "
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryRead:
+    """The runs of a technique, or that may be, down to those that were surely known before some
+    time, by id; `begun` is when the read began, by `SharedClock.seconds`."""
+
+    begun: float
+    runs: dict[str, Observation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +163,13 @@ class DoubtTimes:
 class Recovery(Service):
     """Ends the doubt about starts. `doubt` is TRACKER_START_DOUBT."""
 
-    matcher: StartMatcher
     sender: StartSender
     doubt: timedelta
 
     def __post_init__(self) -> None:
         self._searched: dict[tuple[str, str], float] = {}
+        self._unfiltered: set[str] = set()
+        """The places of workspaces in which FLORA refuses to list the runs of one technique."""
 
     @property
     def _is_paused(self) -> bool:
@@ -212,7 +238,7 @@ class Recovery(Service):
         read = None
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
-            read = await self.matcher.read(workspace, technique_id, since, give_up=give_up)
+            read = await self.read_history(workspace, technique_id, since, give_up=give_up)
         except FloraError as error:
             log.warning("start.recovery_failed", technique_id=technique_id, error=str(error))
         found = 0
@@ -239,9 +265,9 @@ class Recovery(Service):
             return False
         passed = times.passed(read.begun)
         if row.is_known_to_flora and passed >= LISTED_WITHIN:
-            run = await self.matcher.find(row, read)
+            run = await self._find(row, read)
             if run:
-                await self.matcher.adopt(row, run.run_id, run)
+                await self.sender.adopt(row, run.run_id, run)
                 log.info("start.found", key=held.key, run_id=run.run_id)
                 return True
         possible = await starts.possible(self.database, row, row.possible_runs or read.runs)
@@ -259,6 +285,63 @@ class Recovery(Service):
         if row.is_known_to_flora or possible or not is_over:
             return False  # unless it is over, FLORA may be at work on it
         return await self._send_again(workspace, held, read)
+
+    async def read_history(
+        self, workspace: Workspace, technique_id: str, since: datetime, *, give_up: float
+    ) -> HistoryRead:
+        """Read the history completely, down to what was known here before `since`, at least to
+        three days before it where nothing was.
+
+        FLORA is read until the time `give_up` of `time.monotonic`. Raises `FloraError`.
+        """
+        begun = self.clock.seconds()
+        known_until = await starts.newest_known(
+            self.database, workspace.workspace_id, before=since - starts.SET_BACK
+        )
+        client = workspace.require_client()
+        first = since + min(client.clock_offset or timedelta(), timedelta())
+        if known_until is None:
+            known_until = bottom = first - FIRST_READ
+        else:  # FLORA's clock may have been ahead
+            known_until = min(known_until, first)
+            bottom = known_until - READ_BELOW
+
+        async def read(cursor: str | None) -> HistoryPage:
+            return await client.history(
+                cursor=cursor,
+                technique_id=technique_id if filtered else None,
+                deadline=min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
+            )
+
+        while True:
+            filtered = workspace.place not in self._unfiltered
+            try:
+                async with aclosing(pages(read)) as found_pages:
+                    found = await _read(found_pages, technique_id, known_until, bottom)
+            except FloraRefusal as refusal:
+                # A refused filter says nothing about the key: all runs are read instead.
+                if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
+                    raise
+                log.info("start.filter_refused", status=refusal.status, code=refusal.code)
+                self._unfiltered.add(workspace.place)
+            else:
+                return HistoryRead(begun=begun, runs=found)
+
+    async def _find(self, row: StartRow, read: HistoryRead) -> Observation | None:
+        """The run of a start whose key FLORA says is in use, in a history that lists it; `None` if
+        there is none, more than one, one of unknown technique, or another start that it may be of
+        as well."""
+        # The rivals first: one that becomes a run meanwhile is accounted for then, or is a rival.
+        rivals = await starts.rivals(
+            self.database, row.workspace_id, row.technique_id, row.idempotency_key
+        )
+        left = await starts.possible(self.database, row, row.possible_runs or read.runs)
+        run = read.runs.get(next(iter(left))) if len(left) == 1 else None
+        if run is None or run.technique_id != row.technique_id:
+            return None
+        if any([await starts.possible(self.database, rival, left) for rival in rivals]):
+            return None
+        return run
 
     async def _send_again(self, workspace: Workspace, held: HeldStart, read: HistoryRead) -> bool:
         """Send a start of which nothing came, if that is sure; whether it became a run."""
@@ -305,3 +388,42 @@ def _callback_is_over(run: Observation | None) -> bool:
         return False
     by_flora = run.read_at + timedelta(seconds=run.clock_skew or 0.0)
     return by_flora - run.completed_at >= CALLBACKS_WITHIN
+
+
+async def _read(
+    pages: AsyncIterator[HistoryPage], technique_id: str, known_until: datetime, bottom: datetime
+) -> dict[str, Observation]:
+    """The runs that may be of the technique, down to `bottom`.
+
+    Raises `FloraUnreadable` for an item that may be newer than `known_until`.
+    """
+    found: dict[str, Observation] = {}
+    known = False  # whether what follows was listed before
+    async for page in pages:
+        readable = min(page.unreadable, default=len(page.items))
+        known = known or _reaches(known_until, page.items[:readable])
+        if page.unreadable and not known:  # it may be the run of this start
+            reason = page.unreadable[readable]
+            raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
+        found |= {
+            item.run_id: item
+            for item in page.items
+            if _may_be_of(technique_id, item) and not (item.created_at and item.created_at < bottom)
+        }
+        known = known or _reaches(known_until, page.items)
+        if _reaches(bottom, page.items):
+            break
+    return found
+
+
+def _reaches(bottom: datetime, items: Sequence[Observation]) -> bool:
+    """Whether items of a list, newest first, reach down to `bottom`."""
+    lowest = oldest(items)
+    return lowest is not None and lowest <= bottom
+
+
+def _may_be_of(technique_id: str, run: Observation) -> bool:
+    """Whether a run may be of this technique: one without a technique, or with what is no id of
+    one, may."""
+    named = run.technique_id
+    return named == technique_id or named is None or not named.startswith("tech_")

@@ -20,9 +20,8 @@ from tracker.core.record import Observed, Record
 from tracker.core.run import Run
 from tracker.polling.poll import Poller
 from tracker.starting.catalogue import Catalogue
-from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import naming
-from tracker.starting.sending import HeldStart, holding
+from tracker.starting.sending import HeldStart, StartSender, holding
 from tracker.store.queries import audit, runs, starts
 from tracker.store.queries.audit import Action
 from tracker.store.queries.starts import UNKNOWN, StartRow, StartState
@@ -43,7 +42,7 @@ class UnknownStart(TrackerError):
 class StartResolver(Service):
     """Ends the doubt about a start by a person's decision."""
 
-    matcher: StartMatcher
+    sender: StartSender
 
     async def find(self, key: str, *, workspace_id: str | None = None) -> StartRow:
         """The start of that key.
@@ -84,7 +83,7 @@ class StartResolver(Service):
         async with holding(self, row) as held:
             _check(held, row)
             await self._audit(row, run_id, "it became a run")
-            record = await self.matcher.adopt(row, run_id, seen)
+            record = await self.sender.adopt(row, run_id, seen)
         _log_resolved(row, run_id)
         return record
 

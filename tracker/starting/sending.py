@@ -6,9 +6,6 @@ nothing about the first.
 """
 
 import asyncio
-import base64
-import hmac
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -26,20 +23,21 @@ from tracker.core.errors import (
     FloraUnreachable,
     IdempotencyConflict,
     RateLimited,
+    StartNotStored,
     StartPending,
     StoreError,
     TrackerError,
 )
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record
+from tracker.core.record import Observed, Record
 from tracker.core.waiting import repeat
 from tracker.flora.client import FloraClient, start_body
-from tracker.starting.matching import StartMatcher
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import SentClock, StartRow, StartState
+from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace
 
 HELD_FOR: Final = timedelta(seconds=30)
@@ -52,6 +50,8 @@ RELEASE_AGAIN_AFTER: Final = 1.0
 """Seconds until the release is tried again, if the database did not take it."""
 CHECK_ADDRESSES_EVERY: Final = 15.0
 """Seconds for which the database's answer about callback addresses is used."""
+STORE_AGAIN: Final = (0.2, 5.0)
+"""The first and the longest wait before an answer is stored again, in seconds."""
 NO_ANSWER: Final = "FLORA gave no answer that says what became of it"
 
 _NOTHING_RUNS: Final = {
@@ -96,24 +96,13 @@ def verdict_of(error: FloraError) -> StartVerdict:
     return StartVerdict.DOUBT
 
 
-def callback_token(client: FloraClient, workspace_id: str, key: str) -> str:
-    """The last part of a start's own callback address, which cannot be guessed.
-
-    It is the same for the same key, so that FLORA recognises a request that is repeated from a
-    database which was restored from a backup and does not know it.
-    """
-    content = json.dumps([workspace_id, key]).encode()
-    digest = hmac.digest(client.key_fingerprint.encode(), content, "sha256")
-    return base64.urlsafe_b64encode(digest[:24]).decode()
-
-
 class _KeyReplaced(FloraError):
     """The API key was replaced, perhaps by another workspace's: nothing was sent with it."""
 
 
 @dataclass(kw_only=True, eq=False)
 class StartSender(Service):
-    """Sends starts whose lease the caller holds.
+    """Sends starts whose lease the caller holds, and stores their runs.
 
     `callback_url` is the bare callback address; `None` if FLORA cannot reach this service. Each
     start has one of its own below it. A proxy may pass on exactly `/callbacks/flora`, so that
@@ -121,12 +110,24 @@ class StartSender(Service):
     hour.
     """
 
-    matcher: StartMatcher
+    writer: Writer
     callback_url: str | None
 
     def __post_init__(self) -> None:
         self._checked_at = float("-inf")
         self._own_are_missing = False
+        self._storing: dict[asyncio.Task[None], str] = {}
+
+    async def aclose(self) -> None:
+        """Wait for answers that are not stored yet; those that are lost by a cancellation are
+        logged."""
+        try:
+            if self._storing:
+                await asyncio.wait(self._storing)
+        finally:
+            for task, run_id in list(self._storing.items()):
+                task.cancel()
+                log.critical("start.answer_lost", run_id=run_id, advice="tracker starts resolve")
 
     async def send(self, workspace: Workspace, held: "HeldStart", *, deadline: float) -> Record:
         """Send a start, or send it again exactly as before; the run that it became.
@@ -173,7 +174,52 @@ class StartSender(Service):
                     raise
                 raise failure from error
             seen = Observation(run_id=error.run_id, source=Source.START, at=self.clock())
-        return await self.matcher.track(held.row, seen)
+        return await self._track(held.row, seen)
+
+    async def _track(self, row: StartRow, seen: Observation) -> Record:
+        """Store a run as the start's, which closes the start, in one transaction.
+
+        Raises `StartNotStored` if the database does not take it now; that is tried again until it
+        does, for as long as the process lives.
+        """
+        entry = row.became(seen, callback_expected=row.callback_url is not None)
+        try:
+            return (await self.writer.submit(entry)).record
+        except StoreError as error:
+            log.error(
+                "start.not_stored", run_id=seen.run_id, key=row.idempotency_key, error=str(error)
+            )
+            storing = asyncio.create_task(self._store(entry), name="start-answer")
+            self._storing[storing] = seen.run_id
+            storing.add_done_callback(lambda done: self._storing.pop(done, None))
+            raise StartNotStored(
+                f"FLORA started run {seen.run_id}, and the database could not store it yet; this "
+                "is retried",
+                run_id=seen.run_id,
+            ) from error
+
+    async def adopt(
+        self, row: StartRow, run_id: str, observation: Observation | None = None
+    ) -> Record:
+        """Store a run as the start's, and what FLORA showed of it, if anything."""
+        own = Observation(run_id=run_id, source=Source.START, at=self.clock())
+        record = await self._track(row, own)
+        if observation is not None:
+            record = (await self.writer.submit(Observed(observation=observation))).record
+        return record
+
+    async def _store(self, entry: Observed) -> None:
+        wait, longest = STORE_AGAIN
+        while True:
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, longest)
+            try:
+                await self.writer.submit(entry)
+            except StoreError as error:
+                log.debug("start.still_not_stored", error=str(error))
+            else:
+                log.info("start.stored", run_id=entry.observation.run_id)
+                return
 
     async def address_of(self, token: str | None) -> str | None:
         """The callback address for a start with that token. Raises `StoreUnavailable`."""

@@ -8,6 +8,9 @@ again with the same key.
 """
 
 import asyncio
+import base64
+import hmac
+import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -28,12 +31,12 @@ from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.starts import Budgets, Tags, Technique, digest_of
 from tracker.core.waiting import cancel
-from tracker.flora.client import check_idempotency_key
+from tracker.flora.client import FloraClient, check_idempotency_key
 from tracker.flora.parse import runs_of
 from tracker.polling.poll import DurationBook
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
-from tracker.starting.sending import StartSender, callback_token, held_by, known_to_flora, pending
+from tracker.starting.sending import StartSender, held_by, known_to_flora, pending
 from tracker.store.queries import runs, spending, starts
 from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
@@ -229,7 +232,7 @@ class Starter(Service):
                 fingerprint=digest_of([technique_id, request.inputs]),
                 inputs=request.inputs,
                 at=self.clock(),
-                callback_token=callback_token(call.workspace.require_client(), workspace_id, key),
+                callback_token=_callback_token(call.workspace.require_client(), workspace_id, key),
                 started_by=request.started_by,
                 tags=tags,
                 holder=holder,
@@ -264,6 +267,17 @@ class _Call:
     key: str
     request: StartRequest
     give_up: float
+
+
+def _callback_token(client: FloraClient, workspace_id: str, key: str) -> str:
+    """The last part of a start's own callback address, which cannot be guessed.
+
+    It is the same for the same key, so that FLORA recognises a request that is repeated from a
+    database which was restored from a backup and does not know it.
+    """
+    content = json.dumps([workspace_id, key]).encode()
+    digest = hmac.digest(client.key_fingerprint.encode(), content, "sha256")
+    return base64.urlsafe_b64encode(digest[:24]).decode()
 
 
 def _unresolved(row: StartRow) -> StartUnresolved:
