@@ -178,7 +178,6 @@ def test_retention_empties_only_what_need_not_be_kept() -> None:
     """A delivery loses its body, a start what it asked for; that they were there stays."""
     assert _set_by("tracker/store/writing/retention.py") == {
         *("body", "body_removed_at", "inputs"),
-        "through",  # how far retention has come
     }
 
 
