@@ -104,9 +104,13 @@ class SqliteFile:
         """The file that is there now."""
         return _file_id(self.path)
 
-    def used(self, opened: FileId) -> None:
-        """Note the log of a file that was just used."""
-        found = _file_id(self._log_path)
+    def is_opened_by(self, _connection: object, record: Any) -> bool:
+        """Whether a pooled connection, by its record, leads to the file that is there now."""
+        return bool(record.info["file"] == self.now())
+
+    def used(self, _connection: object, record: Any) -> None:
+        """Note the log of the file that a pooled connection was just used for."""
+        opened, found = record.info.get("file"), _file_id(self._log_path)
         with self._lock:
             if self._log_path and opened is not None and self.now() == opened:
                 if opened != self._used.id:
@@ -361,14 +365,9 @@ def _check_file(engine: Engine, file: SqliteFile) -> None:
         # Before it is opened: if it is replaced meanwhile, the connection is made again.
         record.info["file"] = file.about_to_open()
 
-    @event.listens_for(engine, "checkin")
-    def used(_: object, record: Any) -> None:
-        file.used(record.info.get("file"))
-
-    def is_the_file(_: object, record: Any) -> bool:
-        return bool(record.info["file"] == file.now())
-
-    check_connections(engine, is_the_file, f"there is another file at {file.path} each time")
+    event.listen(engine, "checkin", file.used)
+    reason = f"there is another file at {file.path} each time"
+    check_connections(engine, file.is_opened_by, reason)
 
 
 def _file_id(path: str | int) -> FileId:
