@@ -3,7 +3,7 @@
 group_commit.py   commits what waits together, and answers after the commit
 writer.py         merges and writes observations
 statements.py     the statements of a write batch
-messages.py       makes messages of events, claims them, and stores their outcomes
+messages.py       claims messages to endpoints, and stores the outcomes of attempts
 rollups.py        counts by state, hour and day
 retention.py      removes old rows
 """

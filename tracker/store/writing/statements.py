@@ -237,8 +237,8 @@ class RowInsert:
             values = [*chain.from_iterable(some), *[None] * self._width * (size - len(some))]
             for position, form in self._forms:
                 for at in range(position, self._width * len(some), self._width):
-                    if values[at] is not None:
-                        values[at] = form(values[at])
+                    if (value := values[at]) is not None:
+                        values[at] = form(value)
             yield self._texts[size], tuple(values)
 
     def __call__(self, connection: Connection, rows: Rows) -> None:
