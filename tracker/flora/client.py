@@ -240,16 +240,17 @@ class FloraClient(Caller):
 
         The observation does not hold the technique: the caller names it, not FLORA.
         """
-        endpoint = "GET /techniques/{id}/runs/{id}"
         url = self._urls.of("techniques", technique_id, "runs", run_id)
-        return await self._read_run(endpoint, url, run_id, deadline, fresh, run_type="technique")
+        call = FloraCall(endpoint="GET /techniques/{id}/runs/{id}", url=url, fresh=fresh)
+        return await self._read_run(call, run_id, deadline, run_type="technique")
 
     async def get_any_run(
         self, run_id: str, *, deadline: float | None = None, fresh: bool = False
     ) -> Observation:
         """A run of either kind, without its technique."""
         url = self._urls.of("runs", run_id)
-        return await self._read_run("GET /runs/{id}", url, run_id, deadline, fresh)
+        call = FloraCall(endpoint="GET /runs/{id}", url=url, fresh=fresh)
+        return await self._read_run(call, run_id, deadline)
 
     async def follow(
         self, poll_url: str, run_id: str, *, deadline: float | None = None, fresh: bool = False
@@ -262,10 +263,9 @@ class FloraClient(Caller):
         key, and raise `FloraUnreadable`.
         """
         url = self._urls.follow(poll_url)
+        call = FloraCall(endpoint="GET poll_url", url=url, fresh=fresh, is_foreign=True)
         try:
-            return await self._read_run(
-                "GET poll_url", url, run_id, deadline, fresh, is_foreign=True
-            )
+            return await self._read_run(call, run_id, deadline)
         except (FloraRefusal, FloraUnreadable) as error:
             if not (error.silent or isinstance(error, KeyRefused)):
                 raise
@@ -321,17 +321,8 @@ class FloraClient(Caller):
         return own if own in self._sees and len(self._sees) > 1 else None
 
     async def _read_run(
-        self,
-        endpoint: str,
-        url: httpx.URL,
-        run_id: str,
-        deadline: float | None,
-        fresh: bool,
-        *,
-        run_type: str | None = None,
-        is_foreign: bool = False,
+        self, call: FloraCall, run_id: str, deadline: float | None, *, run_type: str | None = None
     ) -> Observation:
-        call = FloraCall(endpoint=endpoint, url=url, fresh=fresh, is_foreign=is_foreign)
         answer = await self.call(call, deadline=deadline)
         return answer.read(
             self._reader(answer, source=Source.POLL, expect_run_id=run_id, run_type=run_type)
