@@ -137,8 +137,18 @@ async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
     assert "never billed 3 runs" in found["bills"].seen
     doubted = work.check_backlog(replace(state.gauges, open_starts=1), [], now=NOW)
     assert not any("outcome of every start" in one.seen for one in doubted)
-    few = replace(state.gauges, callbacks={("ws_1", "missed"): 9})
-    assert work.check_backlog(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
+
+
+def test_the_first_missed_callback_is_a_warning(state: work.WorkState) -> None:
+    """Where FLORA signs with another secret, the doctor's own deliveries are accepted: only the
+    first runs show it."""
+    for came, missed, level in ((0, 1, Level.WARNING), (1, 7, Level.WARNING), (19, 1, Level.OK)):
+        gauges = replace(
+            state.gauges, callbacks={("ws_1", "came"): came, ("ws_1", "missed"): missed}
+        )
+        finding = work.check_backlog(gauges, [], now=NOW)[0]
+        assert (finding.name, finding.level) == ("missed callbacks", level)
+        assert level is Level.OK or "FLORA_WEBHOOK_SECRET" in (finding.advice or "")
 
 
 def test_endpoints_that_get_nothing_are_named(state: work.WorkState) -> None:
