@@ -106,6 +106,16 @@ def test_a_missing_column_is_named_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("title", ["Products 2026", "Products 2026,,", "Products,2026,"])
+def test_a_title_above_the_names_is_pointed_out(title: str) -> None:
+    """No column of such a sheet is the right one for `--map`."""
+    found = reading(f"{title}\nSKU,Face photo,prompt\n1,{LINK},a\n", FACE, PROMPT)
+    assert said(found)[:2] == [
+        f"line 1: there is no column for the input {name}; line 2 names it: delete the lines above"
+        for name in ("'face' (imageUrl)", "'prompt' (text)")
+    ]
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -76,7 +76,7 @@ def test_the_first_visible_sheet_is_read_or_the_named_one() -> None:
     assert sheet.rows[0].cells == {"prompt": ("tea",)}
     assert read_sheet(data, sheet_name="Old").rows[0].cells == {"prompt": ("a",)}
     assert problem(read_sheet(data)) == (
-        "the sheet 'Notes' is empty; --sheet reads another (it has Notes, Products, Old)"
+        "the sheet 'Notes' is empty; --sheet reads another: Products, Old"
     )
     assert "it has Notes, Products, Old" in problem(read_sheet(data, sheet_name="products"))
 

@@ -415,10 +415,18 @@ def _assign(
     return mappings
 
 
+_LINES_OF_TITLES: Final = 20
+"""Lines below the first in which the header is looked for, for advice."""
+
+
 def _advice(sheet: Sheet, port: Port) -> str:
     for delimiter, name in DELIMITERS.items():
         if len(sheet.columns) == 1 and delimiter in sheet.columns[0]:
             return f"if the cells are separated by {name}, use --delimiter {name}"
+    for row in sheet.rows[:_LINES_OF_TITLES] if sheet.header else ():
+        cells = [value.strip() for values in row.cells.values() for value in values]
+        if _column_of(port, cells) is not None:
+            return f"line {row.line} names it: delete the lines above"
     return f"use --map {port.id}=COLUMN, where COLUMN is one of {', '.join(sheet.columns)}"
 
 

@@ -182,7 +182,9 @@ def sheet_of(
     if not titles and not problems:
         problems.append(SheetProblem(1, "", "the sheet is empty: its first line names the columns"))
     filled = {n for _, values in found for n, value in enumerate(values) if value.strip()}
-    columns = _distinct_names(titles, filled)
+    # Cells beyond the header are kept, too: they may be the names, below a title.
+    beyond = [""] * (max(filled, default=0) + 1 - len(titles))
+    columns = _distinct_names([*titles, *beyond], filled)
     wider = f"the line has more cells than the header, which has {len(titles)}"
     rows = []
     for line, values in found:
@@ -199,7 +201,7 @@ def sheet_of(
             cells[name] = (value,)
         rows.append(SheetRow(line=line, cells=cells))
     return Sheet(
-        columns=tuple(filter(None, columns)),
+        columns=tuple(filter(None, columns[: len(titles)])),
         rows=tuple(rows),
         problems=tuple(sorted(problems)),
         header=header,

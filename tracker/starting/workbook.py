@@ -72,7 +72,9 @@ def _read(data: bytes, sheet_name: str | None, most_text: int) -> Sheet:
     records = _records(book[title], formulas[title], problems, most_text)
     found = sheet_of(records, problems, detected=detected, bom=True)
     if not found.columns and len(problems) == 1:
-        return refused(f"the sheet {title!r} is empty; --sheet reads another (it has {names})")
+        others = ", ".join(name for name in sheets if name != title)
+        another = f"; --sheet reads another: {others}" if others else ""
+        return refused(f"the sheet {title!r} is empty{another}")
     return found
 
 
