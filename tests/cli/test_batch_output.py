@@ -12,9 +12,12 @@ import pytest
 
 from tracker.cli.batch import progress_text
 from tracker.cli.batches import Results, report_outcome, results_format, show_rows
+from tracker.cli.output import Screen
+from tracker.cli.runs import RunScreen
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError
+from tracker.polling.follow import RunUpdate
 from tracker.starting.batches import BatchOutcome, BatchProgress
 from tracker.starting.rows import RowState, carried_names, csv_lines
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow
@@ -210,3 +213,10 @@ def test_a_row_of_unknown_outcome_is_not_called_not_started(
     report_outcome(BatchOutcome(batch=batch, rows=[], counts=counts), waited=True, seconds=1.0)
     said = capsys.readouterr().err
     assert "5 of 9 rows completed, 1 unresolved, 2 in doubt, 1 not started" in said
+
+
+def test_an_end_is_shown_with_what_brought_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not with the read of the details after it, which is a poll however the end came."""
+    ended = replace(record(1, Precedence.COMPLETED), ended_via=Source.CALLBACK)
+    RunScreen(Screen(), lambda: NOW).show([RunUpdate(ended, Source.POLL)])
+    assert capsys.readouterr().err.rstrip().endswith("  callback")

@@ -381,8 +381,10 @@ class RunScreen:
         self._states: dict[str, str] = {}
 
     def show(self, observed: "Iterable[RunUpdate]") -> None:
-        for record, source in observed:
+        for record, last in observed:
             run_id, state = record.run.run_id, _state(record)
+            # What brought the end, as `ended_via` has it, not the read of the details after it.
+            source = record.ended_via or last
             if self._screen.has_bars:
                 self._show_bar(record, source)
             # A line for each change of the run, not of its source or of the time it takes.
