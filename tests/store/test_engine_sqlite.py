@@ -18,6 +18,7 @@ from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
 from tracker.store import migrate
 from tracker.store.engine import Database
+from tracker.store.errors import translate
 from tracker.store.url import DatabaseTimes
 
 
@@ -226,6 +227,22 @@ async def test_a_file_that_never_was_is_not_made(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable):
             await db.write(lambda connection: connection.execute(text("SELECT 1")).scalar())
     assert not path.exists()
+
+
+def test_a_file_of_another_user_is_named_as_the_cause(tmp_path: Path) -> None:
+    """SQLite's own words do not say what to do after a command was run as another user."""
+    path = tmp_path / "tracker.db"
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("CREATE TABLE runs (run_id TEXT)")
+
+    def drop(place: Path, mode: str) -> None:
+        with closing(sqlite3.connect(f"file:{place}?mode={mode}", uri=True)) as file:
+            file.execute("DROP TABLE runs")
+
+    for place, mode in ((path, "ro"), (tmp_path, "rw")):
+        with pytest.raises(sqlite3.OperationalError) as raised:
+            drop(place, mode)
+        assert "must be writable for the user" in str(translate(raised.value))
 
 
 async def test_a_connection_that_nobody_waits_for_is_closed(

@@ -74,6 +74,9 @@ _SQLITE_UNAVAILABLE: Final = frozenset(
         sqlite3.SQLITE_NOTADB,
     }
 )
+_SQLITE_ACCESS: Final = frozenset(
+    {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
+)
 
 FOREIGN: Final = (SQLAlchemyError, sqlite3.Error, OSError, TimeoutError)
 """What a database call may raise; anything else is a fault of the tracker."""
@@ -132,6 +135,8 @@ def translate(error: BaseException) -> StoreError:
         return refused(f"the database refuses this: {what}")
     code = _sqlite_code(error)
     if code is not None:
+        if code & 0xFF in _SQLITE_ACCESS:  # as after a command of another user
+            what += "; its file and folder must be writable for the user that runs the tracker"
         if code & 0xFF in _SQLITE_UNAVAILABLE:
             return StoreUnavailable(f"the database is not available: {what}")
         if what.startswith(("no such table", "no such column")) or "has no column named" in what:
