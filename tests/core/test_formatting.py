@@ -45,6 +45,7 @@ def test_cells_of_csv_have_the_values_of_json() -> None:
     [
         ("missing", "Field required", "is missing"),
         ("model_type", "Input should be a valid dictionary or instance of B", "must be an object"),
+        ("list_type", "Input should be a valid list", "must be a list"),
         ("value_error", "Value error, 'x' is not KEY=VALUE", "'x' is not KEY=VALUE"),
         (
             "int_parsing",

@@ -79,6 +79,11 @@ Call = Callable[[Tracker], Awaitable[Any]]
             errors.InvalidRequest,
             "'order': a value is a text",
         ),
+        (
+            lambda tracker: tracker.start("icon-pack", INPUTS, tags="order=17"),
+            errors.InvalidRequest,
+            "tags: must be a mapping of keys to values",
+        ),
         (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`tracker.track(run_id)`"),
         (
             lambda tracker: tracker.spending(by="tag"),

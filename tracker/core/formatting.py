@@ -17,6 +17,7 @@ _REQUIREMENTS: Final = {
     "extra_forbidden": "is not a known field",
     "model_type": "must be an object",
     "dict_type": "must be an object",
+    "list_type": "must be a list",
     "tuple_type": "must be a list",
     "frozen_set_type": "must be a list",
 }

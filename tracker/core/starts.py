@@ -292,6 +292,8 @@ def check_tag_key(key: str) -> str:
 
 def check_tags(tags: Mapping[Any, Any]) -> Tags:
     """The tags sorted by key; raises `ValueError`, which names the tag and the fault."""
+    if not isinstance(tags, Mapping):
+        raise ValueError("must be a mapping of keys to values")
     for key, value in tags.items():
         check_tag_key(str(key))
         if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_TAG:
