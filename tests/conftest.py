@@ -8,8 +8,8 @@ import asyncio
 import functools
 import gc
 import hashlib
+import importlib.util
 import logging
-import math
 import os
 import signal
 import sys
@@ -95,6 +95,11 @@ uvicorn.server.asyncio = _Hasty()  # type: ignore[assignment]
 
 share_context()
 share_compiled()
+
+# httpcore tries to import it in every request, and searches the whole path where it is not
+# installed: that takes a twentieth of the time of tests with many requests.
+if importlib.util.find_spec("sniffio") is None:
+    sys.modules["sniffio"] = None  # type: ignore[assignment]
 
 # The digest of a token is slow on purpose, and each server computes it anew: here, for the same
 # few tokens.
@@ -201,12 +206,6 @@ def thorough(pytestconfig: pytest.Config) -> bool:
     """Whether thorough cases run: a test that loops over many goes through all of them then, and
     else through those in which a fault shows."""
     return bool(pytestconfig.getoption("every_database"))
-
-
-@pytest.fixture
-def no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests to FLORA are sent once: the wait before a retry is longer than any deadline."""
-    monkeypatch.setattr("tracker.flora.caller.backoff", lambda _: math.inf)
 
 
 @pytest.fixture

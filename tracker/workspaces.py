@@ -36,8 +36,6 @@ from tracker.store.queries import workspaces as stored
 
 ASK_SECONDS: Final = 5.0
 """How long FLORA may take to name the workspace of a key."""
-WAITS_SECONDS: Final = 1.0
-"""How long the database may take to answer a question about waits."""
 CLOCK_MARGIN: Final = 1.0
 """Seconds by which the clocks of processes that share waits may differ."""
 _LATEST: Final = LONGEST_WAIT + CLOCK_MARGIN
@@ -426,7 +424,7 @@ class DatabaseWaits(SharedWaits):
         """Seconds that the latest wait still lasts, or 0."""
         until = None
         with suppress(StoreError, TimeoutError):
-            async with asyncio.timeout(WAITS_SECONDS):
+            async with asyncio.timeout(self.database.url.times.waits):
                 until = await stored.waits_until(self.database, self.place)
         if until is None:
             return 0.0
@@ -439,7 +437,7 @@ class DatabaseWaits(SharedWaits):
         now = self.clock()
         until, latest = (now + timedelta(seconds=one) for one in (seconds, _LATEST))
         with suppress(StoreError, TimeoutError):
-            async with asyncio.timeout(WAITS_SECONDS):
+            async with asyncio.timeout(self.database.url.times.waits):
                 await stored.keep_wait(
                     self.database, self.place, until, process=self.process, latest=latest
                 )

@@ -12,6 +12,7 @@ from tests.doctor.proxies import Proxy, in_front
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.operations.doctor import Level
+from tracker.operations.doctor.examination import TimeLimits
 from tracker.operations.doctor.settings import compare_clocks
 from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
 
@@ -109,10 +110,10 @@ async def test_what_flora_answers_is_told_apart(
     assert advice in report["key"].advice
 
 
-@pytest.mark.usefixtures("no_second_attempt")
 async def test_a_flora_that_cannot_be_reached_is_reported(sqlite_url: str) -> None:
     """Nothing listens: the address is named, and what to try."""
     report = await look(
+        TimeLimits(flora_read=1.5),  # in which it is tried again
         TRACKER_DATABASE_URL=sqlite_url,
         FLORA_API_KEY="sk_test_1",
         FLORA_BASE_URL=f"http://127.0.0.1:{free_port()}",

@@ -9,6 +9,7 @@ from alembic.script import base as scripts
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
+from tests.support.faulty import FaultyDatabase
 from tracker.store.engine import Database
 
 # Each upgrade would read all migrations anew: here there are hundreds, of a revision each.
@@ -30,6 +31,13 @@ async def db(database_url: str, patient: None) -> AsyncIterator[Database]:
 async def other_db(database_url: str, patient: None) -> AsyncIterator[Database]:
     """The same database once more, as another process would have it open."""
     async with await Database.open(database_url) as db:
+        yield db
+
+
+@pytest.fixture
+async def faulty_db(database_url: str, patient: None) -> AsyncIterator[FaultyDatabase]:
+    """The same database once more, and the test says which writes to it fail."""
+    async with await FaultyDatabase.open(database_url) as db:
         yield db
 
 

@@ -1,15 +1,16 @@
 """The clock that all processes share: PostgreSQL's, whatever this machine's own one says, on SQLite
 the machine's; and what happens where either is set."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import repeat
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import select, text
 
 from tests.store.making import NOW
-from tests.support.clocks import HandClock
+from tests.support.clocks import HandClock, server_clock
+from tests.support.faulty import FaultyDatabase
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
@@ -91,27 +92,22 @@ async def test_sqlite_goes_by_the_machines_clock(sqlite_url: str) -> None:
         assert before <= told() <= utc_now()
 
 
-async def test_a_server_whose_clock_is_set_is_noticed(
-    postgres: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_whose_clock_is_set_is_noticed(postgres_url: str) -> None:
     """What the clocks drift apart is no such thing."""
-    told = SharedClock(postgres)
-    await told.check()
-    with capture_logs() as lines:
-        for seconds in (1, 3600, 3600, 0):
-            ahead = func.clock_timestamp() + timedelta(seconds=seconds)
-            monkeypatch.setattr(clock, "_ASK", select(ahead))
-            await told.check()
+    async with server_clock(postgres_url) as set_to, await Database.open(postgres_url) as db:
+        told = SharedClock(db)
+        await told.check()
+        with capture_logs() as lines:
+            for seconds in (1, 3600, 3600, 0):
+                await set_to(seconds)
+                await told.check()
     assert [round(line["seconds"], -1) for line in lines] == [3600, -3600]
 
 
-async def test_a_new_process_waits_for_others_to_notice(
-    postgres: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_new_process_waits_for_others_to_notice(postgres: Database) -> None:
     """On another machine it learns from them that the server's clock was set before it started."""
-    monkeypatch.setattr(clock, "ASK_EVERY", 0.2)
     hand = HandClock()
-    told = SharedClock(postgres, seconds=hand.seconds)
+    told = SharedClock(postgres, seconds=hand.seconds, every=0.2)
     await told.check()
     noted = leases.update().where(leases.c.name == "clock")
     await postgres.execute(noted.values(holder="3600.0", until=told()))
@@ -239,35 +235,27 @@ async def test_a_machine_that_lost_seconds_moves_nothing_twice(
 
 @pytest.mark.parametrize("jump", [pytest.param(3600, marks=pytest.mark.thorough), -3600])
 async def test_what_cannot_be_moved_stops_no_process(
-    db: Database, other_db: Database, monkeypatch: pytest.MonkeyPatch, jump: float
+    db: Database, faulty_db: FaultyDatabase, jump: float
 ) -> None:
     """One that runs, and one that starts, go on by the time as it was, and what waits is moved as
     soon as that is possible, with no one's doing."""
     hand = HandClock()
-    async with shared_clock(db, wall=hand, seconds=hand.seconds, every=60) as told:
+    async with shared_clock(faulty_db, wall=hand, seconds=hand.seconds, every=60) as told:
         await lease(db, hand)
-        before, write, tried, is_down = hand(), Database.write, 0, True
-
-        async def written(database: Database, work: Any, **options: Any) -> Any:
-            nonlocal tried
-            if is_down:
-                tried += 1
-                raise StoreUnavailable("the database takes too long")
-            return await write(database, work, **options)
-
-        monkeypatch.setattr(Database, "write", written)
+        before = hand()
+        faulty_db.faults = repeat(StoreUnavailable("the database takes too long"))
         hand.set(jump)
         assert told() == before
         await told.check()
-        async with shared_clock(other_db, wall=hand, seconds=hand.seconds, every=60) as fresh:
+        async with shared_clock(faulty_db, wall=hand, seconds=hand.seconds, every=60) as fresh:
             for each in (told, fresh):
                 await each.check()
                 assert each() == before
                 assert each.move_failed
             assert await until(db, "one") == before + 30 * SECOND
-            tried = 0
-            await eventually(lambda: tried >= 2)
-            is_down = False
+            faulty_db.tried = 0
+            await eventually(lambda: faulty_db.tried >= 2)
+            faulty_db.faults = iter(())
 
             async def is_moved() -> bool:
                 return await until(db, "one") == hand() + 30 * SECOND
@@ -279,23 +267,22 @@ async def test_what_cannot_be_moved_stops_no_process(
                 assert not each.move_failed
 
 
-async def test_a_move_may_take_longer_than_other_statements(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_move_may_take_longer_than_other_statements(postgres_url: str) -> None:
     """As that of a large backlog does."""
-    hand, usual = HandClock(), clock.moves
+    hand = HandClock()
     times = DatabaseTimes(statement=0.3, answer=0.6)
-
-    def slow(*given: Any) -> Iterator[Any]:
-        yield text("SELECT pg_sleep(0.7)")
-        yield from usual(*given)
-
     async with await Database.open(postgres_url, times=times) as db:
         one = of(db, hand)
         await one.check()
         await lease(db, hand)
+        await db.execute(
+            text(
+                "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql "
+                "AS 'BEGIN PERFORM pg_sleep(0.7); RETURN NULL; END'"
+            )
+        )
+        await db.execute(text("CREATE TRIGGER slow AFTER UPDATE ON leases EXECUTE FUNCTION slow()"))
         hand.set(-3600)
-        monkeypatch.setattr(clock, "moves", slow)
         await one.check()
         assert one() == hand()
         assert await until(db, "one") == hand() + 30 * SECOND

@@ -6,11 +6,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, select, text
 
 from tests.store.making import (
     NOW,
@@ -30,6 +31,7 @@ from tests.store.making import (
     started,
 )
 from tests.support.deliveries import Delivered, keep, waiting
+from tests.support.faulty import FaultyDatabase
 from tests.support.waiting import assert_takes_less, eventually
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
@@ -55,6 +57,17 @@ async def inbox(db: Database) -> AsyncIterator[Inbox]:
     """An inbox of the database."""
     async with open_inbox(db) as inbox:
         yield inbox
+
+
+async def refuse_runs(db: Database, *run_ids: str) -> None:
+    """Let the database refuse rows of these runs."""
+    listed = ", ".join(f"'{one}'" for one in run_ids)
+    refuses = {
+        "postgresql": f"ALTER TABLE runs ADD CHECK (run_id NOT IN ({listed}))",
+        "sqlite": f"CREATE TRIGGER refuses BEFORE INSERT ON runs WHEN NEW.run_id IN ({listed}) "
+        "BEGIN SELECT RAISE(ABORT, 'refused'); END",
+    }
+    await db.execute(text(refuses[db.dialect]))
 
 
 def open_applier(db: Database, **options: Any) -> Applier:
@@ -438,26 +451,28 @@ async def test_what_a_dead_process_stored_is_found(db: Database) -> None:
             await eventually(none, timeout=3)
 
 
-async def test_what_cannot_be_applied_is_quarantined_alone(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever breaks on it, in the database or in the tracker, its neighbours are applied."""
-    bad = {"run_0003", "run_0017", "run_0018"}
-    async with open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 40)))
-    applier = open_applier(db)
-    parse = applier._parse
+class BrokenWorkspaces(Workspaces):
+    """Has a fault that one workspace's deliveries bring out."""
 
-    def breaks(one: Delivery) -> ParsedDelivery:
-        said = parse(one)
-        assert said.observation is not None
-        if one.run_id == "run_0003":
+    def of(self, workspace_id: str | None) -> Workspace | None:
+        if workspace_id == "ws_bad":
             raise RuntimeError("not today")
-        if one.run_id in bad:
-            return ParsedDelivery(replace(said.observation, progress=400.0))
-        return said
+        return super().of(workspace_id)
 
-    monkeypatch.setattr(applier, "_parse", breaks)
+
+async def test_what_cannot_be_applied_is_quarantined_alone(db: Database) -> None:
+    """Whatever breaks on it, in the database or in the tracker, its neighbours are applied."""
+    refused = ("run_0017", "run_0018")
+    bad = {"run_0003", *refused}
+    await refuse_runs(db, *refused)
+    async with open_inbox(db) as inbox:
+        bodies = {run: body_of(run) for run in ids("run", 40)}
+        bodies["run_0003"] = body_of("run_0003", workspace_id="ws_bad")
+        await asyncio.gather(
+            *(inbox.enqueue(delivery(run, body=body)) for run, body in bodies.items())
+        )
+    workspaces = BrokenWorkspaces([Workspace(place="default")], database=db, clock=lambda: NOW)
+    applier = open_applier(db, workspaces=workspaces)
     assert await applier.drain() == 40
     found = await outcomes(db)
     assert {key for key, outcome in found.items() if outcome != "applied"} == {
@@ -470,29 +485,20 @@ async def test_what_cannot_be_applied_is_quarantined_alone(
 
 
 async def test_a_database_that_is_away_blames_no_delivery(
-    db: Database, monkeypatch: pytest.MonkeyPatch
+    db: Database, faulty_db: FaultyDatabase
 ) -> None:
     """It is tried again, and nothing is quarantined."""
-    write, failures = db.write, 3
-
-    async def fails(work: Any) -> Any:
-        nonlocal failures
-        if failures:
-            failures -= 1
-            raise StoreUnavailable("the database is away")
-        return await write(work)
-
     async with open_inbox(db) as inbox:
         await inbox.enqueue(delivery("run_1"))
-    monkeypatch.setattr(db, "write", fails)
-    async with open_applier(db) as applier:
+    faulty_db.faults = repeat(StoreUnavailable("the database is away"), 3)
+    async with open_applier(faulty_db) as applier:
         applier.wake()
 
         async def none() -> bool:
             return await waiting(db) == 0
 
         await eventually(none)
-    assert failures == 0
+    assert next(faulty_db.faults, None) is None
     assert await outcomes(db) == {"whd_run_1": "applied"}
 
 
@@ -671,28 +677,18 @@ async def test_large_bodies_are_applied_a_few_at_a_time(db: Database) -> None:
 
 
 async def test_a_database_that_lets_nobody_write_blames_no_delivery(
-    db: Database, monkeypatch: pytest.MonkeyPatch
+    db: Database, faulty_db: FaultyDatabase
 ) -> None:
     """Whatever it says to everyone, a missing privilege for one, is reported and tried again; what
     it waits for stays whole."""
-    write, refuses, tries = db.write, True, 0
-
-    async def refused(work: Any) -> Any:
-        nonlocal tries
-        if refuses:
-            tries += 1
-            work.args[1][:] = ["whd_run_1"]  # it was taken, and then could not be written
-            raise StoreError("the database refuses this: permission denied for table run_events")
-        return await write(work)
-
     async with open_inbox(db) as inbox:
         await inbox.enqueue(delivery("run_1"))
-    monkeypatch.setattr(db, "write", refused)
-    async with open_applier(db) as applier:
+    faulty_db.faults = repeat(StoreError("the database refuses this: permission denied"))
+    async with open_applier(faulty_db) as applier:
         applier.wake()
-        await eventually(lambda: tries >= 3)
+        await eventually(lambda: faulty_db.tried >= 3)
         assert await outcomes(db) == {"whd_run_1": "waiting"}
-        refuses = False
+        faulty_db.faults = iter(())
 
         async def none() -> bool:
             return await waiting(db) == 0

@@ -398,13 +398,10 @@ async def test_the_use_of_a_budget_reads_short_indexes(
     assert not _reads_a_table(told), told
 
 
-async def test_missing_callbacks_are_looked_for_among_the_newest_runs(
-    full: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_missing_callbacks_are_looked_for_among_the_newest_runs(full: Database) -> None:
     """Each scrape asks for them, and where no run was started with an address of its own, all runs
     would be read."""
-    monkeypatch.setattr(starts, "AMONG", RUNS // 60)
-    told = await plans(full, lambda db: starts.own_are_missing(db, now=NOW))
+    told = await plans(full, lambda db: starts.own_are_missing(db, now=NOW, among=RUNS // 60))
     if full.dialect == "sqlite":
         assert "SEARCH runs USING INDEX ix_runs_newest (created_at>?)" in told
     assert not _reads_a_table(told), told

@@ -27,6 +27,7 @@ from tests.store.making import (
     seen,
     started,
 )
+from tests.support.faulty import FaultyDatabase
 from tests.support.forked import run_python
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
@@ -335,27 +336,16 @@ async def test_a_backlog_is_compacted_in_short_transactions(db: Database) -> Non
     assert len(begun) > 3
 
 
-async def test_a_fault_ends_no_compaction_for_good(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_fault_ends_no_compaction_for_good(db: Database, faulty_db: FaultyDatabase) -> None:
     """It is logged, and the next one compacts what that left."""
-    faults, compacting = (
-        iter([ValueError("a fault"), ZeroDivisionError("another")]),
-        rollups.compact,
-    )
-
-    async def compact(db: Database) -> None:
-        for fault in faults:
-            raise fault
-        await compacting(db)
+    faulty_db.faults = iter([ValueError("a fault"), ZeroDivisionError("another")])
 
     async def compacted() -> bool:
         return await rows_in(db, run_tally_changes) == 0
 
-    monkeypatch.setattr(rollups, "compact", compact)
     with capture_logs() as lines:
         async with (
-            RollupCompactor(db, background=True, delay=0.01, retry=0.01) as compactor,
+            RollupCompactor(faulty_db, background=True, delay=0.01, retry=0.01) as compactor,
             open_writer(db, on_commit=[compactor.committed]) as writer,
         ):
             await writer.submit(seen("run_1"))

@@ -1,7 +1,13 @@
 """Clocks in the hand of a test: a wall clock and a monotonic one."""
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
 
 
 class HandClock:
@@ -42,3 +48,25 @@ class PassedTime:
         until = self._now + seconds
         await asyncio.sleep(0)
         self._now = max(self._now, until)
+
+
+@asynccontextmanager
+async def server_clock(postgres_url: str) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
+    """PostgreSQL with a clock that can be set: for connections made within the block to that
+    database. Yields what sets it by so many seconds, against the machine's."""
+    admin: Any = await asyncpg.connect(postgres_url)
+
+    async def set_to(seconds: float) -> None:
+        await admin.execute(
+            "CREATE OR REPLACE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql "
+            f"AS 'SELECT pg_catalog.clock_timestamp() + interval ''{seconds} s''"
+            "'"
+        )
+
+    await set_to(0)
+    name = urlsplit(postgres_url).path.removeprefix("/")
+    await admin.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
+    try:
+        yield set_to
+    finally:
+        await admin.close()

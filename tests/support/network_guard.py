@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 refused: list[str] = []
+_CONNECTS = ("socket.connect", "socket.sendto")
+_WATCHED = frozenset((*_CONNECTS, "socket.getaddrinfo", "socket.gethostbyname"))
 
 
 class OutsideTrafficError(RuntimeError):
@@ -23,12 +25,11 @@ def install() -> None:
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in ("socket.connect", "socket.sendto"):
-        host = arguments[1][0] if isinstance(arguments[1], tuple) else None
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        host = arguments[0]
-    else:
+    if event not in _WATCHED:  # as thousands of others a second are
         return
+    host = arguments[0]
+    if event in _CONNECTS:
+        host = arguments[1][0] if isinstance(arguments[1], tuple) else None
     if not _is_local(host):
         refused.append(f"{event} {host!r}")
         raise OutsideTrafficError(f"tests reach only 127.0.0.1, and this one tried {refused[-1]}")

@@ -13,7 +13,15 @@ if TYPE_CHECKING:  # processes of the tracker do not load it
     import pytest
 
 TIMES: Final = DatabaseTimes(
-    queue=6.0, busy=6.0, connect=8.0, statement=10.0, lock=6.0, answer=12.0, ping=8.0
+    queue=6.0,
+    busy=6.0,
+    connect=8.0,
+    statement=10.0,
+    lock=6.0,
+    answer=12.0,
+    ping=8.0,
+    waits=20.0,
+    release=30.0,
 )
 """The tracker's own limits, and four seconds or more in addition."""
 A_MINUTE: Final = DatabaseTimes(

@@ -3,12 +3,16 @@
 import asyncio
 import inspect
 import itertools
+import math
 import os
 import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from tracker.services import Services
 
 T = TypeVar("T")
 
@@ -49,6 +53,17 @@ async def assert_takes_less(seconds: float, work: Callable[[], Awaitable[object]
     began = loop.time()
     await work()
     assert loop.time() - began < seconds
+
+
+def never(attempt: int) -> float:
+    """The wait before the next attempt: longer than any deadline, so that there is none."""
+    return math.inf
+
+
+def send_once(services: "Services") -> None:
+    """Let requests to FLORA be sent once."""
+    for workspace in services.workspaces.keyed:
+        workspace.require_client().backoff = never
 
 
 def let_pass(seconds: float) -> None:

@@ -21,7 +21,6 @@ from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
 from tracker.core.starts import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting import orders
 from tracker.starting.launch import Order
 from tracker.starting.sheet import read_csv
 from tracker.starting.start import Started
@@ -228,13 +227,13 @@ async def test_a_batch_waits_for_a_budget_if_asked(serve: Serve, sqlite_url: str
 
 
 async def test_a_batch_that_waits_keeps_no_other_from_being_launched(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, sqlite_url: str
 ) -> None:
     """One that waits for a budget, perhaps for weeks, gives way to another, and then goes on."""
-    monkeypatch.setattr(orders, "MOST_LAUNCHES", 1)
     async with working(serve, sqlite_url) as (site, flora):
         works = site.services.batch_worker
         works.check_every, works.go_on_after = 0.1, timedelta(seconds=0.5)
+        works.most_launches = 1
         budget = Budget(usd=Decimal("0.6"), period=Period.MONTH, tag=("client", "acme"))
         site.services.starter.budgets = Budgets(others=(budget,))
         waiting = await create(site, 201, wait_for_budget=True, tags={"client": "acme"})

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import eventually, free_port, send_once
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.mounting import PREFIX
@@ -163,7 +163,6 @@ async def test_without_a_key_for_flora_a_start_says_so(small_site: Site) -> None
     assert "FLORA_API_KEY" in answer.json()["error"]["message"]
 
 
-@pytest.mark.usefixtures("no_second_attempt")
 async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url: str) -> None:
     """Nothing was started, and the caller may try again with the same key."""
     nobody = f"http://127.0.0.1:{free_port()}/api/v1"
@@ -173,6 +172,7 @@ async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url:
         flora_api_key="sk_test_1",
         flora_workspace_id="ws_1",
     ) as site:
+        send_once(site.services)
         answer = await _start(site, technique="tech_1")
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "flora_unreachable")
 

@@ -1,8 +1,6 @@
 """`/api/techniques`: the catalogue, searched and shown."""
 
-import pytest
-
-from tests.support.waiting import free_port
+from tests.support.waiting import free_port, send_once
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tracker.store.queries import techniques
@@ -97,11 +95,11 @@ async def test_a_wrong_query_is_refused_by_field(small_site: Site) -> None:
         assert [fault["field"] for fault in error["fields"]] == [field], query
 
 
-@pytest.mark.usefixtures("no_second_attempt")
 async def test_what_is_known_is_shown_without_flora(serve: Serve, sqlite_url: str) -> None:
     """A FLORA that cannot be reached is a 502 only for what is not known here."""
     nobody = f"http://127.0.0.1:{free_port()}/api/v1"
     async with serve(sqlite_url, flora_base_url=nobody, flora_api_key="sk_test_1") as site:
+        send_once(site.services)
         row = TechniqueRow(technique_id="tech_a", name="A", slug="a")
         await techniques.define(site.services.database, row, site.services.clock())
         for name in ("tech_a", "a"):

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from tests.support.waiting import never
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.test_metrics import scrape
@@ -16,7 +17,6 @@ from tracker.flora.client import FloraClient
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 
 
-@pytest.mark.usefixtures("no_second_attempt")
 @pytest.mark.parametrize(
     ("answers", "ready", "metrics"),
     [
@@ -40,6 +40,7 @@ async def test_a_flora_that_does_not_answer_is_reported(
             base_url=flora.base_url,
             api_key=flora.world.options.api_key,
             monotonic=lambda: time.monotonic() + passed[0],
+            backoff=never,
         ) as workspace.client:
             flora.world.change({"gateway": 1, "gateway_answers": answers, "gateway_works": 0})
             with pytest.raises(FloraError):

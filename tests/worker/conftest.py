@@ -10,13 +10,11 @@ import pytest
 
 from tests.support.clocks import HandClock, PassedTime
 from tests.support.waiting import NO_SWEEPS
-from tracker import workspaces
 from tracker.core.record import Record
 from tracker.flora.client import FloraClient
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.starting import sending
 from tracker.store.queries import runs as read
 
 PUBLIC_URL = "https://tracker.example"
@@ -28,10 +26,8 @@ def clock() -> HandClock:
 
 
 @pytest.fixture(autouse=True)
-def _patient(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _patient(patient: None) -> None:
     """Another process may pause, also where this one has little time for the database."""
-    monkeypatch.setattr(workspaces, "WAITS_SECONDS", 20.0)
-    monkeypatch.setattr(sending, "RELEASE_SECONDS", 30.0)
 
 
 MakeFlora = Callable[..., AbstractAsyncContextManager[Simulator]]

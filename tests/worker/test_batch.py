@@ -37,7 +37,6 @@ from tracker.core.starts import (
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
-from tracker.starting import launch
 from tracker.starting.batches import BatchOutcome, BatchProgress
 from tracker.starting.rows import BatchPlan, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv, sheet_of_objects
@@ -393,12 +392,12 @@ async def test_a_start_in_doubt_holds_nothing_up(
 
 
 async def test_few_starts_are_in_doubt_while_flora_is_down(
-    make_flora: MakeFlora, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
+    make_flora: MakeFlora, open_on: OpenServices
 ) -> None:
     """Each that stays so is left to a person. One row at a time shows whether FLORA is back."""
-    monkeypatch.setattr(launch, "DOUBT_PAUSES", (0.4, 60.0))
     async with make_flora(gateway_starts=1.0, gateway_works=0.0) as flora:
         services = await open_on(flora)
+        services.batches.doubt_pauses = (0.4, 60.0)
         planned = await plan(services, *(f"icon {number}" for number in range(30)))
         seen: list[BatchProgress] = []
         working = asyncio.create_task(start(services, planned, tell=seen.append))

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from sqlalchemy import func, select
 
-from tests.support.clocks import HandClock
+from tests.support.clocks import HandClock, server_clock
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
@@ -30,19 +29,15 @@ from tests.worker.doubt import (
 )
 from tracker.core.errors import (
     FloraError,
-    FloraUnreachable,
     StartError,
     StartPending,
     StoreUnavailable,
 )
 from tracker.core.events import MessageState
 from tracker.core.observation import Source
-from tracker.flora.client import FloraClient, HistoryPage
 from tracker.services import open_services
 from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.starting import recover
-from tracker.store import clock as store_clock
 from tracker.store.queries import starts as start_log
 from tracker.store.queries.endpoints import list_messages
 
@@ -201,7 +196,6 @@ async def test_a_history_of_many_runs_is_read_however_long_that_takes(
     make_flora: MakeFlora,
     open_on: OpenServices,
     clock: HandClock,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As after a large batch. Here FLORA takes a second for each page."""
     history = {"history": 2200, "history_seconds": 5000, "refuse": {"filtered": "forbidden"}}
@@ -212,18 +206,17 @@ async def test_a_history_of_many_runs_is_read_however_long_that_takes(
         assert await attempt(services) is None
         change(flora, gateway_starts=0.0)
         clock.move(200)
-        read, seconds = FloraClient.history, 0
+        [workspace] = services.workspaces
+        client, seconds = workspace.require_client(), 0
 
-        async def read_slowly(client: FloraClient, *, deadline: float, **more: Any) -> HistoryPage:
+        async def takes_a_second(request: httpx.Request) -> None:
             nonlocal seconds
-            if deadline < 1:
-                raise FloraUnreachable("too slow", may_have_acted=False, timed_out=True)
             seconds += 1
-            return await read(client, deadline=deadline, **more)
+            if client.wait is None or client.wait.left < 1:
+                raise httpx.ReadTimeout("too slow")
 
-        monkeypatch.setattr(FloraClient, "history", read_slowly)
-        passed = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds)
-        monkeypatch.setattr(recover, "time", passed)
+        client.http.event_hooks = {"request": [takes_a_second]}
+        services.recovery.monotonic = lambda: time.monotonic() + seconds
         assert await services.recovery.recover() == 1
         assert seconds > 20
 
@@ -369,12 +362,14 @@ async def test_a_process_that_stood_still_sends_nothing(
     assert len(flora.world.runs) == 2
 
 
-async def test_a_database_whose_clock_is_set_pays_nothing_twice(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_database_whose_clock_is_set_pays_nothing_twice(postgres_url: str) -> None:
     """Leases and windows of starts that FLORA is at work on seem to be over then."""
     options = Options(slow_starts=1.0, slow_seconds=3.0, slow_run="last", keys_known="at_end")
-    async with running(options) as flora, AsyncExitStack() as stack:
+    async with (
+        running(options) as flora,
+        server_clock(postgres_url) as set_to,
+        AsyncExitStack() as stack,
+    ):
         settings = Settings(
             flora_base_url=flora.base_url,
             flora_api_key=options.api_key,
@@ -387,8 +382,7 @@ async def test_a_database_whose_clock_is_set_pays_nothing_twice(
             return [row.state for row in await start_log.open_starts(two.database)] == ["sent"]
 
         await eventually(is_sent)
-        ahead = func.clock_timestamp() + timedelta(hours=1)
-        monkeypatch.setattr(store_clock, "_ASK", select(ahead))
+        await set_to(3600)
         for services in (two, one):
             assert services.clock.is_servers
             await services.clock.check()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-
 from tests.support.clocks import HandClock
 from tests.worker.conftest import OpenServices, the_run
 from tests.worker.test_poll import PROMPT
@@ -14,24 +12,26 @@ from tracker.starting.start import StartRequest
 from tracker.store.engine import Database
 
 
-async def test_they_are_read_with_one_statement(
-    database_url: str, clock: HandClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class CountingDatabase(Database):
+    """A database that counts how often it is read."""
+
+    reads = 0
+
+    def read(self) -> Any:
+        self.reads += 1
+        return super().read()
+
+
+async def test_they_are_read_with_one_statement(database_url: str, clock: HandClock) -> None:
     """A page of history may show many techniques; what was read lately is not read again."""
-    async with await Database.open(database_url) as db:
-        book, reads, read = DurationBook(db, seconds=clock.seconds), [], db.read
-
-        def counted() -> Any:
-            reads.append(1)
-            return read()
-
-        monkeypatch.setattr(db, "read", counted)
+    async with await CountingDatabase.open(database_url) as db:
+        book = DurationBook(db, seconds=clock.seconds)
         page = [f"tech_{number}" for number in range(100)]
         await book.learn([*page, None, "tech_1"])
-        assert len(reads) == 1
+        assert db.reads == 1
         assert book.of("tech_99") is not None
         await book.learn(page)
-        assert len(reads) == 1
+        assert db.reads == 1
 
 
 async def first_wait(services: Services) -> float:

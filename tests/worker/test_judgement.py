@@ -17,7 +17,6 @@ from tests.web.serving import serving
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.run import Tracking
-from tracker.flora import caller
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
@@ -47,12 +46,10 @@ async def judged(
     make_flora: MakeFlora,
     open_on: OpenServices,
     clock: HandClock,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Judged]:
     """A tracker, its FLORA (in which there is another workspace), and a way to go on with another
     base URL or key. Nothing is waited for: all time is the test's clock. A request is tried four
     times."""
-    monkeypatch.setattr(caller, "backoff", lambda attempt: 0.5 if attempt < 4 else math.inf)
     async with AsyncExitStack() as stack:
         flora = await stack.enter_async_context(make_flora(more_workspaces=(ANOTHER,)))
         services = await open_on(flora, flora_workspace_id=flora.world.options.workspace_id)
@@ -65,6 +62,7 @@ async def judged(
                 clock=clock,
                 monotonic=lambda: clock().timestamp(),
                 sleep=_no_wait,
+                backoff=lambda attempt: 0.5 if attempt < 4 else math.inf,
             )
             stack.push_async_callback(workspace.client.aclose)
 

@@ -23,7 +23,6 @@ from tracker.services import Services
 from tracker.settings.model import EndpointSettings
 from tracker.simulator import Options, Simulator, running
 from tracker.starting.orders import BatchWorker
-from tracker.store.queries import audit
 from tracker.store.queries.audit import Refusals
 
 LOOPS: dict[str, tuple[Any, str]] = {
@@ -55,6 +54,7 @@ async def simulator() -> AsyncIterator[Simulator]:
 @asynccontextmanager
 async def following(services: Services) -> AsyncIterator[None]:
     """Something to do for the loops that begin with it."""
+    services.refusals.store_after = 0.01
     services.refusals.add("no token", address="127.0.0.1", actor=None, request_id=None)
     reader = await services.changes.subscribe(RunFilter())
     services.applier.wake()
@@ -87,7 +87,6 @@ async def test_it_goes_on(
         return real(*given, **more)
 
     monkeypatch.setattr(owner, attribute, work)
-    monkeypatch.setattr(audit, "STORE_AFTER", 0.01)
     hook = EndpointSettings(
         id="hook", url="http://127.0.0.1:9/", secrets=[SECRET], allow_private=True
     )

@@ -12,6 +12,7 @@ import pytest
 
 from tests.store.making import merge_timeline
 from tests.support.clocks import HandClock
+from tests.support.waiting import send_once
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.record import Record
@@ -94,9 +95,7 @@ async def liar() -> Liar:
 
 
 @pytest.fixture
-async def services(
-    liar: Liar, clock: HandClock, database_url: str, no_second_attempt: None
-) -> AsyncIterator[Services]:
+async def services(liar: Liar, clock: HandClock, database_url: str) -> AsyncIterator[Services]:
     """A tracker that believes the liar to be FLORA; what fails is not tried again."""
     async with _served(liar) as base_url:
         settings = Settings(
@@ -104,6 +103,7 @@ async def services(
         )
 
         async with open_services(settings, wall=clock, seconds=clock.seconds) as services:
+            send_once(services)
             yield services
 
 

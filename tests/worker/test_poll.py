@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clocks import HandClock
+from tests.support.waiting import never
 from tests.worker.conftest import Hurry, MakeFlora, OpenServices, assert_true_to, reads_of, the_run
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
@@ -324,13 +325,12 @@ async def test_a_new_key_reads_at_once_what_waited(
         assert_true_to(await the_run(services, run_id), flora)
 
 
-@pytest.mark.usefixtures("no_second_attempt")
 async def test_an_outage_of_flora_harms_no_run(
     services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
 ) -> None:
     """While FLORA answers nothing, few requests are made and runs stay due; then all are read."""
     run_ids = await start(services, 40)
-    hurry(services, flora)
+    hurry(services, flora, backoff=never)
     clock.move(60)
     flora.world.options = flora.world.options.with_changes({"cut": 1.0})
     rounds, before = 0, flora.world.requests

@@ -160,7 +160,8 @@ class Caller:
 
     `breaker` is open while FLORA refuses the key, `contact` says whether FLORA answers.
     `clock_offset` is FLORA's clock minus ours, `request_id` the id of the last answer, for its
-    support; both are `None` before the first.
+    support; both are `None` before the first. `backoff` gives the seconds to wait after the n-th
+    attempt (from 1) where FLORA names none.
     """
 
     http: httpx.AsyncClient
@@ -171,6 +172,7 @@ class Caller:
     on_request: OnRequest | None = None
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    backoff: Callable[[int], float] = backoff
     shared_waits: InitVar[SharedWaits] = OWN_WAITS
     find_new_key: Callable[[], object] = lambda: None
     traced: bool = True
@@ -240,7 +242,7 @@ class Caller:
                 # Another process may use another key than the one that is refused here.
                 if asked is not None and not isinstance(exc, (KeyRefused, RequestPaused)):
                     await self.request_limit.pause_others(asked)
-                wait = asked or backoff(attempt)
+                wait = asked or self.backoff(attempt)
                 if not _repeatable(call, exc) or self.monotonic() + wait > until:
                     raise
             await self.sleep(wait)

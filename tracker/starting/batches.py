@@ -17,7 +17,7 @@ from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, Server
 from tracker.core.waiting import cancel
 from tracker.polling.follow import CHECK_EVERY, OwnPolling
 from tracker.polling.poll import Poller
-from tracker.starting.launch import BUDGET_EVERY, BatchLaunch, Order
+from tracker.starting.launch import BUDGET_EVERY, DOUBT_PAUSES, BatchLaunch, Order
 from tracker.starting.plan import BatchPlanner
 from tracker.starting.recover import Recovery
 from tracker.starting.rows import BatchPlan, RowState, kept_rows
@@ -72,6 +72,7 @@ class Batches(BatchPlanner):
     poller: Poller
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     budget_every: timedelta = BUDGET_EVERY
+    doubt_pauses: tuple[float, float] = DOUBT_PAUSES
 
     async def launch_of(
         self,

@@ -193,7 +193,7 @@ class BatchLaunch:
     @property
     def _doubt_pause(self) -> float:
         """Seconds from one row to the next while FLORA seems to be down; else 0."""
-        first, longest = DOUBT_PAUSES
+        first, longest = self.batches.doubt_pauses
         doublings = self._doubted - FAILURES
         return 0.0 if doublings < 0 else min(first * 2.0 ** min(doublings, 10), longest)
 

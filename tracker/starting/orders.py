@@ -45,8 +45,6 @@ from tracker.workspaces import Service
 
 log = get_logger(__name__)
 
-MOST_LAUNCHES: Final = 20
-"""Launches at the same time in one process; further batches wait."""
 MOST_GIVE_WAY: Final = 4
 """Launches that give way at a time, if there are so many that further batches wait."""
 BREAK_OFF_SECONDS: Final = 5.0
@@ -171,6 +169,8 @@ class BatchWorker(Service):
     """Seconds after which a lease is renewed, and a new order or a stop is noticed."""
     go_on_after: timedelta = timedelta(seconds=30)
     """When a launch goes on that FLORA's or the database's silence ended."""
+    most_launches: int = 20
+    """Launches at the same time in one process; further batches wait."""
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _launches: dict[BatchLaunch, None] = field(default_factory=dict, init=False)
     _giving_way: set[BatchLaunch] = field(default_factory=set, init=False)
@@ -198,7 +198,7 @@ class BatchWorker(Service):
 
     async def launch_due(self) -> None:
         """Begin to launch what is due, and close batches that have ended. Raises `StoreError`."""
-        free = MOST_LAUNCHES - len(self._tasks)
+        free = self.most_launches - len(self._tasks)
         known = [one.workspace_id for one in self.workspaces.keyed if one.workspace_id is not None]
         if free > 0 and known:
             due = await batches.claim_due(

@@ -14,7 +14,7 @@ each other alone: its clock may differ from ours and from the header `Date`, and
 """
 
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -165,6 +165,7 @@ class Recovery(Service):
 
     sender: StartSender
     doubt: timedelta
+    monotonic: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self._searched: dict[tuple[str, str], float] = {}
@@ -237,7 +238,7 @@ class Recovery(Service):
         since = min(self._times(row).first_sent for row in due)
         read = None
         try:
-            give_up = time.monotonic() + SEARCH_SECONDS
+            give_up = self.monotonic() + SEARCH_SECONDS
             read = await self.read_history(workspace, technique_id, since, give_up=give_up)
         except FloraError as error:
             log.warning("start.recovery_failed", technique_id=technique_id, error=str(error))
@@ -292,7 +293,7 @@ class Recovery(Service):
         """Read the history completely, down to what was known here before `since`, at least to
         three days before it where nothing was.
 
-        FLORA is read until the time `give_up` of `time.monotonic`. Raises `FloraError`.
+        FLORA is read until `monotonic` gives `give_up`. Raises `FloraError`.
         """
         begun = self.clock.seconds()
         known_until = await starts.newest_known(
@@ -310,7 +311,7 @@ class Recovery(Service):
             return await client.history(
                 cursor=cursor,
                 technique_id=technique_id if filtered else None,
-                deadline=min(PAGE_SECONDS, max(give_up - time.monotonic(), 0.1)),
+                deadline=min(PAGE_SECONDS, max(give_up - self.monotonic(), 0.1)),
             )
 
         while True:

@@ -44,8 +44,6 @@ HELD_FOR: Final = timedelta(seconds=30)
 """How long the lease of a process that died lasts; a living one renews it."""
 RENEW_AFTER: Final = 10.0
 """Seconds after which a lease is renewed."""
-RELEASE_SECONDS: Final = 1.5
-"""How long a caller waits for its lease to be released, which then goes on without it."""
 RELEASE_AGAIN_AFTER: Final = 1.0
 """Seconds until the release is tried again, if the database did not take it."""
 CHECK_ADDRESSES_EVERY: Final = 15.0
@@ -437,7 +435,7 @@ async def held_by(
             releasing = asyncio.create_task(_release(database, *start, holder))
             _releasing.add(releasing)  # the event loop keeps weak references only
             releasing.add_done_callback(_releasing.discard)
-            await asyncio.wait([releasing], timeout=RELEASE_SECONDS)
+            await asyncio.wait([releasing], timeout=database.url.times.release)
 
 
 _releasing: set[asyncio.Task[None]] = set()

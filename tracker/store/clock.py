@@ -117,9 +117,15 @@ class SharedClock:
     """
 
     def __init__(
-        self, db: Database, *, wall: Clock | None = None, seconds: Callable[[], float] | None = None
+        self,
+        db: Database,
+        *,
+        wall: Clock | None = None,
+        seconds: Callable[[], float] | None = None,
+        every: float = ASK_EVERY,
     ) -> None:
         self._db = db
+        self._every = every
         self._wall = wall
         if wall is None and db.dialect == "sqlite":
             self._wall = utc_now
@@ -209,7 +215,7 @@ class SharedClock:
     async def settle(self) -> None:
         """Return when other processes have noticed whether PostgreSQL's clock was set before this
         one was started, at once where it is the machine's. Raises `StoreUnavailable`."""
-        rest = self._since + 1.2 * ASK_EVERY - self.seconds()
+        rest = self._since + 1.2 * self._every - self.seconds()
         if self.is_servers and rest > 0:
             await asyncio.sleep(rest)
             if error := await self.check():
@@ -322,7 +328,7 @@ async def shared_clock(
 
     `wall` and `seconds` are as in `SharedClock`. Raises `StoreUnavailable`.
     """
-    clock = SharedClock(db, wall=wall, seconds=seconds)
+    clock = SharedClock(db, wall=wall, seconds=seconds, every=every)
     await clock.check()
     off = utc_now() - clock()
     if wall is None and abs(off) > LOGGED_FROM:

@@ -59,6 +59,10 @@ class DatabaseTimes:
     """A read or a write on PostgreSQL, with its wait for a connection. Closing a connection to a
     server that does not answer takes half a second more."""
     ping: float = 3.0
+    waits: float = 1.0
+    """How long a request to FLORA waits to learn of other processes' waits, or stores its own."""
+    release: float = 1.5
+    """How long the caller of a start waits until its lease is released, which goes on without."""
 
 
 TIMES: Final = DatabaseTimes()

@@ -180,7 +180,8 @@ class Refusals:
     Counts are kept through an outage of the database.
     """
 
-    def __init__(self, db: Database, *, clock: Clock) -> None:
+    def __init__(self, db: Database, *, clock: Clock, store_after: float = STORE_AFTER) -> None:
+        self.store_after = store_after
         self._db = db
         self._clock = clock
         self._pending: dict[_Key, _Refused] = {}
@@ -233,7 +234,7 @@ class Refusals:
             raise
 
     async def _store_soon(self) -> None:
-        await asyncio.sleep(STORE_AFTER)
+        await asyncio.sleep(self.store_after)
         await self.store()
 
 

@@ -533,16 +533,16 @@ MISSING: Final = 5
 MISSING_AFTER: Final = timedelta(minutes=2)
 """How long after the end of its run a callback counts as missed: FLORA has tried three times."""
 AMONG: Final = 10_000
-"""The newest runs, of which these are."""
+"""The newest runs, among which these are."""
 TRY_AGAIN_AFTER: Final = timedelta(hours=1)
 """How long until addresses of single starts are tried again."""
 
 
-async def own_are_missing(db: Database, *, now: datetime) -> bool:
+async def own_are_missing(db: Database, *, now: datetime, among: int = AMONG) -> bool:
     """Whether the last `MISSING` runs with a callback address of their own got no callback, and one
-    of them was started within `TRY_AGAIN_AFTER`. They are looked for among the `AMONG` newest runs,
-    because there may be none."""
-    newest = select(runs.c.created_at).order_by(runs.c.created_at.desc()).limit(AMONG).subquery()
+    of them was started within `TRY_AGAIN_AFTER`. They are looked for among so many of the newest
+    runs, because there may be none."""
+    newest = select(runs.c.created_at).order_by(runs.c.created_at.desc()).limit(among).subquery()
     first = select(func.min(newest.c.created_at)).scalar_subquery()
     statement = (
         select(runs.c.callback_at, starts.c.sent_at)
