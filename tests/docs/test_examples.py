@@ -158,7 +158,7 @@ def trackers(page: Path) -> Iterator[list[str]]:
         if (found := started.match(line)) and not line.startswith(("kubectl", "useradd")):
             yield shlex.split(line[found.end() :])
     for command in re.findall(r"`tracker ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
-        yield command.split()
+        yield command.translate(str.maketrans("", "", "[]")).split()  # optional parts, too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
