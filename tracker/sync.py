@@ -94,10 +94,12 @@ def _change_of(owner: "Tracker", change: RunChange[AsyncRun]) -> "RunChange[Run]
 
 
 def _results_of(owner: "Tracker", rows: "list[BatchResult[AsyncRun]]") -> "list[BatchResult[Run]]":
-    return [
-        cast("Any", replace)(row, run=None if row.run is None else _run_of(owner, row.run))
-        for row in rows
-    ]
+    def copied(row: "BatchResult[AsyncRun]") -> "BatchResult[Run]":
+        runs = tuple(_run_of(owner, run) for run in row.runs)
+        found: BatchResult[Run] = cast("Any", replace)(row, run=next(iter(runs), None), runs=runs)
+        return found
+
+    return [*map(copied, rows)]
 
 
 def _same(owner: "Tracker", value: T) -> "T":

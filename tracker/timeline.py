@@ -91,7 +91,7 @@ def timeline(
         record.source,
     )
     sentences = [
-        *(_start(start) if start else [first_seen]),
+        *(_start(start, record.run.run_id) if start else [first_seen]),
         *_observations(events, deliveries),
         *_deliveries(events, deliveries),
     ]
@@ -108,7 +108,7 @@ def moment(at: datetime) -> str:
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _start(row: StartRow) -> Iterator[Sentence]:
+def _start(row: StartRow, run_id: str) -> Iterator[Sentence]:
     def sentence(at: datetime, text: str) -> Sentence:
         return Sentence(SentenceKind.START, text, at, Source.START)
 
@@ -124,6 +124,10 @@ def _start(row: StartRow) -> Iterator[Sentence]:
         address = f"the callback address {masked}"
     first = row.in_use_since or row.sent_at
     yield sentence(first, f"Start sent to FLORA with {address}.")
+    if row.run_id not in (None, run_id):
+        yield sentence(
+            first, f"The run is one of {row.run_count} of this start; the first is {row.run_id}."
+        )
     if row.sent_at > first:
         yield sentence(row.sent_at, "Start sent again with the same key.")
 

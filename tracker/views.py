@@ -67,7 +67,7 @@ RUN: Final = (
     *("quoted_cost", "charged_cost", "cost_read_at", "cost_final"),
     *("error_code", "error_message", "retry_advice", "poll_url"),
     *("source", "first_seen_at", "callback_at", "ended_via", "tracking", "settled_at", "conflict"),
-    *("inputs", "tags", "reserved_at", "reserved_cost"),
+    *("inputs", "idempotency_key", "tags", "reserved_at", "reserved_cost"),
     *("next_check_at", "checks", "last_error", "outputs"),
 )
 """The public columns of the table `runs`, and `outputs`, as JSON shows them."""
@@ -250,13 +250,13 @@ def error_group_json(group: "ErrorGroup") -> dict[str, Any]:
 
 def row_json(row: "RowState") -> dict[str, Any]:
     """A row of a batch; costs in USD."""
-    outputs = (None if row.record is None else row.record.run.outputs) or ()
     return {
         **{name: _value(value) for name, value in row.result.items()},
+        "run_ids": row.run_ids,
         "carried": row.entry.carried,
         "inputs": row.inputs,
         "tags": row.tags,
-        "outputs": [output_json(one) for one in outputs],
+        "outputs": [output_json(one) for one in row.outputs],
     }
 
 

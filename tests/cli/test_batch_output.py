@@ -51,13 +51,13 @@ def rows() -> list[RowState]:
     given: list[dict[str, object]] = [
         {
             "start": start(1, StartState.STARTED, run_id="run_1"),
-            "record": record(
-                1, Precedence.COMPLETED, charged_cost=Decimal("0.25"), outputs=outputs
-            ),
+            "records": [
+                record(1, Precedence.COMPLETED, charged_cost=Decimal("0.25"), outputs=outputs)
+            ],
         },
         {
             "start": start(2, StartState.STARTED, run_id="run_2"),
-            "record": record(2, Precedence.FAILED, error=RunError("model_timeout", "Too slow.")),
+            "records": [record(2, Precedence.FAILED, error=RunError("model_timeout", "Too slow."))],
         },
         {"start": start(3, StartState.REFUSED, error=refusal), "error": "refused"},
         {"start": start(4, StartState.UNRESOLVED, error={"status": 409}), "error": "nobody knows"},

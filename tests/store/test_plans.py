@@ -37,6 +37,7 @@ from tracker.store.queries.deliveries import (
 from tracker.store.queries.endpoints import delays, list_attempts, list_messages
 from tracker.store.queries.search import SearchFilters, search_runs
 from tracker.store.queries.sheet_rows import RowOutcome
+from tracker.store.schema import runs
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing.messages import (
     Attempt,
@@ -312,8 +313,11 @@ async def test_a_large_batch_leads_to_its_runs_by_their_keys(full: Database) -> 
         await batches.batch_counts(full, ["bat_1001"])
         await batches.entries(full, "bat_1001", outcome=RowOutcome.FAILED, limit=100)
         await sheet_rows.error_groups(full, "bat_1001")
+        for of_runs in sheet_rows.of_several_runs(["bat_1001"]):
+            await full.fetch(of_runs.add_columns(runs.c.charged_cost))
     told = await explained(full.engine, sent)
-    assert len(re.findall("pk_starts|sqlite_autoindex_starts_1", told)) == 3, told
+    assert len(re.findall("pk_starts|sqlite_autoindex_starts_1", told)) == 5, told
+    assert "ix_runs_start" in told
     assert not re.search("Seq Scan on (starts|runs)", told), told
     assert not re.search("SCAN (starts|runs)", told), told
 

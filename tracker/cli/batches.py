@@ -244,6 +244,9 @@ def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
             note(f"In the results, the column {column!r} is called {name!r}")
     for line in _repetitions(plan):
         note(line)
+    if plan.paid_again:
+        rows = counted(plan.paid_again, "failed row has", "failed rows have")
+        note(f"{rows} completed runs: all runs of a row are started and paid again")
     for line in _causes(plan.to_change)[:_NAMED] if retried else ():
         note(f"Not retried: {line}")
 
@@ -284,7 +287,7 @@ def intention(plan: "BatchPlan") -> str:
 
 def _spent(plan: "BatchPlan") -> str:
     """What the runs that were started before cost: bills, else quotes."""
-    runs = [one.record.run for one in plan.rows if one.record is not None]
+    runs = [record.run for row in plan.rows for record in row.records]
     costs = [run.quoted_cost if run.charged_cost is None else run.charged_cost for run in runs]
     known = [cost for cost in costs if cost is not None]
     return f" for {money(sum(known, Decimal(0)))} so far" if known else ""

@@ -24,6 +24,8 @@ from tracker.cli.output import note, print_fields, print_json, print_table, prin
 from tracker.core.formatting import money
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tracker.core.record import Record
     from tracker.services import Services
     from tracker.store.queries.starts import StartRow
@@ -80,16 +82,18 @@ def list_(
 
 @app.command()
 def show(key: str = KEY, workspace: str | None = OF_SEVERAL, as_json: bool = AS_JSON) -> None:
-    """Show a start, and the runs that one without a known outcome may have become."""
+    """Show a start with its runs, and the runs that one without a known outcome may have become."""
+    from tracker.store.queries import starts
 
-    async def work(services: "Services") -> tuple["StartRow", "PossibleRuns"]:
+    async def work(services: "Services") -> tuple["StartRow", list["Record"], "PossibleRuns"]:
         row = await services.resolver.find(key, workspace_id=workspace)
-        return row, await services.resolver.possible(row)
+        runs = await starts.runs_of(services.database, [row])
+        return row, runs[row.idempotency_key], await services.resolver.possible(row)
 
-    row, possible = run_once(work)
+    row, runs, possible = run_once(work)
     if possible is not None:
         row = replace(row, error=row.with_possible(possible))
-    _print(row, as_json=as_json)
+    _print(row, as_json=as_json, runs=runs)
     if possible is not None and not as_json:
         _print_possible(row, possible)
 
@@ -141,13 +145,15 @@ def exclude(
     )
 
 
-def _print(row: "StartRow", *, as_json: bool) -> None:
+def _print(row: "StartRow", *, as_json: bool, runs: "Sequence[Record]" = ()) -> None:
     from tracker.views import start_json
 
-    start = start_json(row)
+    start, run_ids = start_json(row), [record.run.run_id for record in runs]
     if as_json:
-        print_json(start)
+        print_json(start | ({"run_ids": run_ids} if runs else {}))
         return
+    if len(runs) > 1:
+        start["run_id"] = ", ".join(run_ids)
     error = start.pop("error") or {}
     del start["possible_runs"]  # a table follows
     print_with_inputs(start)

@@ -136,7 +136,8 @@ class Record:
     answered "no such run" since the run was last shown, the first of them at `missing_since`.
     `cost_final` says that a read long enough after the end showed the bill; until then, and while
     a completed run lacks outputs, both are read again at `recheck_at` (`None` after giving up).
-    `tags` and the reservation in budgets (time, price in USD) are known only for our own starts.
+    `idempotency_key` (of the start that it belongs to), `tags` and the reservation in budgets
+    (time, price in USD) are known only for our own starts.
     """
 
     run: Run
@@ -150,6 +151,7 @@ class Record:
     cost_final: bool = False
     recheck_at: datetime | None = None
     inputs: list[dict[str, Any]] | None = None
+    idempotency_key: str | None = None
     tags: Tags | None = None
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
@@ -256,6 +258,8 @@ def apply(
         cost_final=cost_final,
         recheck_at=recheck_at,
         inputs=old.inputs if entry.inputs is None else entry.inputs,
+        # FLORA may have answered several keys with this run: the first one counts.
+        idempotency_key=old.idempotency_key or entry.idempotency_key,
         tags=old.tags if entry.tags is None else entry.tags,
         reserved_at=entry.reserved_at or old.reserved_at,
         reserved_cost=old.reserved_cost if entry.reserved_at is None else entry.reserved_cost,

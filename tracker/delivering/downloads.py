@@ -184,7 +184,8 @@ class Downloader:
             yield row
 
     async def _rows(self, batch_id: str, name_by: str | None) -> list[tuple[WantedRun, bool]]:
-        """The rows of a batch, and whether each has yet to be started."""
+        """The runs of a batch, row by row, and rows without one; whether each has yet to be
+        started."""
         batch = await batches.get(self.database, batch_id)
         if batch is None:
             raise TrackerError(f"batch {batch_id} is not known: `tracker batches list` shows all")
@@ -196,11 +197,17 @@ class Downloader:
         return [
             (
                 WantedRun(
-                    record=state.record, row=row, name=name, ports=outputs, status=state.status
+                    record=record,
+                    row=row,
+                    name=name,
+                    number=number,
+                    ports=outputs,
+                    status=state.status if record is None else record.shown_status,
                 ),
                 batch.finished_at is None and state.status in _NOT_STARTED,
             )
             for state, row, name in zip(states, numbers, names, strict=True)
+            for number, record in enumerate(state.records or (None,), start=1)
         ]
 
     async def settled(

@@ -2,7 +2,8 @@
 
 Names are safe on every file system, stable on repetition, and in the order of the sheet. The
 outputs of a batch are named by the row's number, or its cell of a column, and the output:
-`001_icon_1`, `SKU-0001_icon_1`. Those of single runs are named by the identifiers of both.
+`001_icon_1`, `SKU-0001_icon_1`. If a row has several runs, those after the first have their number
+as well: `001_run2_icon_1`. The outputs of single runs are named by the identifiers of both.
 """
 
 import asyncio
@@ -42,13 +43,15 @@ _DEVICE: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\.", re.IGNORECASE | 
 class WantedRun:
     """A run whose outputs are wanted.
 
-    `row` is its row in a batch, `name` the row's name for files, and `ports` are the outputs of the
-    technique's definition. A row may have no run (`record`): `status` says why.
+    `row` is its row in a batch, `name` the row's name for files, `number` says which of the row's
+    runs it is, and `ports` are the outputs of the technique's definition. A row may have no run
+    (`record`): `status` says why.
     """
 
     record: Record | None
     row: str | None = None
     name: str | None = None
+    number: int = 1
     ports: Sequence[Port] = ()
     status: str = ""
 
@@ -109,7 +112,8 @@ def jobs_of(wanted: WantedRun) -> Iterator[DownloadJob]:
     ids = [output.output_id for output in outputs]
     for position, output in enumerate(outputs):
         if wanted.row is not None:
-            name = f"{wanted.name or wanted.row}_{names[position]}"
+            run = f"_run{wanted.number}" if wanted.number > 1 else ""
+            name = f"{wanted.name or wanted.row}{run}_{names[position]}"
         else:
             again = not output.output_id or ids.count(output.output_id) > 1
             name = file_stem(run_id, output.output_id, *([str(position)] if again else []))

@@ -30,15 +30,18 @@ PAGE_SIZE = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchResult(Generic[AnyRun]):
-    """A row of a batch: its number from 1, its run if it has one, and its state.
+    """A row of a batch: its number from 1, its runs, and its state.
 
-    `status` is that of the run, or `not_started`, `sending`, `in_doubt`, `refused`, `unresolved`,
+    `runs` has a run for each value of an input, as far as they are known; `run` is the first, if
+    there is one. `status` is that of a run in progress while there is one, `completed` once all
+    have, `failed` where one did, or `not_started`, `sending`, `in_doubt`, `refused`, `unresolved`,
     `lost` or `forgotten`; `error` is why it could not be started or failed. `carried` are the
     fields that are no input, each as its text: numbers too, dates and times in ISO 8601.
     """
 
     row: int
     run: AnyRun | None
+    runs: tuple[AnyRun, ...]
     status: str
     error: str | None
     retry_advice: str | None
@@ -49,10 +52,12 @@ class BatchResult(Generic[AnyRun]):
 
     @classmethod
     def _of(cls, row: "RowState", bound: Callable[[Record], AnyRun]) -> Self:
-        """The value of a stored row; `bound` makes its run."""
+        """The value of a stored row; `bound` makes its runs."""
+        runs = tuple(map(bound, row.records))
         return cls(
             row=row.entry.position,
-            run=None if row.record is None else bound(row.record),
+            run=runs[0] if runs else None,
+            runs=runs,
             status=str(row.status),
             error=row.why,
             retry_advice=row.advice and str(row.advice),
@@ -145,7 +150,8 @@ class Batch(BatchFields, Owned["BatchCalls"]):
                 began = time.monotonic()
                 patience = min(OUTAGE, give_up - began)
                 batch, counts = await until_available(read, None, give_up_after=patience)
-                if batch.launch_at is None and not (counts.active or counts.doubt):
+                waits = counts.doubt or counts.awaits_runs(services.clock())
+                if batch.launch_at is None and not waits:
                     return Batch._bound(batch, counts, self._tracker)
                 if time.monotonic() >= give_up:
                     raise WaitTimeout(

@@ -115,7 +115,7 @@ class RunFields:
     `callback`, `history`), `ended_via` how its end became known. `conflict` is set where callback
     and API disagreed. `checks` counts the API reads made for it, `last_error` is why the last one
     failed. `retry_advice` of a failed run is `retry_now`, `retry_later`, `change_input` or
-    `not_retryable`.
+    `not_retryable`. `idempotency_key` is that of its start, if that was made here.
     """
 
     run_id: str
@@ -133,6 +133,7 @@ class RunFields:
     settled_at: datetime | None
     outputs: tuple[Output, ...]
     inputs: tuple[Mapping[str, str], ...]
+    idempotency_key: str | None
     tags: Mapping[str, str]
     error_code: str | None
     error_message: str | None

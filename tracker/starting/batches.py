@@ -182,7 +182,8 @@ class Batches(BatchPlanner):
                 )
                 if launched:
                     await launching  # raises its errors
-                    if not wait or counts.active == 0 or _cannot_go_on(launch.stopped):
+                    awaits_runs = wait and counts.awaits_runs(self.clock())
+                    if not awaits_runs or _cannot_go_on(launch.stopped):
                         return launch.stopped
                     if polling.has_begun and (refusal := launch.unreadable):
                         return launch.stopped or TrackerError(f"runs cannot be read: {refusal}")

@@ -42,7 +42,6 @@ from tracker.core.record import Record
 from tracker.flora.parse import runs_of
 from tracker.starting.rows import BatchPlan, RowState
 from tracker.starting.start import StartRequest
-from tracker.store.queries import runs as read
 from tracker.store.queries import starts
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN, StartState
@@ -145,7 +144,7 @@ class BatchLaunch:
         self._silent: set[str] = set()
         self._doubted = 0  # starts in doubt since FLORA has answered one
         self._probe_at = 0.0
-        self._spent: dict[str, Decimal] = {}
+        self._spent: dict[str, Decimal] = {}  # by the key of the row
         self._rows: dict[str, RowState] = {}
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
@@ -153,8 +152,7 @@ class BatchLaunch:
         self.errors: dict[int, str] = {}
         self.stopped: TrackerError | None = None
         for row in counted:
-            if row.record is not None:
-                self._count(row, row.record)
+            self._count(row, row.records)
         for row in self.plan.missing:
             if row.start is not None and row.start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
@@ -260,10 +258,8 @@ class BatchLaunch:
                 if not self._over:
                     self._queue.append(row)
             elif found.state is StartState.STARTED:
-                started = await read.get_run(self.batches.database, found.run_id or "")
-                row = self._doubt.pop(key)
-                if started is not None:
-                    self._count(row, started)
+                started = await starts.runs_of(self.batches.database, [found])
+                self._count(self._doubt.pop(key), started[key])
             elif found.state is StartState.UNRESOLVED:
                 row = self._doubt.pop(key)
                 # It may have been started and paid.
@@ -335,7 +331,7 @@ class BatchLaunch:
             self._worked_at = time.monotonic()
             self._silent.clear()
             self._doubted = 0
-            self._count(row, started.record)
+            self._count(row, [started.record])
 
     def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
@@ -359,19 +355,24 @@ class BatchLaunch:
 
     # What the runs cost, to keep them within the maximum that was ordered
 
-    def _count(self, row: RowState, record: Record) -> None:
-        """Count what a row costs by its first run: its charge, or what it may cost until then.
+    def _count(self, row: RowState, records: Sequence[Record]) -> None:
+        """Count what the runs of a row cost: their charges, or what they may cost until then.
 
-        FLORA's answer to a start of several runs names no other; these count as much, at least
-        their price.
+        FLORA's answer to a start of several runs names the first. Those that are not known yet
+        count as much as the most expensive one, at least their price.
         """
-        run, price = record.run, record.reserved_cost or self.plan.technique.run_cost or Decimal(0)
-        cost = run.charged_cost
-        if cost is None:
-            cost = Decimal(0) if record.cost_final else max(run.quoted_cost or price, price)
-        others = runs_of(self.plan.technique, row.inputs or []) - 1
-        self._spent[run.run_id] = cost + others * max(cost, price)
-        self._rows[run.run_id] = row
+        if not records:
+            return
+        price = records[0].reserved_cost or self.plan.technique.run_cost or Decimal(0)
+        costs = []
+        for record in records:
+            run, cost = record.run, record.run.charged_cost
+            if cost is None:
+                cost = Decimal(0) if record.cost_final else max(run.quoted_cost or price, price)
+            costs.append(cost)
+        missing = max(runs_of(self.plan.technique, row.inputs or []) - len(costs), 0)
+        self._spent[row.entry.key] = sum(costs, missing * max(*costs, price))
+        self._rows[row.entry.key] = row
 
     async def _fits(self, row: RowState) -> bool:
         """Whether the row's price fits into the maximum cost; else the launch stops."""
@@ -379,9 +380,10 @@ class BatchLaunch:
         if limit is None:
             return True
         if time.monotonic() - self._charges_read_at >= CHARGES_EVERY:
-            charged = await read.get_runs(self.batches.database, list(self._rows))
-            for run_id, record in charged.items():
-                self._count(self._rows[run_id], record)
+            database, workspace_id = self.batches.database, self.plan.batch.workspace_id
+            found = await starts.of_keys(database, workspace_id, self._rows)
+            for key, records in (await starts.runs_of(database, found.values())).items():
+                self._count(self._rows[key], records)
             self._charges_read_at = time.monotonic()
         cost = self.plan.cost_of(row)
         if cost is None:

@@ -212,7 +212,7 @@ class BatchPlanner(Service):
         retried = [row.retried(retry) for row in rows]
         states = await states_of(self.database, workspace_id, [row.entry for row in retried])
         return [
-            replace(state, not_before=row.not_before)
+            replace(state, not_before=row.not_before, pays_again=row.pays_again)
             for state, row in zip(states, retried, strict=True)
         ]
 

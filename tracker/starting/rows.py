@@ -10,14 +10,13 @@ from typing import Any, Final
 from tracker.core.errors import FieldFault, FloraError, MaxCostReached
 from tracker.core.formatting import counted, csv_text, money
 from tracker.core.record import Record
-from tracker.core.run import RetryAdvice, RunStatus
+from tracker.core.run import Output, RetryAdvice, RunStatus
 from tracker.core.starts import RunNumber, Tags, Technique
 from tracker.flora.parse import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
-from tracker.store.queries import runs as read
 from tracker.store.queries.batches import BatchEntry, BatchRow
-from tracker.store.queries.sheet_rows import LatestRunNumber
+from tracker.store.queries.sheet_rows import LatestRunNumber, deciding
 from tracker.store.queries.starts import StartRow, StartState
 
 RETRY_LATER_AFTER: Final = timedelta(minutes=1)
@@ -48,17 +47,65 @@ class Retry(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowState:
-    """The state of a row: its start, if it was tried, and its run, if it started.
+    """The state of a row: its start, if it was tried, and its runs, if it started: one, or several
+    if an input has several values. `records` are those that are known and stored, the first first.
 
     `error` is why the last launch could not start it. It is not started before `not_before`, UTC,
-    if a wait was advised.
+    if a wait was advised. `pays_again` is true for a retry that starts completed runs of the row
+    once more: FLORA starts a row as a whole.
     """
 
     entry: BatchEntry
     start: StartRow | None = None
-    record: Record | None = None
+    records: Sequence[Record] = ()
     error: str | None = None
     not_before: datetime | None = None
+    pays_again: bool = False
+
+    @property
+    def record(self) -> Record | None:
+        """The run that decides its status, error and advice: see `sheet_rows.deciding`."""
+        return deciding(self.records)
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The ids of its known runs, the first first, which retention may have removed."""
+        ids = dict.fromkeys(record.run.run_id for record in self.records)
+        if self.start is not None and self.start.run_id is not None:
+            ids = {self.start.run_id: None} | ids
+        return [*ids]
+
+    @property
+    def missing_runs(self) -> int:
+        """How many of its runs are not known here."""
+        return 0 if self.start is None else self.start.missing_runs
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The outputs of its runs, run by run."""
+        return [output for record in self.records for output in record.run.outputs or ()]
+
+    @property
+    def cost(self) -> Decimal | None:
+        """The sum of the bills of its runs, in USD; `None` until each is known. A failed run may
+        have none."""
+        records = self.records
+        costs = [one.run.charged_cost for one in records if one.run.charged_cost is not None]
+        billed = all(one.run.charged_cost is not None or one.cost_final for one in records)
+        return sum(costs, Decimal(0)) if costs and billed else None
+
+    @property
+    def cost_final(self) -> bool:
+        """Whether no bill may change any more, and all its runs are known."""
+        is_known = bool(self.records) and not self.missing_runs
+        return is_known and all(record.cost_final for record in self.records)
+
+    @property
+    def quoted_cost(self) -> Decimal | None:
+        """The sum of FLORA's quotes for its runs, in USD; `None` if one has none."""
+        quotes = [record.run.quoted_cost for record in self.records]
+        known = [quote for quote in quotes if quote is not None]
+        return sum(known, Decimal(0)) if known and len(known) == len(quotes) else None
 
     @property
     def inputs(self) -> list[dict[str, Any]] | None:
@@ -74,7 +121,8 @@ class RowState:
 
     @property
     def status(self) -> str:
-        """FLORA's status of its run; `not_started`, `sending`, `in_doubt`, `refused` or
+        """FLORA's status of its runs: of one in progress while there is one, `completed` once all
+        have; `not_started`, `sending`, `in_doubt`, `refused` or
         `unresolved` before there is one; `lost` or `forgotten` if there is none any more."""
         if self.record is not None:
             return self.record.shown_status
@@ -89,7 +137,7 @@ class RowState:
 
     @property
     def done(self) -> bool:
-        """Whether its run completed and is settled."""
+        """Whether its runs completed and are settled."""
         record = self.record
         return record is not None and record.run.settled and self.status == RunStatus.COMPLETED
 
@@ -112,7 +160,8 @@ class RowState:
             return self
         not_before = self.retry_not_before if retry is Retry.FAILED else None
         entry = replace(self.entry, run_number=self.entry.run_number.retried())
-        return RowState(entry=entry, not_before=not_before)
+        pays_again = any(one.run.status is RunStatus.COMPLETED for one in self.records)
+        return RowState(entry=entry, not_before=not_before, pays_again=pays_again)
 
     @property
     def retry_not_before(self) -> datetime | None:
@@ -140,16 +189,15 @@ class RowState:
     @property
     def result(self) -> dict[str, Any]:
         """The values of `RESULT_COLUMNS`, by name."""
-        run = None if self.record is None else self.record.run
         return {
             "row": self.entry.position,
             "line": self.entry.line,
             "key": self.entry.key,
             "run_id": None if self.start is None else self.start.run_id,
             "status": self.status,
-            "cost": None if run is None else run.charged_cost,
-            "cost_final": self.record is not None and self.record.cost_final,
-            "quoted_cost": None if run is None else run.quoted_cost,
+            "cost": self.cost,
+            "cost_final": self.cost_final,
+            "quoted_cost": self.quoted_cost,
             "retry_advice": self.advice,
             "error": self.why,
         }
@@ -182,6 +230,11 @@ class BatchPlan:
     def to_change(self) -> list[RowState]:
         """The rows that failed because of their inputs, which have to be changed first."""
         return [row for row in self.rows if row.advice is RetryAdvice.CHANGE_INPUT]
+
+    @property
+    def paid_again(self) -> int:
+        """How many of the rows to start have completed runs, which are paid again."""
+        return sum(row.pays_again for row in self.missing)
 
     @property
     def missing(self) -> list[RowState]:
@@ -234,11 +287,14 @@ async def states_of(
 ) -> list[RowState]:
     """The states of these rows, in their order."""
     found = await starts.of_keys(db, workspace_id, (entry.key for entry in entries))
-    run_ids = (row.run_id for row in found.values() if row.run_id is not None)
-    records = await read.get_runs(db, run_ids)
-    run_of = {key: records.get(row.run_id or "") for key, row in found.items()}
+    records = await starts.runs_of(db, found.values())
     return [
-        RowState(entry=one, start=found.get(one.key), record=run_of.get(one.key), error=one.error)
+        RowState(
+            entry=one,
+            start=found.get(one.key),
+            records=records.get(one.key, ()),
+            error=one.error,
+        )
         for one in entries
     ]
 
@@ -273,20 +329,26 @@ def csv_lines(
 ) -> Iterator[str]:
     """The results of `rows` as lines of CSV, the header first; `columns` are the carried columns.
 
-    There is a column for each input, and as many for outputs as the longest row has. A cell that a
+    There is a column for each input, and as many for outputs, and for runs after the first, as the
+    longest row has. A cell that a
     spreadsheet would take for a formula gets a `'` in front.
     """
     inputs = dict.fromkeys(one["id"] for row in rows for one in row.inputs or ())
-    most = max((len(_links(row)) for row in rows), default=0)
-    own = [*RESULT_COLUMNS, *(f"input.{name}" for name in inputs)]
+    most = max((len(row.outputs) for row in rows), default=0)
+    runs = max((len(row.run_ids) for row in rows), default=0)
+    further = [f"run_id.{number}" for number in range(2, runs + 1)]
+    own = [*RESULT_COLUMNS, *further, *(f"input.{name}" for name in inputs)]
     own += [f"output.{number}" for number in range(1, most + 1)]
     header = csv_text([[*carried_names(columns, own), *own]], delimiter=delimiter)
     yield BOM + header if bom else header
     for row in rows:
-        values, links = row.inputs or (), _links(row)
+        values, links = row.inputs or (), [output.url for output in row.outputs]
+        others = row.run_ids[1:]
         cells = [
             *(row.entry.carried.get(name, "") for name in columns),
             *map(row.result.get, RESULT_COLUMNS),
+            *others,
+            *[""] * (len(further) - len(others)),
             *("\n".join(v["value"] for v in values if v["id"] == name) for name in inputs),
             *links,
             *[""] * (most - len(links)),
@@ -304,8 +366,3 @@ def carried_names(columns: Sequence[str], results: Sequence[str] = RESULT_COLUMN
             taken.add(name)
         names.append(name)
     return names
-
-
-def _links(row: RowState) -> list[str]:
-    outputs = None if row.record is None else row.record.run.outputs
-    return [output.url for output in outputs or ()]

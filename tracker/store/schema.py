@@ -312,7 +312,10 @@ runs: Final = Table(
     Column("tracking", CleanText, nullable=False),
     Column("settled_at", UtcDateTime),
     Column("inputs", Json),
-    # Of a run started here: its tags, and the time and price of its reservation.
+    # Of a run started here: the key of its start, its tags, and the time and price of its
+    # reservation. Without the key, the start of a run is the one whose `run_id` it is: a version
+    # before 0023 stored none.
+    Column("idempotency_key", CleanText),
     Column("tags", Json),
     Column("reserved_at", UtcDateTime),
     Column("reserved_cost", Money),
@@ -396,6 +399,8 @@ runs: Final = Table(
         ).ddl_if(dialect=dialect)
         for dialect, duration in _DURATIONS.items()
     ),
+    # The runs of a start.
+    _partial("ix_runs_start", "idempotency_key", "idempotency_key IS NOT NULL"),
     # How long a technique's runs take.
     _partial("ix_runs_durations", "technique_id, completed_at", "status = 'completed'"),
     postgresql_with=_storage(fillfactor=85),
@@ -503,6 +508,8 @@ starts: Final = Table(
     Column("reserved_at", UtcDateTime),
     Column("reserved_cost", Money),
     Column("reserved_runs", Integer),
+    # How many runs it became; null for none, and for one that a version before 0023 stored.
+    Column("run_count", Integer),
     # When it was last sent by a clock that only runs forward (`boot`, `seconds`), by how many
     # seconds FLORA's clock was ahead (`flora_ahead`), and the `sent_at` that this is about.
     Column("sent_clock", Json),

@@ -1,6 +1,7 @@
 """The pages of batches: rows by outcome and error, numbered pages, retry, the outputs as a ZIP."""
 
 import asyncio
+import html
 import io
 import re
 import tempfile
@@ -21,6 +22,7 @@ from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed
+from tracker.core.run import RunError, RunStatus
 from tracker.delivering import downloads
 from tracker.settings import TokenSettings
 from tracker.settings.tokens import Scope
@@ -74,6 +76,46 @@ async def finished(serve: Serve, url: str, **options: Any) -> AsyncIterator[Batc
 def shown_rows(page: str) -> list[int]:
     """The positions of the rows on a page."""
     return [int(number) for number in re.findall(r'<tr role="row" id="row-(\d+)"', page)]
+
+
+async def test_a_row_shows_all_its_runs(serve: Serve, database_url: str) -> None:
+    """It has failed if one of them did, also where others completed; a retry pays these again, and
+    says so. Each run leads to the others and to the row."""
+    async with finished(serve, database_url, failures=0.0) as found:
+        services, client = found.site.services, found.site.client
+        batch = await batches.get(services.database, found.batch_id)
+        assert batch is not None
+        first = (await services.batches.rows(batch))[0]
+        assert first.start is not None
+        at, further = utc_now(), "run_further"
+        own = Observation(run_id=further, source=Source.START, at=at)
+        await services.writer.submit(first.start.became(own, callback_expected=True))
+        assert "1 of 10" not in (page := await found.page())
+        assert "9 of 10 rows finished" in page
+        error = RunError("model_timeout", "too long")
+        read = {"status": RunStatus.FAILED, "error": error, "completed_at": at}
+        poll = Observation(run_id=further, source=Source.POLL, at=at, **read)
+        await services.writer.submit(Observed(observation=poll))
+        page = await found.page()
+        assert "finished, 1 failed" in page
+        assert "model_timeout: too long" in page
+        assert f"2 runs: {' '.join(map(linked, (first.run_ids[0], further)))}" in plain(page)
+        retry = (await client.get(f"/batches/{found.batch_id}/retry")).text
+        assert "1 failed row has completed runs: all runs of a row are started" in retry
+        for run_id in (first.run_ids[0], further):
+            shown = (await client.get(f"/runs/{run_id}")).text
+            assert "One of the 2 runs of a start" in shown
+            assert f"row 1 of {html.escape(batch.name)}" in shown
+            assert "Its row was started again" not in shown
+
+
+def linked(run_id: str) -> str:
+    return f'<a class="id" href="/runs/{run_id}">{run_id}</a>'
+
+
+def plain(page: str) -> str:
+    """A page with single spaces."""
+    return re.sub(r"\s+", " ", page)
 
 
 async def test_rows_are_shown_by_outcome_and_by_error(serve: Serve, database_url: str) -> None:

@@ -16,11 +16,13 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Row,
     Update,
     and_,
     bindparam,
     case,
     func,
+    literal_column,
     or_,
     select,
     update,
@@ -31,8 +33,18 @@ from tracker.core.starts import Input, RunNumber, Tags, row_key
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first
-from tracker.store.queries.sheet_rows import OUTCOME, RowOutcome, of_outcome, with_outcomes
-from tracker.store.queries.starts import StartState
+from tracker.store.queries.sheet_rows import (
+    OUTCOME,
+    RowOutcome,
+    of_outcome,
+    of_several_runs,
+    with_outcomes,
+)
+from tracker.store.queries.starts import (
+    HAS_SEVERAL,
+    MISSING_AFTER,
+    StartState,
+)
 from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, runs, starts, word
 
 LEASE: Final = timedelta(seconds=30)
@@ -98,9 +110,11 @@ class BatchCounts:
     """The progress of a batch, in rows; `cost` is what its runs were charged so far, in USD.
 
     The bills of `not_final` runs may still change; `quoted` is the sum of their quotes where they
-    have no cost. A `started` row is also counted as `completed`, `failed`, `active` or `lost`,
-    unless retention removed its run; the others are `refused`, `unresolved`, in `doubt` (sent
-    without an answer), `unsent` (the last launch could not try them) or not started.
+    have no cost. Of rows with several values, `missing` runs are not known yet, nor their cost; if
+    FLORA calls back, the last of these rows ended so far at `called_back_at`. `several` rows have
+    several known runs. A `started` row is also counted as `completed`, `failed`, `active` or
+    `lost`, unless retention removed its runs; the others are `refused`, `unresolved`, in `doubt`
+    (sent without an answer), `unsent` (the last launch could not try them) or not started.
     """
 
     rows: int = 0
@@ -116,8 +130,32 @@ class BatchCounts:
     cost: Decimal = Decimal(0)
     quoted: Decimal = Decimal(0)
     not_final: int = 0
+    several: int = 0
+    missing: int = 0
     next_check_at: datetime | None = None
     last_end_at: datetime | None = None
+    called_back_at: datetime | None = None
+
+    def add(
+        self,
+        *,
+        cost: Decimal,
+        quoted: Decimal,
+        not_final: int,
+        next_check_at: datetime | None,
+        last_end_at: datetime | None,
+    ) -> None:
+        """Add what is summed up over further runs."""
+        self.cost += cost
+        self.quoted += quoted
+        self.not_final += not_final
+        self.next_check_at = min(filter(None, (self.next_check_at, next_check_at)), default=None)
+        self.last_end_at = max(filter(None, (self.last_end_at, last_end_at)), default=None)
+
+    def awaits_runs(self, now: datetime) -> bool:
+        """Whether a row is in progress, or the callback of a further run of it may come."""
+        at = self.called_back_at
+        return self.active > 0 or (at is not None and now < at + MISSING_AFTER)
 
     def finished_at(self, batch: BatchRow) -> datetime | None:
         """When the last of its runs ended, which can be after its command; `None` until then."""
@@ -127,7 +165,7 @@ class BatchCounts:
 
     @property
     def cost_final(self) -> bool:
-        return self.not_final == 0
+        return self.not_final == self.missing == 0
 
     @property
     def ended(self) -> int:
@@ -308,32 +346,56 @@ _COUNTED: Final[Mapping[str, ColumnElement[bool]]] = {
     "lost": runs.c.tracking == word(Tracking.LOST),
     "completed": and_(_IS_SETTLED, _IS_COMPLETED),
     "failed": and_(_IS_SETTLED, ~_IS_COMPLETED),
-    "not_final": ~runs.c.cost_final,
 }
 """Which rows each number of `BatchCounts` counts."""
 
 
+_IS_QUOTED: Final = and_(~runs.c.cost_final, runs.c.charged_cost.is_(None))
+_AMOUNTS: Final[Mapping[str, Any]] = {
+    "cost": func.sum(runs.c.charged_cost),
+    "quoted": func.sum(case((_IS_QUOTED, runs.c.quoted_cost))),
+    "not_final": func.count(case((~runs.c.cost_final, runs.c.run_id))),
+    "next_check_at": func.min(case((_COUNTED["active"], runs.c.next_check_at))),
+    "last_end_at": func.max(runs.c.completed_at),
+}
+"""What is summed up over all runs of the rows; everything else is about rows."""
+_LACKS_RUNS: Final = and_(_COUNTED["started"], starts.c.reserved_runs > literal_column("1"))
+_IS_CALLED_BACK: Final = starts.c.callback_url.like("%/" + starts.c.callback_token)
+
+
 async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
-    is_quoted = and_(~runs.c.cost_final, runs.c.charged_cost.is_(None))
+    has_one = func.coalesce(starts.c.run_count, 1) <= literal_column("1")
+    of = batch_rows.c
     counted = select(
-        batch_rows.c.batch_id,
+        of.batch_id,
         func.count().label("rows"),
         *(func.count().filter(which).label(name) for name, which in _COUNTED.items()),
-        func.sum(runs.c.charged_cost).label("cost"),
-        func.sum(runs.c.quoted_cost).filter(is_quoted).label("quoted"),
-        func.min(runs.c.next_check_at).filter(_COUNTED["active"]).label("next_check_at"),
-        func.max(runs.c.completed_at).label("last_end_at"),
+        func.count().filter(HAS_SEVERAL).label("several"),
+        func.coalesce(func.sum(starts.c.reserved_runs - 1).filter(_LACKS_RUNS), 0).label("missing"),
+        func.max(runs.c.end_seen_at).filter(_LACKS_RUNS, _IS_CALLED_BACK).label("called_back_at"),
+        *(amount.filter(has_one).label(name) for name, amount in _AMOUNTS.items()),
     )
-    of_batches = with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids))
+    rows = with_outcomes(counted).where(of.batch_id.in_(batch_ids)).group_by(of.batch_id)
     found = {batch_id: BatchCounts() for batch_id in batch_ids}
-    for row in await db.fetch(of_batches.group_by(batch_rows.c.batch_id)):
-        batch_id, values = row.batch_id, row._asdict()
-        del values["batch_id"]
-        for name in ("cost", "quoted"):  # sums of doubles have spurious digits
-            values[name] = round(values[name] or Decimal(0), 6)
-        found[batch_id] = BatchCounts(**values)
+    async with db.read() as connection:
+        for row in await connection.execute(rows):
+            found[row.batch_id] = BatchCounts(**_numbers(row))
+        if having := [batch_id for batch_id, counts in found.items() if counts.several]:
+            for of_runs in of_several_runs(having):
+                amounts = (amount.label(name) for name, amount in _AMOUNTS.items())
+                summed = of_runs.add_columns(*amounts).group_by(of_runs.selected_columns.batch_id)
+                for row in await connection.execute(summed):
+                    found[row.batch_id].add(**_numbers(row))
     return found
+
+
+def _numbers(row: Row[Any]) -> dict[str, Any]:
+    values = row._asdict()
+    del values["batch_id"]
+    for name in ("cost", "quoted"):  # sums of doubles have spurious digits
+        values[name] = round(values[name] or Decimal(0), 6)
+    return values
 
 
 def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
@@ -450,7 +512,7 @@ async def finish_ended(db: Database, now: datetime) -> int:
     if not ids:
         return 0
     counts = await batch_counts(db, ids)
-    ended = [one for one, count in counts.items() if count.active == count.doubt == 0]
+    ended = [one for one, count in counts.items() if not (count.doubt or count.awaits_runs(now))]
     if not ended:
         return 0
     statement = (

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     FromClause,
     Select,
     Text,
@@ -16,15 +17,17 @@ from sqlalchemy import (
     cast,
     func,
     literal,
+    literal_column,
     or_,
     select,
 )
 from sqlalchemy.dialects.postgresql import JSONPATH
 
+from tracker.core.record import Record
 from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking, known
 from tracker.core.starts import Input, RunNumber, key_parts
 from tracker.store.engine import Database, dump_json
-from tracker.store.queries.starts import StartRow, StartState
+from tracker.store.queries.starts import HAS_SEVERAL, StartRow, StartState, is_further_run
 from tracker.store.schema import batch_rows, batches, is_any_of, run_outputs, runs, starts, word
 
 RECENT_BATCHES: Final = 300
@@ -132,13 +135,51 @@ def of_outcome(statement: Select[Any], outcome: RowOutcome | None, code: str | N
     return statement
 
 
+# A row may have several runs: one for each value of an input. It is running while one of them is,
+# has completed once all have, and else has failed, for the reason of the first that did. So one of
+# its runs decides its outcome: the first in progress, else the first that failed, else the first.
+
+
+def deciding(of_row: Sequence[Record]) -> Record | None:
+    """The run that decides the outcome of a row; `None` if it has none."""
+    return min(of_row, key=lambda one: _RANK.get(one.tracking, _rank_of_end(one)), default=None)
+
+
+_RANK: Final = {Tracking.ACTIVE: 0, Tracking.LOST: 1}
+
+
+def _rank_of_end(record: Record) -> int:
+    return 2 if record.run.status is RunStatus.COMPLETED else 1
+
+
+def _deciding() -> ColumnElement[str]:
+    run = runs.alias("of_row")
+    is_completed = and_(run.c.tracking == "settled", run.c.status == word(RunStatus.COMPLETED))
+    rank = case((run.c.tracking == word(Tracking.ACTIVE), 0), (is_completed, 2), else_=1)
+    # SQLite lets no ORDER BY name a table outside.
+    keys = (rank, run.c.run_id != starts.c.run_id, run.c.created_at)
+    of_start = select(run.c.run_id, *(key.label(f"key_{n}") for n, key in enumerate(keys)))
+    is_of_row = or_(run.c.run_id == starts.c.run_id, is_further_run(run))
+    of_row = of_start.where(is_of_row).correlate(starts).subquery()
+    first = select(of_row.c.run_id).order_by(*list(of_row.c)[1:], of_row.c.run_id).limit(1)
+    several = first.correlate(starts).scalar_subquery()
+    return case((HAS_SEVERAL, several), else_=starts.c.run_id)
+
+
+DECIDING: Final = _deciding()
+"""As `deciding`, in SQL."""
+
+
 def with_outcomes(statement: Select[Any]) -> Select[Any]:
-    """A statement about rows of batches, joined with their starts and runs."""
+    """A statement about rows of batches, joined with their starts, and the runs that decide their
+    outcomes."""
+    return with_starts(statement).outerjoin(runs, runs.c.run_id == DECIDING)
+
+
+def with_starts(statement: Select[Any]) -> Select[Any]:
+    """A statement about rows of batches, joined with their starts."""
     return (
-        statement.select_from(batch_rows)
-        .join(batches)
-        .outerjoin(starts, is_start_of(batch_rows))
-        .outerjoin(runs, runs.c.run_id == starts.c.run_id)
+        statement.select_from(batch_rows).join(batches).outerjoin(starts, is_start_of(batch_rows))
     )
 
 
@@ -171,7 +212,7 @@ async def first_outputs(
     """Of each of these batches at most `most` outputs, the first of each of its first `rows`."""
     of_runs = select(batch_rows.c.batch_id, batch_rows.c.position, starts.c.run_id)
     of_runs = of_runs.where(batch_rows.c.batch_id.in_(batch_ids), batch_rows.c.position <= rows)
-    some = with_outcomes(of_runs).subquery()
+    some = with_starts(of_runs).subquery()
     statement = (
         select(some.c.batch_id, run_outputs.c.output_id, run_outputs.c.type, run_outputs.c.url)
         .join(run_outputs, run_outputs.c.run_id == some.c.run_id)
@@ -185,10 +226,29 @@ async def first_outputs(
     return found
 
 
-def run_ids_of(batch_ids: Sequence[str]) -> Select[Any]:
+def run_ids_of(batch_ids: Sequence[str]) -> CompoundSelect[Any]:
     """The ids of the runs of batches."""
-    return with_outcomes(select(starts.c.run_id)).where(
-        batch_rows.c.batch_id.in_(batch_ids), starts.c.run_id.is_not(None)
+    of_batches = batch_rows.c.batch_id.in_(batch_ids)
+    first = with_starts(select(starts.c.run_id)).where(of_batches, starts.c.run_id.is_not(None))
+    _, further = of_several_runs(batch_ids)
+    return first.union_all(further.with_only_columns(runs.c.run_id))
+
+
+def of_several_runs(batch_ids: Sequence[str]) -> tuple[Select[Any], Select[Any]]:
+    """Two statements about the `runs` of rows that have several: the first ones, and the others.
+    Their column is the batch."""
+    names = ("workspace_slot", "idempotency_key", "run_id", "run_count")
+    rows = with_starts(select(batch_rows.c.batch_id, *(starts.c[name] for name in names)))
+    # The limit keeps PostgreSQL from reading the starts of all batches first. Both conditions in
+    # one statement would use no index.
+    start = rows.where(batch_rows.c.batch_id.in_(batch_ids)).limit(10**9).subquery("of_row")
+    # Of the column alone PostgreSQL knows that nearly none has several: it would expect no row,
+    # and might read all runs for each one that it finds.
+    count = func.coalesce(start.c.run_count, literal_column("1"))
+    several = select(start.c.batch_id).where(count > literal_column("1"))
+    return (
+        several.join(runs, runs.c.run_id == start.c.run_id),
+        several.join(runs, is_further_run(runs, start)),
     )
 
 
@@ -200,7 +260,7 @@ async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> lis
         return []
     digest, run_number = parts
     columns = (batch_rows.c.batch_id, batches.c.name, batch_rows.c.position, starts.c.run_id)
-    rows = with_outcomes(select(*columns, batch_rows.c.attempt, batch_rows.c.carried))
+    rows = with_starts(select(*columns, batch_rows.c.attempt, batch_rows.c.carried))
     statement = rows.where(
         batch_rows.c.row_digest == digest,
         batch_rows.c.generation == run_number.generation,

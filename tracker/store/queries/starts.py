@@ -29,10 +29,12 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    FromClause,
     Row,
     and_,
     case,
     func,
+    literal_column,
     null,
     or_,
     select,
@@ -41,12 +43,13 @@ from sqlalchemy import (
 )
 
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Observed
+from tracker.core.record import Observed, Record
 from tracker.core.run import known
 from tracker.core.starts import Budget, Tags
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
+from tracker.store.queries.runs import RUN_COLUMNS, fetch_records, get_runs
 from tracker.store.schema import LONGEST_LEASE, is_any_of, is_free, runs, starts, word
 
 
@@ -92,8 +95,9 @@ class StartRow:
     fields; `conflict` in it says that FLORA knows the key, `possible` which runs the start may
     have become, `excluded` which a person says it has not. Each of `reserved_runs` runs takes
     `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
-    first run and those not observed yet. `sent_clock` is when it was sent by a clock that only runs
-    forward (`sent_by`), `set_back` by how many seconds the clock was set back since the first time.
+    first run and those not observed yet. `run_count` is how many are known; `None` counts as one.
+    `sent_clock` is when it was sent by a clock that only runs forward (`sent_by`), `set_back` by
+    how many seconds the clock was set back since the first time.
     """
 
     workspace_id: str
@@ -117,6 +121,7 @@ class StartRow:
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
     reserved_runs: int | None = None
+    run_count: int | None = None
     sent_clock: dict[str, Any] | None = None
     set_back: float | None = None
 
@@ -184,6 +189,13 @@ class StartRow:
             workspace_id=self.workspace_id,
             idempotency_key=self.idempotency_key,
         )
+
+    @property
+    def missing_runs(self) -> int:
+        """How many of its runs are not known yet, as far as its inputs show: FLORA's answer names
+        the first, and callbacks name the others."""
+        is_started = self.state is StartState.STARTED
+        return max((self.reserved_runs or 1) - 1, 0) if is_started else 0
 
     def is_held(self, now: datetime) -> bool:
         return self.lease_until is not None and now < self.lease_until <= now + LONGEST_LEASE
@@ -265,10 +277,47 @@ async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
     return _found(await db.fetchrow(select(starts).where(_is(workspace_id, key))))
 
 
+# The runs of a start: one, or several if an input has several values. The first that was known is
+# the `run_id` of the start; those after it have its key.
+
+HAS_SEVERAL: Final = starts.c.run_count > literal_column("1")
+"""Several runs of the start are known."""
+
+
+def is_further_run(run: FromClause, start: FromClause = starts) -> ColumnElement[bool]:
+    """`run`, the table `runs` or an alias of it, is a run of the start, and not its first."""
+    return and_(
+        run.c.idempotency_key == start.c.idempotency_key,
+        run.c.workspace_id == start.c.workspace_slot,
+        run.c.run_id != start.c.run_id,
+    )
+
+
 async def of_run(db: Database, run_id: str) -> StartRow | None:
     """The start that became this run; the first if FLORA answered several keys with it."""
-    statement = select(starts).where(starts.c.run_id == run_id).order_by(starts.c.created_at)
-    return _found(await db.fetchrow(statement.limit(1)))
+    first = select(starts).where(starts.c.run_id == run_id)
+    further = select(starts).join(runs, is_further_run(runs)).where(runs.c.run_id == run_id)
+    found = first.union_all(further).subquery()
+    return _found(await db.fetchrow(select(found).order_by(found.c.created_at).limit(1)))
+
+
+async def runs_of(db: Database, rows: Iterable[StartRow]) -> dict[str, list[Record]]:
+    """The stored runs of starts of one workspace, by idempotency key: the first one, then the
+    others by their creation."""
+    rows = list(rows)
+    records = await get_runs(db, (row.run_id for row in rows if row.run_id is not None))
+    found = {row.idempotency_key: [] if row.run_id is None else [row.run_id] for row in rows}
+    several = [row.idempotency_key for row in rows if (row.run_count or 1) > 1]
+    if several:
+        further = select(*RUN_COLUMNS).where(
+            is_any_of(runs.c.idempotency_key, several), runs.c.workspace_id == rows[0].workspace_id
+        )
+        for record in await fetch_records(db, further.order_by(runs.c.created_at, runs.c.run_id)):
+            run_id = record.run.run_id
+            records[run_id] = record
+            if (ids := found[record.idempotency_key or ""]) and run_id != ids[0]:
+                ids.append(run_id)
+    return {key: [records[one] for one in ids if one in records] for key, ids in found.items()}
 
 
 async def of_keys(db: Database, workspace_id: str, keys: Iterable[str]) -> dict[str, StartRow]:

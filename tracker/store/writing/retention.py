@@ -335,18 +335,22 @@ _START_KEY: Final = (starts.c.workspace_slot, starts.c.idempotency_key)
 
 
 def _no_longer_needed(connection: Connection, rows: Sequence[Any]) -> list[tuple[str, str]]:
-    """The keys of finished starts whose run is gone and that belong to no batch."""
+    """The keys of finished starts whose runs are gone and that belong to no batch."""
     stored = select(runs.c.run_id).where(runs.c.run_id.in_([row.run_id for row in rows]))
     keys = [row.idempotency_key for row in rows]
+    keyed = select(runs.c.workspace_id, runs.c.idempotency_key)
+    keyed = keyed.where(runs.c.idempotency_key.in_(keys))
     batched = select(batch_rows.c.idempotency_key).where(batch_rows.c.idempotency_key.in_(keys))
     known = set(connection.execute(stored).scalars())
     kept = set(connection.execute(batched).scalars())
+    having = {(row[0], row[1]) for row in connection.execute(keyed)}
     return [
         (row.workspace_slot, row.idempotency_key)
         for row in rows
         if row.state in ("started", "refused")
         and row.run_id not in known
         and row.idempotency_key not in kept
+        and (row.workspace_slot, row.idempotency_key) not in having
     ]
 
 

@@ -161,9 +161,10 @@ _DELETE_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_i
 
 
 def _close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
-    """Starts that became runs, with the values of `_STARTED_COLUMNS`: each keeps its first run, and
-    no longer reserves the runs that appeared."""
+    """Starts that became runs, with the values of `_STARTED_COLUMNS`: each keeps its first run,
+    counts those that appeared, and no longer reserves them."""
     is_started = starts.c.state == "started"
+    further = case((is_started, shown), else_=others)
     return (
         update(starts)
         .where(
@@ -174,7 +175,8 @@ def _close_starts(workspace: Any, key: Any, run: Any, shown: Any, others: Any) -
         .values(
             state="started",
             run_id=func.coalesce(starts.c.run_id, run),
-            reserved_runs=starts.c.reserved_runs - case((is_started, shown), else_=others),
+            run_count=func.coalesce(starts.c.run_count, 1) + further,
+            reserved_runs=starts.c.reserved_runs - further,
             error=null(),
             request_body=null(),
             lease_until=null(),

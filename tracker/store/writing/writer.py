@@ -184,7 +184,10 @@ class WriteBatch:
                 changes.events.append(event)
             if entry.workspace_id is not None and entry.idempotency_key is not None:
                 key = (entry.workspace_id, entry.idempotency_key)
-                is_counted = before is not None and before.reserved_at is not None
+                # A version before 0023 stored the reservation without the key.
+                is_counted = before is not None and (
+                    before.idempotency_key is not None or before.reserved_at is not None
+                )
                 self._started.setdefault(key, [run_id, 0])[1] += not is_counted
         due = after.next_check_at
         known = None if before is None else before.next_check_at

@@ -151,13 +151,19 @@ class Row(ResponseModel):
     row: int = Field(ge=1)
     line: int = Field(ge=1, description="Its first line in the sheet.")
     key: str = Field(description="The idempotency key of its start.")
-    run_id: str | None
+    run_id: str | None = Field(description="Its first run.")
+    run_ids: list[str] = Field(
+        description="All its known runs, the first first: one for each value of an input."
+    )
     status: str = Field(
-        description="FLORA's status of its run; `not_started`, `sending`, `in_doubt`, `refused` or "
+        description="FLORA's status of its runs: of one in progress while there is one, "
+        "`completed` once all have; `not_started`, `sending`, `in_doubt`, `refused` or "
         "`unresolved` before there is one; `lost` or `forgotten` if there is none any more."
     )
-    cost: float | None = Field(ge=0)
-    cost_final: bool
+    cost: float | None = Field(
+        ge=0, description="The sum of the bills of its runs, once each is known."
+    )
+    cost_final: bool = Field(description="No bill may change any more, and no run is missing.")
     quoted_cost: float | None = Field(ge=0)
     retry_advice: RetryAdvice | None
     error: str | None

@@ -39,6 +39,7 @@ _RUN: dict[str, Any] = {
     "settled_at": "2026-06-11T12:00:32.100000Z",
     "conflict": False,
     "inputs": [{"id": "prompt", "type": "text", "value": "garden tools"}],
+    "idempotency_key": "order-17",
     "tags": {"team": "red"},
     "reserved_at": "2026-06-11T12:00:00.100000Z",
     "reserved_cost": 0.25,
@@ -154,6 +155,10 @@ class Run(ResponseModel):
     settled_at: datetime | None
     conflict: bool = Field(description="Two sources disagree about its end.")
     inputs: list[RunInput] | None = Field(description="Null unless the tracker started it.")
+    idempotency_key: str | None = Field(
+        description="The key of the start that it belongs to. A start with several values for an "
+        "input has several runs."
+    )
     tags: dict[str, str] = Field(description="Empty unless the tracker started it.")
     reserved_at: datetime | None = Field(description="Start of the reservation in the budgets.")
     reserved_cost: float | None = Field(ge=0, description="The reserved price.")

@@ -251,8 +251,8 @@ class BatchPages(PageGroup):
         name, *others = [cell for cell in cells if cell] or [""]
         asked = prompt(row.inputs)
         about = " · ".join(filter(None, [*others, asked if name else ""]))
-        outputs = None if row.record is None else row.record.run.outputs
-        views = self._views(outputs, ports)
+        # The names of outputs are those of one run.
+        views = [view for one in row.records for view in self._views(one.run.outputs, ports)]
         name = name or asked or f"row {row.entry.position}"
         return {"state": row, "name": name, "about": about, "views": views}
 

@@ -36,6 +36,7 @@ from tracker.store.queries.search import (
     search_runs,
 )
 from tracker.store.queries.sheet_rows import RowOfBatch, SheetMatches, rows_of_start, search_sheets
+from tracker.store.queries.starts import StartRow
 from tracker.store.queries.techniques import technique_names
 from tracker.views import run_json, web_link
 from tracker.web.auth import actor_of
@@ -184,7 +185,8 @@ class RunPages(PageGroup):
         explanation = await self._services.explainer.explain(run.run_id)
         outputs = run.outputs or ()
         technique = run.technique_id and await techniques.get(database, run.technique_id)
-        rows = await self._rows(record)
+        start = await starts.of_run(database, run.run_id)
+        rows = await self._rows(start)
         sentences = explanation.sentences if explanation else ()
         return self._render(
             request,
@@ -196,6 +198,8 @@ class RunPages(PageGroup):
             views=self._views(outputs, technique.outputs if technique else ())[:MAX_SHOWN],
             inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
             rows=rows,
+            start=start,
+            of_start=await self._of_start(start),
             again=await self._again(record, rows),
             sentences=sentences[-MAX_SHOWN:],
             truncated=max(len(sentences), len(outputs)) > MAX_SHOWN,
@@ -216,7 +220,8 @@ class RunPages(PageGroup):
         """Starts the same inputs again, once for each run, and shows the new run."""
         form = await read_form(request)
         record = await self._record(request)
-        again = await self._again(record, await self._rows(record))
+        rows = await self._rows(await starts.of_run(self._database, record.run.run_id))
+        again = await self._again(record, rows)
         if again is None:
             return FlashMessage("bad", "This run cannot be started again here.")
         if again.run_id is not None:
@@ -293,9 +298,15 @@ class RunPages(PageGroup):
             "tracker runs track.",
         )
 
-    async def _rows(self, record: Record) -> list[RowOfBatch]:
-        start = await starts.of_run(self._database, record.run.run_id)
+    async def _rows(self, start: StartRow | None) -> list[RowOfBatch]:
         return [] if start is None else await rows_of_start(self._database, start)
+
+    async def _of_start(self, start: StartRow | None) -> list[str]:
+        """The runs of a start that has several."""
+        if start is None or (start.run_count or 1) == 1:
+            return []
+        runs = await starts.runs_of(self._database, [start])
+        return [one.run.run_id for one in runs[start.idempotency_key]]
 
     async def _again(self, record: Record, rows: list[RowOfBatch]) -> RetryOffer | None:
         """Whether the run can be started again here. A batch starts its rows again itself."""

@@ -1,0 +1,261 @@
+"""A start may have several runs, one for each value of an input: all of them belong to it."""
+
+import itertools
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests.store.making import NOW, TestWriter, seen
+from tests.store.test_batches import BATCH, counts_of, entries
+from tests.store.test_spending import DAY, became, reserve
+from tracker.core.record import Observed
+from tracker.core.run import Output, RunError, RunStatus
+from tracker.operations.retention import Ages, Pruner
+from tracker.starting.rows import RowState, csv_lines, kept_rows
+from tracker.store import migrate
+from tracker.store import schema as tables
+from tracker.store.engine import Database
+from tracker.store.queries import batches, sheet_rows, starts
+from tracker.store.queries.batches import BatchEntry
+from tracker.store.queries.sheet_rows import RowOutcome
+from tracker.store.schema import runs
+
+OF_BATCH = replace(BATCH, workspace_id="ws_1")
+STATES = ("running", "completed", "failed", "lost")
+
+
+async def start_row(
+    db: Database, writer: TestWriter, entry: BatchEntry, *run_ids: str, values: int = 0
+) -> None:
+    """Start a row that becomes these runs; `values` if it has more values than runs are known."""
+    row = await reserve(db, entry.key, runs=values or len(run_ids), budgets=[])
+    for number, run_id in enumerate(run_ids):
+        at = NOW + timedelta(seconds=number)
+        entry_of = became(run_id, row)
+        observation = replace(entry_of.observation, at=at, created_at=at)
+        await writer.submit(replace(entry_of, observation=observation))
+
+
+def ended(run_id: str, state: str, **facts: Any) -> Observed:
+    """What a read long after the end of a run shows."""
+    status = RunStatus.COMPLETED if state == "completed" else RunStatus.FAILED
+    at = NOW + timedelta(hours=3)
+    given: dict[str, Any] = {"completed_at": NOW}
+    given |= {"charged_cost": Decimal("0.25")} if state == "completed" else {}
+    if state == "failed":
+        given["error"] = RunError("model_timeout", f"of {run_id}")
+    return seen(run_id, status, at=at, facts=given | facts)
+
+
+async def bring(db: Database, writer: TestWriter, run_id: str, state: str) -> None:
+    if state == "lost":
+        values = {"tracking": "lost"}
+        await db.execute(sa.update(runs).where(runs.c.run_id == run_id).values(**values))
+    elif state != "running":
+        await writer.submit(ended(run_id, state))
+
+
+async def only_row(db: Database) -> RowState:
+    (row,) = await kept_rows(db, OF_BATCH)
+    return row
+
+
+async def test_a_row_is_what_all_its_runs_are(db: Database, writer: TestWriter) -> None:
+    """It is running while one of them is, completed once all are, and failed otherwise, by the
+    error of the first that failed; in Python and in SQL alike, for all states of three runs."""
+    product = [*itertools.product(STATES, repeat=3)]
+    rows = entries(*(f"{number:024}" for number in range(len(product))))
+    await batches.keep(db, OF_BATCH, rows)
+    for number, (entry, states) in enumerate(zip(rows, product, strict=True)):
+        ids = [f"run_{number}_{which}" for which in "abc"]
+        await start_row(db, writer, entry, *ids)
+        for run_id, state in zip(ids, states, strict=True):
+            await bring(db, writer, run_id, state)
+    expected = {
+        "running": [number for number, states in enumerate(product) if "running" in states],
+        "completed": [n for n, states in enumerate(product) if {*states} == {"completed"}],
+    }
+    others = {*range(len(product))} - {*expected["running"], *expected["completed"]}
+    found = await kept_rows(db, OF_BATCH)
+    for number, row in enumerate(found):
+        assert row.run_ids == [f"run_{number}_{which}" for which in "abc"]
+        first = next((s for s in product[number] if s != "completed"), "completed")
+        if number in others:
+            assert row.status == first
+            which = "abc"[product[number].index(first)]
+            if first == "failed":
+                assert row.why == f"model_timeout: of run_{number}_{which}"
+        else:
+            assert row.done == (number in expected["completed"])
+            assert (row.status == "completed") == row.done
+    counts = await counts_of(db)
+    assert counts.active == len(expected["running"])
+    assert counts.completed == len(expected["completed"]) == 1
+    assert counts.failed + counts.lost == len(others)
+    assert (counts.rows, counts.started) == (64, 64)
+    costs = [row.cost for row in found if row.cost is not None]
+    assert len(costs) == sum({"completed"} <= {*s} <= {"completed", "failed"} for s in product)
+    completed = sum(states.count("completed") for states in product)
+    assert counts.cost == completed * Decimal("0.25")
+    for outcome, which in (
+        (RowOutcome.RUNNING, {*expected["running"]}),
+        (RowOutcome.COMPLETED, {*expected["completed"]}),
+        (RowOutcome.FAILED, others),
+    ):
+        of = await batches.entries(db, "bat_1", outcome=outcome)
+        assert {one.position - 1 for one in of} == which
+        pages = await sheet_rows.page_starts(db, "bat_1", outcome=outcome, limit=1000)
+        assert len(pages) == 1
+    groups = {one.code: one.count for one in await sheet_rows.error_groups(db, "bat_1")}
+    by_first = [next(s for s in product[number] if s != "completed") for number in others]
+    assert groups == {"lost": by_first.count("lost"), "model_timeout": by_first.count("failed")}
+
+
+async def test_a_row_has_the_costs_and_outputs_of_all_its_runs(
+    db: Database, writer: TestWriter
+) -> None:
+    """A cost is not shown before each is known; a failed run without one is known to have none."""
+    (entry,) = entries("a" * 24)
+    await batches.keep(db, OF_BATCH, [entry])
+    await start_row(db, writer, entry, "run_2", "run_1", "run_3")
+    made = {n: (Output(f"o{n}", "imageUrl", f"https://media.example/{n}"),) for n in range(1, 4)}
+    await writer.submit(ended("run_2", "completed", outputs=made[2]))
+    assert (await only_row(db)).cost is None
+    await writer.submit(ended("run_1", "completed", outputs=made[1], charged_cost=Decimal("0.5")))
+    row = await only_row(db)
+    assert (row.cost, row.cost_final, row.status) == (None, False, "pending")
+    await writer.submit(ended("run_3", "failed"))
+    row = await only_row(db)
+    assert (row.cost, row.cost_final, row.status) == (Decimal("0.75"), True, "failed")
+    assert row.run_ids == ["run_2", "run_1", "run_3"]
+    assert [output.output_id for output in row.outputs] == ["o2", "o1"]
+    counts = await counts_of(db)
+    assert (counts.cost, counts.cost_final, counts.several) == (Decimal("0.75"), True, 1)
+    header, line = (text.strip().split(",") for text in csv_lines([row]))
+    shown = dict(zip(header, line, strict=True))
+    assert (shown["run_id"], shown["run_id.2"], shown["run_id.3"]) == ("run_2", "run_1", "run_3")
+    assert (shown["cost"], shown["output.2"]) == ("0.75", "https://media.example/1")
+    ids = await db.fetchcol(sheet_rows.run_ids_of(["bat_1"]))
+    assert {*ids} == {"run_1", "run_2", "run_3"}
+
+
+async def test_a_row_whose_runs_are_not_all_known_has_no_final_cost(
+    db: Database, writer: TestWriter
+) -> None:
+    """FLORA's answer names the first alone."""
+    (entry,) = entries("a" * 24)
+    await batches.keep(db, OF_BATCH, [entry])
+    await start_row(db, writer, entry, "run_1", values=3)
+    await writer.submit(ended("run_1", "completed"))
+    row, counts = await only_row(db), await counts_of(db)
+    assert (row.cost, row.cost_final, row.missing_runs) == (Decimal("0.25"), False, 2)
+    assert (counts.cost_final, counts.missing, counts.completed) == (False, 2, 1)
+    assert not counts.awaits_runs(NOW + timedelta(hours=3))  # it is not called back
+
+
+async def test_each_run_leads_to_its_start(db: Database, writer: TestWriter) -> None:
+    """Whichever of its runs it is, it is no possible run of another start. Another workspace may
+    use the same key."""
+    for workspace in ("ws_1", "ws_2"):
+        row = await reserve(db, "key", runs=2, workspace_id=workspace)
+        for number in (1, 2):
+            run_id = f"{workspace}_{number}"
+            entry = became(run_id, row)
+            observation = replace(entry.observation, workspace_id=workspace)
+            await writer.submit(replace(entry, observation=observation, workspace_id=workspace))
+    other = await reserve(db, "other")
+    for workspace, run_id in (("ws_1", "ws_1_1"), ("ws_1", "ws_1_2"), ("ws_2", "ws_2_2")):
+        found = await starts.of_run(db, run_id)
+        assert found is not None
+        assert (found.workspace_id, found.run_id) == (workspace, f"{workspace}_1")
+        assert (found.run_count, found.missing_runs) == (2, 0)
+        records = (await starts.runs_of(db, [found]))["key"]
+        assert [one.run.run_id for one in records] == [f"{workspace}_1", f"{workspace}_2"]
+        assert await starts.possible(db, other, [run_id]) == set()
+
+
+async def test_a_run_of_two_starts_stays_with_both(db: Database, writer: TestWriter) -> None:
+    """FLORA may answer several keys with one run."""
+    for key in ("one", "two"):
+        await writer.submit(became("run_1", await reserve(db, key)))
+    rows = await starts.of_keys(db, "ws_1", ["one", "two"])
+    records = await starts.runs_of(db, rows.values())
+    assert [[one.run.run_id for one in records[key]] for key in ("one", "two")] == [["run_1"]] * 2
+    found = await starts.of_run(db, "run_1")
+    assert found is not None
+    assert found.idempotency_key == "one"
+
+
+async def test_retention_keeps_a_start_while_one_of_its_runs_is_stored(
+    db: Database, writer: TestWriter
+) -> None:
+    """Whatever became of the first, and removes it after the last."""
+    row = await reserve(db, "key", runs=2)
+    for run_id in ("run_1", "run_2"):
+        await writer.submit(became(run_id, row))
+        await writer.submit(ended(run_id, "completed", created_at=NOW))
+    await db.execute(sa.delete(runs).where(runs.c.run_id == "run_1"))
+    ages = Ages(runs=400 * DAY, bodies=400 * DAY, keys=DAY)
+    pruner = Pruner(database=db, clock=lambda: NOW + 30 * DAY)
+    await pruner.prune(ages)
+    found = await starts.get(db, "ws_1", "key")
+    assert found is not None
+    assert [one.run.run_id for one in (await starts.runs_of(db, [found]))["key"]] == ["run_2"]
+    await db.execute(sa.delete(runs).where(runs.c.run_id == "run_2"))
+    await pruner.prune(ages)
+    assert await starts.get(db, "ws_1", "key") is None
+
+
+@pytest.mark.parametrize("answers", [2, 3])
+async def test_a_callback_costs_no_statement_for_that(
+    db: Database, writer: TestWriter, answers: int
+) -> None:
+    """The runs of a start are counted by the statement that closes it; a callback that comes again
+    counts nothing."""
+    row = await reserve(db, "key", runs=2)
+    for number in range(answers):
+        await writer.submit(became(f"run_{number % 2}", row))
+    found = await starts.get(db, "ws_1", "key")
+    assert found is not None
+    assert (found.run_count, found.reserved_runs, found.run_id) == (2, 1, "run_0")
+
+
+async def test_further_runs_of_earlier_starts_are_found(empty_database_url: str) -> None:
+    """By the address that their callbacks came to. What came elsewhere belongs to no start."""
+    await migrate.upgrade(empty_database_url, "0022")
+    run: dict[str, Any] = {"status": "running", "created_at": NOW, "first_seen_at": NOW}
+    run |= dict.fromkeys(("progress", "output_count", "polls", "checks", "missing"), 0)
+    run |= dict.fromkeys(("details", "precedences"), 0) | {"precedence": 1}
+    run |= dict.fromkeys(("created_at_known", "conflict", "callback_expected"), False)
+    run |= {"tracking": "active", "next_check_at": NOW, "workspace_id": "ws_1", "source": "start"}
+    came = {"received_at": NOW, "last_received_at": NOW, "receipts": 1, "body": b"{}"}
+    start = {"technique_id": "tech_1", "fingerprint": "", "inputs": [], "created_at": NOW}
+    start |= {"workspace_slot": "ws_1", "state": "started", "reserved_runs": 1}
+    tokens = {"run_1": "a", "run_2": "a", "run_3": "a", "run_4": "b", "run_5": None}
+    rows = {
+        runs: [run | {"run_id": run_id} for run_id in tokens],
+        tables.starts: [
+            start | {"idempotency_key": key, "run_id": run_id, "callback_token": key}
+            for key, run_id in (("a", "run_1"), ("b", "run_4"))
+        ],
+        tables.deliveries: [
+            came
+            | {"delivery_id": f"whd_{run_id}", "run_id": run_id, "callback_token": token}
+            | {"outcome": "applied"}
+            for run_id, token in tokens.items()
+        ],
+    }
+    async with await Database.open(empty_database_url) as db:
+        for table, values in rows.items():
+            await db.write(lambda c, t=table, v=values: c.execute(sa.insert(t), v).rowcount)
+        await migrate.upgrade(empty_database_url)
+        found = await starts.of_keys(db, "ws_1", ["a", "b"])
+        assert {key: row.run_count for key, row in found.items()} == {"a": 3, "b": None}
+        records = await starts.runs_of(db, found.values())
+        ids = {key: [one.run.run_id for one in of] for key, of in records.items()}
+        assert ids == {"a": ["run_1", "run_2", "run_3"], "b": ["run_4"]}
+        assert await starts.of_run(db, "run_5") is None

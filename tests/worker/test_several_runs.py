@@ -1,0 +1,123 @@
+"""A start with several values for an input makes several runs; a row of a batch has all of them."""
+
+import asyncio
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import eventually
+from tests.worker.conftest import MakeFlora, OpenServices, the_run
+from tests.worker.doubt import attempt
+from tests.worker.test_batch import silent
+from tests.worker.test_own_address import receiving
+from tracker.delivering.downloads import DownloadOptions, DownloadReport
+from tracker.services import Services
+from tracker.simulator import Options, running
+from tracker.starting.rows import BatchPlan
+from tracker.starting.sheet import sheet_of_objects
+from tracker.store.queries import starts
+
+LINK = "https://a.example/{}.png".format
+
+
+def inputs(*values: str) -> list[dict[str, str]]:
+    images = [{"id": "image", "type": "imageUrl", "value": LINK(value)} for value in values]
+    return [*images, {"id": "reference", "type": "imageUrl", "value": LINK("r")}]
+
+
+async def plan(services: Services, *rows: list[str]) -> BatchPlan:
+    """A row for each list of values of one input."""
+    objects = [{"image": [*map(LINK, one)], "reference": LINK("r"), "sku": one[0]} for one in rows]
+    sheet = sheet_of_objects(enumerate(objects, start=1))
+    planned, _ = await services.batches.plan(
+        "color-transfer", sheet, name="colours", tags={"team": "red"}
+    )
+    return planned
+
+
+async def test_a_row_has_all_runs_of_its_start(database_url: str, tmp_path: Path) -> None:
+    """The command waits for the callbacks of those that FLORA's answer does not name, and then has
+    their costs, outputs and tags. What one run made has the names that it always had."""
+    options: dict[str, Any] = {"failures": 0.0, "run_seconds": 0.5, "run_per_value": True}
+    settings = {"tracker_cost_recheck": 1, "tracker_poll_interval": 1}
+    async with (
+        running(Options(**options)) as flora,
+        receiving(flora, database_url, **settings) as services,
+    ):
+        planned = await plan(services, ["a", "b", "c"], ["d"])
+        outcome = await services.batches.run(planned, concurrency=2, wait=True, on_progress=silent)
+        assert outcome.stopped is None
+        of = {run.inputs[0]["value"]: run_id for run_id, run in flora.world.runs.items()}
+        first, second = outcome.rows
+        assert {*first.run_ids} == {of[LINK(value)] for value in "abc"}
+        assert first.run_ids[0] == first.result["run_id"]
+        assert second.run_ids == [of[LINK("d")]]
+        assert [row.status for row in outcome.rows] == ["completed", "completed"]
+        assert (outcome.counts.started, outcome.counts.completed) == (2, 2)
+        for run_id in of.values():
+            assert (await the_run(services, run_id)).tags == {"team": "red"}
+
+        async def is_billed() -> bool:
+            await services.poller.poll_due()
+            return (await services.batches.counts(outcome.batch)).cost_final
+
+        await eventually(is_billed, timeout=30)
+        rows = await services.batches.rows(outcome.batch)
+        price = planned.technique.run_cost or Decimal(0)
+        assert [row.cost for row in rows] == [3 * price, price]
+        assert (await services.batches.counts(outcome.batch)).cost == 4 * price
+        report = DownloadReport()
+        source = services.downloader.batch(outcome.batch.batch_id, watch=False)
+        await services.downloader.download(
+            source, DownloadOptions(to=tmp_path, allow_private=True), report
+        )
+        assert report.complete
+        names = sorted(path.stem for path in tmp_path.glob("00*"))
+        (other,) = [name for name in names if name.startswith("002_")]
+        made = other.removeprefix("002_")
+        assert names == [f"001_{made}", f"001_run2_{made}", f"001_run3_{made}", other]
+
+
+async def test_a_start_in_doubt_gets_all_its_runs(database_url: str) -> None:
+    """By the callbacks to its own address, of whichever run the first one is. None of its runs may
+    be another start's."""
+    options: dict[str, Any] = {"failures": 0.0, "run_seconds": 0.5, "run_per_value": True}
+    async with (
+        running(Options(lost_starts=1.0, **options)) as flora,
+        receiving(flora, database_url) as services,
+    ):
+        more = {"technique": "color-transfer", "inputs": inputs("a", "b", "c")}
+        assert await attempt(services, "key-1", **more) is None
+
+        async def all_are_known() -> bool:
+            row = await starts.get(services.database, "ws_simulator", "key-1")
+            return row is not None and row.run_count == 3
+
+        await eventually(all_are_known, timeout=30)
+        row = await starts.get(services.database, "ws_simulator", "key-1")
+        assert row is not None
+        assert (row.state, row.missing_runs) == ("started", 0)
+        found = (await starts.runs_of(services.database, [row]))["key-1"]
+        assert {one.run.run_id for one in found} == {*flora.world.runs}
+        assert found[0].run.run_id == row.run_id
+        explanation = await services.explainer.explain(found[-1].run.run_id)
+        assert explanation is not None
+        texts = [sentence.text for sentence in explanation.sentences]
+        assert f"The run is one of 3 of this start; the first is {row.run_id}." in texts
+
+
+async def test_without_callbacks_only_the_first_run_is_known(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """Nothing tells the others from those of colleagues. The command does not wait for them, and
+    calls the cost a minimum."""
+    async with make_flora(run_per_value=True) as flora:
+        services = await open_on(flora)
+        planned = await plan(services, ["a", "b"])
+        outcome = await asyncio.wait_for(
+            services.batches.run(planned, concurrency=1, wait=False, on_progress=silent), 60
+        )
+        (row,) = outcome.rows
+        assert (len(row.run_ids), row.missing_runs) == (1, 1)
+        assert len(flora.world.runs) == 2
+        assert not outcome.counts.cost_final
