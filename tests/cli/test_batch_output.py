@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -173,14 +174,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_the_form_follows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+class Terminal(io.StringIO):
+    """A stdout that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_form_follows_the_file() -> None:
     """What is asked for, else by the ending, else a table on a terminal and CSV elsewhere."""
     assert results_format(Results.JSONL, Path("a.csv")) is Results.JSONL
     assert results_format(None, Path("a.ndjson")) is Results.JSONL
     assert results_format(None, Path("a.txt")) is Results.CSV
     assert results_format(None, None) is Results.CSV
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert results_format(None, None) is Results.TABLE
+    with redirect_stdout(Terminal()):
+        assert results_format(None, None) is Results.TABLE
 
 
 def test_progress_fits_the_terminal() -> None:

@@ -2,14 +2,16 @@
 would give."""
 
 import asyncio
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from tests.web.callbacks import PATH, event, signature
 from tests.web.conftest import Serve
-from tests.web.serving import Answer, post, wire
-from tracker.web.callbacks import Callbacks
+from tests.web.serving import Answer, post, serving, wire
+from tracker.web.app import build_app
 from tracker.web.http.responses import Answer as Write
 
 
@@ -84,20 +86,25 @@ async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
 
 
 @pytest.mark.alone
-async def test_it_is_used(serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_used(serve: Serve, sqlite_url: str) -> None:
     """An authentic callback takes the short way, and a forged one is refused by the other: what is
     measured is the first."""
     taken: list[bool] = []
-    take = Callbacks.take
-
-    def watch(self: Callbacks, scope: dict[str, object], body: bytes, answer: Write) -> bool:
-        taken.append(take(self, scope, body, answer))
-        return taken[-1]
-
-    monkeypatch.setattr(Callbacks, "take", watch)
     body = event("run_1")
-    async with serve(sqlite_url) as site, wire(site.base_url) as asking:
-        for signed_body, status in ((body, 200), (b"another", 401), (body, 200)):
-            await asking.send(post(PATH, body, f"Flora-Signature: {signature(signed_body)}"))
-            assert (await asking.answer()).status == status
+    async with serve(sqlite_url) as site:
+        app = build_app(site.services)
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive, send)
+
+        def take(scope: dict[str, Any], body: bytes, answer: Write) -> bool:
+            assert app.take is not None
+            taken.append(app.take(scope, body, answer))
+            return taken[-1]
+
+        watched.take = take  # type: ignore[attr-defined]
+        async with serving(watched) as base_url, wire(base_url) as asking:
+            for signed_body, status in ((body, 200), (b"another", 401), (body, 200)):
+                await asking.send(post(PATH, body, f"Flora-Signature: {signature(signed_body)}"))
+                assert (await asking.answer()).status == status
     assert taken == [True, False, True]

@@ -9,9 +9,9 @@ from logging import INFO
 from urllib.parse import urlsplit
 
 import asyncpg
+import httpx
 import pytest
 from apscheduler.jobstores.base import JobLookupError
-from starlette.responses import Response
 
 from tests.support.logs import capture_logs
 from tests.support.waiting import NO_SWEEPS, eventually
@@ -21,7 +21,6 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.settings.model import EndpointSettings
 from tracker.simulator import Options, Simulator, running
-from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
 from tracker.store.queries import sweeps
 from tracker.worker import Worker, WorkerTimes
@@ -35,9 +34,11 @@ async def working(
     simulator: Simulator,
     *,
     endpoints: tuple[EndpointSettings, ...] = (),
+    prepare: Callable[[Services], None] = lambda _: None,
     **times: float,
 ) -> AsyncIterator[tuple[Worker, Services]]:
-    """A process's worth of services with its worker running, and short waits."""
+    """A process's worth of services with its worker running, and short waits. `prepare` is called
+    with the services before the worker starts."""
     settings = Settings(
         flora_base_url=simulator.base_url,
         flora_api_key=simulator.world.options.api_key,
@@ -48,6 +49,7 @@ async def working(
         endpoints=endpoints,
     )
     async with open_services(settings, background=True) as services:
+        prepare(services)
         worker = Worker(services, times=WorkerTimes(**times))
         await worker.start()
         try:
@@ -107,13 +109,23 @@ async def test_work_of_another_process_is_heard_of(postgres_url: str, simulator:
     assert run.run_id != late.run_id
 
 
+def hang(services: Services) -> None:
+    """Withhold FLORA's answers, from now on."""
+
+    async def late(_: httpx.Response) -> None:
+        await asyncio.Event().wait()
+
+    for workspace in services.workspaces:
+        workspace.require_client().http.event_hooks = {"response": [late]}
+
+
 async def test_a_worker_that_stops_gives_its_claims_back(
-    database_url: str, simulator: Simulator, hang: Callable[[], None]
+    database_url: str, simulator: Simulator
 ) -> None:
     """Told to stop in the middle of a read, a worker breaks it off and leaves the run to others."""
     async with working(database_url, simulator) as (_, services):
         await eventually(lambda: swept(services))
-        hang()
+        hang(services)
         await services.tracker.track("run_slow")
 
         async def claimed() -> bool:
@@ -129,14 +141,10 @@ async def test_a_worker_that_stops_gives_its_claims_back(
 
 
 async def test_to_stop_is_no_error(
-    database_url: str,
-    simulator: Simulator,
-    hang: Callable[[], None],
-    caplog: pytest.LogCaptureFixture,
+    database_url: str, simulator: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Told to stop in the middle of a sweep, a worker breaks it off and logs nothing of it."""
-    hang()
-    async with working(database_url, simulator):
+    async with working(database_url, simulator, prepare=hang):
         await eventually(lambda: simulator.world.requests > 0)
     assert [record.getMessage() for record in caplog.records if record.levelno > INFO] == []
 
@@ -189,18 +197,3 @@ async def test_a_job_that_the_database_stops_is_said_seldom(
     said = [line for line in lines if line["event"] == "worker.job_failed"]
     assert [line["count"] for line in said if line["job"] == "poll"] == [1]
     await administrator.close()
-
-
-@pytest.fixture
-async def hang(
-    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Callable[[], None]]:
-    """Makes FLORA take requests and not answer them until the test is over."""
-    over = asyncio.Event()
-
-    async def late(self: SimulatedApi, *_: object) -> Response:
-        await over.wait()
-        return Response(status_code=503)
-
-    yield lambda: monkeypatch.setattr(SimulatedApi, "_answer", late)
-    over.set()

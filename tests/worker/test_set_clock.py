@@ -354,12 +354,11 @@ async def test_no_poll_is_put_off(
 
 @pytest.mark.parametrize("seconds", [pytest.param(200, marks=pytest.mark.thorough), 3600, -3600])
 async def test_a_process_without_a_worker_notices_that_the_machines_clock_is_set(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, seconds: int
+    sqlite_url: str, seconds: int
 ) -> None:
     """As `batch`, `runs start --wait`, `poll`, `serve --no-worker` and `Tracker(worker=False)` are:
     they recover starts themselves. So does one that starts within seconds of that."""
     wall = Wall()
-    monkeypatch.setattr(tracker.store.clock, "utc_now", wall)
     options = Options(failures=0.0, **GATEWAY)  # type: ignore[arg-type]
     async with running(options) as flora:
         settings = Settings(
@@ -368,10 +367,10 @@ async def test_a_process_without_a_worker_notices_that_the_machines_clock_is_set
             flora_webhook_secret=options.webhook_secret,
             tracker_database_url=sqlite_url,
         )
-        async with open_services(settings) as services:
+        async with open_services(settings, wall=wall) as services:
             assert await attempt(services) is None
             wall.offset = timedelta(seconds=seconds)
-            async with open_services(settings) as later:
+            async with open_services(settings, wall=wall) as later:
                 for _ in range(3):
                     for one in (later, services):
                         await one.recovery.recover()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.clocks import HandClock, PassedTime
@@ -308,17 +309,17 @@ async def test_a_refusal_that_is_not_stored_is_not_told(
     assert (again.replayed, list(flora.world.runs)) == (True, [again.record.run.run_id])
 
 
-async def test_a_fault_is_logged_when_the_caller_has_gone(
-    services: Services, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_fault_is_logged_when_the_caller_has_gone(services: Services) -> None:
     """Else nobody would know of it; the caller of a start that is still waited for is told."""
     gone = asyncio.Event()
 
-    async def send(*given: Any, **more: Any) -> None:
-        await gone.wait()
-        raise ZeroDivisionError("a fault")
+    async def fails_late(asked: httpx.Request) -> None:
+        if asked.method == "POST":
+            await gone.wait()
+            raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(services.starter.sender, "send", send)
+    [workspace] = services.workspaces
+    workspace.require_client().http.event_hooks = {"request": [fails_late]}
     with capture_logs() as lines:
         with pytest.raises(StartPending):
             await services.starter.start(request("key-1"), wait=0.05)
