@@ -107,7 +107,7 @@ def start(
             note(f"{error}. Waiting")
             started = await services.starter.start(request, wait=math.inf)
         if started.replayed:
-            note("A run was started with this key before; no new one was started.")
+            note("A run was started with this key before; a new one needs another key.")
         if not wait:
             return started.record
         (ended,) = await follow(services, [started.record.run.run_id])
