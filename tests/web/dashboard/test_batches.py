@@ -264,6 +264,28 @@ async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite
         assert shown_rows(await found.page()) == list(range(1, 11))
 
 
+async def test_rows_without_a_run_are_named_before_they_are_started(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """A retry starts them, too: the button of an interrupted batch and the question before it say
+    so, with the number of each."""
+    async with finished(serve, sqlite_url, failure_codes=("model_timeout",)) as found:
+        database = found.site.services.database
+        stored = await batches.get(database, found.batch_id)
+        assert stored is not None
+        inputs = [{"id": "prompt", "type": "text", "value": "garden tool"}]
+        entries = [
+            BatchEntry(position=n, line=n + 1, digest=f"{n:064}", inputs=inputs) for n in (11, 12)
+        ]
+        await batches.keep(database, stored, entries)
+        (group,) = await sheet_rows.error_groups(database, found.batch_id)
+        assert f"Retry {group.count} rows and start 2 rows…" in await found.page()
+        confirm = (await found.site.client.get(f"/batches/{found.batch_id}/retry")).text
+        assert f"Start {group.count + 2} runs, up to ${0.25 * (group.count + 2):.2f}?" in confirm
+        assert f"{group.count} rows that failed for a passing reason are started again." in confirm
+        assert "2 rows without a run are started." in confirm
+
+
 @asynccontextmanager
 async def _with_token(
     serve: Serve, url: str, reader: TokenSettings, **options: Any

@@ -268,6 +268,7 @@ class BatchPages(PageGroup):
         self, request: Request, plan: BatchPlan, which: str, *, refusal: str | None = None
     ) -> Response:
         runs = counted(len(plan.missing), "run")
+        again = sum(row.entry.run_number.attempt > 0 for row in plan.missing)
         price = "" if plan.cost is None else f", up to {money(plan.cost)}"
         return self._render(
             request,
@@ -277,7 +278,8 @@ class BatchPages(PageGroup):
             plan=plan,
             which=which,
             max_cost="" if plan.cost is None else str(plan.cost),
-            question=f"Start {runs}{'' if which == 'unstarted' else ' again'}{price}",
+            again=again,
+            question=f"Start {runs}{' again' if again == len(plan.missing) else ''}{price}",
             to_change=len(plan.to_change) if which == "failed" else 0,
             flash=None if refusal is None else FlashMessage("bad", refusal),
         )
