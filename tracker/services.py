@@ -14,7 +14,7 @@ from tracker.core.errors import SettingsError
 from tracker.core.log import get_logger, redact_also
 from tracker.core.waiting import ClosingStack
 from tracker.delivering.downloads import Downloader
-from tracker.delivering.targets import Handler, endpoint_of
+from tracker.delivering.endpoints import Handler, endpoint_of
 from tracker.delivering.webhooks import Webhooks
 from tracker.explainer import Explainer
 from tracker.flora.client import FloraClient

@@ -28,8 +28,8 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.flora.client import FloraClient
-from tracker.flora.connection import SharedWaits
 from tracker.flora.http import LONGEST_WAIT
+from tracker.flora.resilience import SharedWaits
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import workspaces as stored

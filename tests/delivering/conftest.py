@@ -11,7 +11,7 @@ from tests.store.making import TestWriter, open_writer
 from tests.support.endpoint import SECRET, Receiver
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType, RunFilter
-from tracker.delivering.targets import Endpoint
+from tracker.delivering.endpoints import Endpoint
 from tracker.delivering.webhooks import DeliveryTimes, Webhooks
 from tracker.store.coordination import Signals
 from tracker.store.engine import Database

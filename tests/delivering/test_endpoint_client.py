@@ -18,7 +18,7 @@ from tests.support.waiting import eventually, let_pass
 from tracker.core.clock import utc_now
 from tracker.delivering import addresses
 from tracker.delivering.addresses import Address
-from tracker.delivering.targets import EndpointClient, EndpointResolver
+from tracker.delivering.endpoints import EndpointClient, EndpointResolver
 from tracker.store.writing.messages import Attempt, Claim
 
 

@@ -21,7 +21,7 @@ from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.core.errors import DoNotRetry
 from tracker.core.events import EventType, MessageState, RunFilter
-from tracker.delivering.targets import COMMIT_SECONDS, Handler
+from tracker.delivering.endpoints import COMMIT_SECONDS, Handler
 from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints

@@ -8,7 +8,7 @@ import pytest
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import eventually, free_port, let_pass
 from tracker.core.clock import utc_now
-from tracker.delivering.targets import send_test
+from tracker.delivering.endpoints import send_test
 from tracker.operations.doctor import Finding, Level, webhooks
 from tracker.settings import EndpointSettings, Settings
 from tracker.store.writing.messages import Attempt

@@ -18,7 +18,7 @@ from tests.support.waiting import eventually, free_port
 from tracker import worker
 from tracker.core import contact as core_contact
 from tracker.core.clock import utc_now
-from tracker.flora import connection
+from tracker.flora import resilience
 from tracker.polling import contacts
 from tracker.store.queries import overview
 
@@ -29,9 +29,9 @@ TOKEN = "a-token-of-the-absence"
 def hasty() -> None:
     """Make this process notice within seconds what it otherwise notices within a minute."""
     always_wait_longer_for_the_database()
-    for module in (core_contact, connection):
+    for module in (core_contact, resilience):
         shorten(module, PATIENCE=timedelta(seconds=2))
-    shorten(connection, CONFIRMED=0.5)
+    shorten(resilience, CONFIRMED=0.5)
     shorten(contacts, PROBE_IDLE_AFTER=1.0, PROBE_FAILING_AFTER=0.5, KEEP_TICK=0.2)
     shorten(contacts, KEEP_EVERY=timedelta(seconds=0.5), PROBE_SECONDS=2.0)
     shorten(worker, PROBE_EVERY=timedelta(seconds=0.3))

@@ -18,7 +18,7 @@ from tests.e2e.short_waits import shorten, shorten_leases, shorten_webhooks
 from tests.support.patience import always_wait_longer_for_the_database
 from tests.support.waiting import START_SECONDS, eventually
 from tracker import RunEvent, Tracker
-from tracker.delivering import targets, webhooks
+from tracker.delivering import endpoints, webhooks
 from tracker.simulator import Options, running
 from tracker.starting import sending
 from tracker.store.engine import Database
@@ -36,7 +36,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     # A killed process may hold a run, or a start.
     shorten_leases(timedelta(seconds=2), renew_after=0.5)
     shorten(sending, HELD_FOR=timedelta(seconds=2), RENEW_AFTER=0.5)
-    shorten(targets, COMMIT_SECONDS=0.5)
+    shorten(endpoints, COMMIT_SECONDS=0.5)
     record_and_claim: Callable[..., Any] = webhooks.record_and_claim
     calls = commits = 0
 

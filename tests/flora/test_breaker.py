@@ -6,7 +6,7 @@ import pytest
 
 from tests.flora.far_end import NOON, VirtualTime
 from tracker.core.errors import KeyRefused
-from tracker.flora.connection import Breaker
+from tracker.flora.resilience import Breaker
 
 REFUSAL = KeyRefused(status=401, code="invalid_api_key", message="no such key", request_id="req_1")
 

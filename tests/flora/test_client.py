@@ -23,6 +23,7 @@ from tests.flora.far_end import (
     run_payload,
 )
 from tracker import __version__
+from tracker.core.contact import Trouble
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -38,7 +39,6 @@ from tracker.core.errors import (
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus
 from tracker.flora.client import FloraClient, PollUrlRefused, start_body
-from tracker.flora.connection import Trouble
 
 INPUTS = [{"id": "prompt", "type": "text", "value": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}]
 

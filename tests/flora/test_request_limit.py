@@ -7,7 +7,7 @@ import pytest
 
 from tests.flora.far_end import VirtualTime, settle
 from tracker.core.errors import RateLimited
-from tracker.flora.connection import FASTEST, GROWTH, SLOWEST, RequestLimit
+from tracker.flora.resilience import FASTEST, GROWTH, SLOWEST, RequestLimit
 
 
 def limit_in(time: VirtualTime, concurrency: int = 2) -> RequestLimit:

@@ -19,7 +19,7 @@ from tests.web.callbacks import PATH, SECRET, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.core.clock import utc_now
-from tracker.delivering.targets import send_test
+from tracker.delivering.endpoints import send_test
 from tracker.operations.telemetry import ENDPOINT, Wrap, configure_logs, tracing, untraced
 from tracker.services import Services
 from tracker.simulator import Options, running

@@ -31,7 +31,7 @@ from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.run import Run
 from tracker.delivering.addresses import UNREACHED
-from tracker.delivering.targets import Endpoint, EndpointClient
+from tracker.delivering.endpoints import Endpoint, EndpointClient
 from tracker.flora.http import NoCookies
 from tracker.store.engine import dump_json
 from tracker.store.queries.endpoints import EndpointConfig

@@ -22,7 +22,7 @@ from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.delivering.targets import (
+from tracker.delivering.endpoints import (
     ANSWER_SECONDS,
     Endpoint,
     EndpointClient,

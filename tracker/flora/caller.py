@@ -33,9 +33,9 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.flora import parse
-from tracker.flora.connection import OWN_WAITS, Breaker, Contact, RequestLimit, SharedWaits
 from tracker.flora.http import http_date, is_bounded, retry_after_of
 from tracker.flora.parse import decode
+from tracker.flora.resilience import OWN_WAITS, Breaker, Contact, RequestLimit, SharedWaits
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from tracker.errors import TrackerNotOpen
 from tracker.library.run import RunEvent
 
 if TYPE_CHECKING:
-    from tracker.delivering.targets import Handler
+    from tracker.delivering.endpoints import Handler
     from tracker.library.mounted import Mounted
     from tracker.services import Services
     from tracker.settings import Loaded, Settings
@@ -202,7 +202,7 @@ class OpenedTracker:
         from pydantic import ValidationError
 
         from tracker.core.formatting import requirement
-        from tracker.delivering.targets import Handler
+        from tracker.delivering.endpoints import Handler
         from tracker.settings.model import HandlerSettings
         from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
 

@@ -360,16 +360,15 @@ class PollRound(RunReader):
         If lists leave details out, a page says nothing new about a run that is known to have ended.
         """
         workspace = self.workspace
-        return [
-            record
-            for record in self.remaining.values()
-            if record.run.run_type != "generation"
-            and (
-                (record.cost_final or workspace.lists_carry_costs) and workspace.lists_carry_outputs
-                if record.run.settled
-                else workspace.lists_carry_details or not record.run.precedence.ended
-            )
-        ]
+
+        def suffices(record: Record) -> bool:
+            if record.run.settled:
+                costs = record.cost_final or workspace.lists_carry_costs
+                return costs and workspace.lists_carry_outputs
+            return workspace.lists_carry_details or not record.run.precedence.ended
+
+        remaining = self.remaining.values()
+        return [one for one in remaining if one.run.run_type != "generation" and suffices(one)]
 
     def _pages_pay(self, wanted: Sequence[Record]) -> bool:
         """Whether some number of further pages costs fewer requests than their due runs singly.

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tracker.core.clock import utc_now
 from tracker.core.log import Redactor
 from tracker.core.waiting import in_thread
-from tracker.delivering.targets import ANSWER_SECONDS
+from tracker.delivering.endpoints import ANSWER_SECONDS
 from tracker.operations.doctor import Finding, Name, database, failed, warning, webhooks, work
 from tracker.operations.doctor.database import DatabaseState
 from tracker.operations.doctor.delivery import FLORA_WAITS

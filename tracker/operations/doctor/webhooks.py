@@ -19,7 +19,7 @@ from tracker.core.formatting import duration
 from tracker.core.net import is_loopback
 from tracker.core.record import DeliveryOutcome
 from tracker.delivering.addresses import Resolver, is_public, resolve
-from tracker.delivering.targets import ANSWER_SECONDS, endpoint_of, send_test
+from tracker.delivering.endpoints import ANSWER_SECONDS, endpoint_of, send_test
 from tracker.operations.doctor import Finding, Level, failed, ok, warning
 from tracker.operations.doctor.database import DatabaseState
 from tracker.operations.doctor.delivery import (

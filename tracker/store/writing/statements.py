@@ -250,12 +250,13 @@ class RowInsert:
                 execute(text, values)
 
 
-_ALL_BUT_KEY: Final = (each.name for each in RUN_COLUMNS if not each.primary_key)
 _UPSERT_RUNS: Final = RowInsert(
     runs,
     [each.key for each in RUN_COLUMNS],
     on_conflict="ON CONFLICT (run_id) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in _ALL_BUT_KEY),
+    + ", ".join(
+        f"{each.name} = excluded.{each.name}" for each in RUN_COLUMNS if each is not runs.c.run_id
+    ),
 )
 _INSERT_EVENTS: Final = RowInsert(run_events, _EVENT_COLUMNS)
 _INSERT_ROLLUPS: Final = RowInsert(run_tally_changes, _ROLLUP_COLUMNS)

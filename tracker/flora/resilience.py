@@ -1,4 +1,4 @@
-"""A client's connection to FLORA: when it may send a request, and whether FLORA answers.
+"""How a client copes with FLORA's limits and refusals, and with its silence.
 
 `RequestLimit` says how many requests run at a time, and how often one starts. FLORA's limits hold
 for a whole workspace, are not published, and are shared with everything else that uses it. So the
@@ -125,7 +125,7 @@ class RequestLimit:
         `fresh` is for a read of a run that has just ended. Raises `RequestPaused` at once if the
         wait is known to last beyond `until`.
         """
-        self._wait(until)
+        self._wait_within(until)
         self._asked += 1
         asked_at = self.monotonic()
         try:
@@ -189,7 +189,7 @@ class RequestLimit:
 
     async def _wait_for_start(self, until: float) -> None:
         while True:
-            while (wait := self._wait(until)) > 0:
+            while (wait := self._wait_within(until)) > 0:
                 await self.sleep(wait)
             # Last: another process may have been asked to wait a moment ago.
             left = await self.shared.left()
@@ -197,7 +197,7 @@ class RequestLimit:
                 return
             self.pause(left)
 
-    def _wait(self, until: float) -> float:
+    def _wait_within(self, until: float) -> float:
         """Seconds until a request may start; none are left if it is negative.
 
         Raises `RequestPaused` if that is beyond `until`.

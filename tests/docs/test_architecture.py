@@ -1,0 +1,25 @@
+"""The page about the architecture: its files, functions and packages are there."""
+
+import importlib
+import re
+from operator import attrgetter
+
+from tests.docs.pages import DOCS, ROOT
+
+PAGE = re.sub(r"```.*?```", "", (DOCS / "architecture.md").read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_its_files_and_packages_are_there() -> None:
+    """They are named as below `tracker/`."""
+    paths = set(re.findall(r"`([\w/]+(?:/|\.py))`", PAGE)) - {"tracker/"}
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / "tracker" / path).exists()] == []
+
+
+def test_its_functions_are_in_the_files_it_says() -> None:
+    """The file follows its function, in brackets, after a comma or after "of"."""
+    named = re.findall(r"`(?!\w+\.py)(\w+(?:\.\w+)?)`(?:,| \(| of) ?`([\w/]+)\.py`", PAGE)
+    assert len(named) > 10
+    for function, file in named:
+        module = importlib.import_module(f"tracker.{file.replace('/', '.')}")
+        assert attrgetter(function)(module)
