@@ -82,6 +82,7 @@ def list_(
             "file": "name",
             "technique": "technique_id",
             "rows": "rows",
+            "started": "started",
             "completed": "completed",
             "failed": "failed",
             "running": "active",
@@ -89,7 +90,7 @@ def list_(
             "created": "created_at",
         },
         as_json=as_json,
-        hide=("created", "technique", "running", "rows", "file"),
+        hide=("created", "technique", "running", "started", "rows", "file"),
         named=True,
     )
 
