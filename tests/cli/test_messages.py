@@ -1,6 +1,7 @@
 """`tracker endpoints` and `tracker messages` as commands."""
 
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_endpoints_are_listed_with_their_backlog(filled: Commands) -> None:
     table = filled("endpoints", "list").stdout
     assert "disabled" in table
     assert "2 s" in table
+
+
+def test_an_endpoint_that_no_worker_has_used_is_named(filled: Commands) -> None:
+    """A new one takes effect when the worker is restarted; until then it is in no list."""
+    tables = "".join(
+        f'[[endpoints]]\nid = "{name}"\nurl = "https://example.com"\nsecrets = ["whsec_{"A" * 32}"]\n'
+        for name in ("shop", "new")
+    )
+    (filled.folder / "tracker.toml").write_text(tables)
+    done = filled("endpoints", "list", "--json", TRACKER_CONFIG="tracker.toml")
+    assert len(json.loads(done.stdout)["endpoints"]) == 2
+    assert done.stderr == (
+        "tracker: no process sends events to new yet: restart those with a worker\n"
+    )
 
 
 def test_messages_are_listed_and_shown(filled: Commands) -> None:

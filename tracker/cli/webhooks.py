@@ -185,11 +185,14 @@ def list_endpoints(as_json: bool = AS_JSON) -> None:
     """
     from tracker.views import endpoint_json
 
+    unused = {one.id for one in configure().endpoints}
+
     async def find(database: "Database") -> tuple[list[dict[str, Any]], None]:
         from tracker.store.queries import endpoints as read
 
         now = utc_now()
         found = await read.list_states(database, since=now - timedelta(days=1))
+        unused.difference_update(one[0].endpoint_id for one in found)
         return [endpoint_json(*one) | {"health": one[0].health(now)} for one in found], None
 
     print_list(
@@ -209,6 +212,9 @@ def list_endpoints(as_json: bool = AS_JSON) -> None:
         as_json=as_json,
         hide=("events", "p95", "url"),
     )
+    if unused:
+        names = ", ".join(sorted(unused))
+        note(f"tracker: no process sends events to {names} yet: restart those with a worker")
 
 
 @endpoints.command("test")
