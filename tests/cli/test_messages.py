@@ -61,7 +61,8 @@ def test_endpoints_are_listed_with_their_backlog(filled: Commands) -> None:
 def test_an_endpoint_that_no_worker_has_used_is_named(filled: Commands) -> None:
     """A new one takes effect when the worker is restarted; until then it is in no list."""
     tables = "".join(
-        f'[[endpoints]]\nid = "{name}"\nurl = "https://example.com"\nsecrets = ["whsec_{"A" * 32}"]\n'
+        f'[[endpoints]]\nid = "{name}"\n'
+        f'url = "https://example.com"\nsecrets = ["whsec_{"A" * 32}"]\n'
         for name in ("shop", "new")
     )
     (filled.folder / "tracker.toml").write_text(tables)
