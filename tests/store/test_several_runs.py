@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from tests.store.making import NOW, TestWriter, seen
 from tests.store.test_batches import BATCH, counts_of, entries
 from tests.store.test_spending import DAY, became, reserve
+from tracker.core.observation import Source
 from tracker.core.record import Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.operations.retention import Ages, Pruner
@@ -113,6 +114,22 @@ async def test_a_row_is_what_all_its_runs_are(db: Database, writer: TestWriter) 
     groups = {one.code: one.count for one in await sheet_rows.error_groups(db, "bat_1")}
     by_first = [next(s for s in product[number] if s != "completed") for number in others]
     assert groups == {"lost": by_first.count("lost"), "model_timeout": by_first.count("failed")}
+
+
+async def test_an_end_counts_before_its_details_are_read(db: Database, writer: TestWriter) -> None:
+    """A callback has ended one run, which is read later: the row has neither completed while
+    another one is running, nor once that has failed."""
+    (entry,) = entries("a" * 24)
+    await batches.keep(db, OF_BATCH, [entry])
+    await start_row(db, writer, entry, "run_1", "run_2")
+    by_callback = seen("run_1", RunStatus.COMPLETED, source=Source.CALLBACK)
+    await writer.submit(by_callback)
+    row, counts = await only_row(db), await counts_of(db)
+    assert (row.status, row.done, row.why, counts.active) == ("pending", False, None, 1)
+    await writer.submit(ended("run_2", "failed"))
+    row, counts = await only_row(db), await counts_of(db)
+    assert (row.status, row.why) == ("failed", "model_timeout: of run_2")
+    assert (row.done, row.retryable, counts.active) == (False, False, 1)
 
 
 async def test_a_row_has_the_costs_and_outputs_of_all_its_runs(

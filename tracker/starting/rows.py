@@ -64,8 +64,14 @@ class RowState:
 
     @property
     def record(self) -> Record | None:
-        """The run that decides its status, error and advice: see `sheet_rows.deciding`."""
+        """The run that decides its outcome and advice: see `sheet_rows.deciding`."""
         return deciding(self.records)
+
+    @property
+    def _shown(self) -> Record | None:
+        """The run whose status and error are the row's: one that has not ended, else the first that
+        did not complete. `record` may have ended, and wait for its details."""
+        return min(self.records, key=_rank_of_status, default=None)
 
     @property
     def run_ids(self) -> list[str]:
@@ -124,8 +130,8 @@ class RowState:
         """FLORA's status of its runs: of one in progress while there is one, `completed` once all
         have; `not_started`, `sending`, `in_doubt`, `refused` or
         `unresolved` before there is one; `lost` or `forgotten` if there is none any more."""
-        if self.record is not None:
-            return self.record.shown_status
+        if self._shown is not None:
+            return self._shown.shown_status
         if self.start is None:
             return "not_started"
         return _WITHOUT_RUN.get(self.start.state, self.start.state)
@@ -175,12 +181,11 @@ class RowState:
     @property
     def why(self) -> str | None:
         """What went wrong with it, for a person."""
-        run = None if self.record is None else self.record.run
-        if run is not None and run.precedence.ended and run.status is not RunStatus.COMPLETED:
-            error = run.error
+        if (shown := self._shown) is not None:
+            run, error = shown.run, shown.run.error
+            if not run.precedence.ended or run.status is RunStatus.COMPLETED:
+                return shown.last_error
             return f"{error.code}: {error.message}".strip(": ") if error else str(run.status)
-        if self.record is not None:
-            return self.record.last_error
         refused = self.start is not None and self.start.state is StartState.REFUSED
         if self.start is None or (self.error is not None and not refused):
             return self.error
@@ -201,6 +206,12 @@ class RowState:
             "retry_advice": self.advice,
             "error": self.why,
         }
+
+
+def _rank_of_status(record: Record) -> int:
+    if record.shown_status == RunStatus.COMPLETED:
+        return 2
+    return int(record.run.precedence.ended or record.lost)
 
 
 def _kept_error(error: dict[str, Any]) -> str:
