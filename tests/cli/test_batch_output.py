@@ -5,7 +5,7 @@ import io
 import json
 from contextlib import redirect_stdout
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -228,3 +228,12 @@ def test_an_end_is_shown_with_what_brought_it(capsys: pytest.CaptureFixture[str]
     ended = replace(record(1, Precedence.COMPLETED), ended_via=Source.CALLBACK)
     RunScreen(Screen(), lambda: NOW).show([RunUpdate(ended, Source.POLL)])
     assert capsys.readouterr().err.rstrip().endswith("  callback")
+
+
+def test_a_run_that_was_created_later_than_now_has_taken_no_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """FLORA's clock may be ahead."""
+    late = record(1, Precedence.PENDING, created_at=NOW + timedelta(minutes=20))
+    RunScreen(Screen(), lambda: NOW).show([RunUpdate(late, Source.START)])
+    assert "  0 ms  " in capsys.readouterr().err

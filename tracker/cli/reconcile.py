@@ -22,6 +22,7 @@ def reconcile(
     as_json: bool = AS_JSON,
 ) -> int:
     """Sweep FLORA's run history once and show what was found."""
+    from tracker.workspaces import UNKNOWN
 
     async def work(services: "Services") -> "list[SweepReport]":
         sweeps = [services.sweeper.sweep(one, since=since) for one in services.workspaces.keyed]
@@ -44,7 +45,8 @@ def reconcile(
         )
     failed = False
     for report in reports:
-        where = f"tracker: the sweep of {report.workspace_id}"
+        known = "" if report.workspace_id == UNKNOWN else f" of {report.workspace_id}"
+        where = f"tracker: the sweep{known}"
         if report.error is not None:
             note(f"{where} failed: {report.error}")
         if report.generations_error is not None:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
@@ -427,7 +428,9 @@ def _took(record: Record) -> str | None:
 
 
 def _elapsed(record: Record, clock: Clock) -> str:
-    return _took(record) or duration((record.settled_at or clock()) - record.created_at)
+    # FLORA's clock may be ahead.
+    elapsed = max(timedelta(), (record.settled_at or clock()) - record.created_at)
+    return _took(record) or duration(elapsed)
 
 
 def _print_results(records: Sequence[Record]) -> None:
