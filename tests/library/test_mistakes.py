@@ -84,6 +84,11 @@ Call = Callable[[Tracker], Awaitable[Any]]
             errors.InvalidRequest,
             "tags: must be a mapping of keys to values",
         ),
+        (
+            lambda tracker: tracker.receive_callback('{"id": "whd_1"}', {}),
+            errors.InvalidRequest,
+            "body: must be the raw bytes of the request, not str",
+        ),
         (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`tracker.track(run_id)`"),
         (
             lambda tracker: tracker.spending(by="tag"),

@@ -224,7 +224,7 @@ class Tracker(BatchCalls):
             raise NoSecrets(
                 "no signing secret is set, so no callback can be verified: set FLORA_WEBHOOK_SECRET"
             )
-        signature, webhook_id = _signature_headers(headers)
+        signature, webhook_id = _signature_headers(body, headers)
         now = utc_now()
         verify(signature, body, secrets, now=now, tolerance=settings.tracker_signature_tolerance)
         delivery = delivery_of(body, at=now, webhook_id=webhook_id)
@@ -247,13 +247,17 @@ class Tracker(BatchCalls):
         once. Answer 5xx to `StoreUnavailable`. `token` is what follows `/callbacks/flora/` in the
         address that was called. Raises `SignatureError` and `SettingsError` as `verify_callback`.
         """
-        signature, webhook_id = _signature_headers(headers)
+        signature, webhook_id = _signature_headers(body, headers)
         return await self._services().receiver.receive(
             body, signature=signature, webhook_id=webhook_id, token=token
         )
 
 
-def _signature_headers(headers: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """`Flora-Signature` and `Flora-Webhook-Id`, whatever the case of their names."""
+def _signature_headers(body: object, headers: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """`Flora-Signature` and `Flora-Webhook-Id`, whatever the case of their names. Raises
+    `InvalidRequest` for a body that was decoded: the signature covers its bytes."""
+    if not isinstance(body, bytes | bytearray | memoryview):
+        kind = type(body).__name__
+        raise InvalidRequest(f"body: must be the raw bytes of the request, not {kind}")
     lower = {name.lower(): value for name, value in headers.items()}
     return lower.get("flora-signature"), lower.get("flora-webhook-id")
