@@ -80,11 +80,6 @@ Call = Callable[[Tracker], Awaitable[Any]]
             "'order': a value is a text",
         ),
         (
-            lambda tracker: tracker.start("icon-pack", INPUTS, tags="order=17"),
-            errors.InvalidRequest,
-            "tags: must be a mapping of keys to values",
-        ),
-        (
             lambda tracker: tracker.receive_callback('{"id": "whd_1"}', {}),
             errors.InvalidRequest,
             "body: must be the raw bytes of the request, not str",

@@ -203,7 +203,7 @@ async def test_wrong_inputs_are_named(small_tracker: Tracker, inputs: object, na
 async def test_tags_of_a_wrong_type_are_named(small_tracker: Tracker) -> None:
     """Nothing is started; the error's text names the argument."""
     tags: Any = ["campaign=spring"]
-    with pytest.raises(errors.InvalidRequest, match="tags: cannot be"):
+    with pytest.raises(errors.InvalidRequest, match="tags: must be a mapping"):
         await small_tracker.start("icon-pack", INPUTS, tags=tags)
 
 
