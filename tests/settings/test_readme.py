@@ -1,11 +1,8 @@
-"""The README says what there is: settings, commands, and a configuration file that works."""
+"""The README says what there is: settings, and a configuration file that works."""
 
 import re
 from pathlib import Path
 
-import typer.main
-
-from tracker.cli.app import app
 from tracker.settings import Settings, load_settings
 from tracker.simulator import Options
 from tracker.simulator.runs import RandomDraws
@@ -37,22 +34,6 @@ def test_the_listed_defaults_hold() -> None:
         for name, value in zip(names, values, strict=False):
             given = load_settings({name: value[0] or value[1]})
             assert getattr(given, name.lower()) == getattr(defaults, name.lower()), name
-
-
-def test_every_command_is_listed() -> None:
-    """The table names each command, and no other."""
-    rows = [row.split("|")[1] for row in section("Commands").splitlines() if row.startswith("| `")]
-    listed = {
-        " ".join(re.findall(r"[a-z]+", re.split(r" [\[A-Z-]", usage)[0])[1:])
-        for row in rows
-        for usage in re.findall(r"`(tracker [^`]+)`", row)
-    }
-    group = typer.main.get_command(app)
-    known = set()
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", None)
-        known |= {f"{name} {one}" for one in inner} if inner else {name}
-    assert listed == known
 
 
 def test_the_configuration_file_shown_works(tmp_path: Path) -> None:
