@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache, lru_cache
-from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -236,11 +235,14 @@ class RowInsert:
         for first in range(0, len(rows), _SIZES[-1]):
             some = rows[first : first + _SIZES[-1]]
             size = next(size for size in _SIZES if size >= len(some))
-            values = [*chain.from_iterable(some), *[None] * self._width * (size - len(some))]
-            for position, form in self._forms:
-                for at in range(position, self._width * len(some), self._width):
-                    if (value := values[at]) is not None:
-                        values[at] = form(value)
+            values: list[Any] = []
+            for row in some:
+                plain = [*row]
+                for position, form in self._forms:
+                    if (value := plain[position]) is not None:
+                        plain[position] = form(value)
+                values += plain
+            values += [None] * self._width * (size - len(some))
             yield self._texts[size], tuple(values)
 
     def __call__(self, connection: Connection, rows: Rows) -> None:
