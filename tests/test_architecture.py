@@ -164,6 +164,32 @@ def test_run_state_is_written_by_the_writers_alone() -> None:
     assert {verb for writes in beside.values() for verb, _ in writes} <= {"delete"}, beside
 
 
+def test_only_the_receiver_changes_deliveries() -> None:
+    """Pages, commands and the API read them. `receiving` and the writer store, apply, quarantine
+    and requeue them, with functions in whose module the reads are, too."""
+    module = "tracker.store.queries.deliveries"
+    writes = {"store_deliveries", "take_waiting", "finish", "quarantine"}
+    writes |= {"requeue", "requeue_runs", "acknowledge"}
+    own = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    assert writes <= {getattr(node, "name", "") for node in own.body}
+    for path in SOURCES:
+        if path.relative_to(ROOT / "tracker").parts[0] in {"receiving", "store"}:
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {
+            f"{node.module}.{alias.name}": alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        used = {
+            f"{module}.{node.attr}"
+            for node in nodes
+            if isinstance(node, ast.Attribute) and _last_name(node.value) == imported.get(module)
+        }
+        assert not (used | imported.keys()) & {f"{module}.{name}" for name in writes}, path
+
+
 def test_claims_move_only_the_times_and_the_lease() -> None:
     """A claim says who looks at a run and until when, never what the run is."""
     moved = _set_by("tracker/store/coordination.py")

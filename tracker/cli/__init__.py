@@ -3,18 +3,20 @@
     app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
     command.py     what commands share: options, settings, log, services and lists
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
+
     serve.py       serve, worker
-    reconcile.py   reconcile, poll, verify      simulate.py    simulate, demo
-    techniques.py  techniques sync|list|show    spending.py    spending
-    operations.py  doctor, db upgrade|current|copy|recount|prune, audit list
-
+    reconcile.py   reconcile, poll, verify
     runs.py        runs start|track|forget|list|show|watch|explain
-    download.py    runs download                starts.py      starts list|show|resolve|exclude
-
-    batch.py       batch                        batches.py     batches list|show, and reports
-
+    download.py    runs download
+    starts.py      starts list|show|resolve|exclude
+    batch.py       batch
+    batches.py     batches list|show, and what both commands show of a batch
+    techniques.py  techniques sync|list|show
+    spending.py    spending
     webhooks.py    deliveries list|show|replay|acknowledge, endpoints list|test|enable,
                    messages list|show|resend|recover, listen
+    operations.py  doctor, db upgrade|current|copy|recount|prune, audit list
+    simulate.py    simulate, demo
 
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """

@@ -1,4 +1,4 @@
-"""Webhooks that come and go: `tracker deliveries`; `endpoints`, `messages` and `listen`."""
+"""Callbacks received, and events sent: `tracker deliveries`; `endpoints`, `messages`, `listen`."""
 
 import asyncio
 import json
@@ -164,12 +164,12 @@ def acknowledge(
 
 
 async def _quarantined(services: "Services") -> list[str]:
-    from tracker.store.queries.deliveries import list_deliveries
+    from tracker.store.queries import deliveries as read
 
     found: list[str] = []
     cursor = None
     while True:
-        rows, cursor = await list_deliveries(
+        rows, cursor = await read.list_deliveries(
             services.database, outcome=DeliveryOutcome.QUARANTINED, cursor=cursor, limit=100
         )
         found += [row.delivery_id for row in rows]

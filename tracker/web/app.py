@@ -167,7 +167,7 @@ def _access(services: Services, limits: Limits) -> AccessControl:
 
 
 class Health:
-    """The three routes. Without `access` there are no details, and no metrics."""
+    """`/healthz`, `/readyz` and `/metrics`; without `access` no metrics, and no details."""
 
     def __init__(self, services: Services, access: AccessControl | None, *, limits: Limits) -> None:
         self._services = services

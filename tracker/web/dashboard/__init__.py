@@ -37,18 +37,10 @@ from tracker.web.http.request import read_body
 from tracker.web.http.responses import Fault, forbidden, invalid, not_found
 from tracker.web.sessions import CSRF_FIELD, CSRF_HEADER
 
-
-@dataclass(frozen=True, slots=True)
-class FlashMessage:
-    """The result of an action, shown above the page."""
-
-    kind: Literal["good", "warn", "bad"]
-    text: str
-
-
 T = TypeVar("T")
 Handler = Callable[..., Awaitable[Response]]
-Act = TypeVar("Act", bound=Callable[..., Awaitable[Response | FlashMessage]])
+Act = TypeVar("Act", bound="Callable[..., Awaitable[Response | FlashMessage]]")
+
 _ROUTE: Final = "page_route"
 """The attribute of a handler that holds its path, the scope that each method needs, and, of an
 action, the page that shows its result."""
@@ -71,6 +63,14 @@ PERIOD_NAMES: Final = {
     "7d": "Last 7 days",
     "30d": "Last 30 days",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class FlashMessage:
+    """The result of an action, shown above the page."""
+
+    kind: Literal["good", "warn", "bad"]
+    text: str
 
 
 class _AnyId(PathConvertor):

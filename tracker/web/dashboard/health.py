@@ -78,7 +78,7 @@ class CoverageBar:
 
 
 class HealthPages(PageGroup):
-    """The page."""
+    """`/health`, and the address that it had."""
 
     @page("/sweeps")
     async def moved(self, request: Request) -> Response:

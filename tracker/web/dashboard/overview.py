@@ -60,7 +60,7 @@ SPENDING_ROWS: Final = 12
 
 
 class OverviewPages(PageGroup):
-    """Both pages."""
+    """The overview, and the page of the spending."""
 
     @page("/")
     async def show(self, request: Request) -> Response:
