@@ -110,11 +110,12 @@ class BatchCounts:
     """The progress of a batch, in rows; `cost` is what its runs were charged so far, in USD.
 
     The bills of `not_final` runs may still change; `quoted` is the sum of their quotes where they
-    have no cost. Of rows with several values, `missing` runs are not known yet, nor their cost; if
-    FLORA calls back, the last of these rows ended so far at `called_back_at`. `several` rows have
-    several known runs. A `started` row is also counted as `completed`, `failed`, `active` or
-    `lost`, unless retention removed its runs; the others are `refused`, `unresolved`, in `doubt`
-    (sent without an answer), `unsent` (the last launch could not try them) or not started.
+    have no cost. Of rows with several values, `missing` runs are not known yet, nor their cost; for
+    `called_back` of them FLORA calls back. `last_end_seen_at` is when the last end became known.
+    `several` rows have several known runs. A `started` row is also counted as `completed`,
+    `failed`, `active` or `lost`, unless retention removed its runs; the others are `refused`,
+    `unresolved`, in `doubt` (sent without an answer), `unsent` (the last launch could not try them)
+    or not started.
     """
 
     rows: int = 0
@@ -132,9 +133,10 @@ class BatchCounts:
     not_final: int = 0
     several: int = 0
     missing: int = 0
+    called_back: int = 0
     next_check_at: datetime | None = None
     last_end_at: datetime | None = None
-    called_back_at: datetime | None = None
+    last_end_seen_at: datetime | None = None
 
     def add(
         self,
@@ -144,6 +146,7 @@ class BatchCounts:
         not_final: int,
         next_check_at: datetime | None,
         last_end_at: datetime | None,
+        last_end_seen_at: datetime | None,
     ) -> None:
         """Add what is summed up over further runs."""
         self.cost += cost
@@ -151,11 +154,19 @@ class BatchCounts:
         self.not_final += not_final
         self.next_check_at = min(filter(None, (self.next_check_at, next_check_at)), default=None)
         self.last_end_at = max(filter(None, (self.last_end_at, last_end_at)), default=None)
+        ends = filter(None, (self.last_end_seen_at, last_end_seen_at))
+        self.last_end_seen_at = max(ends, default=None)
 
     def awaits_runs(self, now: datetime) -> bool:
-        """Whether a row is in progress, or the callback of a further run of it may come."""
-        at = self.called_back_at
-        return self.active > 0 or (at is not None and now < at + MISSING_AFTER)
+        """Whether a row is in progress, or gets further runs."""
+        return self.active > 0 or self.gets_runs(now)
+
+    def gets_runs(self, now: datetime) -> bool:
+        """Whether callbacks may still name further runs of rows."""
+        at = self.last_end_seen_at
+        # A clock that was set back prolongs no wait.
+        just_ended = at is not None and abs(now - at) < MISSING_AFTER
+        return self.called_back > 0 and (self.active > 0 or just_ended)
 
     def finished_at(self, batch: BatchRow) -> datetime | None:
         """When the last of its runs ended, which can be after its command; `None` until then."""
@@ -357,6 +368,7 @@ _AMOUNTS: Final[Mapping[str, Any]] = {
     "not_final": func.count(case((~runs.c.cost_final, runs.c.run_id))),
     "next_check_at": func.min(case((_COUNTED["active"], runs.c.next_check_at))),
     "last_end_at": func.max(runs.c.completed_at),
+    "last_end_seen_at": func.max(runs.c.end_seen_at),
 }
 """What is summed up over all runs of the rows; everything else is about rows."""
 _LACKS_RUNS: Final = and_(_COUNTED["started"], starts.c.reserved_runs > literal_column("1"))
@@ -366,14 +378,15 @@ _IS_CALLED_BACK: Final = starts.c.callback_url.like("%/" + starts.c.callback_tok
 async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
     has_one = func.coalesce(starts.c.run_count, 1) <= literal_column("1")
-    of = batch_rows.c
+    of, missing = batch_rows.c, func.sum(starts.c.reserved_runs - 1)
+    called_back = missing.filter(_LACKS_RUNS, _IS_CALLED_BACK)
     counted = select(
         of.batch_id,
         func.count().label("rows"),
         *(func.count().filter(which).label(name) for name, which in _COUNTED.items()),
         func.count().filter(HAS_SEVERAL).label("several"),
-        func.coalesce(func.sum(starts.c.reserved_runs - 1).filter(_LACKS_RUNS), 0).label("missing"),
-        func.max(runs.c.end_seen_at).filter(_LACKS_RUNS, _IS_CALLED_BACK).label("called_back_at"),
+        func.coalesce(missing.filter(_LACKS_RUNS), 0).label("missing"),
+        func.coalesce(called_back, 0).label("called_back"),
         *(amount.filter(has_one).label(name) for name, amount in _AMOUNTS.items()),
     )
     rows = with_outcomes(counted).where(of.batch_id.in_(batch_ids)).group_by(of.batch_id)
