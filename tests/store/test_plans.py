@@ -8,6 +8,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -320,6 +321,14 @@ async def test_a_large_batch_leads_to_its_runs_by_their_keys(full: Database) -> 
     assert "ix_runs_start" in told
     assert not re.search("Seq Scan on (starts|runs)", told), told
     assert not re.search("SCAN (starts|runs)", told), told
+
+
+async def test_starts_lead_to_their_further_runs_by_their_keys(full: Database) -> None:
+    """The other runs of their workspace are not read."""
+    keys = ["key_21", "key_22"]
+    rows = (await starts.of_keys(full, "default", keys)).values()
+    several = [replace(row, run_count=2) for row in rows]
+    assert "ix_runs_start" in await plans(full, partial(starts.runs_of, rows=several))
 
 
 async def test_a_search_of_a_rare_status_reads_its_window_alone(full: Database) -> None:

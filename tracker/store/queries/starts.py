@@ -288,7 +288,7 @@ def is_further_run(run: FromClause, start: FromClause = starts) -> ColumnElement
     """`run`, the table `runs` or an alias of it, is a run of the start, and not its first."""
     return and_(
         run.c.idempotency_key == start.c.idempotency_key,
-        run.c.workspace_id == start.c.workspace_slot,
+        paging.unindexed(run.c.workspace_id) == start.c.workspace_slot,
         run.c.run_id != start.c.run_id,
     )
 
@@ -310,7 +310,8 @@ async def runs_of(db: Database, rows: Iterable[StartRow]) -> dict[str, list[Reco
     several = [row.idempotency_key for row in rows if (row.run_count or 1) > 1]
     if several:
         further = select(*RUN_COLUMNS).where(
-            is_any_of(runs.c.idempotency_key, several), runs.c.workspace_id == rows[0].workspace_id
+            is_any_of(runs.c.idempotency_key, several),
+            paging.unindexed(runs.c.workspace_id) == rows[0].workspace_id,
         )
         for record in await fetch_records(db, further.order_by(runs.c.created_at, runs.c.run_id)):
             run_id = record.run.run_id
