@@ -5,8 +5,8 @@ the new schema. It leaves the new columns as they are: a further run that it sto
 belongs to no start.
 
 The columns are added without reading a row, and the index holds no run yet. Then the further runs
-of earlier starts are found: those of our own starts that are the first run of none, by the address
-that their callback came to. That reads the runs once, beside the work, and changes only those.
+of earlier starts are found: those that are the first run of none, by the address that their
+callback came to. That reads the runs once, beside the work, and changes only those.
 Where it was interrupted it begins again.
 
 Revision: 0023
@@ -59,8 +59,7 @@ FROM runs
 JOIN deliveries ON deliveries.run_id = runs.run_id AND deliveries.outcome = 'applied'
 JOIN starts ON starts.callback_token = deliveries.callback_token AND starts.state = 'started'
     AND starts.workspace_slot = runs.workspace_id
-WHERE runs.source = 'start'
-    AND NOT EXISTS (SELECT 1 FROM starts AS of_first WHERE of_first.run_id = runs.run_id)
+WHERE NOT EXISTS (SELECT 1 FROM starts AS of_first WHERE of_first.run_id = runs.run_id)
 ORDER BY runs.run_id
 """
 LINK_RUN = "UPDATE runs SET idempotency_key = :key WHERE run_id = :run_id"

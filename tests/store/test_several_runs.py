@@ -174,6 +174,31 @@ async def test_a_row_whose_runs_are_not_all_known_has_no_final_cost(
     assert not counts.awaits_runs(NOW + timedelta(hours=3))  # it is not called back
 
 
+async def test_a_batch_awaits_callbacks_until_two_minutes_after_the_last_end(
+    db: Database, writer: TestWriter
+) -> None:
+    """Of whichever run of the row that is, and however the clock was set since."""
+    (entry,) = entries("a" * 24)
+    await batches.keep(db, OF_BATCH, [entry])
+    await start_row(db, writer, entry, "run_1", "run_2", values=3)
+    url = {"callback_token": "own", "callback_url": "https://tracker.example/callbacks/flora/own"}
+    await db.execute(sa.update(tables.starts).values(**url))
+    await writer.submit(ended("run_1", "failed"))
+    late = timedelta(minutes=10)
+    assert (await counts_of(db)).awaits_runs(NOW + timedelta(days=1))  # a run is in progress
+    last = ended("run_2", "completed")
+    at = last.observation.at + late
+    await writer.submit(replace(last, observation=replace(last.observation, at=at)))
+    counts = await counts_of(db)
+    assert (counts.active, counts.missing, counts.called_back) == (0, 1, 1)
+    waits = {minutes: counts.awaits_runs(at + timedelta(minutes=minutes)) for minutes in (1, 3)}
+    assert waits == {1: True, 3: False}
+    assert not counts.awaits_runs(at - timedelta(days=1))
+    await db.execute(sa.update(tables.batches).values(launch={}))
+    assert await batches.finish_ended(db, at + timedelta(minutes=1)) == 0
+    assert await batches.finish_ended(db, at + timedelta(minutes=3)) == 1
+
+
 async def test_each_run_leads_to_its_start(db: Database, writer: TestWriter) -> None:
     """Whichever of its runs it is, it is no possible run of another start. Another workspace may
     use the same key."""
@@ -248,13 +273,16 @@ async def test_further_runs_of_earlier_starts_are_found(empty_database_url: str)
     run |= dict.fromkeys(("progress", "output_count", "polls", "checks", "missing"), 0)
     run |= dict.fromkeys(("details", "precedences"), 0) | {"precedence": 1}
     run |= dict.fromkeys(("created_at_known", "conflict", "callback_expected"), False)
-    run |= {"tracking": "active", "next_check_at": NOW, "workspace_id": "ws_1", "source": "start"}
+    run |= {"tracking": "active", "next_check_at": NOW, "workspace_id": "ws_1"}
+    sources = {"run_2": "history"}  # a sweep may have listed it before its callback came
     came = {"received_at": NOW, "last_received_at": NOW, "receipts": 1, "body": b"{}"}
     start = {"technique_id": "tech_1", "fingerprint": "", "inputs": [], "created_at": NOW}
     start |= {"workspace_slot": "ws_1", "state": "started", "reserved_runs": 1}
     tokens = {"run_1": "a", "run_2": "a", "run_3": "a", "run_4": "b", "run_5": None}
     rows = {
-        runs: [run | {"run_id": run_id} for run_id in tokens],
+        runs: [
+            run | {"run_id": run_id, "source": sources.get(run_id, "start")} for run_id in tokens
+        ],
         tables.starts: [
             start | {"idempotency_key": key, "run_id": run_id, "callback_token": key}
             for key, run_id in (("a", "run_1"), ("b", "run_4"))
