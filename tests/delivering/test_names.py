@@ -11,7 +11,13 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.run import Output
 from tracker.core.starts import Port
 from tracker.delivering.fetch import file_ending
-from tracker.delivering.saving import file_stem, output_names, row_names, row_numbers
+from tracker.delivering.saving import (
+    LONGEST_RUN,
+    file_stem,
+    output_names,
+    row_names,
+    row_numbers,
+)
 from tracker.starting.rows import RowState
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
@@ -93,7 +99,7 @@ def test_no_two_rows_share_a_name(values: list[str]) -> None:
     names = row_names(BATCH, rows(*values), "SKU")
     assert len({name.casefold() for name in names}) == len(values)
     for name in names:
-        file = f"{name}_{'x' * 100}_1_abc123.part.json"
+        file = f"{name}_{'r' * LONGEST_RUN}_{'x' * 100}_1_abc123.part.json"
         assert Path("/folder", file).resolve().parent == Path("/folder")
         assert len(file.encode()) <= 255
         assert not name.startswith((".", "-"))

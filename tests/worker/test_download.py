@@ -4,11 +4,13 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from tests.delivering.far_end import answer, far_end
 from tests.support.clocks import HandClock
@@ -25,6 +27,7 @@ from tracker.delivering.saving import DownloadOutcome, DownloadResult, WantedRun
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
+from tracker.store import schema as tables
 from tracker.store.queries import batches, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
@@ -322,8 +325,9 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
         inputs=PROMPT,
         at=services.clock(),
     )
-    seen = Observation(run_id=run_id, source=Source.START, at=services.clock())
-    entered = Observed(observation=seen, workspace_id="ws_simulator", idempotency_key=entry.key)
+    at, workspace_id = services.clock(), "ws_simulator"
+    seen = Observation(run_id=run_id, source=Source.START, at=at, workspace_id=workspace_id)
+    entered = Observed(observation=seen, workspace_id=workspace_id, idempotency_key=entry.key)
     await services.writer.submit(entered)
 
 
@@ -342,6 +346,42 @@ async def test_a_batch_names_its_files_by_row(services: Services, folder: Path) 
     assert told["002"] == "pending"
     assert told["010"] == "not_started"
     assert not report.complete
+
+
+async def test_the_runs_of_a_row_keep_their_names(services: Services, folder: Path) -> None:
+    """In whatever order they end and become known."""
+    _, (entry,) = await keep_batch(services, 1)
+    for run_id in ("run_1", "run_3", "run_2"):
+        await start_row(services, entry, run_id)
+        await settle(services, run_id, [Output("poem", "text", run_id)])
+        source = services.downloader.batch("bat_1", watch=False)
+        await services.downloader.download(source, DownloadOptions(to=folder), DownloadReport())
+    names = ("001_text_1.txt", "001_run_2_text_1.txt", "001_run_3_text_1.txt")
+    assert files(folder) == sorted(names)
+    assert [(folder / name).read_text() for name in names] == ["run_1", "run_2", "run_3"]
+
+
+async def test_a_watch_awaits_the_further_runs_of_a_row(services: Services) -> None:
+    """Until their callbacks are late: FLORA's answer names the first alone."""
+    batch, (entry,) = await keep_batch(services, 1)
+    await start_row(services, entry, "run_1")
+    url = {"callback_token": "own", "callback_url": "https://tracker.example/callbacks/flora/own"}
+    values = sa.update(tables.starts).values(reserved_runs=3, **url)
+    await services.database.execute(values)
+    await batches.finish(services.database, batch.batch_id, services.clock())
+    await settle(services, "run_1", [])
+    found: list[WantedRun] = []
+    task = asyncio.create_task(collect(services.downloader.batch("bat_1", watch=True), found))
+    await eventually(lambda: found)
+    await start_row(services, entry, "run_2")
+    await settle(services, "run_2", [])
+    await eventually(lambda: len(found) == 2)
+    assert [one.run_id for one in found] == ["run_1", "run_2"]
+    assert not task.done()
+    ended = sa.update(tables.runs).values(end_seen_at=services.clock() - timedelta(minutes=3))
+    await services.database.execute(ended)
+    async with asyncio.timeout(30):
+        await task
 
 
 async def test_files_of_a_batch_are_reported_also_if_the_folder_is_gone_at_the_end(

@@ -152,8 +152,9 @@ class Downloader:
         """The runs of a batch, row by row.
 
         With `watch` each once it is settled or lost, including runs that another command has yet
-        to start. Files are named by the column `name_by`, else by the row's number. Raises
-        `TrackerError` for an unknown batch, `InvalidRequest` for an unknown column.
+        to start, and those that callbacks have yet to name. Files are named by the column
+        `name_by`, else by the row's number. Raises `TrackerError` for an unknown batch,
+        `InvalidRequest` for an unknown column.
         """
         rows = await self._rows(batch_id, name_by)
         if watch:
@@ -171,7 +172,7 @@ class Downloader:
                     is_reported = True
                     rows_are = counted(not_started, "row is", "rows are")
                     notify(f"{rows_are} not started yet: `tracker batch` starts them")
-                return list(new), not_started > 0
+                return list(new), not_started > 0 or await self._gets_runs(batch_id)
 
             async with aclosing(self.follower.follow((), more=more, notify=notify)) as updates:
                 async for updated in updates:
@@ -182,6 +183,10 @@ class Downloader:
             rows = [one for one in await self._rows(batch_id, name_by) if one[0].run_id is None]
         for row, _ in rows:
             yield row
+
+    async def _gets_runs(self, batch_id: str) -> bool:
+        counts = await batches.batch_counts(self.database, [batch_id])
+        return counts[batch_id].gets_runs(self.clock())
 
     async def _rows(self, batch_id: str, name_by: str | None) -> list[tuple[WantedRun, bool]]:
         """The runs of a batch, row by row, and rows without one; whether each has yet to be
@@ -200,14 +205,14 @@ class Downloader:
                     record=record,
                     row=row,
                     name=name,
-                    number=number,
+                    is_further=record is not None and record.run.run_id != state.run_ids[0],
                     ports=outputs,
                     status=state.status if record is None else record.shown_status,
                 ),
                 batch.finished_at is None and state.status in _NOT_STARTED,
             )
             for state, row, name in zip(states, numbers, names, strict=True)
-            for number, record in enumerate(state.records or (None,), start=1)
+            for record in state.records or (None,)
         ]
 
     async def settled(

@@ -2,8 +2,9 @@
 
 Names are safe on every file system, stable on repetition, and in the order of the sheet. The
 outputs of a batch are named by the row's number, or its cell of a column, and the output:
-`001_icon_1`, `SKU-0001_icon_1`. If a row has several runs, those after the first have their number
-as well: `001_run2_icon_1`. The outputs of single runs are named by the identifiers of both.
+`001_icon_1`, `SKU-0001_icon_1`. If a row has several runs, the identifier of each after the first
+is added: `001_run_7f3a_icon_1`. A number would change as more of them become known. The outputs of
+single runs are named by the identifiers of both.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ from tracker.store.queries.batches import BatchRow
 
 LONGEST_PART: Final = 60
 """Characters. With four parts, an ending and `.part.json` a file name stays below 255 bytes."""
+LONGEST_RUN: Final = 24
+"""Characters of a run in the name of a row's file, so that this is as short."""
 _LONGEST_READABLE: Final = 100
 """Bytes of a cell, or of the name of an output."""
 _HARMLESS: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -43,15 +46,15 @@ _DEVICE: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\.", re.IGNORECASE | 
 class WantedRun:
     """A run whose outputs are wanted.
 
-    `row` is its row in a batch, `name` the row's name for files, `number` says which of the row's
-    runs it is, and `ports` are the outputs of the technique's definition. A row may have no run
-    (`record`): `status` says why.
+    `row` is its row in a batch, `name` the row's name for files, `is_further` is true for each of
+    the row's runs but the first, and `ports` are the outputs of the technique's definition. A row
+    may have no run (`record`): `status` says why.
     """
 
     record: Record | None
     row: str | None = None
     name: str | None = None
-    number: int = 1
+    is_further: bool = False
     ports: Sequence[Port] = ()
     status: str = ""
 
@@ -112,7 +115,7 @@ def jobs_of(wanted: WantedRun) -> Iterator[DownloadJob]:
     ids = [output.output_id for output in outputs]
     for position, output in enumerate(outputs):
         if wanted.row is not None:
-            run = f"_run{wanted.number}" if wanted.number > 1 else ""
+            run = f"_{_name_part(run_id, LONGEST_RUN)}" if wanted.is_further else ""
             name = f"{wanted.name or wanted.row}{run}_{names[position]}"
         else:
             again = not output.output_id or ids.count(output.output_id) > 1
@@ -298,10 +301,10 @@ def file_stem(*identifiers: str) -> str:
     return ".".join(map(_name_part, identifiers))
 
 
-def _name_part(text: str) -> str:
+def _name_part(text: str, longest: int = LONGEST_PART) -> str:
     """`text` as one part of a name: never empty, without dots, slashes or a leading dash."""
-    if len(text) <= LONGEST_PART and _HARMLESS.fullmatch(text) and not text.startswith("-"):
+    if len(text) <= longest and _HARMLESS.fullmatch(text) and not text.startswith("-"):
         return text
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6).hexdigest()
-    kept = _OTHER.sub("_", text).strip("_-")[: LONGEST_PART - len(digest) - 1]
+    kept = _OTHER.sub("_", text).strip("_-")[: longest - len(digest) - 1]
     return f"{kept}-{digest}" if kept else digest
