@@ -90,6 +90,11 @@ async def test_a_prompt_a_sheet_and_a_cell_find_their_runs(site: Site) -> None:
     run = await _page(site, "/runs/run_1")
     assert 'href="/batches/bat_1?row=16">row 16 of &lt;spring&gt;.csv</a>' in run
     assert "AB-&lt;16&gt;" in run
+    start = await starts.of_run(services.database, "run_1")
+    assert start is not None
+    await services.writer.submit(start.became(_run(3).observation, callback_expected=True))
+    for query in ("text=AB-", "text=spring", "batch=bat_1"):
+        assert _listed(await _page(site, f"/runs?{query}")) == ["run_3", "run_1"], query
 
 
 async def test_runs_are_sorted_and_counted(small_site: Site) -> None:
@@ -171,7 +176,8 @@ async def test_a_list_shows_small_pictures_and_icons(small_site: Site) -> None:
 
 async def test_a_failed_run_is_started_again_once(serve: Serve, sqlite_url: str) -> None:
     """Its page names the price, and starts the same inputs as one new run, however often the button
-    is pressed; where the input is at fault there is no button."""
+    is pressed, on the page of whichever run of the start; where the input is at fault there is no
+    button."""
     options = {"speed": 1000.0, "failures": 1, "failure_codes": ("model_timeout",)}
     async with with_flora(serve, sqlite_url, **options) as (site, flora):
         site.client.headers.update(HTML)
@@ -204,6 +210,17 @@ async def test_a_failed_run_is_started_again_once(serve: Serve, sqlite_url: str)
         again = await read.get_run(site.services.database, new)
         assert again is not None
         assert again.tags == {"campaign": "spring"}
+        start = await starts.of_run(site.services.database, run_id)
+        assert start is not None
+        timeout = RunError("model_timeout", "")
+        further = _run(1, RunStatus.FAILED, error=timeout, workspace_id=start.workspace_id)
+        of_start = replace(further.observation, technique_id=start.technique_id)
+        await site.services.writer.submit(start.became(of_start, callback_expected=True))
+        page = await _page(site, "/runs/run_1")
+        assert f'Started again as <a class="id" href="/runs/{new}"' in page
+        answer = await site.client.post("/runs/run_1/retry", data={"cost": "0.25"})
+        assert answer.headers["Location"] == f"/runs/{new}"
+        assert len(flora.world.runs) == 2
     facts = {"error": RunError("safety_blocked", "no"), "workspace_id": "ws_1"}
     async with serve(sqlite_url, flora_api_key="sk_test", flora_workspace_id="ws_1") as site:
         await site.services.writer.submit(_run(1, RunStatus.FAILED, **facts))

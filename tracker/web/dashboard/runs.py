@@ -101,16 +101,19 @@ log = get_logger(__name__)
 
 
 class RetryOffer(NamedTuple):
-    """What a failed run offers: a start of the same inputs at `cost` USD, once; or the run that was
-    started again before."""
+    """What a failed run offers: its start once more, under `key`, which makes as many `runs` as the
+    first time, at `cost` USD; or the run that was started again before."""
 
+    key: str
+    runs: int
     cost: Decimal | None
     run_id: str | None
 
     @property
     def question(self) -> str:
         """What the button does."""
-        return f"Start again{'' if self.cost is None else f', up to {money(self.cost)}'}"
+        what = "Start again" if self.runs == 1 else f"Start all {self.runs} runs again"
+        return what if self.cost is None else f"{what}, up to {money(self.cost)}"
 
 
 class RunPages(PageGroup):
@@ -200,7 +203,7 @@ class RunPages(PageGroup):
             rows=rows,
             start=start,
             of_start=await self._of_start(start),
-            again=await self._again(record, rows),
+            again=await self._again(record, start, rows),
             sentences=sentences[-MAX_SHOWN:],
             truncated=max(len(sentences), len(outputs)) > MAX_SHOWN,
         )
@@ -220,8 +223,8 @@ class RunPages(PageGroup):
         """Starts the same inputs again, once for each run, and shows the new run."""
         form = await read_form(request)
         record = await self._record(request)
-        rows = await self._rows(await starts.of_run(self._database, record.run.run_id))
-        again = await self._again(record, rows)
+        before = await starts.of_run(self._database, record.run.run_id)
+        again = await self._again(record, before, await self._rows(before))
         if again is None:
             return FlashMessage("bad", "This run cannot be started again here.")
         if again.run_id is not None:
@@ -234,7 +237,7 @@ class RunPages(PageGroup):
             technique=run.technique_id or "",
             inputs=record.inputs or [],
             workspace_id=run.workspace_id,
-            idempotency_key=_retry_key(run.run_id),
+            idempotency_key=again.key,
             started_by=by["token"],
             tags=record.tags,
         )
@@ -308,18 +311,21 @@ class RunPages(PageGroup):
         runs = await starts.runs_of(self._database, [start])
         return [one.run.run_id for one in runs[start.idempotency_key]]
 
-    async def _again(self, record: Record, rows: list[RowOfBatch]) -> RetryOffer | None:
+    async def _again(
+        self, record: Record, start: StartRow | None, rows: list[RowOfBatch]
+    ) -> RetryOffer | None:
         """Whether the run can be started again here. A batch starts its rows again itself."""
         run = record.run
         if rows or not record.inputs or run.technique_id is None or run.workspace_id is None:
             return None
         if run.retry_advice not in _PASSING or not self._can_poll(record):
             return None
-        key = _retry_key(run.run_id)
+        first = run.run_id if start is None else start.run_id or run.run_id
+        key, runs = _retry_key(first), 1 if start is None else start.run_count or 1
         before = (await starts.of_keys(self._database, run.workspace_id, [key])).get(key)
         row = await techniques.get(self._database, run.technique_id)
         cost = None if row is None else cost_of(row, record.inputs)
-        return RetryOffer(cost, None if before is None else before.run_id)
+        return RetryOffer(key, runs, cost, None if before is None else before.run_id)
 
     def _can_poll(self, record: Record) -> bool:
         workspace = self._services.workspaces.reader_of(record.run.workspace_id)
@@ -363,8 +369,8 @@ def _to_run(run_id: str) -> Response:
 
 
 def _retry_key(run_id: str) -> str:
-    """The idempotency key of starting a run again: the same for the same run, so that it is started
-    again once, however often the button is pressed."""
+    """The idempotency key of starting a run again: by the first run of its start, so that this is
+    started again once, however often the button is pressed, and on the page of whichever run."""
     return f"retry-{hashlib.sha256(run_id.encode()).hexdigest()[:32]}"
 
 
