@@ -293,7 +293,11 @@ async def search_sheets(
         in_rows = [RowOfBatch(*row) for row in await connection.execute(cells)]
         ids = run_ids_of([batch_id for batch_id, _ in named])
         of_batches = (await connection.execute(ids.limit(MATCHES))).scalars() if named else ()
-        run_ids = [row.run_id for row in in_rows if row.run_id is not None] + list(of_batches)
+        first = [row.run_id for row in in_rows if row.run_id is not None]
+        others = select(runs.c.run_id).join(starts, is_further_run(runs)).limit(MATCHES)
+        others = others.where(HAS_SEVERAL, starts.c.run_id.in_(first))
+        further = (await connection.execute(others)).scalars() if first else ()
+        run_ids = [*first, *further, *of_batches]
     return SheetMatches(named, in_rows[:limit], tuple(dict.fromkeys(run_ids)))
 
 
