@@ -58,7 +58,7 @@ async def test_a_row_has_all_runs_of_its_start(database_url: str, tmp_path: Path
             assert (await the_run(services, run_id)).tags == {"team": "red"}
 
         async def is_billed() -> bool:
-            await services.poller.poll_due()
+            await services.poller.recheck_due()
             return (await services.batches.counts(outcome.batch)).cost_final
 
         await eventually(is_billed, timeout=30)
