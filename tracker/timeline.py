@@ -126,7 +126,7 @@ def _start(row: StartRow, run_id: str) -> Iterator[Sentence]:
     yield sentence(first, f"Start sent to FLORA with {address}.")
     if row.run_id not in (None, run_id):
         yield sentence(
-            first, f"The run is one of {row.run_count} of this start; the first is {row.run_id}."
+            first, f"The start made several runs, this one among them; the first is {row.run_id}."
         )
     if row.sent_at > first:
         yield sentence(row.sent_at, "Start sent again with the same key.")

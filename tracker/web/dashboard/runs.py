@@ -101,19 +101,17 @@ log = get_logger(__name__)
 
 
 class RetryOffer(NamedTuple):
-    """What a failed run offers: its start once more, under `key`, which makes as many `runs` as the
-    first time, at `cost` USD; or the run that was started again before."""
+    """What a failed run offers: its start once more, under `key`, at `cost` USD for all its runs;
+    or the run that was started again before."""
 
     key: str
-    runs: int
     cost: Decimal | None
     run_id: str | None
 
     @property
     def question(self) -> str:
         """What the button does."""
-        what = "Start again" if self.runs == 1 else f"Start all {self.runs} runs again"
-        return what if self.cost is None else f"{what}, up to {money(self.cost)}"
+        return f"Start again{'' if self.cost is None else f', up to {money(self.cost)}'}"
 
 
 class RunPages(PageGroup):
@@ -320,12 +318,11 @@ class RunPages(PageGroup):
             return None
         if run.retry_advice not in _PASSING or not self._can_poll(record):
             return None
-        first = run.run_id if start is None else start.run_id or run.run_id
-        key, runs = _retry_key(first), 1 if start is None else start.run_count or 1
+        key = _retry_key(run.run_id if start is None else start.run_id or run.run_id)
         before = (await starts.of_keys(self._database, run.workspace_id, [key])).get(key)
         row = await techniques.get(self._database, run.technique_id)
         cost = None if row is None else cost_of(row, record.inputs)
-        return RetryOffer(key, runs, cost, None if before is None else before.run_id)
+        return RetryOffer(key, cost, None if before is None else before.run_id)
 
     def _can_poll(self, record: Record) -> bool:
         workspace = self._services.workspaces.reader_of(record.run.workspace_id)
