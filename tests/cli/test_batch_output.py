@@ -201,6 +201,9 @@ def test_progress_fits_the_terminal() -> None:
         "5 of 9 started, 2 running, 1 failed, 1 not startable, paused for 5 s, $0.50"
     )
     assert "3 in doubt" in progress_text(BatchProgress(counts=counts, doubt=3))
+    for active, awaited in ((0, True), (1, False)):
+        missing = BatchProgress(counts=replace(counts, active=active, called_back=2))
+        assert ("2 callbacks missing" in progress_text(missing)) == awaited
     assert "next start in 80 s" in progress_text(BatchProgress(counts=counts, held=80.0))
     large = BatchCounts(rows=20_000, started=20_000, active=1500, completed=15_000, failed=3500)
     large.cost, large.not_final = Decimal("12345.25"), 1

@@ -393,6 +393,8 @@ def progress_text(
         parts.append(f"next start in {progress.held:.0f} s")
     if progress.doubt:
         parts.append(f"{progress.doubt} in doubt")
+    if counts.called_back and not (progress.left or counts.active):
+        parts.append(f"{counted(counts.called_back, 'callback')} missing")
     parts.append(money(counts.cost) if counts.cost_final else f"{money(counts.cost)} so far")
     if files is not None:
         parts.append(counted(files, "file"))
