@@ -58,18 +58,14 @@ class Deployment:
         port = str(self._flora_port)
         flora = self._begin("simulate", "--port", port, "--run-seconds", "60")
         assert await flora.ready(f"http://127.0.0.1:{port}/simulator/runs"), flora.log
-        tracker = await self.tracker("serve")
-
-        async def started() -> bool:  # asked again where the short lease of a start has run out
-            return (await self.start(idempotency_key="first")).is_success
-
-        await eventually(started)
+        tracker = await self.tracker("serve", hasty=False)
+        assert (await self.start()).is_success, tracker.log
         await stop(tracker)
         flora.freeze()
 
-    async def tracker(self, role: str) -> Life:
-        """`tracker serve` or `tracker worker`."""
-        life = self._begin(role, "--port", str(self._port))
+    async def tracker(self, role: str, *, hasty: bool | None = None) -> Life:
+        """`tracker serve` or `tracker worker`; with short waits as all others, unless told."""
+        life = self._begin(role, "--port", str(self._port), hasty=hasty)
         assert await life.ready(f"{self._root}/healthz"), life.log
         return life
 
@@ -102,11 +98,12 @@ class Deployment:
             await client.get(f"{self._root}/healthz")  # it has read what came before
         return starting
 
-    def _begin(self, *arguments: str) -> Life:
+    def _begin(self, *arguments: str, hasty: bool | None = None) -> Life:
+        hasty = self._hasty if hasty is None else hasty
         log = self._directory / f"{len(self._lives)}-{arguments[0]}.log"
         prepare = partial(shorten_all_waits, patient=False)  # it is about a database that is gone
         life = Life.begin(
-            *arguments, env=self._environment, log=log, prepare=prepare if self._hasty else None
+            *arguments, env=self._environment, log=log, prepare=prepare if hasty else None
         )
         self._lives.append(life)
         return life
