@@ -255,9 +255,15 @@ async def test_one_sweep_at_a_time(
 ) -> None:
     """Of two processes that sweep one workspace at the same moment, one does."""
     one, other = await open_on(flora), await open_on(flora)
-    for _ in range(120):
-        flora.start()
-    reports = await asyncio.gather(sweep(one), sweep(other))
+    flora.start()
+
+    async def until_the_other_is_done(_: list[str]) -> None:
+        await asyncio.wait(sweeps, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+
+    for services in (one, other):
+        on_history(services, until_the_other_is_done)
+    sweeps = [asyncio.create_task(sweep(services)) for services in (one, other)]
+    reports = await asyncio.gather(*sweeps)
     assert sorted(report.skipped for report in reports) == [False, True]
     assert not (await sweep(other)).skipped
 
