@@ -5,6 +5,7 @@ except where SQLite has one code for several errors.
 """
 
 import sqlite3
+from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
@@ -30,53 +31,52 @@ class WriteConflict(Exception):
     """Another transaction came in between: roll back and run it again."""
 
 
-_BUSY: Final = frozenset({"55P03", "57014"})  # lock time-out, statement time-out
-_CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
-_UNAVAILABLE_CLASSES: Final = (
-    "08",  # connection exception
-    "28",  # invalid authorization
-    "53",  # out of disk, memory or connections
-    "57",  # shutdown, crash recovery, time-out
-    "58",  # input and output of the server
-)
+_CONFLICTS: Final = ("40001", "40P01")  # serialization failure, deadlock
 _STANDBY: Final = "25006"  # a transaction that cannot write
-_UNAVAILABLE: Final = frozenset(
-    {
-        _STANDBY,
-        "25P03",  # idle in transaction for too long
-        "25P04",  # transaction time-out
-        "3D000",  # no such database
-        "42501",  # this role lacks a privilege, as after a restore by another one
-        "XX001",  # a damaged page
-        "XX002",
-    }
-)
-_DATA_CLASSES: Final = ("22", "23", "54")  # data exception, constraint, program limit exceeded
-_OUTDATED: Final = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
+_BY_SQLSTATE: Final[Mapping[str, type[StoreError]]] = {
+    "08": StoreUnavailable,  # connection exception
+    "22": StoreRefused,  # data exception
+    "23": StoreRefused,  # constraint violation
+    _STANDBY: StoreUnavailable,
+    "25P03": StoreUnavailable,  # idle in transaction for too long
+    "25P04": StoreUnavailable,  # transaction time-out
+    "28": StoreUnavailable,  # invalid authorization
+    "3D000": StoreUnavailable,  # no such database
+    "3F000": SchemaOutdated,  # no such schema
+    **dict.fromkeys(_CONFLICTS, StoreUnavailable),
+    "42501": StoreUnavailable,  # this role lacks a privilege, as after a restore by another one
+    "42703": SchemaOutdated,  # no such column
+    "42P01": SchemaOutdated,  # no such table
+    "53": StoreUnavailable,  # out of disk, memory or connections
+    "54": StoreRefused,  # program limit exceeded
+    "55P03": StoreBusy,  # lock time-out
+    "57": StoreUnavailable,  # shutdown, crash recovery
+    "57014": StoreBusy,  # statement time-out
+    "58": StoreUnavailable,  # input and output of the server
+    "XX001": StoreUnavailable,  # a damaged page
+    "XX002": StoreUnavailable,  # a damaged index
+}
+"""The error for a code, or for all codes that begin with these two characters."""
 
-_SQLITE_DATA: Final = frozenset(
-    {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH}
-)
-_SQLITE_UNAVAILABLE: Final = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_INTERRUPT,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_PROTOCOL,
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_AUTH,
-        sqlite3.SQLITE_NOTADB,
-    }
-)
-_SQLITE_ACCESS: Final = frozenset(
-    {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
-)
+_BY_SQLITE_CODE: Final[Mapping[int, type[StoreError]]] = {
+    sqlite3.SQLITE_CONSTRAINT: StoreRefused,
+    sqlite3.SQLITE_TOOBIG: StoreRefused,
+    sqlite3.SQLITE_MISMATCH: StoreRefused,
+    sqlite3.SQLITE_BUSY: StoreUnavailable,
+    sqlite3.SQLITE_LOCKED: StoreUnavailable,
+    sqlite3.SQLITE_NOMEM: StoreUnavailable,
+    sqlite3.SQLITE_READONLY: StoreUnavailable,
+    sqlite3.SQLITE_INTERRUPT: StoreUnavailable,
+    sqlite3.SQLITE_IOERR: StoreUnavailable,
+    sqlite3.SQLITE_CORRUPT: StoreUnavailable,
+    sqlite3.SQLITE_FULL: StoreUnavailable,
+    sqlite3.SQLITE_CANTOPEN: StoreUnavailable,
+    sqlite3.SQLITE_PROTOCOL: StoreUnavailable,
+    sqlite3.SQLITE_PERM: StoreUnavailable,
+    sqlite3.SQLITE_AUTH: StoreUnavailable,
+    sqlite3.SQLITE_NOTADB: StoreUnavailable,
+}
+_SQLITE_ACCESS: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
 
 FOREIGN: Final = (SQLAlchemyError, sqlite3.Error, OSError, TimeoutError)
 """What a database call may raise; anything else is a fault of the tracker."""
@@ -109,9 +109,7 @@ def is_standby(error: BaseException) -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether the server refused a statement and is ready for the next one."""
     state = _sqlstate(error)
-    if state is None or state in _UNAVAILABLE:
-        return False
-    return not state.startswith(_UNAVAILABLE_CLASSES)
+    return state in _CONFLICTS or (state is not None and _kind_of(state) is not StoreUnavailable)
 
 
 def translate(error: BaseException) -> StoreError:
@@ -123,27 +121,33 @@ def translate(error: BaseException) -> StoreError:
         return StoreUnavailable("the database does not answer in time")
     if isinstance(error, OSError):
         return StoreUnavailable(f"the database cannot be reached: {what}")
-    state = _sqlstate(error)
-    if state is not None:
-        if state in _OUTDATED:
-            return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
-        if state in _BUSY:
-            return StoreBusy(f"the database is too busy: {what}")
-        if state in _UNAVAILABLE or state in _CONFLICTS or state.startswith(_UNAVAILABLE_CLASSES):
-            return StoreUnavailable(f"the database is not available: {what}")
-        refused = StoreRefused if state.startswith(_DATA_CLASSES) else StoreError
-        return refused(f"the database refuses this: {what}")
-    code = _sqlite_code(error)
-    if code is not None:
-        if code & 0xFF in _SQLITE_ACCESS:  # as after a command of another user
+    if (state := _sqlstate(error)) is not None:
+        kind = _kind_of(state)
+    elif (code := _sqlite_code(error)) is not None:
+        kind = _BY_SQLITE_CODE.get(code, StoreError)
+        if code in _SQLITE_ACCESS:  # as after a command of another user
             what += "; its file and folder must be writable for the user that runs the tracker"
-        if code & 0xFF in _SQLITE_UNAVAILABLE:
-            return StoreUnavailable(f"the database is not available: {what}")
-        if what.startswith(("no such table", "no such column")) or "has no column named" in what:
-            return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
-        refused = StoreRefused if code & 0xFF in _SQLITE_DATA else StoreError
-        return refused(f"the database refuses this: {what}")
-    # No code: the driver itself failed, on a lost connection.
+        elif what.startswith(("no such table", "no such column")) or "has no column named" in what:
+            kind = SchemaOutdated
+    else:
+        return _without_code(error, what)
+    if kind is SchemaOutdated:
+        return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
+    return kind(f"{_MEANING.get(kind, 'the database refuses this')}: {what}")
+
+
+_MEANING: Final[Mapping[type[StoreError], str]] = {
+    StoreBusy: "the database is too busy",
+    StoreUnavailable: "the database is not available",
+}
+
+
+def _kind_of(state: str) -> type[StoreError]:
+    return _BY_SQLSTATE.get(state) or _BY_SQLSTATE.get(state[:2], StoreError)
+
+
+def _without_code(error: BaseException, what: str) -> StoreError:
+    """The error for one that SQLAlchemy or the driver itself raised."""
     driver = type(_driver_error(error))
     is_drivers = isinstance(error, InterfaceError) or driver.__module__.startswith("asyncpg.")
     if is_drivers or getattr(error, "connection_invalidated", False):
@@ -166,8 +170,9 @@ def _sqlstate(error: BaseException) -> str | None:
 
 
 def _sqlite_code(error: BaseException) -> int | None:
+    """SQLite's primary result code."""
     code = getattr(_driver_error(error), "sqlite_errorcode", None)
-    return code if isinstance(code, int) else None
+    return code & 0xFF if isinstance(code, int) else None
 
 
 def _first_line(error: BaseException) -> str:
