@@ -85,7 +85,7 @@ class GroupCommit(Generic[T, R]):
         self._closing = False
         self._log_limit = LogRateLimit()
         self._is_reported = False
-        self.trouble: StoreError | None = None
+        self.trouble: Exception | None = None
 
     async def __aenter__(self) -> Self:
         committing = repeat(
@@ -194,15 +194,13 @@ class GroupCommit(Generic[T, R]):
         """
         loop = asyncio.get_running_loop()
         parts = deque([group])
-        pause = RETRY_SECONDS[0]
+        pause, longest_pause = RETRY_SECONDS
         while parts:
             self._writing = [waiting for part in parts for waiting in part]
-            now = loop.time()
-            part: list[_Waiting[T, R]] = []
-            for waiting in parts.popleft():
-                if waiting.expires > now:
-                    part.append(waiting)
-                else:  # answered here, because the timer does not see it any more
+            now, whole = loop.time(), parts.popleft()
+            part = [waiting for waiting in whole if waiting.expires > now]
+            for waiting in whole:
+                if waiting.expires <= now:  # the timer does not see it any more
                     self._give_up(waiting)
             if not part:
                 continue
@@ -210,26 +208,24 @@ class GroupCommit(Generic[T, R]):
             try:
                 with reported(self._on_write, items, loop.time):
                     results = await self._commit(items)
-            except StoreBusy as exc:
-                # A locked row holds up its own item alone.
-                self._refuse_or_split(part, exc, parts)
-            except (StoreUnavailable, SchemaOutdated) as exc:
+            except Exception as exc:
+                is_down = isinstance(exc, StoreUnavailable | SchemaOutdated)
+                if not is_down or isinstance(exc, StoreBusy):
+                    # Only the item that causes it may fail, such as one whose row is locked.
+                    self._refuse_or_split(part, exc, parts)
+                    continue
                 self._note(exc)
                 parts.appendleft(part)
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, RETRY_SECONDS[1])
-            except Exception as exc:
-                # Whatever the error is, only the item that causes it may fail.
-                self._refuse_or_split(part, exc, parts)
+                pause = min(pause * 2, longest_pause)
             else:
-                if self.trouble is not None:
-                    self._note(None)
+                self._note(None)
                 pause = RETRY_SECONDS[0]
                 for waiting, result in zip(part, results, strict=True):
                     if not waiting.answer.done():
                         waiting.answer.set_result(result)
 
-    def _note(self, trouble: StoreError | None) -> None:
+    def _note(self, trouble: Exception | None) -> None:
         """Log the first failure, at intervals, and the recovery from one that was logged."""
         if trouble is not None and self.trouble is None:
             now = asyncio.get_running_loop().time()
@@ -238,6 +234,7 @@ class GroupCommit(Generic[T, R]):
                 log.warning("writer.unavailable", writer=self._name, error=str(trouble))
         elif trouble is None and self._is_reported:
             log.info("writer.recovered", writer=self._name)
+            self._is_reported = False
         self.trouble = trouble
 
     def _refuse_or_split(
