@@ -73,10 +73,9 @@ Rows = list[tuple[Any, ...]]
 class BatchChanges:
     """What a write batch changes, in rows sorted by key."""
 
-    records: list[Record] = field(default_factory=list)
-    """New and changed records."""
-    existing: list[str] = field(default_factory=list)
-    """Their runs that have a row already."""
+    added: list[Record] = field(default_factory=list)
+    updated: list[Record] = field(default_factory=list)
+    """Records of runs that have a row already."""
     replaced_outputs: list[str] = field(default_factory=list)
     """Runs whose stored outputs are replaced."""
     outputs: Rows = field(default_factory=list)
@@ -94,6 +93,26 @@ class BatchChanges:
     """Runs that look different to readers."""
     moved: list[str] = field(default_factory=list)
     """Runs whose workspace was corrected."""
+
+    def add(self, old: Record | None, new: Record) -> None:
+        """Add what differs between the stored record of a run and the new one."""
+        run, run_id, stored = new.run, new.run.run_id, None
+        if old is None:
+            self.added.append(new)
+        else:
+            self.updated.append(new)
+            stored = old.run.outputs
+            if run.workspace_id != old.run.workspace_id:
+                self.moved.append(run_id)
+        if old is None or run is not old.run or new.tracking is not old.tracking:
+            self.changed_runs.append(run_id)
+        if run.outputs != stored:
+            if stored is not None:
+                self.replaced_outputs.append(run_id)
+            self.outputs.extend(
+                (run_id, position, output.output_id, output.type, output.url)
+                for position, output in enumerate(run.outputs or ())
+            )
 
 
 def write_changes(connection: Connection, changes: BatchChanges, origin: str) -> None:
@@ -268,7 +287,7 @@ _CLOSE_STARTS: Final = _close_starts(*(bindparam(name) for name in _STARTED_COLU
 
 
 def _write_sqlite(connection: Connection, changes: BatchChanges) -> None:
-    _UPSERT_RUNS(connection, [run_row(record) for record in changes.records])
+    _UPSERT_RUNS(connection, [run_row(record) for record in (*changes.added, *changes.updated)])
     _INSERT_EVENTS(connection, changes.events)
     _INSERT_ROLLUPS(connection, changes.rollups)
     _INSERT_OUTBOX(connection, changes.outbox)
@@ -365,21 +384,18 @@ def _write_postgres(connection: Connection, changes: BatchChanges, origin: str) 
         notices.append((DUE, origin))
     if changes.outbox:
         notices.append((OUTBOX, origin))
-    existing = set(changes.existing)
-    rows: dict[bool, Rows] = {True: [], False: []}
-    for record in changes.records:
-        rows[record.run.run_id in existing].append(run_row(record))
     values = {
-        "existing": changes.existing,
-        "after": _to_json(_RUNS, rows[True]),
-        "new": _to_json(_RUNS, rows[False]),
+        "existing": [record.run.run_id for record in changes.updated],
+        "after": _to_json(_RUNS, [run_row(record) for record in changes.updated]),
+        "new": _to_json(_RUNS, [run_row(record) for record in changes.added]),
         "events": _to_json(_EVENT_COLUMNS, changes.events),
         "rollups": _to_json(_ROLLUP_COLUMNS, changes.rollups),
         "outbox": _to_json(_OUTBOX_COLUMNS, changes.outbox),
         "notice": _to_json(_NOTICES, notices),
     }
     statements = postgres_statements()
-    if connection.execute(statements.write, values).scalar_one() < len(changes.records):
+    written = connection.execute(statements.write, values).scalar_one()
+    if written < len(changes.added) + len(changes.updated):
         raise WriteConflict
     if changes.replaced_outputs:
         connection.execute(_DELETE_OUTPUTS, {"run_ids": changes.replaced_outputs})

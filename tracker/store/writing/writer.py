@@ -198,38 +198,23 @@ class WriteBatch:
         """Write the differences between the stored and the merged records."""
         changes = self._changes
         rollups: dict[RollupKey, list[int]] = {}
-        for run_id in sorted(self._now):
-            old, new = self._before.get(run_id), self._now[run_id]
+        for run_id, new in sorted(self._now.items()):
+            old = self._before.get(run_id)
             if new is old or new == old:
                 continue
-            changes.records.append(new)
+            changes.add(old, new)
             if old is None or not same(old, new):
                 _count(rollups, old, -1)
                 _count(rollups, new, 1)
             for event in events_between(old, new):
                 row = (event_id(event, new), event.value, run_id, self._last[run_id].at)
                 changes.outbox.append(row)
-            if old is not None:
-                changes.existing.append(run_id)
-                if new.run.workspace_id != old.run.workspace_id:
-                    changes.moved.append(run_id)
-            if old is None or new.run is not old.run or new.tracking is not old.tracking:
-                changes.changed_runs.append(run_id)
-            stored = None if old is None else old.run.outputs
-            if new.run.outputs == stored:
-                continue
-            if stored is not None:
-                changes.replaced_outputs.append(run_id)
-            changes.outputs.extend(
-                (run_id, position, output.output_id, output.type, output.url)
-                for position, output in enumerate(new.run.outputs or ())
-            )
         changes.rollups = [(*key, *counts) for key, counts in rollups.items() if any(counts)]
         changes.started = [
             (*key, run_id, shown, max(shown - 1, 0))
             for key, (run_id, shown) in sorted(self._started.items())
         ]
-        if changes.records or changes.started:
+        if changes.added or changes.updated or changes.started:
             write_changes(self._connection, changes, self._origin)
         requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
         return WriteOutcome(
