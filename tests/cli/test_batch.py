@@ -280,6 +280,10 @@ def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> Non
     told = [line for line in done.stderr.splitlines() if line.startswith("Not retried: ")]
     assert len(told) == len({row["error"] for row in rows if row["line"] in left_out})
     assert all("; change the input)" in line for line in told)
+    (tracker.folder / "icons.csv").write_text(f"{SHEET}one more,x\n")
+    done = tracker("batch", "icon-pack", "icons.csv", "--retry-all", "--only-failed", "--dry-run")
+    last = done.stdout.splitlines()[-1]
+    assert last == "To start: 3 of 4 rows, at most $0.75; 1 row without a run left out."
 
 
 async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> None:
@@ -315,6 +319,7 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
         ("icons.csv --delimiter ab", "must be one character, or tab"),
         ("icons.csv --again --retry-failed", "cannot be combined with one another"),
         ("icons.csv --retry-all --retry-failed", "cannot be combined with one another"),
+        ("icons.csv --only-failed", "goes with --retry-failed or --retry-all only"),
         ("icons.csv --output no/where.csv", "cannot be written"),
         ("icons.csv --output a.xlsx", "use a.csv, for Excel too"),
         ("icons.csv --output a.csv --results table", "takes csv or jsonl"),

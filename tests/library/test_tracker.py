@@ -142,6 +142,10 @@ async def test_a_batch_is_launched_from_a_script(
         await tracker.start_batch("icon-pack", rows, tag_columns={"sku": "SKU"})
     with pytest.raises(errors.MaxCostReached):
         await tracker.start_batch("icon-pack", [{"prompt": "dear"}], max_cost=0.1)
+    with pytest.raises(errors.InvalidRequest, match="only_failed leaves out all rows"):
+        await done.retry("unstarted", only_failed=True)
+    assert (await (await done.retry(only_failed=True)).wait(timeout=40)).completed == 3
+    assert len(flora.world.runs) == 3
 
 
 async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simulator) -> None:

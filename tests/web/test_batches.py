@@ -456,6 +456,49 @@ async def test_what_failed_is_started_again_on_request(serve: Serve, database_ur
         assert await rows_of(site, batch_id, outcome="failed") == []
 
 
+async def test_rows_without_a_run_are_left_out(serve: Serve, database_url: str) -> None:
+    """A retry of only failed rows starts no other, and the batch is not finished by it; the next
+    one starts the rest."""
+    options = {"failures": 1.0, "failure_codes": ("model_timeout",)}
+    async with working(serve, database_url, worker=False, **options) as (site, flora):
+        services, works = site.services, site.services.batch_worker
+        batch_id = (await create(site, 201))["batch_id"]
+        batch = await batches.get(services.database, batch_id)
+        assert batch is not None
+        plan = await services.batches.stored_plan(batch)
+        some = replace(plan, rows=plan.rows[:2])
+        await services.batches.run(some, concurrency=1, wait=True, on_progress=lambda _: None)
+        await site.client.post(f"/api/batches/{batch_id}/stop")
+        flora.world.options = replace(flora.world.options, failures=0.0)
+        address = f"/api/batches/{batch_id}/retry"
+        only = {"which": "failed", "only_failed": True}
+        priced = await site.client.post(address, json=only | {"dry_run": True})
+        assert (priced.json()["to_start"], priced.json()["cost"]) == (2, 0.5)
+        refused = await site.client.post(address, json=only | {"which": "unstarted"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["fields"][0]["field"] == "only_failed"
+        answer = await site.client.post(address, json=only)
+        assert answer.json()["launching"], answer.text
+        await works.launch_due()
+        stopped = await launched(site, batch_id)
+        assert stopped["stopped"] == "only failed rows were to be started"
+        assert (stopped["started"], len(flora.world.runs)) == (2, 4)
+        await eventually(lambda: not works._tasks, timeout=30)
+        works.finish_every = 0.0
+
+        async def completed() -> bool:
+            await services.poller.poll_due()
+            return (await shown(site, batch_id))["completed"] == 2
+
+        await eventually(completed, timeout=30)
+        await works.launch_due()
+        assert (await shown(site, batch_id))["finished_at"] is None
+        answer = await site.client.post(address, json=only | {"only_failed": False})
+        await works.launch_due()
+        assert (await launched(site, batch_id))["started"] == 5
+        assert len(flora.world.runs) == 7
+
+
 async def test_a_batch_is_stopped_and_resumed(serve: Serve, sqlite_url: str) -> None:
     """Stopped, no further row begins; the batch says by whom, and goes on when that is ordered."""
     rows = [{"prompt": f"icon {number}"} for number in range(30)]

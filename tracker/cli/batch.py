@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import time
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -91,6 +92,9 @@ def batch(
         "Start rows again that failed temporarily: once, after a wait where advised.",
     ),
     retry_all: bool = flag("--retry-all", "Start every row again whose run failed."),
+    only_failed: bool = flag(
+        "--only-failed", "With --retry-failed or --retry-all: leave out rows without a run."
+    ),
     skip_bad_rows: bool = flag("--skip-bad-rows", "Report invalid rows and start the others."),
     wait: bool = option("Wait until all runs have ended.", "--wait/--no-wait", default=True),
     yes: bool = flag("--yes", "Start without asking. Only a terminal is asked.", "-y"),
@@ -129,6 +133,10 @@ def batch(
         raise typer.BadParameter(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
         )
+    if only_failed and not (retry_failed or retry_all):
+        raise typer.BadParameter(
+            "goes with --retry-failed or --retry-all only", param_hint="--only-failed"
+        )
     if download is not None and not wait:
         raise typer.BadParameter("waits for the runs: leave out --no-wait", param_hint="--download")
     if name_by is not None and download is None:
@@ -159,6 +167,7 @@ def batch(
                 tags=tags,
                 tag_columns=tag_columns,
             )
+        plan = replace(plan, only_failed=only_failed)
         report_problems(name, skipped)
         report_plan(plan, retried=retry is not None)
         if name_by is not None:

@@ -31,7 +31,10 @@ _NAMED: Final = 20
 """How many causes are named; the results hold every row."""
 _REPEATS: Final = 5
 """How many repeated rows are named."""
-_ONCE: Final = ("--again", "--retry-failed", "--retry-all", "--yes", "-y", "--no-wait", "--json")
+_ONCE: Final = (
+    *("--again", "--retry-failed", "--retry-all", "--only-failed"),
+    *("--yes", "-y", "--no-wait", "--json"),
+)
 """Options that the command for the next step does not repeat."""
 _ADVICE: Final[dict[str, str]] = {
     RetryAdvice.RETRY_NOW: "can be retried",
@@ -279,11 +282,13 @@ def _repetitions(plan: "BatchPlan") -> list[str]:
 def intention(plan: "BatchPlan") -> str:
     """What starting the batch does, in a sentence."""
     missing, rows = len(plan.missing), len(plan.rows)
-    if not missing:
+    if not missing and not plan.left_out:
         return f"Nothing to start: {counted(rows, 'row')}, all started before{_spent(plan)}."
     price = "price unknown" if plan.cost is None else f"at most {money(plan.cost)}"
-    before = f"; {rows - missing:,} started before{_spent(plan)}" if rows > missing else ""
-    return f"To start: {missing:,} of {counted(rows, 'row')}, {price}{before}."
+    started = rows - missing - plan.left_out
+    before = f"; {started:,} started before{_spent(plan)}" if started else ""
+    left = f"; {counted(plan.left_out, 'row')} without a run left out" if plan.left_out else ""
+    return f"To start: {missing:,} of {counted(rows, 'row')}, {price}{before}{left}."
 
 
 def _spent(plan: "BatchPlan") -> str:

@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Self
 from tracker.core.formatting import counted, money, parse_usd
 from tracker.core.record import Record
 from tracker.core.starts import check_tags
-from tracker.errors import BatchUnknown, WaitTimeout
+from tracker.errors import BatchUnknown, InvalidRequest, WaitTimeout
 from tracker.library.inputs import Rows, check_text, planned, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
@@ -183,24 +183,33 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         self,
         which: Literal["unstarted", "failed", "all"] = "failed",
         *,
+        only_failed: bool = False,
         max_cost: Decimal | float | None = None,
         wait_for_budget: bool = False,
     ) -> "Batch":
         """Start rows without a run, and those that failed temporarily (`all`: for any reason).
 
-        A retry is a new run and is charged. Raises like `Tracker.start_batch`.
+        `only_failed` leaves rows without a run out. A retry is a new run and is charged. Raises
+        like `Tracker.start_batch`.
         """
         from tracker.starting.rows import Retry
 
         services = self._tracker._services()
-        order = _order_of(
-            services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=which == "all"
-        )
         retry = None if which == "unstarted" else valid("which", Retry, which)
+        if only_failed and retry is None:
+            raise InvalidRequest("only_failed leaves out all rows that 'unstarted' starts")
+        order = _order_of(
+            services,
+            max_cost=max_cost,
+            wait_for_budget=wait_for_budget,
+            at_once=retry is Retry.ALL,
+        )
         plan = await services.batches.stored_plan(
             await _stored(services, self.batch_id), retry=retry
         )
-        return await self._tracker._place(plan, order)
+        return await self._tracker._place(
+            replace(plan, only_failed=only_failed), replace(order, only_failed=only_failed)
+        )
 
 
 class BatchCalls(RunCalls):

@@ -135,6 +135,7 @@ class Batches(BatchPlanner):
                 launch.break_off()
                 await asyncio.wait([launching], timeout=BREAK_OFF_SECONDS)
                 await cancel(launching)
+        stopped = plan.stopped_by(stopped)
         await batches.finish(
             self.database,
             plan.batch.batch_id,

@@ -78,7 +78,7 @@ class Order:
 
     `started_by` is stored with each start. `max_cost` is the most that they may cost, in USD;
     `wait_for_budget` waits for a budget to renew if it has no room for the next row. `at_once`
-    starts retries without the wait that was advised.
+    starts retries without the wait that was advised; `only_failed` leaves rows without a run out.
     """
 
     started_by: str
@@ -86,6 +86,7 @@ class Order:
     max_cost: Decimal | None = None
     wait_for_budget: bool = False
     at_once: bool = False
+    only_failed: bool = False
 
     @classmethod
     def of(cls, batch: BatchRow) -> "Order":
@@ -98,6 +99,7 @@ class Order:
             max_cost=Decimal(max_cost) if max_cost else None,
             wait_for_budget=stored.get("wait_for_budget", False),
             at_once=stored.get("at_once", False),
+            only_failed=stored.get("only_failed", False),
         )
 
     @classmethod
@@ -108,7 +110,10 @@ class Order:
     def as_json(self) -> dict[str, Any]:
         """The order as it is stored."""
         max_cost = None if self.max_cost is None else str(self.max_cost)
-        return asdict(self) | {"ordered_at": self.ordered_at.isoformat(), "max_cost": max_cost}
+        stored = asdict(self) | {"ordered_at": self.ordered_at.isoformat(), "max_cost": max_cost}
+        if not self.only_failed:
+            del stored["only_failed"]  # which an older worker would not launch
+        return stored
 
     def is_like(self, other: "Order") -> bool:
         """Whether both order the same, whoever did and when."""

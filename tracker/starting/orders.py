@@ -280,6 +280,8 @@ class BatchWorker(Service):
                 return None
             self._giving_way.discard(launch)
             goes_on, stopped = True, launch.over_budget
+        if launch is not None:
+            stopped = launch.plan.stopped_by(stopped)
         why = None if stopped is None else str(stopped)
         if goes_on:
             return LaunchEnd(launch_at=self.clock() + self.go_on_after, stopped=why, errors={})
@@ -302,7 +304,7 @@ class BatchWorker(Service):
         """The batch as it is stored, without rows that this order has tried."""
         plan = await self.batches.stored_plan(batch, wait=not order.at_once)
         rows = [row for row in plan.rows if not _was_tried(row, since=order.ordered_at)]
-        return replace(plan, rows=rows)
+        return replace(plan, rows=rows, only_failed=order.only_failed)
 
     async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
         """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""

@@ -7,7 +7,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.errors import FieldFault, FloraError, MaxCostReached
+from tracker.core.errors import FieldFault, FloraError, MaxCostReached, TrackerError
 from tracker.core.formatting import counted, csv_text, money
 from tracker.core.record import Record
 from tracker.core.run import Output, RetryAdvice, RunStatus
@@ -142,6 +142,11 @@ class RowState:
         return self.start is not None and self.start.state is StartState.STARTED
 
     @property
+    def is_retry(self) -> bool:
+        """Whether it is another attempt of a row whose run failed."""
+        return self.entry.run_number.attempt > 0
+
+    @property
     def done(self) -> bool:
         """Whether its runs completed and are settled."""
         record = self.record
@@ -157,7 +162,7 @@ class RowState:
     def retryable(self) -> bool:
         """Whether FLORA's codes advise another attempt of a failed row: a temporary fault once, an
         overload always."""
-        once = self.advice is RetryAdvice.RETRY_NOW and self.entry.run_number.attempt == 0
+        once = self.advice is RetryAdvice.RETRY_NOW and not self.is_retry
         return once or self.advice is RetryAdvice.RETRY_LATER
 
     def retried(self, retry: Retry) -> "RowState":
@@ -227,13 +232,14 @@ def _kept_error(error: dict[str, Any]) -> str:
 class BatchPlan:
     """What a batch is to do; `rows` are all its rows.
 
-    `unmapped` are the columns of its sheet that are no input. `price_error` is why the price could
-    not be read now.
+    `only_failed` leaves rows out that have no run yet. `unmapped` are the columns of its sheet that
+    are no input. `price_error` is why the price could not be read now.
     """
 
     batch: BatchRow
     technique: Technique
     rows: Sequence[RowState]
+    only_failed: bool = False
     unmapped: Sequence[str] = ()
     price_error: FloraError | None = None
 
@@ -250,6 +256,21 @@ class BatchPlan:
     @property
     def missing(self) -> list[RowState]:
         """The rows to start."""
+        return [row for row in self._unstarted if row.is_retry or not self.only_failed]
+
+    @property
+    def left_out(self) -> int:
+        """How many rows without a run are left out, so that the batch does not end with these."""
+        return len(self._unstarted) - len(self.missing)
+
+    def stopped_by(self, error: TrackerError | None) -> TrackerError | None:
+        """Why a launch did not start all rows: the `error` that ended it, or rows left out."""
+        if error is not None or not self.left_out:
+            return error
+        return TrackerError("only failed rows were to be started")
+
+    @property
+    def _unstarted(self) -> list[RowState]:
         return [row for row in self.rows if not row.started]
 
     @property

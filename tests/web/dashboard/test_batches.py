@@ -240,7 +240,7 @@ async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite
         count = {group.code: group.count for group in groups}["model_timeout"]
         question = f"Start {count} run{'s' * (count > 1)} again, up to ${0.25 * count:.2f}"
         page = await found.page()
-        assert f'href="{address}"' in page
+        assert f'href="{address}?only_failed=true"' in page
         confirm = (await client.get(address)).text
         assert f">{question}</button>" in confirm
         price = re.search(r'name="max_cost" value="([^"]+)"', confirm)
@@ -264,11 +264,11 @@ async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite
         assert shown_rows(await found.page()) == list(range(1, 11))
 
 
-async def test_rows_without_a_run_are_named_before_they_are_started(
+async def test_only_the_failed_rows_of_an_interrupted_batch_are_retried(
     serve: Serve, sqlite_url: str
 ) -> None:
-    """A retry starts them, too: the button of an interrupted batch and the question before it say
-    so, with the number of each."""
+    """The question names the rows without a run, and leads to a retry that starts them, too; both
+    say the number of each."""
     async with finished(serve, sqlite_url, failure_codes=("model_timeout",)) as found:
         database = found.site.services.database
         stored = await batches.get(database, found.batch_id)
@@ -279,11 +279,30 @@ async def test_rows_without_a_run_are_named_before_they_are_started(
         ]
         await batches.keep(database, stored, entries)
         (group,) = await sheet_rows.error_groups(database, found.batch_id)
-        assert f"Retry {group.count} rows and start 2 rows…" in await found.page()
-        confirm = (await found.site.client.get(f"/batches/{found.batch_id}/retry")).text
+        client, address = found.site.client, f"/batches/{found.batch_id}/retry"
+        page = await found.page()
+        assert f'href="{address}?only_failed=true"' in page
+        assert f"Retry {group.count} rows…" in page
+        assert "Start 2 rows…" in page
+        only = (await client.get(f"{address}?only_failed=true")).text
+        assert f"Start {group.count} runs again, up to ${0.25 * group.count:.2f}?" in only
+        assert "2 rows without a run are left out." in only
+        assert f'href="{address}?which=failed">Start them, too</a>' in only
+        confirm = (await client.get(f"{address}?which=failed")).text
+        assert f'{address}?which=failed&amp;only_failed=true">Start only the' in confirm
         assert f"Start {group.count + 2} runs, up to ${0.25 * (group.count + 2):.2f}?" in confirm
         assert f"{group.count} rows that failed for a passing reason are started again." in confirm
         assert "2 rows without a run are started." in confirm
+        before = len(found.flora.world.runs)
+        form = {"which": "failed", "only_failed": "true", "csrf_token": csrf_of(only)}
+        assert (await client.post(address, data=form)).status_code == 303
+
+        async def stopped() -> bool:
+            page = await found.page()
+            return "Stopped: only failed rows" in page and "2 rows were not started" in page
+
+        await eventually(stopped, timeout=30)
+        assert len(found.flora.world.runs) == before + group.count
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@ as CSV."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from itertools import islice
@@ -282,10 +283,14 @@ class BatchOperations:
         A retry is a new run and is charged. The batch may be one of `tracker batch`; its rows are
         started by a worker all the same.
         """
-        order = self._order(request, body, at_once=body.which == "all")
-        batch = await self._batch(batch_id)
         retry = None if body.which == "unstarted" else Retry(body.which)
+        if body.only_failed and retry is None:
+            raise invalid(FieldFault("only_failed", "leaves out all that `unstarted` starts"))
+        order = self._order(request, body, at_once=retry is Retry.ALL)
+        order = replace(order, only_failed=body.only_failed)
+        batch = await self._batch(batch_id)
         plan = await self._services.batches.stored_plan(batch, retry=retry)
+        plan = replace(plan, only_failed=body.only_failed)
         return await self._place(plan, order, dry_run=body.dry_run)
 
     @Operation(

@@ -273,6 +273,9 @@ class RetryBody(OrderBody):
         description="`unstarted`: rows without a run. `failed`: also rows that failed temporarily, "
         "once, after a wait where advised. `all`: also every other row that failed."
     )
+    only_failed: bool = Field(
+        False, description="Leave rows without a run out, as of a batch that was interrupted."
+    )
 
 
 class RunsQuery(PageQuery):

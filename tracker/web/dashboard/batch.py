@@ -4,6 +4,7 @@ its actions; and `/starts`, starts whose outcome is unknown."""
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import PurePath
 from typing import Any, Final, NamedTuple
@@ -174,6 +175,7 @@ class BatchPages(PageGroup):
             counts=counts,
             split=split_of(counts),
             finished_at=counts.finished_at(batch),
+            without_run=counts.unstarted - counts.unresolved - counts.doubt,
             errors=errors,
             retryable=sum(group.retryable for group in errors),
             failed_runs=sum(group.count for group in errors if group.advice is not None),
@@ -216,19 +218,21 @@ class BatchPages(PageGroup):
             if not may(request.scope, TokenScope.START):
                 raise forbidden("This token may not start runs.")
             which = query_field(request, "which", CHOICES) or "failed"
-            return self._confirmation(request, await self._plan(batch, which), which)
+            only_failed = query_field(request, "only_failed") is not None
+            return self._confirmation(request, await self._plan(batch, which, only_failed), which)
         form = await read_form(request)
         await check_csrf(request)
         batch = await self._batch(request)
         which = form.get("which", "")
         if which not in CHOICES:
             raise invalid(FieldFault("which", f"must be one of {', '.join(CHOICES)}"))
-        plan = await self._plan(batch, which)
+        plan = await self._plan(batch, which, bool(form.get("only_failed")))
         order = Order(
             started_by=actor_of(request.scope).name,
             ordered_at=self._services.clock(),
             max_cost=_usd(form.get("max_cost", "")),
             at_once=which == "all",
+            only_failed=plan.only_failed,
         )
         try:
             await self._services.batch_orders.place(plan, order)
@@ -256,11 +260,12 @@ class BatchPages(PageGroup):
         name = name or asked or f"row {row.entry.position}"
         return {"state": row, "name": name, "about": about, "views": views}
 
-    async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:
+    async def _plan(self, batch: BatchRow, which: str, only_failed: bool) -> BatchPlan:
         """What would be started now. Raises `Fault` 503 while FLORA does not tell the price."""
         try:
             async with asyncio.timeout(PRICE_SECONDS):
-                return await self._services.batches.stored_plan(batch, retry=CHOICES[which])
+                plan = await self._services.batches.stored_plan(batch, retry=CHOICES[which])
+                return replace(plan, only_failed=only_failed)
         except TimeoutError:
             raise unavailable("FLORA does not answer, so the price is not known.") from None
 
@@ -268,7 +273,7 @@ class BatchPages(PageGroup):
         self, request: Request, plan: BatchPlan, which: str, *, refusal: str | None = None
     ) -> Response:
         runs = counted(len(plan.missing), "run")
-        again = sum(row.entry.run_number.attempt > 0 for row in plan.missing)
+        again = sum(row.is_retry for row in plan.missing)
         price = "" if plan.cost is None else f", up to {money(plan.cost)}"
         return self._render(
             request,
