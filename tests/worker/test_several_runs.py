@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
-from tests.worker.doubt import attempt
+from tests.worker.doubt import attempt, request
 from tests.worker.test_batch import silent
 from tests.worker.test_own_address import receiving
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
@@ -106,6 +106,26 @@ async def test_a_start_in_doubt_gets_all_its_runs(database_url: str) -> None:
         texts = [sentence.text for sentence in explanation.sentences]
         several = "The start made several runs, this one among them; the first is"
         assert f"{several} {row.run_id}." in texts
+
+
+async def test_a_start_is_shown_as_the_same_run_each_time(database_url: str) -> None:
+    """The first that is known, also where that is not the one which FLORA's answer names, because
+    the callback of another one came before the answer."""
+    options: dict[str, Any] = {"failures": 0.0, "run_seconds": 2.0, "run_per_value": True}
+    async with (
+        running(Options(early=0.5, seed=2, **options)) as flora,
+        receiving(flora, database_url) as services,
+    ):
+        more = {"technique": "color-transfer", "inputs": inputs("a", "b", "c")}
+        started = await services.starter.start(request("key-1", **more))
+        assert not started.replayed
+        ended_first = [run.run_id for run in flora.world.runs.values() if "early" in run.faults]
+        assert ended_first
+        assert next(iter(flora.world.runs)) not in ended_first
+        again = await services.starter.start(request("key-1", **more))
+        assert again.replayed
+        assert started.record.run.run_id == again.record.run.run_id
+        assert again.record.run.run_id in ended_first
 
 
 async def test_without_callbacks_only_the_first_run_is_known(

@@ -234,8 +234,9 @@ class StartHandler:
             await self._start_colleague(start.technique, workspace)
         if wait and options.slow_run == "first":
             await world.sleep(wait)
-        if "early" in runs[0].faults:
-            await attempted[0].wait()
+        for run, was_attempted in zip(runs, attempted, strict=True):
+            if "early" in run.faults:
+                await was_attempted.wait()
         if lost:
             if key is not None and options.keys_released:
                 self._used.pop(key, None)

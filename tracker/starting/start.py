@@ -25,6 +25,7 @@ from tracker.core.errors import (
     IdempotencyConflict,
     StartPending,
     StartUnresolved,
+    StoreError,
     TrackerError,
 )
 from tracker.core.log import get_logger
@@ -187,6 +188,8 @@ class Starter(Service):
         with suppress(StartPending):
             record = await self._within(call, self._attempt(call, definition))
             if record is not None:
+                if runs_of(definition, call.request.inputs) > 1:
+                    record = await self._first_run(call) or record
                 return record, True
             sent = False
         row = await starts.get(self.database, call.workspace_id, call.key)
@@ -194,6 +197,16 @@ class Starter(Service):
             raise pending(call.key)
         _compare(row, definition.technique_id, call.request)
         return row, sent
+
+    async def _first_run(self, call: "_Call") -> Record | None:
+        """The first known run of a start that has several: not the one in FLORA's answer if the
+        callback of another came before. `None` if the database does not say; the start is stored.
+        """
+        with suppress(StoreError):
+            row = await starts.get(self.database, call.workspace_id, call.key)
+            if row is not None and row.run_id is not None:
+                return await runs.get_run(self.database, row.run_id)
+        return None
 
     def reading_time(self, give_up: float) -> float:
         """For how many seconds something may be read before a start is sent, for a caller who waits
