@@ -269,7 +269,9 @@ class _Sweep:
                         await self._log_row()
                         plan = self._plans[kind] = await self._plan(kind, items)
                         gap = plan.newest_gap()
-                    late = await self._take_page(plan, items, page) and not page.is_last
+                        top = gap.top
+                    is_late = await self._take_page(plan, items, page)
+                    floor = plan.bottom if page.is_last else None if is_late else page.floor
                     if page.from_top:
                         top = plan.until
                     if page.hole is not None:
@@ -279,17 +281,13 @@ class _Sweep:
                         else:
                             await self._note(plan, lowest or top, page.hole, gap, end=end)
                             top, lowest = end, None
-                    floor = plan.bottom if page.is_last else page.floor
-                    if floor is not None and floor < top and not late:
-                        lowest, cursor = floor, page.cursor
-                        read_at = self._clock()
-                        await self._add(
-                            plan,
-                            Interval(from_at=floor, to_at=top, read_at=read_at, cursor=cursor),
-                        )
+                    if floor is not None and floor < top:
+                        lowest, cursor, read_at = floor, page.cursor, self._clock()
+                        read = Interval(from_at=floor, to_at=top, read_at=read_at, cursor=cursor)
+                        await self._add(plan, read)
                     if not await self.hold():
                         raise StoreError("it took so long that another process has begun one")
-                    if floor is not None and floor <= gap.bottom and not late:
+                    if floor is not None and floor <= gap.bottom:
                         break
         except PageUnreadable as error:
             is_down = isinstance(error.cause, ServerFault | FloraUnreachable)
@@ -301,7 +299,7 @@ class _Sweep:
                 raise
             failed = Hole(error=str(error), cursor=cursor)
             place = await self._note(plan, lowest, failed, gap, end=None)
-            if stubborn or not plan.all_again or not isinstance(error, ServerFault):
+            if not (plan.all_again and isinstance(error, ServerFault)):
                 raise
             # No later sweep goes on here: this one goes around the page at once.
             around = replace(place, failures=STUBBORN_AFTER)
