@@ -129,6 +129,10 @@ class Observation:
         return _BY_API.get(self.status, unknown)
 
     @property
+    def may_have_ended(self) -> bool:
+        return self.precedence.ended or bool(self.lacks_status)
+
+    @property
     def unknown_status(self) -> str | None:
         return None if self.status in _BY_API else self.status
 

@@ -419,5 +419,5 @@ def _ended(items: Iterable[Observation]) -> list[ListedRun]:
             "generation" if item.run_type == "generation" else "technique",
         )
         for item in items
-        if item.created_at is not None and (item.precedence.ended or item.lacks_status)
+        if item.created_at is not None and item.may_have_ended
     ]

@@ -220,9 +220,7 @@ async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead
         page = await client.history(**how)
         found.others += [item for item in page.items if item.run_id != run_id]
         listed = next((item for item in page.items if item.run_id == run_id), None)
-        if listed is None:
-            return None
-        if listed.details or not (listed.precedence.ended or listed.lacks_status):
+        if listed is None or listed.details or not listed.may_have_ended:
             return listed
         found.others.append(listed)  # it names the technique, which a single read does not
         if listed.technique_id is None:
@@ -233,34 +231,28 @@ async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead
     ways: list[Callable[[], Awaitable[Observation | None]]] = []
     if run.poll_url:
         ways.append(partial(client.follow, run.poll_url, run_id, **how))
-    if run.run_type != "generation":
-        technique_id = run.technique_id
-        ways.append(
-            partial(client.get_run, technique_id, run_id, **how) if technique_id else on_newest_page
-        )
+    if run.run_type != "generation" and run.technique_id:
+        ways.append(partial(client.get_run, run.technique_id, run_id, **how))
+    elif run.run_type != "generation":
+        ways.append(on_newest_page)
     ways.append(partial(client.get_any_run, run_id, **how))
-    denied = doubtful = False
+    refusals: list[FloraError] = []
     for way in ways:
         found.reads += 1
         try:
             found.observation = await way()
-        except NotFound as refusal:
-            denied = True
-            found.error = str(refusal)
+        except (KeyRefused, RateLimited):
+            raise
         except PollUrlRefused as refusal:
             found.reads -= 1  # nothing was sent
             found.error = str(refusal)
-        except (KeyRefused, RateLimited):
-            raise
         except FloraError as error:
-            found.error = str(error)
-            if error.silent:
-                found.silent = True
-                return found
-            doubtful = True  # such as a 403, or another run, to which a wrong `poll_url` leads
-        if found.observation is not None:
+            found.error, found.silent = str(error), error.silent
+            refusals.append(error)
+        if found.silent or found.observation is not None:
             return found
-    found.missing = denied and not doubtful
+    # Others leave doubt, such as a 403, or another run, to which a wrong `poll_url` leads.
+    found.missing = bool(refusals) and all(isinstance(one, NotFound) for one in refusals)
     return found
 
 
@@ -419,7 +411,7 @@ class PollRound(RunReader):
         same: if that shows the cost, lists leave costs out.
         """
         if not self.recheck:
-            return bool(item.lacks_status) or (item.precedence.ended and not item.details)
+            return item.may_have_ended and not item.details
         record = self.remaining.get(item.run_id)
         if record is None:
             return False
