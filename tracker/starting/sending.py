@@ -72,8 +72,10 @@ class StartVerdict(Enum):
     """FLORA refused it with a documented status and code: this request did nothing."""
     NOT_NOW = "not_now"
     """FLORA takes no requests now (429), or was not reached: this request did nothing."""
-    KEY_KNOWN = "key_known"
-    """409 or 422: FLORA has a run, or a request, under this key, and does not say which."""
+    KEY_IN_USE = "key_in_use"
+    """409: FLORA has a run, or a request, under this key, and does not say which."""
+    KEY_CONFLICT = "key_conflict"
+    """422: FLORA has another request under this key; this one did nothing."""
     DOUBT = "doubt"
     """No answer, a 5xx, or one that is not in FLORA's shape: it may run."""
 
@@ -87,11 +89,21 @@ def verdict_of(error: FloraError) -> StartVerdict:
             return StartVerdict.DOUBT
         case RateLimited():
             return StartVerdict.NOT_NOW
-        case FloraRefusal(status=409) | FloraRefusal(status=422, code="idempotency_conflict"):
-            return StartVerdict.KEY_KNOWN
+        case FloraRefusal(status=409):
+            return StartVerdict.KEY_IN_USE
+        case FloraRefusal(status=422, code="idempotency_conflict"):
+            return StartVerdict.KEY_CONFLICT
         case FloraRefusal() if error.code in _NOTHING_RUNS.get(error.status, ()):
             return StartVerdict.REFUSED
     return StartVerdict.DOUBT
+
+
+_NOTHING_DONE: Final = {
+    StartVerdict.REFUSED: StartState.REFUSED,
+    StartVerdict.KEY_CONFLICT: StartState.REFUSED,
+    StartVerdict.NOT_NOW: StartState.STORED,
+}
+"""The state of a start whose first request was answered in these ways."""
 
 
 class _KeyReplaced(FloraError):
@@ -243,20 +255,12 @@ class StartSender(Service):
         if not held.was_sent:
             return error
         kept, verdict = _as_kept(error), verdict_of(error)
-        if not in_doubt:
-            state: StartState | None = None
-            outcome: Exception = error
-            match verdict:
-                case StartVerdict.REFUSED:
-                    state = StartState.REFUSED
-                case StartVerdict.NOT_NOW:
-                    state = StartState.STORED
-                case StartVerdict.KEY_KNOWN if kept.get("status") == 422:
-                    state, outcome = StartState.REFUSED, known_to_flora(held.key)
-            if state is not None:
-                # One that is not stored leaves the start in doubt, and it is sent again later.
-                return outcome if await held.record(state, kept) else pending(held.key)
-        if verdict is StartVerdict.KEY_KNOWN or held.row.is_known_to_flora:
+        if not in_doubt and (state := _NOTHING_DONE.get(verdict)) is not None:
+            outcome = known_to_flora(held.key) if verdict is StartVerdict.KEY_CONFLICT else error
+            # One that is not stored leaves the start in doubt, and it is sent again later.
+            return outcome if await held.record(state, kept) else pending(held.key)
+        is_key_known = verdict in (StartVerdict.KEY_IN_USE, StartVerdict.KEY_CONFLICT)
+        if is_key_known or held.row.is_known_to_flora:
             kept |= {"conflict": True}
         if held.row.excluded_runs:
             kept |= {"excluded": sorted(held.row.excluded_runs)}
