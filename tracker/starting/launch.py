@@ -30,6 +30,7 @@ from tracker.core.errors import (
     MaxCostReached,
     RateLimited,
     SettingsError,
+    StartError,
     StartNotStored,
     StartPending,
     StartUnresolved,
@@ -303,40 +304,40 @@ class BatchLaunch:
         try:
             await self.batches.starter.workspaces.id_of(self.workspace, wanted=workspace_id)
             started = await self.batches.starter.start(request, wait_in_doubt=False)
-        except RateLimited:
-            self._queue.appendleft(row)
-        except BudgetExceeded as error:
-            if self.order.wait_for_budget and error.ever_fits and error.renews_at is not None:
-                self._budget_at = min(
-                    error.renews_at, self.batches.clock() + self.batches.budget_every
-                )
-                self.over_budget = error
-            else:
-                self._stop(error)
-            self._queue.appendleft(row)
         except (StartPending, StartNotStored):
             self._doubt[key] = row
             found = await starts.get(self.batches.database, workspace_id, key)
             self._doubted += found is not None and found.state is StartState.IN_DOUBT
-        except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
-            self.errors[row.entry.position] = str(error)
-        except FloraRefusal as error:
-            if error.status in ABOUT_THE_ROW:
-                self.errors[row.entry.position] = str(error)
-                self._doubted = 0
-            else:
-                self._stop(error)
-        except FloraError as error:
-            self._retry_or_stop(row, error)
-        except (SettingsError, StoreError) as error:
-            self._stop(error)
-            self._queue.appendleft(row)
+        except (BudgetExceeded, FloraError, SettingsError, StartError, StoreError) as error:
+            self._not_started(row, error)
         else:
             self.over_budget = None
             self._worked_at = time.monotonic()
             self._silent.clear()
             self._doubted = 0
             self._count(row, [started.record])
+
+    def _not_started(self, row: RowState, error: TrackerError) -> None:
+        """Keep the error with the row, or try it again, or stop."""
+        match error:
+            case StartUnresolved() | IdempotencyConflict() | InvalidRequest():
+                self.errors[row.entry.position] = str(error)
+            case FloraRefusal() if error.status in ABOUT_THE_ROW:
+                self.errors[row.entry.position] = str(error)
+                self._doubted = 0
+            case RateLimited():
+                self._queue.appendleft(row)
+            case FloraError() if not isinstance(error, FloraRefusal):
+                self._retry_or_stop(row, error)
+            case BudgetExceeded(ever_fits=True, renews_at=datetime() as renews_at) if (
+                self.order.wait_for_budget
+            ):
+                at = self.batches.clock() + self.batches.budget_every
+                self._budget_at, self.over_budget = min(renews_at, at), error
+                self._queue.appendleft(row)
+            case _:  # the next row would meet it, too
+                self._stop(error)
+                self._queue.appendleft(row)
 
     def _retry_or_stop(self, row: RowState, error: FloraError) -> None:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
