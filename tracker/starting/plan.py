@@ -378,41 +378,37 @@ def _assign(
     problems: list[SheetProblem],
 ) -> list[ColumnMapping]:
     """The columns that are inputs, each with its type."""
-    by_id = {port.id: port for port in ports}
+    types = {port.id: port.type for port in ports}
     wanted: list[ColumnMapping] = []
 
     def report(column: str, message: str) -> None:
         problems.append(SheetProblem(sheet.header, column, message))
 
     for one in explicit:
-        if ports and one.input_id not in by_id:
-            has = ", ".join(by_id)
+        if ports and one.input_id not in types:
+            has = ", ".join(types)
             report(one.column, f"the technique has no input {one.input_id!r}; it has {has}")
         elif one.column not in sheet.columns:
             report(one.column, _missing(sheet))
         else:
-            wanted.append(one)
+            wanted.append(replace(one, type=one.type or types.get(one.input_id)))
     named_ids = {one.input_id for one in explicit}
     for port in (port for port in ports if port.id not in named_ids):
         taken = {one.column for one in wanted}
         column = _column_of(port, [name for name in sheet.columns if name not in taken])
         if column is not None:
-            wanted.append(ColumnMapping(port.id, column))
+            wanted.append(ColumnMapping(port.id, column, port.type))
         elif not port.optional and sheet.columns:
             kind = f" ({port.type})" if port.type else ""
             advice = _advice(sheet, port)
             report("", f"there is no column for the input {port.id!r}{kind}; {advice}")
-    mappings = []
     for one in wanted:
-        kind = one.type or (by_id[one.input_id].type if one.input_id in by_id else "")
         if one.column in sheet.repeated:
             report(one.column, "there are several columns of this name")
-        elif not kind:
+        elif not one.type:
             option = f"--map {one.input_id}:TYPE={one.column}"
             report(one.column, f"the technique's definition does not give its type: use {option}")
-        else:
-            mappings.append(replace(one, type=kind))
-    return mappings
+    return [one for one in wanted if one.type and one.column not in sheet.repeated]
 
 
 _LINES_OF_TITLES: Final = 20
