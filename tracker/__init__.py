@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tracker.library.client import Tracker, VerifiedCallback
     from tracker.library.mounted import Mounted
     from tracker.library.run import Event, Run, RunChange, RunEvent, SpendingSummary
+    from tracker.library.techniques import Technique
     from tracker.receiving.receive import Received
     from tracker.settings import Settings
     from tracker.store.queries.spending import Spending, Usage
@@ -47,6 +48,7 @@ __all__ = [
     "Settings",
     "Spending",
     "SpendingSummary",
+    "Technique",
     "Tracker",
     "Usage",
     "VerifiedCallback",
@@ -68,6 +70,7 @@ _MODULES: Final = {
     "Settings": "tracker.settings",
     "Spending": "tracker.store.queries.spending",
     "SpendingSummary": "tracker.library.run",
+    "Technique": "tracker.library.techniques",
     "Tracker": "tracker.library.client",
     "Usage": "tracker.store.queries.spending",
     "VerifiedCallback": "tracker.library.client",

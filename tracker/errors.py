@@ -7,6 +7,7 @@
     ├── TrackerNotOpen              the tracker is not open here, or is open already
     ├── RunUnknown                  no such run is stored; `tracker.track(run_id)` tracks it
     ├── BatchUnknown                no such batch is stored
+    ├── TechniqueUnknown            no such technique is known here or to FLORA
     ├── RunFailed                   a run ended and did not complete; `run`, `code`, `retry_advice`
     ├── RunLost                     FLORA has no such run any more; `run`
     ├── NotTracked                  FLORA does not show the run, or cannot be asked; nothing stored
@@ -118,6 +119,7 @@ __all__ = [
     "StartUnresolved",
     "StoreError",
     "StoreUnavailable",
+    "TechniqueUnknown",
     "TrackerError",
     "TrackerNotOpen",
     "WaitTimeout",
@@ -143,6 +145,10 @@ class RunUnknown(TrackerError):
 
 class BatchUnknown(TrackerError):
     """No batch of this id is stored."""
+
+
+class TechniqueUnknown(TrackerError):
+    """No technique of this id or slug is known here or to FLORA."""
 
 
 class _RunError(TrackerError):

@@ -233,6 +233,8 @@ class Tracker:
     batch = _blocking(AsyncTracker.batch, _batch_of)
     batches = _stepwise(AsyncTracker.batches, _batch_of)
     download = _blocking(AsyncTracker.download, _same)
+    techniques = _stepwise(AsyncTracker.techniques, _same)
+    technique = _blocking(AsyncTracker.technique, _same)
 
     @overload
     def wait(  # type: ignore[overload-overlap]  # an id is a sequence of letters

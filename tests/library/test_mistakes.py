@@ -84,6 +84,16 @@ Call = Callable[[Tracker], Awaitable[Any]]
             errors.InvalidRequest,
             "body: must be the raw bytes of the request, not str",
         ),
+        (
+            lambda tracker: tracker.technique("icon-pak"),
+            errors.TechniqueUnknown,
+            "there is no technique 'icon-pak': `tracker.techniques()` yields all",
+        ),
+        (
+            lambda tracker: anext(tracker.techniques(5)),
+            errors.InvalidRequest,
+            "text: must be a text, not 5",
+        ),
         (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`tracker.track(run_id)`"),
         (
             lambda tracker: tracker.spending(by="tag"),

@@ -148,6 +148,31 @@ async def test_a_batch_is_launched_from_a_script(
     assert len(flora.world.runs) == 3
 
 
+async def test_the_catalogue_is_read_and_searched(
+    make_tracker: MakeTracker, flora: Simulator
+) -> None:
+    """The first call reads FLORA's list, later ones the stored one; one technique is read with its
+    inputs, by its slug too. Without FLORA and without a list, the error says why."""
+    async with make_tracker(flora_api_key=None) as tracker:
+        with pytest.raises(errors.SettingsError, match="set FLORA_API_KEY"):
+            await anext(tracker.techniques())
+        with pytest.raises(errors.TechniqueUnknown, match="FLORA_API_KEY is not set"):
+            await tracker.technique("icon-pack")
+    async with make_tracker() as tracker:
+        names = [one.name async for one in tracker.techniques()]
+        assert len(names) == len(flora.world.techniques())
+        assert names == sorted(names, key=str.lower)
+        one = await tracker.technique("icon-pack")
+        assert (one.slug, one.obstacle, one.gone_at) == ("icon-pack", None, None)
+        assert one.run_cost == Decimal("0.25")
+        assert [port["id"] for port in one.inputs] == ["prompt"]
+        found = [found async for found in tracker.techniques(f"{one.technique_id} icon")]
+        assert found == [one]
+        assert repr(one) == f"<Technique icon-pack · {one.name} · $0.25>"
+    async with make_tracker(flora_api_key=None) as tracker:
+        assert len([one async for one in tracker.techniques()]) == len(names)
+
+
 async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simulator) -> None:
     """`receive_callback` stores a signed one, which ends the run; a forged one raises."""
     async with make_tracker() as tracker:

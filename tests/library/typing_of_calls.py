@@ -17,6 +17,7 @@ from tracker import (
     RunEvent,
     Spending,
     SpendingSummary,
+    Technique,
     Tracker,
     Usage,
 )
@@ -44,6 +45,8 @@ async def asynchronous() -> None:
         assert_type(spending.total, Spending)
         assert_type(spending.budgets, tuple[Usage, ...])
         assert_type(await opened.download(run, "files"), DownloadReport)
+        assert_type(opened.techniques("icon"), AsyncGenerator[Technique, None])
+        assert_type(await opened.technique("icon-pack"), Technique)
         assert_type(await opened.receive_callback(b"", {}), Received)
         assert_type(opened.asgi(), Mounted)
 
@@ -66,6 +69,8 @@ def blocking() -> None:
         batch = opened.batch("bat_1").wait(timeout=600)
         assert_type(batch.results(), list[BatchResult[tracker.sync.Run]])
         assert_type(opened.events(after=0), Iterator[RunChange[tracker.sync.Run]])
+        assert_type(opened.techniques(), Iterator[Technique])
+        assert_type(opened.technique("icon-pack"), Technique)
         try:
             run.refresh()
         except RunFailed as error:

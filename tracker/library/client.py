@@ -23,11 +23,11 @@ from tracker.core.errors import (
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.starts import check_tags
 from tracker.errors import TrackerNotOpen
-from tracker.library.batches import BatchCalls
 from tracker.library.inputs import InputValues, check_text, given_inputs, naming_fields, valid
 from tracker.library.opening import HandlerFunction
 from tracker.library.reading import CLOSED_MEANWHILE
 from tracker.library.run import ACTOR, EventName, Run, RunEvent, acting_here
+from tracker.library.techniques import TechniqueCalls
 
 if TYPE_CHECKING:
     from tracker.receiving.receive import Received
@@ -51,7 +51,7 @@ class VerifiedCallback:
     created_at: datetime | None
 
 
-class Tracker(BatchCalls):
+class Tracker(TechniqueCalls):
     """A tracker on the database and the FLORA workspaces that the settings name.
 
     ::
