@@ -49,7 +49,7 @@ from tracker.library.batches import BatchFields, BatchResult
 from tracker.library.client import Tracker as AsyncTracker
 from tracker.library.client import VerifiedCallback
 from tracker.library.loop_thread import CLOSED, LoopThread
-from tracker.library.reading import id_of, raise_failures
+from tracker.library.reading import ids_of, raise_failures
 from tracker.library.run import (
     Event,
     EventName,
@@ -60,6 +60,7 @@ from tracker.library.run import (
     RunList,
 )
 from tracker.library.run import Run as AsyncRun
+from tracker.library.techniques import Technique
 
 if TYPE_CHECKING:
     from tracker.settings import Settings
@@ -100,6 +101,10 @@ def _results_of(owner: "Tracker", rows: "list[BatchResult[AsyncRun]]") -> "list[
         return found
 
     return [*map(copied, rows)]
+
+
+def _technique_of(owner: "Tracker", technique: Technique) -> "Technique":
+    return technique
 
 
 def _same(owner: "Tracker", value: T) -> "T":
@@ -233,7 +238,7 @@ class Tracker:
     batch = _blocking(AsyncTracker.batch, _batch_of)
     batches = _stepwise(AsyncTracker.batches, _batch_of)
     download = _blocking(AsyncTracker.download, _same)
-    techniques = _stepwise(AsyncTracker.techniques, _same)
+    techniques = _stepwise(AsyncTracker.techniques, _technique_of)
     technique = _blocking(AsyncTracker.technique, _same)
 
     @overload
@@ -262,12 +267,11 @@ class Tracker:
         See `tracker.Tracker.wait`. Raises `RunFailed` and `RunLost` unless `raise_on_failure` is
         false, `WaitTimeout` after `timeout` seconds, `RunUnknown` and `StoreUnavailable`.
         """
-        wanted = [runs] if isinstance(runs, Run | str) else list(runs)
-        ending = self._tracker.wait(map(id_of, wanted), timeout, raise_on_failure=False)
+        ending = self._tracker.wait(ids_of(runs), timeout, raise_on_failure=False)
         ended = RunList(map(partial(_run_of, self), self._call(ending)))
         if raise_on_failure:  # here: the error's runs are of this tracker
             raise_failures(ended)
-        return ended[0] if isinstance(runs, Run | str) else ended
+        return ended[0] if isinstance(runs, RunFields | str) else ended
 
     def on(
         self,

@@ -94,6 +94,33 @@ Call = Callable[[Tracker], Awaitable[Any]]
             errors.InvalidRequest,
             "text: must be a text, not 5",
         ),
+        *(
+            (call, errors.InvalidRequest, words)
+            for call, words in (
+                (
+                    lambda tracker: tracker.wait("run_1", timeout="5"),
+                    "timeout: must be a number of seconds or None, not '5'",
+                ),
+                (
+                    lambda tracker: tracker.start("icon-pack", INPUTS, timeout="5"),
+                    "timeout: must be a number of seconds or None, not '5'",
+                ),
+                (
+                    lambda tracker: tracker.wait(None),
+                    "runs: must be a run or its id, or several of them, not None",
+                ),
+                (lambda tracker: tracker.wait([None]), "run: must be a run or its id, not None"),
+                (lambda tracker: anext(tracker.as_settled(5)), "runs: must be a run or its id"),
+                (lambda tracker: anext(tracker.runs(status=5)), "status: must be a text, not 5"),
+                (lambda tracker: anext(tracker.events(after="x")), "after: cannot be 'x'"),
+                (lambda tracker: tracker.get(None), "run_id: must be a text, not None"),
+                (lambda tracker: tracker.track(None), "run_id: must be a text, not None"),
+                (lambda tracker: tracker.events_of(None), "run: must be a run or its id"),
+                (lambda tracker: tracker.batch(None), "batch_id: must be a text, not None"),
+                (lambda tracker: tracker.spending(since="7d"), "since: must be a datetime"),
+                (lambda tracker: tracker.receive_callback(b"", None), "headers: cannot be None"),
+            )
+        ),
         (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`tracker.track(run_id)`"),
         (
             lambda tracker: tracker.spending(by="tag"),

@@ -14,7 +14,7 @@ from tracker.core.formatting import counted, money, parse_usd
 from tracker.core.record import Record
 from tracker.core.starts import check_tags
 from tracker.errors import BatchUnknown, InvalidRequest, WaitTimeout
-from tracker.library.inputs import Rows, check_text, planned, valid
+from tracker.library.inputs import Rows, check_seconds, check_text, check_texts, planned, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
 from tracker.views import batch_columns
@@ -22,7 +22,7 @@ from tracker.views import batch_columns
 if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.starting.launch import Order
-    from tracker.starting.rows import BatchPlan, RowState
+    from tracker.starting.rows import BatchPlan, Retry, RowState
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
 PAGE_SIZE = 50
@@ -142,6 +142,7 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
         from tracker.starting.batches import COUNT_SHARE
 
+        timeout = valid("timeout", check_seconds, timeout)
         services = self._tracker._launching_batches()
         read = partial(_counted, services, self.batch_id)
         give_up = math.inf if timeout is None else time.monotonic() + timeout
@@ -192,17 +193,15 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         `only_failed` leaves rows without a run out. A retry is a new run and is charged. Raises
         like `Tracker.start_batch`.
         """
-        from tracker.starting.rows import Retry
-
         services = self._tracker._services()
-        retry = None if which == "unstarted" else valid("which", Retry, which)
+        retry = valid("which", _retry_of, which)
         if only_failed and retry is None:
             raise InvalidRequest("only_failed leaves out all rows that 'unstarted' starts")
         order = _order_of(
             services,
             max_cost=max_cost,
             wait_for_budget=wait_for_budget,
-            at_once=retry is Retry.ALL,
+            at_once=which == "all",
         )
         plan = await services.batches.stored_plan(
             await _stored(services, self.batch_id), retry=retry
@@ -246,6 +245,7 @@ class BatchCalls(RunCalls):
         """
         from tracker.starting.rows import Retry
 
+        check_texts(workspace_id=workspace_id)
         services = self._services()
         order = _order_of(
             services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=retry == "all"
@@ -266,6 +266,7 @@ class BatchCalls(RunCalls):
 
     async def batch(self, batch_id: str) -> Batch:
         """A stored batch. Raises `BatchUnknown`."""
+        batch_id = valid("batch_id", check_text, batch_id)
         return Batch._bound(*await _counted(self._services(), batch_id), self)
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
@@ -303,6 +304,17 @@ def _order_of(
         wait_for_budget=wait_for_budget,
         at_once=at_once,
     )
+
+
+def _retry_of(which: str) -> "Retry | None":
+    """Which failed rows `which` starts again, if any. Raises `ValueError`."""
+    from tracker.starting.rows import Retry
+
+    if which == "unstarted":
+        return None
+    if which not in {*Retry}:
+        raise ValueError(f"must be one of unstarted, {', '.join(Retry)}")
+    return Retry(which)
 
 
 async def _stored(services: "Services", batch_id: str) -> "BatchRow":

@@ -23,7 +23,15 @@ from tracker.core.errors import (
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.starts import check_tags
 from tracker.errors import TrackerNotOpen
-from tracker.library.inputs import InputValues, check_text, given_inputs, naming_fields, valid
+from tracker.library.inputs import (
+    InputValues,
+    check_seconds,
+    check_text,
+    check_texts,
+    given_inputs,
+    naming_fields,
+    valid,
+)
 from tracker.library.opening import HandlerFunction
 from tracker.library.reading import CLOSED_MEANWHILE
 from tracker.library.run import ACTOR, EventName, Run, RunEvent, acting_here
@@ -98,6 +106,8 @@ class Tracker(TechniqueCalls):
         from tracker.starting.start import StartRequest
 
         self._services()
+        check_texts(workspace_id=workspace_id)
+        timeout = valid("timeout", check_seconds, timeout)
         technique = valid("technique", check_text, technique)
         key = f"trk-{uuid4()}"
         if idempotency_key is not None:
@@ -160,6 +170,8 @@ class Tracker(TechniqueCalls):
         FLORA is asked first: raises `NotTracked`, and stores nothing, where it does not show the
         run or cannot be asked. With `force` it is tracked all the same.
         """
+        run_id = valid("run_id", check_text, run_id)
+        check_texts(technique=technique, workspace_id=workspace_id)
         services = self._services()
         with acting_here():
             track = services.tracker.track if force else services.tracker.track_shown
@@ -259,5 +271,5 @@ def _signature_headers(body: object, headers: Mapping[str, str]) -> tuple[str | 
     if not isinstance(body, bytes | bytearray | memoryview):
         kind = type(body).__name__
         raise InvalidRequest(f"body: must be the raw bytes of the request, not {kind}")
-    lower = {name.lower(): value for name, value in headers.items()}
+    lower = {name.lower(): value for name, value in valid("headers", dict, headers).items()}
     return lower.get("flora-signature"), lower.get("flora-webhook-id")

@@ -8,7 +8,8 @@ from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
 from enum import EnumType
-from math import isfinite
+from math import isfinite, isnan
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
@@ -170,6 +171,22 @@ def valid(field: str, check: Callable[[S], T], value: S) -> T:
         if isinstance(check, EnumType):
             message = f"must be one of {', '.join(map(str, check))}"
         raise InvalidRequest(f"{field}: {message}", [FieldFault(field, message)]) from error
+
+
+def check_seconds(value: object) -> float | None:
+    """A number of seconds, or `None`. Raises `ValueError` for anything else."""
+    if value is None:
+        return None
+    if not isinstance(value, Real) or isnan(value):
+        raise ValueError(f"must be a number of seconds or None, not {value!r:.80}")
+    return float(value)
+
+
+def check_texts(**values: object) -> None:
+    """Raise `InvalidRequest` for a value that is neither a text nor `None`, by its name."""
+    for name, value in values.items():
+        if value is not None:
+            valid(name, check_text, value)
 
 
 def check_text(value: object) -> str:

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Final, overload
+from operator import index
+from typing import TYPE_CHECKING, Any, Final, cast, overload
 
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
@@ -14,7 +15,7 @@ from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
 from tracker.core.starts import parse_tag
 from tracker.errors import RunFailed, RunLost, RunUnknown, TrackerNotOpen, WaitTimeout
-from tracker.library.inputs import valid
+from tracker.library.inputs import check_seconds, check_text, check_texts, valid
 from tracker.library.opening import OpenedTracker
 from tracker.library.run import Event, Run, RunChange, RunFields, RunList, SpendingSummary
 
@@ -32,8 +33,27 @@ log = get_logger(__name__)
 
 
 def id_of(run: RunFields | str) -> str:
-    """The id of a run, or the id itself."""
-    return run if isinstance(run, str) else run.run_id
+    """The id of a run, or the id itself. Raises `InvalidRequest` for anything else."""
+    return run.run_id if isinstance(run, RunFields) else valid("run", _check_run, run)
+
+
+def ids_of(runs: RunFields | str | Iterable[RunFields | str]) -> list[str]:
+    """The ids of one run, or of several. Raises `InvalidRequest` for anything else."""
+    if isinstance(runs, RunFields | str):
+        return [id_of(runs)]
+    return [id_of(run) for run in valid("runs", _check_runs, runs)]
+
+
+def _check_run(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a run or its id, not {value!r:.80}")
+    return value
+
+
+def _check_runs(value: object) -> Iterable[RunFields | str]:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"must be a run or its id, or several of them, not {value!r:.80}")
+    return cast("Iterable[RunFields | str]", value)
 
 
 def raise_failures(runs: Sequence[RunFields]) -> None:
@@ -52,6 +72,7 @@ class RunCalls(OpenedTracker):
         """The run as it is stored. Raises `RunUnknown`."""
         from tracker.store.queries import runs as read
 
+        run_id = valid("run_id", check_text, run_id)
         database = self._services().database
         record = await read.get_run(database, run_id)
         if record is None:
@@ -78,6 +99,12 @@ class RunCalls(OpenedTracker):
         from tracker.store.queries import runs as read
         from tracker.store.queries import techniques
 
+        check_texts(
+            status=status,
+            technique_id=technique_id,
+            workspace_id=workspace_id,
+            project_id=project_id,
+        )
         technique_id = await techniques.id_of(self._services().database, technique_id)
         cursor: str | None = None
         while True:
@@ -130,15 +157,15 @@ class RunCalls(OpenedTracker):
         others. Raises `WaitTimeout`, `RunUnknown`, and `StoreUnavailable` if the database does not
         answer for a minute.
         """
-        wanted = [runs] if isinstance(runs, Run | str) else list(runs)
+        wanted = ids_of(runs)
         ended = {run.run_id: run async for run in self.as_settled(wanted, timeout=timeout)}
-        result = RunList(ended[id_of(run)] for run in wanted)
+        result = RunList(ended[run_id] for run_id in wanted)
         if raise_on_failure:
             raise_failures(result)
-        return result[0] if isinstance(runs, Run | str) else result
+        return result[0] if isinstance(runs, RunFields | str) else result
 
     async def as_settled(
-        self, runs: Iterable[RunFields | str], *, timeout: float | None = None
+        self, runs: RunFields | str | Iterable[RunFields | str], *, timeout: float | None = None
     ) -> AsyncGenerator[Run, None]:
         """Each of the runs as it ends, also one that failed or is lost.
 
@@ -146,7 +173,7 @@ class RunCalls(OpenedTracker):
         """
         from tracker.store.errors import StoreClosed
 
-        run_ids = map(id_of, runs)
+        run_ids, timeout = ids_of(runs), valid("timeout", check_seconds, timeout)
         try:
             async with aclosing(_ending(self._services(), run_ids, timeout)) as records:
                 async for record in records:
@@ -182,6 +209,11 @@ class RunCalls(OpenedTracker):
         """
         from tracker.store.queries import techniques
 
+        check_texts(
+            run_id=run_id, technique_id=technique_id, workspace_id=workspace_id, status=status
+        )
+        if after is not None:
+            after = valid("after", index, after)
         services = self._services()
         wanted = RunFilter(
             run_id=run_id,
@@ -208,6 +240,7 @@ class RunCalls(OpenedTracker):
         """
         from tracker.store.queries import spending
 
+        check_texts(workspace_id=workspace_id)
         services = self._services()
         by = valid("by", spending.check_by, by)
         at = valid("since", partial(_day_of, services.clock()), since)
@@ -241,15 +274,14 @@ class RunCalls(OpenedTracker):
         from tracker.delivering.fetch import MAX_BYTES
 
         services = self._services()
-        wanted = [runs] if isinstance(runs, RunFields | str) else runs
-        run_ids = list(dict.fromkeys(map(id_of, wanted)))
+        run_ids = list(dict.fromkeys(ids_of(runs)))
         await _known(services, run_ids)
         report = DownloadReport()
         options = DownloadOptions(
-            to=Path(to),
+            to=valid("to", Path, to),
             allow_private=allow_private or services.settings.flora_is_local,
-            max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
-            concurrency=max(concurrency, 1),
+            max_bytes=MAX_BYTES if max_bytes is None else valid("max_bytes", index, max_bytes),
+            concurrency=max(valid("concurrency", index, concurrency), 1),
         )
         found = services.downloader.named(run_ids, watch=True, notify=_notify)
         await services.downloader.download(found, options, report)
@@ -320,9 +352,11 @@ def _notify(line: str) -> None:
     log.warning("run.wait_delayed", reason=line)
 
 
-def _day_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:
+def _day_of(now: datetime, since: object) -> datetime | None:
     if since is None:
         return None
+    if not isinstance(since, datetime | timedelta):
+        raise ValueError(f"must be a datetime, a timedelta or None, not {since!r:.80}")
     at = now - since if isinstance(since, timedelta) else since
     if at.tzinfo is None:
         raise ValueError("must be an aware time, as datetime(2026, 1, 31, tzinfo=UTC)")
