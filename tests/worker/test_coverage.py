@@ -482,6 +482,19 @@ async def test_runs_that_slip_between_two_pages_are_found(
         assert at_flora(flora) <= await known(services)
 
 
+async def test_runs_of_one_creation_time_are_found(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """The list may order them in another way on each page: all of them are read again then, also
+    those above the last three of the page before."""
+    async with make_flora(history=600, history_seconds=SPAN, history_ties=16) as flora:
+        services = await open_on(flora)
+        report = await sweep(services)
+        assert report.error is None
+        assert at_flora(flora) <= await known(services)
+        assert report.pages <= 9
+
+
 REFUSALS = [
     {"refuse": {"generations.list": "not_found"}},
     {"refuse": {"generations.list": "forbidden"}},

@@ -1,11 +1,12 @@
 """Reading the run history, newest first, without missing a run.
 
-A list read by offsets has two pitfalls. A run that is deleted between two pages moves all older
-runs up, one of them from the page that comes next to the page that was read. And a page that cannot
-be read (one broken item, an answer that is too large, an offset that is too deep) hides everything
-below it. If FLORA's cursors are offsets, `HistoryWalk` makes its own: pages overlap by a few items,
-so that a shift shows, and unreadable items are skipped. Other cursors are followed as they are. An
-item that shows no run leaves a hole in its page.
+A list read by offsets has three pitfalls. A run that is deleted between two pages moves all older
+runs up, one of them from the page that comes next to the page that was read. Runs of one creation
+time may change places between two pages. And a page that cannot be read (one broken item, an answer
+that is too large, an offset that is too deep) hides everything below it. If FLORA's cursors are
+offsets, `HistoryWalk` makes its own: pages overlap, so that a shift shows and runs that change
+places are on one of them, and unreadable items are skipped. Other cursors are followed as they are.
+An item that shows no run leaves a hole in its page.
 """
 
 from collections import deque
@@ -34,7 +35,7 @@ from tracker.workspaces import Workspace
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""
 OVERLAP: Final = 3
-"""Items that two pages have in common, if offsets are known."""
+"""Items that two pages have in common at least, if offsets are known."""
 EDGE: Final = 5
 """The last items of a page give its floor together, so that one wrong time does no harm."""
 SKIPS: Final = 20
@@ -158,9 +159,9 @@ class _Position:
             self.follow(next_cursor)
         elif following <= self.offset:
             raise circular()
-        elif self.limit > 2 * OVERLAP and following - OVERLAP > self.offset:
+        elif self.limit > 2 * OVERLAP and following - (overlap := _overlap(page)) > self.offset:
             self.shared = {item.run_id for item in page.items}
-            self.move_to(following - OVERLAP)
+            self.move_to(following - overlap)
         else:
             self.move_to(following)
         self.limit = min(2 * self.limit, PAGE_SIZE)
@@ -317,6 +318,13 @@ class HistoryWalk:
             return True
         stubborn = isinstance(error, ServerFault | FloraUnreachable) and self._stubborn
         return isinstance(error, FloraUnreadable) or stubborn
+
+
+def _overlap(page: HistoryPage) -> int:
+    """How many items the next page has in common with this one: all of the last creation time, of
+    which others may come first then, unless nothing else is on the page."""
+    tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
+    return max(OVERLAP, tied if tied < len(page.items) else 0)
 
 
 def _lacks_all(shared: set[str], page: HistoryPage) -> bool:

@@ -78,6 +78,7 @@ Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
 """A whole number; as text also `1e5`."""
 AsText = BeforeValidator(str)
 """For words of which some are numbers: JSON may have them as numbers."""
@@ -309,6 +310,9 @@ class Options:
         "number of generations that ended before the simulator started"
     )
     history_seconds: Number = _option("seconds over which their creation is spread", 2_592_000.0)
+    history_ties: Count = _option(
+        "how many of them at a time share a creation time; each page orders these anew", 1
+    )
     retention: Maybe[Number] = _option(
         "seconds after their creation at which runs are removed", None
     )

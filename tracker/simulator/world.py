@@ -8,7 +8,9 @@ from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from operator import itemgetter
+from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tracker.core.clock import Clock, utc_now
@@ -74,6 +76,7 @@ class World:
         self._changes: list[_PlannedChange] = []
         self._spent = 0.0
         self._presets: dict[RunType, PresetHistory] = {}
+        self._listings = 0
         self._begun_ms = self.now_ms()
 
     @property
@@ -218,6 +221,11 @@ class World:
             indexes = [i for i in indexes if preset.technique(i).technique_id == technique_id]
         if (status, project_id) != (None, None) or (technique_id and run_type == "generation"):
             indexes = [i for i in indexes if matches(preset.run(i))]
+        if (ties := self.options.history_ties) > 1:
+            self._listings += 1
+            random = Random(f"{self.options.seed}/ties/{self._listings}")
+            groups = [[*group] for _, group in groupby(indexes, key=lambda i: i // ties)]
+            indexes = [i for group in groups for i in random.sample(group, len(group))]
         return RunListing(started, preset, indexes)
 
     def preset(self, run_type: RunType) -> "PresetHistory":
@@ -317,9 +325,10 @@ class PresetHistory:
         return f"run_{-ordinal:08x}{digest(self._options.seed, 'preset', ordinal)[:12]}"
 
     def created_ms(self, index: int) -> int:
-        """When the run at an index was created; they are evenly spread."""
+        """When the run at an index was created; they, or groups of them, are evenly spread."""
         span_ms = int(self._options.history_seconds * 1000)
-        return self._begun_ms - (self.count - index) * span_ms // self.count
+        first = index - index % self._options.history_ties
+        return self._begun_ms - (self.count - first) * span_ms // self.count
 
     def technique(self, index: int) -> SimulatedTechnique:
         return self._techniques[(index * 7 + self._options.seed) % len(self._techniques)]
