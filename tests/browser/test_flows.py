@@ -85,18 +85,23 @@ async def test_a_run_page_is_updated_live(live: LiveTracker, open_page: OpenPage
 
 
 async def test_the_list_is_filtered_and_stays_live(live: LiveTracker, open_page: OpenPage) -> None:
-    """A filter changes the list and the address; new runs appear by themselves."""
+    """A filter changes the list and the address, and can be cleared then; new runs appear by
+    themselves."""
     watched = await open_page()
     page = watched.page
     first = await start(live)
     await sign_in(page, f"{live.url}/runs")
     await expect(page.get_by_role("link", name=first)).to_be_visible()
     await page.evaluate("window.untouched = true")
+    clear = page.get_by_role("link", name="Clear")
+    await expect(clear).to_be_hidden()
 
     await page.get_by_label("Search").fill("no such run")
+    await expect(clear).to_be_visible()
     await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
     await expect(page).to_have_url(f"{live.url}/runs?text=no+such+run")
     await page.get_by_label("Search").fill("")
+    await expect(clear).to_be_hidden()
     await page.get_by_label("Technique").select_option(label="Icon Pack")
     await expect(page.get_by_role("link", name=first)).to_be_visible()
     await expect(page).to_have_url(f"{live.url}/runs?technique=tech_icon-pack")

@@ -206,6 +206,9 @@ class Renderer:
         parts = self._environment.get_template(template).generate(
             now=self._clock(),
             here=here,
+            filters_are_set=any(
+                value for name, value in request.query_params.items() if name != "cursor"
+            ),
             csrf=session.csrf if session else "",
             signed_in=session.token.name if session else None,
             may_start=may(scope, Scope.START),

@@ -1,8 +1,10 @@
-// Requests of htmx: no empty query fields, errors as a message instead of a page within a page.
+// Requests of htmx: no empty query fields, nothing to clear without filters, errors as a message instead of a page within a page.
 document.addEventListener("htmx:config:request", (event) => {
   const { request } = event.detail.ctx;
   if (request.method !== "GET" || !request.body?.entries) return;
   for (const [name, value] of [...request.body.entries()]) if (value === "") request.body.delete(name);
+  const clear = event.detail.ctx.sourceElement.querySelector?.(".filters .clear");
+  if (clear) clear.hidden = [...request.body.keys()].length === 0;
 });
 
 function flash(kind, text) {
