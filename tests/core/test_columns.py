@@ -94,6 +94,17 @@ def test_every_row_that_does_not_fit_is_named() -> None:
     ]
 
 
+def test_a_misspelt_field_of_a_row_is_named() -> None:
+    """With the input that it is close to; a row without any such field has an empty input."""
+    rows = b'{"prompt": "a", "sku": 1}\n{"promt": "b", "sku": 2}\n{"PROMPT": "c"}\n{"sku": 3}'
+    meant = "is no input: did you mean 'prompt', which is required (text)?"
+    assert said(read_rows(read_jsonl(rows), [PROMPT])) == [
+        f"line 2, column 'promt': {meant}",
+        f"line 3, column 'PROMPT': {meant}",
+        "line 4, column 'prompt': is empty; the input 'prompt' is required (text)",
+    ]
+
+
 def test_a_missing_column_is_named_once() -> None:
     """Not once for each row, and with what to do; what may be left out is not missed."""
     assert said(reading("a,b\n1,2\n3,4\n", FACE, STYLE)) == [

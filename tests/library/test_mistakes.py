@@ -52,6 +52,11 @@ Call = Callable[[Tracker], Awaitable[Any]]
             "technique: must be a text, not None",
         ),
         (
+            lambda tracker: tracker.start_batch("icon-pack", [INPUTS, {"promt": "tools"}]),
+            errors.InvalidRequest,
+            "rows.2.promt: is no input: did you mean 'prompt', which is required (text)?",
+        ),
+        (
             lambda tracker: tracker.start_batch("icon-pack", [INPUTS], name=5),
             errors.InvalidRequest,
             "name: must be a text, not 5",

@@ -6,6 +6,7 @@ if two columns match.
 """
 
 import asyncio
+import difflib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -298,7 +299,9 @@ def read_rows(
         cells = [(one, value) for one in mappings for value in row.cells.get(one.column, ())]
         inputs = [_input(one, value) for one, value in cells]
         faults = check(ports, inputs) if mappings else []
-        located = _located(faults, row, cells, mappings, reported)
+        # Rows that name their own cells may each misspell a name.
+        others = [] if sheet.header else [name for name in row.cells if name not in used]
+        located = _located(faults, row, cells, mappings, reported, others)
         problems += [one for one in located if (one.line, one.column) not in spoilt]
         rows.append(InputRow(line=row.line, inputs=canonical(inputs)))
     return SheetReading(
@@ -451,8 +454,10 @@ def _located(
     cells: Sequence[tuple[ColumnMapping, Any]],
     mappings: Sequence[ColumnMapping],
     reported: set[str],
+    others: Sequence[str],
 ) -> Iterator[SheetProblem]:
-    """The faults of a row's inputs, by column, without inputs that have been `reported`."""
+    """The faults of a row's inputs, by column, without inputs that have been `reported`. A missing
+    input may be one of the row's `others`, misspelt."""
     for fault in faults:
         _, _, name = fault.field.partition("inputs.")
         position, dot, _ = name.partition(".")
@@ -461,4 +466,14 @@ def _located(
         elif name not in reported:
             column = next((one.column for one in mappings if one.input_id == name), "")
             message = f"is empty; the input {name!r} {fault.message}" if column else fault.message
+            if (misspelt := _closest(column, others)) is not None:
+                message = f"is no input: did you mean {column!r}, which {fault.message}?"
+                column = misspelt
             yield SheetProblem(row.line, column, message)
+
+
+def _closest(name: str, others: Sequence[str]) -> str | None:
+    """The one of `others` that may be `name`, misspelt."""
+    names = {other.casefold(): other for other in others}
+    close = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=0.75)
+    return names[close[0]] if close else None
