@@ -127,12 +127,14 @@ async def _start(db: Database, writer: Writer, key: str, now: datetime) -> None:
     """One start, as the starter takes it through the start log, whose run then ends."""
     await starts.reserve(
         db,
-        workspace_id="default",
-        idempotency_key=key,
-        technique_id="tech_1",
-        fingerprint="",
-        inputs=[{"id": "prompt", "type": "text", "value": "a cat on a roof, in the rain"}],
-        at=now,
+        starts.StartRow(
+            workspace_id="default",
+            idempotency_key=key,
+            technique_id="tech_1",
+            fingerprint="",
+            inputs=[{"id": "prompt", "type": "text", "value": "a cat on a roof, in the rain"}],
+            created_at=now,
+        ),
     )
     await starts.take(db, "default", key, "h", now, LEASE)
     await starts.mark_sent(

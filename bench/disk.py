@@ -97,12 +97,14 @@ async def load(db: Database, numbers: range) -> None:
             for number in some:
                 await starts.reserve(
                     db,
-                    workspace_id="default",
-                    idempotency_key=_key(number),
-                    technique_id=TECHNIQUE,
-                    fingerprint=f"{number:064x}",
-                    inputs=[{"id": "prompt", "type": "text", "value": f"{PROMPT}{number:036}"}],
-                    at=utc_now(),
+                    starts.StartRow(
+                        workspace_id="default",
+                        idempotency_key=_key(number),
+                        technique_id=TECHNIQUE,
+                        fingerprint=f"{number:064x}",
+                        inputs=[{"id": "prompt", "type": "text", "value": f"{PROMPT}{number:036}"}],
+                        created_at=utc_now(),
+                    ),
                 )
             for step in zip(*entries, strict=True):
                 await writer.submit_all(step)

@@ -65,12 +65,14 @@ async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> N
         inputs = [{"id": "prompt", "type": "text", "value": f"a garden tool on white {entry.line}"}]
         await starts.reserve(
             database,
-            workspace_id=workspace,
-            idempotency_key=entry.key,
-            technique_id=batch.technique_id,
-            fingerprint="",
-            inputs=inputs,
-            at=utc_now(),
+            starts.StartRow(
+                workspace_id=workspace,
+                idempotency_key=entry.key,
+                technique_id=batch.technique_id,
+                fingerprint="",
+                inputs=inputs,
+                created_at=utc_now(),
+            ),
         )
         failed = entry.position <= FAILED
         observation = Observation(

@@ -381,12 +381,14 @@ async def _start(
 ) -> None:
     await starts.reserve(
         db,
-        workspace_id="default",
-        idempotency_key=key,
-        technique_id="tech_1",
-        fingerprint="print",
-        inputs=[{"id": "prompt", "type": "text", "value": "secret"}],
-        at=at,
+        starts.StartRow(
+            workspace_id="default",
+            idempotency_key=key,
+            technique_id="tech_1",
+            fingerprint="print",
+            inputs=[{"id": "prompt", "type": "text", "value": "secret"}],
+            created_at=at,
+        ),
     )
     if run_id is not None:
         first = Observation(run_id=run_id, source=Source.START, at=at)

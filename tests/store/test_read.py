@@ -252,12 +252,14 @@ async def test_counts_say_what_waits(writer: TestWriter, db: Database) -> None:
     for key in ("open", "unresolved"):
         await starts.reserve(
             db,
-            workspace_id="default",
-            idempotency_key=key,
-            technique_id="tech_1",
-            fingerprint="",
-            inputs=[],
-            at=NOW,
+            starts.StartRow(
+                workspace_id="default",
+                idempotency_key=key,
+                technique_id="tech_1",
+                fingerprint="",
+                inputs=[],
+                created_at=NOW,
+            ),
         )
     lease = timedelta(minutes=1)
     assert await starts.take(db, "default", "unresolved", "h", NOW, lease)

@@ -272,12 +272,14 @@ async def _keep_batch(
         run_id = f"run_{entry.carried['article']}"
         await starts.reserve(
             db,
-            workspace_id="ws_1",
-            idempotency_key=entry.key,
-            technique_id="tech_1",
-            fingerprint="",
-            inputs=[],
-            at=NOW,
+            starts.StartRow(
+                workspace_id="ws_1",
+                idempotency_key=entry.key,
+                technique_id="tech_1",
+                fingerprint="",
+                inputs=[],
+                created_at=NOW,
+            ),
         )
         start = started(run_id, facts={"created_at": NOW})
         await writer.submit(replace(start, workspace_id="ws_1", idempotency_key=entry.key))

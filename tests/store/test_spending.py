@@ -1,6 +1,7 @@
 """What budgets have used is computed from starts and runs, and no two starts take the same room."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -24,13 +25,29 @@ PRICE = Decimal("0.25")
 TODAY = Budget(usd=Decimal(5), period=Period.DAY)
 
 
-async def reserve(db: Database, key: str, *, budget: Budget = TODAY, **more: Any) -> StartRow:
+async def reserve(
+    db: Database,
+    key: str,
+    *,
+    budget: Budget = TODAY,
+    budgets: Sequence[Budget] | None = None,
+    at: datetime = NOW,
+    runs: int = 1,
+    **more: Any,
+) -> StartRow:
     """Keep a key and reserve its price; `key` holds it."""
-    given: dict[str, Any] = {"workspace_id": "ws_1", "technique_id": "tech_1", "at": NOW}
-    given |= {"cost": PRICE, "holder": key, "lease": LEASE, "budgets": [budget]}
-    return await starts.reserve(
-        db, idempotency_key=key, fingerprint="f00d", inputs=[], **(given | more)
+    given: dict[str, Any] = {"workspace_id": "ws_1", "technique_id": "tech_1"}
+    given |= {"reserved_cost": PRICE, "reserved_runs": runs, "lease_holder": key}
+    new = StartRow(
+        idempotency_key=key,
+        fingerprint="f00d",
+        inputs=[],
+        created_at=at,
+        reserved_at=at,
+        lease_until=at + LEASE,
+        **(given | more),
     )
+    return await starts.reserve(db, new, [budget] if budgets is None else budgets)
 
 
 async def left(db: Database, budget: Budget = TODAY, *, now: datetime = NOW) -> Decimal:
@@ -104,7 +121,7 @@ async def test_what_may_have_been_sent_keeps_its_reservation(db: Database) -> No
     assert await left(db) == Decimal("4.00")
     # The lease of the process that held the first one has run out.
     assert await left(db, now=NOW + LEASE) == Decimal("4.25")
-    again = await reserve(db, "refused", at=NOW + LEASE, holder="again")
+    again = await reserve(db, "refused", at=NOW + LEASE, lease_holder="again")
     assert (again.state, again.lease_holder) == (StartState.STORED, "again")
     assert await left(db, now=NOW + LEASE) == Decimal("4.00")
 
@@ -219,7 +236,7 @@ async def test_one_key_asked_for_at_once_takes_room_once(
         askers = [f"asker-{n}" for n in range(8)]
         rows = await asyncio.gather(
             *(
-                reserve((db, other_db)[n % 2], "key", budget=tight, holder=who)
+                reserve((db, other_db)[n % 2], "key", budget=tight, lease_holder=who)
                 for n, who in enumerate(askers)
             )
         )
@@ -239,16 +256,16 @@ async def test_a_replay_is_no_matter_of_budgets(db: Database) -> None:
     tight = replace(TODAY, usd=PRICE)
     await reserve(db, "key", budget=tight)
     await sent(db, "key")
-    again = await reserve(db, "key", budget=tight, holder="other")
+    again = await reserve(db, "key", budget=tight, lease_holder="other")
     assert (again.state, again.lease_holder) == (StartState.SENT, None)
 
 
 async def test_without_a_price_no_budget_can_be_kept(db: Database) -> None:
     """Such a start is refused where a budget covers it, and reserves nothing elsewhere."""
     with pytest.raises(BudgetExceeded, match="no price") as refused:
-        await reserve(db, "key", cost=None)
+        await reserve(db, "key", reserved_cost=None)
     assert not refused.value.ever_fits
-    assert (await reserve(db, "key", cost=None, budgets=[])).lease_holder == "key"
+    assert (await reserve(db, "key", reserved_cost=None, budgets=[])).lease_holder == "key"
 
 
 async def test_spending_adds_up_by_day_technique_and_tag(db: Database, writer: TestWriter) -> None:

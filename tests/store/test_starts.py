@@ -25,14 +25,14 @@ async def reserve(
     **others: Any,
 ) -> StartRow:
     """Keep a key."""
-    return await starts.reserve(
-        db,
+    new = StartRow(
         workspace_id=workspace_id,
         idempotency_key=key,
         technique_id=technique,
-        at=at,
+        created_at=at,
         **{"fingerprint": "f00d", "inputs": [{"id": "a"}], **others},
     )
+    return await starts.reserve(db, new)
 
 
 async def mark(

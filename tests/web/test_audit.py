@@ -207,12 +207,14 @@ async def test_a_resolution_is_noted_with_its_outcome(serve: Serve, database_url
         services, now = site.services, site.services.clock()
         row = await start_log.reserve(
             services.database,
-            workspace_id="ws_1",
-            idempotency_key="order-1",
-            technique_id="tech_1",
-            fingerprint="0",
-            inputs=[],
-            at=now,
+            start_log.StartRow(
+                workspace_id="ws_1",
+                idempotency_key="order-1",
+                technique_id="tech_1",
+                fingerprint="0",
+                inputs=[],
+                created_at=now,
+            ),
         )
         of = (services.database, "ws_1", "order-1")
         await start_log.take(*of, "tests", now, timedelta(minutes=1))

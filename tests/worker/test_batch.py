@@ -335,12 +335,14 @@ async def test_a_row_that_another_process_is_sending_waits_its_turn(
     (row, _) = (await plan(services, "a", "b")).rows
     await starts.reserve(
         services.database,
-        workspace_id="ws_simulator",
-        idempotency_key=row.entry.key,
-        technique_id="tech_icon-pack",
-        fingerprint=digest_of(["tech_icon-pack", row.inputs]),
-        inputs=row.inputs,
-        at=clock(),
+        starts.StartRow(
+            workspace_id="ws_simulator",
+            idempotency_key=row.entry.key,
+            technique_id="tech_icon-pack",
+            fingerprint=digest_of(["tech_icon-pack", row.inputs]),
+            inputs=row.inputs,
+            created_at=clock(),
+        ),
     )
     key = row.entry.key
     assert await starts.take(services.database, "ws_simulator", key, "other", clock(), HELD)

@@ -455,12 +455,14 @@ async def test_a_dead_process_leaves_doubt(
 
     await start_log.reserve(
         db,
-        workspace_id="ws_simulator",
-        idempotency_key="key-1",
-        technique_id=technique_id,
-        fingerprint=digest_of([technique_id, PROMPT]),
-        inputs=PROMPT,
-        at=clock(),
+        start_log.StartRow(
+            workspace_id="ws_simulator",
+            idempotency_key="key-1",
+            technique_id=technique_id,
+            fingerprint=digest_of([technique_id, PROMPT]),
+            inputs=PROMPT,
+            created_at=clock(),
+        ),
     )
     lease = timedelta(seconds=30)
     assert await start_log.take(db, "ws_simulator", "key-1", "gone", clock(), lease)

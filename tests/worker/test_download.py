@@ -318,12 +318,14 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
     """A row's start became that run, which has not ended."""
     await starts.reserve(
         services.database,
-        workspace_id="ws_simulator",
-        idempotency_key=entry.key,
-        technique_id="tech_icon-pack",
-        fingerprint="f",
-        inputs=PROMPT,
-        at=services.clock(),
+        starts.StartRow(
+            workspace_id="ws_simulator",
+            idempotency_key=entry.key,
+            technique_id="tech_icon-pack",
+            fingerprint="f",
+            inputs=PROMPT,
+            created_at=services.clock(),
+        ),
     )
     at, workspace_id = services.clock(), "ws_simulator"
     seen = Observation(run_id=run_id, source=Source.START, at=at, workspace_id=workspace_id)

@@ -18,12 +18,14 @@ async def reserved(db: Database, key: str) -> StartRow:
     """A start that nobody holds."""
     return await starts.reserve(
         db,
-        workspace_id="default",
-        idempotency_key=key,
-        technique_id="tech_1",
-        fingerprint="f00d",
-        inputs=[],
-        at=utc_now(),
+        starts.StartRow(
+            workspace_id="default",
+            idempotency_key=key,
+            technique_id="tech_1",
+            fingerprint="f00d",
+            inputs=[],
+            created_at=utc_now(),
+        ),
     )
 
 

@@ -146,12 +146,14 @@ async def reserve(services: Services, clock: HandClock, *, sent: bool = True) ->
     technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
     await starts.reserve(
         services.database,
-        workspace_id="ws_simulator",
-        idempotency_key=key,
-        technique_id=technique_id,
-        fingerprint=digest_of([technique_id, PROMPT]),
-        inputs=PROMPT,
-        at=clock(),
+        starts.StartRow(
+            workspace_id="ws_simulator",
+            idempotency_key=key,
+            technique_id=technique_id,
+            fingerprint=digest_of([technique_id, PROMPT]),
+            inputs=PROMPT,
+            created_at=clock(),
+        ),
     )
     if sent:
         db, now = services.database, clock()

@@ -234,26 +234,28 @@ class Starter(Service):
         """Keep the key, reserve the price and send the start; `None` if another caller holds it, or
         it is of another request."""
         workspace_id, key, request = call.workspace_id, call.key, call.request
-        technique_id, tags = definition.technique_id, request.tags or {}
+        technique_id = definition.technique_id
 
         async def reserve(holder: str, lease: timedelta) -> StartRow | None:
-            row = await starts.reserve(
-                self.database,
+            now = self.clock()
+            new = StartRow(
                 workspace_id=workspace_id,
                 idempotency_key=key,
                 technique_id=technique_id,
                 fingerprint=digest_of([technique_id, request.inputs]),
                 inputs=request.inputs,
-                at=self.clock(),
+                created_at=now,
                 callback_token=_callback_token(call.workspace.require_client(), workspace_id, key),
                 started_by=request.started_by,
-                tags=tags,
-                holder=holder,
-                lease=lease,
-                cost=definition.run_cost,
-                runs=runs_of(definition, request.inputs),
-                budgets=self.budgets.covering(workspace_id, technique_id, tags),
+                tags=request.tags or None,
+                lease_holder=holder,
+                lease_until=now + lease,
+                reserved_at=now,
+                reserved_cost=definition.run_cost,
+                reserved_runs=runs_of(definition, request.inputs),
             )
+            budgets = self.budgets.covering(workspace_id, technique_id, request.tags or {})
+            row = await starts.reserve(self.database, new, budgets)
             return row if row.lease_holder == holder else None
 
         try:

@@ -169,12 +169,14 @@ async def _attack_batch(services: Services, evil: str) -> None:
     with acting(Principal(name=evil, address=evil, request_id=evil)):
         await starts.reserve(
             services.database,
-            workspace_id="default",
-            idempotency_key=row.key,
-            technique_id=f"tech_{evil}",
-            fingerprint="0",
-            inputs=[{"id": evil, "type": evil, "value": evil}],
-            at=now,
+            starts.StartRow(
+                workspace_id="default",
+                idempotency_key=row.key,
+                technique_id=f"tech_{evil}",
+                fingerprint="0",
+                inputs=[{"id": evil, "type": evil, "value": evil}],
+                created_at=now,
+            ),
         )
     await starts.take(services.database, "default", row.key, "tests", now, timedelta(minutes=1))
     refusal = {

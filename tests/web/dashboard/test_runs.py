@@ -70,12 +70,14 @@ async def test_a_prompt_a_sheet_and_a_cell_find_their_runs(site: Site) -> None:
     await batches.keep(services.database, batch, [entry])
     await starts.reserve(
         services.database,
-        workspace_id="ws_1",
-        idempotency_key=entry.key,
-        technique_id="tech_1",
-        fingerprint="",
-        inputs=[],
-        at=utc_now(),
+        starts.StartRow(
+            workspace_id="ws_1",
+            idempotency_key=entry.key,
+            technique_id="tech_1",
+            fingerprint="",
+            inputs=[],
+            created_at=utc_now(),
+        ),
     )
     await services.writer.submit(replace(_run(1), workspace_id="ws_1", idempotency_key=entry.key))
     await services.writer.submit(_run(2))

@@ -105,8 +105,8 @@ class StartRow:
     technique_id: str
     fingerprint: str
     inputs: list[dict[str, Any]]
-    state: StartState | str
     created_at: datetime
+    state: StartState | str = StartState.STORED
     in_use_since: datetime | None = None
     callback_url: str | None = None
     sent_at: datetime | None = None
@@ -201,67 +201,43 @@ class StartRow:
         return self.lease_until is not None and now < self.lease_until <= now + LONGEST_LEASE
 
 
-async def reserve(
-    db: Database,
-    *,
-    workspace_id: str,
-    idempotency_key: str,
-    technique_id: str,
-    fingerprint: str,
-    inputs: list[dict[str, Any]],
-    at: datetime,
-    callback_token: str | None = None,
-    started_by: str | None = None,
-    tags: Tags | None = None,
-    holder: str | None = None,
-    lease: timedelta = timedelta(0),
-    cost: Decimal | None = None,
-    runs: int = 1,
-    budgets: Sequence[Budget] = (),
-) -> StartRow:
-    """Store the key once, and return its row.
+_RESERVED: Final = ("lease_holder", "lease_until", "reserved_at", "reserved_cost", "reserved_runs")
 
-    An existing row is returned unchanged; the caller compares the request. A new one is written to
-    the audit log.
 
-    With a `holder` a fresh start is also leased, as by `take`, and its price reserved: `cost` USD
-    for each of its `runs` must fit into the `budgets`. The reservation lasts while the lease is
+async def reserve(db: Database, new: StartRow, budgets: Sequence[Budget] = ()) -> StartRow:
+    """Store a start once, and return its row.
+
+    An existing row of its key is returned unchanged; the caller compares the request. A new one is
+    written to the audit log.
+
+    A `new` one with a `lease_holder` also takes the lease of a fresh start, as by `take`, and
+    reserves its price, which must fit into the `budgets`. The reservation lasts while the lease is
     held, and then for as long as the start may have been sent. Raises `BudgetExceeded`; then
     nothing is stored.
     """
-    request = {"technique_id": technique_id, "workspace_id": workspace_id}
-    request["idempotency_key"] = idempotency_key
-    entry = audit.entry(Action.START, at, **request)
-    held: dict[str, Any] = {"tags": tags or None}
-    if holder is not None:
-        held |= {"lease_holder": holder, "lease_until": at + lease, "reserved_at": at}
-        held |= {"reserved_cost": cost, "reserved_runs": runs}
-    new = db.insert(starts).values(
-        workspace_slot=workspace_id,
-        fingerprint=fingerprint,
-        inputs=inputs,
-        state=StartState.STORED.value,
-        created_at=at,
-        callback_token=callback_token,
-        started_by=started_by,
-        **request,
-        **held,
-    )
+    key, at = (new.workspace_id, new.idempotency_key), new.created_at
+    names = ("technique_id", "workspace_id", "idempotency_key")
+    entry = audit.entry(Action.START, at, **{name: getattr(new, name) for name in names})
+    values = {name: getattr(new, name) for name in StartRow.__slots__}
+    stored = {name: value for name, value in values.items() if value is not None}
+    insert = db.insert(starts).values(stored | {"workspace_slot": new.workspace_id})
     on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
-    statement = new.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
-    existing = select(starts).where(_is(workspace_id, idempotency_key))
-    again = _update(workspace_id, idempotency_key, _IS_FRESH, is_free(starts, at))
-    again = again.values(state="stored", **held).returning(*starts.c)
+    statement = insert.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
+    existing = select(starts).where(_is(*key))
+    held = {name: values[name] for name in ("state", "tags", *_RESERVED)}
+    again = _update(*key, _IS_FRESH, is_free(starts, at)).values(held).returning(*starts.c)
 
     def work(connection: Connection) -> StartRow:
         # Before the key is read, so that a concurrent request has stored it by then.
         spending.lock(connection, budgets)
         row = _found(connection.execute(existing).first())
         if row is not None:
-            is_free = row.is_fresh and row.fingerprint == fingerprint and not row.is_held(at)
-            if holder is None or not is_free or row.is_known_to_flora:
+            is_same = row.fingerprint == new.fingerprint
+            is_free = row.is_fresh and not row.is_held(at) and not row.is_known_to_flora
+            if new.lease_holder is None or not (is_same and is_free):
                 return row
-        price = None if cost is None else cost * runs
+        cost = new.reserved_cost
+        price = None if cost is None else cost * (new.reserved_runs or 1)
         spending.check_room(connection, budgets, price=price, now=at)
         made = connection.execute(statement if row is None else again).first()
         if made is None:  # a concurrent request stored it first
