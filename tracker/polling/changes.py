@@ -226,10 +226,9 @@ class Broadcaster:
         while not self._closed:
             reader = await until_available(partial(self.subscribe, runs), notify)
             try:
-                reached: bool | None = None
-                if after is not None:
-                    reached = await until_available(partial(self.has_reached, after), notify)
-                if after is None or not reached:
+                if after is None or not await until_available(
+                    partial(self.has_reached, after), notify
+                ):
                     after = self.sent_upto
                 async for page in self.missed(after):
                     for change in page:
@@ -241,9 +240,9 @@ class Broadcaster:
                     while (one := reader.next()) is not None:
                         if isinstance(one, int):
                             after = one
-                            continue
-                        yield one
-                        after = one.event.id if one.event else after
+                        else:
+                            yield one
+                            after = one.event.id if one.event else after
                     after = after if reader.ended else reader.position
             finally:
                 reader.close()
