@@ -225,13 +225,11 @@ class SharedClock:
         """The start that the source shows now, `None` if it took too long, and what is stored."""
         wanted = select(leases).where(leases.c.name.in_([_JUMPS, self._name]))
         async with self._db.read() as connection:
-            if self._wall is None:
-                before = self.seconds()
-                now = (await connection.execute(_ASK)).scalar_one().astimezone(UTC)
-                after = self.seconds()
             rows = {row.name: row for row in await connection.execute(wanted)}
-        if self._wall is not None:
-            before, now, after = self.seconds(), self._wall(), self.seconds()
+            before = self.seconds()
+            shown = self._wall() if self._wall else (await connection.execute(_ASK)).scalar_one()
+            after = self.seconds()
+        now = shown.astimezone(UTC)
         if after - before > SLOW and self._start is not None:
             return None, rows
         # The answer was made at some time between the two.
