@@ -5,7 +5,7 @@ from datetime import timedelta
 
 from tests.store.making import NOW, TestWriter, callback, ids, seen, started
 from tracker.core.record import FailedRead
-from tracker.store.coordination import claim_due, drop_lease, next_due_at, release, take_lease
+from tracker.store.coordination import Due, claim_due, drop_lease, next_due_at, release, take_lease
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 
@@ -49,11 +49,9 @@ async def test_those_that_ended_last_can_be_claimed_first(writer: TestWriter, db
     await writer.submit(started("run_going", at=NOW - timedelta(hours=1)))
     for minutes in (2, 3, 1):
         await writer.submit(callback(f"run_{minutes}", at=NOW - timedelta(minutes=minutes)))
-    claimed = await claim_due(
-        db, holder="h", now=NOW, lease=LEASE, limit=2, ended=True, newest=True
-    )
+    claimed = await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=2, which=Due.NEWEST_ENDS)
     assert [record.run.run_id for record in claimed] == ["run_1", "run_2"]
-    rest = await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9, ended=True)
+    rest = await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9, which=Due.ENDS)
     assert {record.run.run_id for record in rest} == {"run_3"}
     assert len(await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9)) == 1
 

@@ -178,7 +178,12 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     ),
     "claiming what has ended": (
         lambda db: coordination.claim_due(
-            db, holder="h", now=NOW, lease=timedelta(60), limit=10, ended=True, newest=True
+            db,
+            holder="h",
+            now=NOW,
+            lease=timedelta(60),
+            limit=10,
+            which=coordination.Due.NEWEST_ENDS,
         ),
         "ix_runs_due",
     ),

@@ -28,6 +28,7 @@ from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import repeat, run_all
 from tracker.polling.reading import PollReport, PollRound, RunReader, SingleRead
 from tracker.store import coordination
+from tracker.store.coordination import Due
 from tracker.store.engine import Database
 from tracker.store.queries import runs
 from tracker.store.writing.writer import Writer
@@ -175,7 +176,7 @@ class Poller(Service):
         pausing = coalesce and self.coalescer.left(workspace.place) > 0
         if pausing and workspace.lists_carry_details:
             return PollReport()
-        due, full = await self._claim_in_order(workspace, ended=pausing)
+        due, full = await self._claim_in_order(workspace, Due.ENDS if pausing else Due.POLLS)
         if not due:
             return PollReport()
         poll_round = PollRound(self, workspace, due=due)
@@ -198,7 +199,7 @@ class Poller(Service):
             self.database, name, holder, now, once_per
         ):
             return PollReport()
-        due = await self._claim(workspace, limit=RECHECK_CLAIM, recheck=True)
+        due = await self._claim(workspace, Due.BILLS, limit=RECHECK_CLAIM)
         poll_round = PollRound(self, workspace, due=due, recheck=True)
         return await self._read(workspace, poll_round, full=len(due) == RECHECK_CLAIM)
 
@@ -236,27 +237,25 @@ class Poller(Service):
         )
         return report
 
-    async def _claim(self, workspace: Workspace, **which: Any) -> list[Record]:
-        """Claim due runs; `which` are options of `coordination.claim_due`."""
+    async def _claim(self, workspace: Workspace, which: Due, *, limit: int) -> list[Record]:
         return await coordination.claim_due(
             self.database,
             holder=self.process,
             now=self.clock(),
             lease=self.lease,
+            limit=limit,
             workspaces=self.workspaces.claimable(workspace),
-            **which,
+            which=which,
         )
 
-    async def _claim_in_order(
-        self, workspace: Workspace, *, ended: bool
-    ) -> tuple[list[Record], bool]:
-        """Claim due runs, or only ended ones, in the order in which they are to be read, and
-        whether more may be due. If there are many, every other run is a fresh end."""
-        due = await self._claim(workspace, limit=CLAIM, ended=ended)
+    async def _claim_in_order(self, workspace: Workspace, which: Due) -> tuple[list[Record], bool]:
+        """Claim due runs, in the order in which they are to be read, and whether more may be due.
+        If there are many, every other run is a fresh end."""
+        due = await self._claim(workspace, which, limit=CLAIM)
         full = len(due) == CLAIM
         fresh = []
         if full:
-            fresh = await self._claim(workspace, limit=FRESH, ended=True, newest=True)
+            fresh = await self._claim(workspace, Due.NEWEST_ENDS, limit=FRESH)
         fresh += [record for record in reversed(due) if record.run.precedence.ended]
         fresh = fresh[:FRESH]
         fresh_ids = {record.run.run_id for record in fresh}

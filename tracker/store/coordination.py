@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import orjson
@@ -58,6 +59,19 @@ _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(N
 _ENDED: Final = runs.c.precedence >= Precedence.CALLBACK_FAILED
 
 
+class Due(Enum):
+    """Which due runs are claimed."""
+
+    POLLS = "polls"
+    """Runs to be polled, longest due first."""
+    ENDS = "ends"
+    """Those of them that have ended and lack their details."""
+    NEWEST_ENDS = "newest_ends"
+    """The same, those that became due last first."""
+    BILLS = "bills"
+    """Settled runs whose cost or outputs are read again, longest due first."""
+
+
 async def claim_due(
     db: Database,
     *,
@@ -66,18 +80,14 @@ async def claim_due(
     lease: timedelta,
     limit: int,
     workspaces: WorkspaceScope = None,
-    ended: bool = False,
-    newest: bool = False,
-    recheck: bool = False,
+    which: Due = Due.POLLS,
 ) -> list[Record]:
-    """Claim up to `limit` due runs, longest due first, for `holder` until `now + lease`.
+    """Claim up to `limit` due runs for `holder` until `now + lease`.
 
-    `ended` claims only runs that have ended and lack their details; `newest` starts with those that
-    became due last; `recheck` claims settled runs whose cost or outputs are read again. Concurrent
-    callers get different runs and do not wait for each other. An observation that names the claim
-    releases it.
+    Concurrent callers get different runs and do not wait for each other. An observation that names
+    the claim releases it.
     """
-    due = due_runs(now, workspaces, ended=ended, newest=newest, recheck=recheck).limit(limit)
+    due = due_runs(now, workspaces, which).limit(limit)
     statement = (
         update(runs)
         .where(runs.c.run_id.in_(due.with_for_update(skip_locked=True)))
@@ -91,7 +101,7 @@ async def claim_due(
     return sorted(
         claimed,
         key=lambda record: (record.next_check_at or record.recheck_at or now, record.run.run_id),
-        reverse=newest,
+        reverse=which is Due.NEWEST_ENDS,
     )
 
 
@@ -156,26 +166,19 @@ async def next_due_at(
 
 async def recheck_is_due(db: Database, workspaces: WorkspaceScope = None, *, now: datetime) -> bool:
     """Whether the cost or the outputs of any settled run are due to be read again."""
-    first = due_runs(now, workspaces, recheck=True).limit(1)
+    first = due_runs(now, workspaces, Due.BILLS).limit(1)
     return await db.fetchrow(first) is not None
 
 
-def due_runs(
-    now: datetime,
-    workspaces: WorkspaceScope = None,
-    *,
-    ended: bool = False,
-    newest: bool = False,
-    recheck: bool = False,
-) -> Select[Any]:
+def due_runs(now: datetime, workspaces: WorkspaceScope, which: Due) -> Select[Any]:
     """The ids of the runs that can be claimed, in the order in which `claim_due` takes them."""
-    due = runs.c.recheck_at if recheck else runs.c.next_check_at
+    due = runs.c.recheck_at if which is Due.BILLS else runs.c.next_check_at
     statement = (
         select(runs.c.run_id)
         .where(due <= now, is_free(runs, now), within(workspaces))
-        .order_by(due.desc() if newest else due)
+        .order_by(due.desc() if which is Due.NEWEST_ENDS else due)
     )
-    return statement.where(_ENDED) if ended else statement
+    return statement.where(_ENDED) if which in (Due.ENDS, Due.NEWEST_ENDS) else statement
 
 
 async def reset_far_schedules(db: Database, policy: Policy, now: datetime) -> int:
