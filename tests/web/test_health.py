@@ -67,6 +67,24 @@ async def test_a_full_disk_is_not_ready(serve: Serve) -> None:
         pytest.skip(str(error))
 
 
+async def test_a_disk_that_fills_while_nothing_writes_is_not_ready(serve: Serve) -> None:
+    """The last write was committed, but long ago: another one shows that the disk is full now, and
+    it is not needed while others are committed."""
+    body = event("run_1")
+    try:
+        with SmallDisk(16) as disk:
+            async with serve(f"sqlite:///{disk.path}/tracker.db") as site:
+                assert (await site.client.post(PATH, content=body, headers=signed(body))).is_success
+                disk.fill()
+                assert (await site.client.get("/readyz")).status_code == 200
+                site.services.database.committed_at -= 60
+                assert (await site.client.get("/readyz")).status_code == 503
+                disk.clear()
+                assert (await site.client.get("/readyz")).status_code == 200
+    except CannotMount as error:
+        pytest.skip(str(error))
+
+
 async def test_a_refused_key_is_reported_and_the_service_stays_ready(
     serve: Serve, sqlite_url: str
 ) -> None:

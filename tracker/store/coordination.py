@@ -11,6 +11,7 @@ twice or, while that connection is down, not at all, so every wait has a time-ou
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -262,12 +263,16 @@ async def drop_lease(db: Database, name: str, holder: str) -> None:
     await to_its_end(db.execute(statement), seconds=LEASE_SECONDS)
 
 
+WRITE_CHECK_SECONDS: Final = 10.0
+"""How long a committed write shows that the next one can be committed."""
+
+
 async def check_writes(db: Database) -> None:
-    """Return if the last write was committed, or another one can be.
+    """Return if the last write was committed, not long ago, or another one can be.
 
     Raises `StoreUnavailable` if not.
     """
-    if db.refuses_writes:
+    if db.refuses_writes or time.monotonic() - db.committed_at >= WRITE_CHECK_SECONDS:
         row = {"holder": "", "until": datetime.fromtimestamp(0, UTC)}
         await db.execute(db.upsert(leases, {"name": "write-check"}, row))
 
