@@ -8,12 +8,14 @@ from tests.cli.conftest import Commands, simulate
 def test_the_catalogue_is_read_searched_and_shown(tracker: Commands, stack: ExitStack) -> None:
     """From nothing known to a technique's inputs, and the command that starts it."""
     simulate(tracker, stack)
+    tracker.environ["FLORA_WORKSPACE_ID"] = ""  # it is learnt
     empty = tracker("techniques", "list")
     assert empty.returncode == 0
     assert "tracker techniques sync" in empty.stderr
 
     report = tracker.json("techniques", "sync")
     assert (report["new"], report["gone"], report["complete"]) == (38, 0, True)
+    assert [one["workspace_id"] for one in report["lists"]] == ["ws_simulator"]
     again = tracker("techniques", "sync")
     assert "0 new, 0 retired, 0 restored" in again.stdout
 

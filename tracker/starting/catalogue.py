@@ -25,6 +25,7 @@ from tracker.core.errors import (
     InvalidRequest,
     NotFound,
     RateLimited,
+    SettingsError,
     StoreError,
 )
 from tracker.core.log import get_logger
@@ -366,6 +367,9 @@ class CatalogueSync(Service):
                     await self._hold(holder)
         except (FloraError, StoreError) as failure:
             walked.error = str(failure)
+        else:
+            with suppress(FloraError, SettingsError, StoreError):  # the list was read all the same
+                walked.workspace_id = await self.workspaces.id_of(workspace)
         if unreadable and walked.error is None:
             walked.error = f"{len(unreadable)} could not be read, the first being {unreadable[0]}"
 
