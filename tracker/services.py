@@ -289,7 +289,7 @@ async def open_services(
     redact_also(rotation.settings.secret_values)
     rotation.follow(lambda rotated: redact_also(rotated.secret_values))
     services = Services(rotation)
-    async with ClosingStack(CLOSE_SECONDS) as stack:
+    async with ClosingStack(CLOSE_SECONDS, quiet=not background) as stack:
         await services.open(
             stack,
             background=background,

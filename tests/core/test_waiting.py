@@ -44,6 +44,18 @@ async def test_parts_close_in_order_within_one_limit() -> None:
     }
 
 
+async def test_a_command_closes_quietly() -> None:
+    """It reports a database that is gone by itself."""
+
+    async def fail() -> None:
+        raise StoreUnavailable("no answer")
+
+    with capture_logs() as lines:
+        async with ClosingStack(30, quiet=True) as stack:
+            stack.on_close("gone", fail)
+    assert lines == []
+
+
 async def test_what_ends_the_block_is_raised() -> None:
     """An error of the block is raised after its parts have closed, and so is a cancellation."""
     closed = []

@@ -108,12 +108,14 @@ class ClosingStack(AsyncExitStack):
     """An exit stack whose parts have `seconds` to close, all of them together.
 
     A part that is not done by then is cancelled, and so is each later one that waits for anything.
-    That, and a database that does not answer, is logged and not raised.
+    That, and a database that does not answer, is logged and not raised; nor is it logged with
+    `quiet`, as for a command, which reports a database that is gone itself.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, quiet: bool = False) -> None:
         super().__init__()
         self._seconds = seconds
+        self._quiet = quiet
         self._until: float | None = None
 
     async def open(self, name: str, part: AbstractAsyncContextManager[T]) -> T:
@@ -133,6 +135,8 @@ class ClosingStack(AsyncExitStack):
             async with asyncio.timeout_at(self._until):
                 await close()
         except (StoreError, TimeoutError) as error:
+            if self._quiet:
+                return
             log.info("close.unfinished", part=name, error=str(error) or "no time was left")
 
 
