@@ -286,6 +286,24 @@ def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> Non
     assert last == "To start: 3 of 4 rows, at most $0.75; 1 row without a run left out."
 
 
+async def test_what_is_never_billed_is_no_cost(tracker: Commands, stack: ExitStack) -> None:
+    """The quote of a failed run counts until FLORA has shown that it is billed nothing."""
+    given = ("--set", "quotes=1", "--set", "refund=absent")
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "100%", *given)
+    tracker.environ |= {"TRACKER_POLL_INTERVAL": "0.1", "TRACKER_COST_RECHECK": "1"}
+    (tracker.folder / "icons.csv").write_text(SHEET)
+    assert tracker("batch", "icon-pack", "icons.csv").returncode == 1
+
+    def is_final() -> bool:
+        tracker("poll")
+        (batch,) = tracker.json("batches", "list")["batches"]
+        return bool(batch["cost_final"])
+
+    await eventually(is_final, timeout=START_SECONDS)
+    done = tracker("batch", "icon-pack", "icons.csv", "--dry-run")
+    assert done.stdout.splitlines()[-1] == "Nothing to start: 3 rows, all started before."
+
+
 async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> None:
     """Ctrl-C leaves what is started tracked; the next command starts the rest, and pays it once."""
     rows = [f"icon {number}" for number in range(40)]

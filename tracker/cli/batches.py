@@ -292,9 +292,14 @@ def intention(plan: "BatchPlan") -> str:
 
 
 def _spent(plan: "BatchPlan") -> str:
-    """What the runs that were started before cost: bills, else quotes."""
-    runs = [record.run for row in plan.rows for record in row.records]
-    costs = [run.quoted_cost if run.charged_cost is None else run.charged_cost for run in runs]
+    """What the runs that were started before cost: bills, and quotes of those not billed yet."""
+    records = [record for row in plan.rows for record in row.records]
+    costs = [one.run.charged_cost for one in records]
+    costs += [
+        one.run.quoted_cost
+        for one in records
+        if one.run.charged_cost is None and not one.cost_final
+    ]
     known = [cost for cost in costs if cost is not None]
     return f" for {money(sum(known, Decimal(0)))} so far" if known else ""
 
