@@ -22,6 +22,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.events import RunFilter
 from tracker.core.formatting import counted
+from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.core.waiting import run_all
 from tracker.delivering.addresses import MediaError
@@ -40,7 +41,7 @@ from tracker.delivering.saving import (
 )
 from tracker.flora.parse import ports
 from tracker.polling.changes import Broadcaster
-from tracker.polling.follow import Follower, Notify
+from tracker.polling.follow import Follower, More, Notify
 from tracker.starting.rows import kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, runs, techniques
@@ -135,11 +136,19 @@ class Downloader:
                 if run_id in known:
                     yield WantedRun(record=known[run_id])
             return
-        async with aclosing(self.follower.follow(run_ids, notify=notify)) as updates:
+        async with aclosing(self._ended(run_ids, None, notify)) as ended:
+            async for record in ended:
+                yield WantedRun(record=record)
+
+    async def _ended(
+        self, run_ids: Sequence[str], more: More | None, notify: Notify | None
+    ) -> AsyncGenerator[Record, None]:
+        """Each of these runs, and of `more`, once it is settled or lost."""
+        async with aclosing(self.follower.follow(run_ids, more=more, notify=notify)) as updates:
             async for updated in updates:
                 for record, _ in updated:
                     if record.tracking is not Tracking.ACTIVE:
-                        yield WantedRun(record=record)
+                        yield record
 
     async def batch(
         self,
@@ -159,38 +168,34 @@ class Downloader:
         rows = await self._rows(batch_id, name_by)
         if watch:
             row_of: dict[str, WantedRun] = {}
-            is_reported = False
+            report = notify
 
             async def more() -> tuple[Sequence[str], bool]:
-                nonlocal is_reported
+                nonlocal report
                 rows = await self._rows(batch_id, name_by)
-                new = {row.run_id: row for row, _ in rows if row.run_id}
-                new = {run_id: row for run_id, row in new.items() if run_id not in row_of}
+                new = {row.run_id: row for row in rows if row.run_id and row.run_id not in row_of}
                 row_of.update(new)
-                not_started = sum(is_not_started for _, is_not_started in rows)
-                if not_started and not new and not is_reported and notify is not None:
-                    is_reported = True
+                not_started = sum(row.is_to_start for row in rows)
+                if not_started and not new and report is not None:
                     rows_are = counted(not_started, "row is", "rows are")
-                    notify(f"{rows_are} not started yet: `tracker batch` starts them")
+                    report(f"{rows_are} not started yet: `tracker batch` starts them")
+                    report = None  # once
                 return list(new), not_started > 0 or await self._gets_runs(batch_id)
 
-            async with aclosing(self.follower.follow((), more=more, notify=notify)) as updates:
-                async for updated in updates:
-                    for record, _ in updated:
-                        if record.tracking is not Tracking.ACTIVE:
-                            row = row_of[record.run.run_id]
-                            yield replace(row, record=record, status=record.shown_status)
-            rows = [one for one in await self._rows(batch_id, name_by) if one[0].run_id is None]
-        for row, _ in rows:
+            async with aclosing(self._ended((), more, notify)) as ended:
+                async for record in ended:
+                    row = row_of[record.run.run_id]
+                    yield replace(row, record=record, status=record.shown_status)
+            rows = [row for row in await self._rows(batch_id, name_by) if row.run_id is None]
+        for row in rows:
             yield row
 
     async def _gets_runs(self, batch_id: str) -> bool:
         counts = await batches.batch_counts(self.database, [batch_id])
         return counts[batch_id].gets_runs(self.clock())
 
-    async def _rows(self, batch_id: str, name_by: str | None) -> list[tuple[WantedRun, bool]]:
-        """The runs of a batch, row by row, and rows without one; whether each has yet to be
-        started."""
+    async def _rows(self, batch_id: str, name_by: str | None) -> list[WantedRun]:
+        """The runs of a batch, row by row, and rows without one."""
         batch = await batches.get(self.database, batch_id)
         if batch is None:
             raise TrackerError(f"batch {batch_id} is not known: `tracker batches list` shows all")
@@ -200,16 +205,14 @@ class Downloader:
         numbers = row_numbers(states)
         names = [None] * len(states) if name_by is None else row_names(batch, states, name_by)
         return [
-            (
-                WantedRun(
-                    record=record,
-                    row=row,
-                    name=name,
-                    is_further=record is not None and record.run.run_id != state.run_ids[0],
-                    ports=outputs,
-                    status=state.status if record is None else record.shown_status,
-                ),
-                batch.finished_at is None and state.status in _NOT_STARTED,
+            WantedRun(
+                record=record,
+                row=row,
+                name=name,
+                is_further=record is not None and record.run.run_id != state.run_ids[0],
+                ports=outputs,
+                status=state.status if record is None else record.shown_status,
+                is_to_start=batch.finished_at is None and state.status in _NOT_STARTED,
             )
             for state, row, name in zip(states, numbers, names, strict=True)
             for record in state.records or (None,)
@@ -395,28 +398,54 @@ async def batch_archive(
             Fetcher(allow_private=allow_private, max_bytes=ZIP_FILE_BYTES, attempts=ZIP_ATTEMPTS)
         )
         archive = zipfile.ZipFile(cast(IO[bytes], pipe), "w")
-        ahead: deque[tuple[DownloadJob, asyncio.Task[_Fetched]]] = deque()
-        try:
+
+        async def jobs() -> AsyncIterator[DownloadJob]:
             async for row in downloader.batch(batch_id, watch=False, name_by=name_by):
-                jobs = list(jobs_of(row))
-                if not jobs:
+                found = list(jobs_of(row))
+                if not found:
                     missing.append(f"row {row.row}: {_why(row)}")
-                for job in jobs:
-                    ahead.append((job, asyncio.create_task(_fetch(fetcher, job, folder))))
-                    if len(ahead) > ZIP_AHEAD:
-                        async for data in _add(archive, pipe, *ahead.popleft(), missing):
-                            yield data
-            while ahead:
-                async for data in _add(archive, pipe, *ahead.popleft(), missing):
-                    yield data
-        finally:
-            for _, task in ahead:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
+                for job in found:
+                    yield job
+
+        fetched = await stack.enter_async_context(aclosing(_fetch_all(fetcher, jobs(), folder)))
+        async for job, found in fetched:
+            match found:
+                case str():
+                    missing.append(f"row {job.row}, run {job.run_id}, {job.name}: {found}")
+                case bytes():
+                    archive.writestr(f"{job.name}.txt", found)
+                    yield pipe.take()
+                case Path():
+                    with found.open("rb") as file, archive.open(found.name, "w") as entry:
+                        while data := await asyncio.to_thread(file.read, _BLOCK):
+                            entry.write(data)
+                            yield pipe.take()
+                    found.unlink()
+                    yield pipe.take()
         if missing:
             archive.writestr(MISSING, "\n".join([*missing, ""]))
         archive.close()
         yield pipe.take()
+
+
+async def _fetch_all(
+    fetcher: Fetcher, jobs: AsyncIterator[DownloadJob], folder: Path
+) -> AsyncGenerator[tuple[DownloadJob, _Fetched], None]:
+    """The outputs, in order; those that come next are fetched meanwhile."""
+    ahead: deque[tuple[DownloadJob, asyncio.Task[_Fetched]]] = deque()
+    try:
+        async for job in jobs:
+            ahead.append((job, asyncio.create_task(_fetch(fetcher, job, folder))))
+            if len(ahead) > ZIP_AHEAD:
+                first, task = ahead.popleft()
+                yield first, await task
+        while ahead:
+            first, task = ahead.popleft()
+            yield first, await task
+    finally:
+        for _, task in ahead:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
 
 
 async def _fetch(fetcher: Fetcher, job: DownloadJob, folder: Path) -> _Fetched:
@@ -427,30 +456,6 @@ async def _fetch(fetcher: Fetcher, job: DownloadJob, folder: Path) -> _Fetched:
     except (MediaError, OSError) as error:
         return str(error)
     return found.path
-
-
-async def _add(
-    archive: zipfile.ZipFile,
-    pipe: _Pipe,
-    job: DownloadJob,
-    task: asyncio.Task[_Fetched],
-    missing: list[str],
-) -> AsyncIterator[bytes]:
-    """Add one output to the archive; yields what was written."""
-    found = await task
-    match found:
-        case str():
-            missing.append(f"row {job.row}, run {job.run_id}, {job.name}: {found}")
-        case bytes():
-            archive.writestr(f"{job.name}.txt", found)
-            yield pipe.take()
-        case Path():
-            with found.open("rb") as file, archive.open(found.name, "w") as entry:
-                while data := await asyncio.to_thread(file.read, _BLOCK):
-                    entry.write(data)
-                    yield pipe.take()
-            found.unlink()
-            yield pipe.take()
 
 
 def _why(row: WantedRun) -> str:

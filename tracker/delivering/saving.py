@@ -48,7 +48,7 @@ class WantedRun:
 
     `row` is its row in a batch, `name` the row's name for files, `is_further` is true for each of
     the row's runs but the first, and `ports` are the outputs of the technique's definition. A row
-    may have no run (`record`): `status` says why.
+    may have no run (`record`): `status` says why, `is_to_start` whether it is still to get one.
     """
 
     record: Record | None
@@ -57,6 +57,7 @@ class WantedRun:
     is_further: bool = False
     ports: Sequence[Port] = ()
     status: str = ""
+    is_to_start: bool = False
 
     @property
     def run_id(self) -> str | None:
