@@ -340,7 +340,8 @@ class HeldStart:
         """
         if client.key_fingerprint != api_key:
             raise _KeyReplaced("the API key was replaced while a start was sent")
-        ahead, seconds = client.clock_offset, self.clock.seconds()
+        offset, seconds = client.clock_offset, self.clock.seconds()
+        ahead = None if offset is None else offset.total_seconds()
         self.is_marking = True
         row = await starts.mark_sent(
             self.database,
@@ -349,8 +350,7 @@ class HeldStart:
             at=self.clock.at(seconds),
             callback_url=callback_url,
             request_body=request_body,
-            boot=self.clock.boot,
-            sent=SentClock(seconds, None if ahead is None else ahead.total_seconds()),
+            sent=SentClock(self.clock.boot, seconds, ahead),
         )
         self.is_marking = False
         # Checked last: the machine may have been suspended after the database answered.

@@ -79,9 +79,10 @@ _IS_FRESH: Final = starts.c.state.in_([word("stored"), word("refused")])
 
 @dataclass(frozen=True, slots=True)
 class SentClock:
-    """When a start was sent, by `SharedClock.seconds`, and by how many seconds FLORA's clock was
-    ahead of ours then, if known."""
+    """When a start was sent, by `SharedClock.seconds` of this boot of a machine, and by how many
+    seconds FLORA's clock was ahead of ours then, if known."""
 
+    boot: str
     seconds: float
     flora_ahead: float | None
 
@@ -142,7 +143,7 @@ class StartRow:
         found = self.sent_clock or {}
         if found.get("boot") != boot or found.get("sent_at") != self.last_sent.isoformat():
             return None
-        return SentClock(found["seconds"], found["flora_ahead"])
+        return SentClock(boot, found["seconds"], found["flora_ahead"])
 
     @property
     def is_fresh(self) -> bool:
@@ -387,16 +388,15 @@ async def mark_sent(
     at: datetime,
     callback_url: str | None,
     request_body: str,
-    boot: str | None = None,
     sent: SentClock | None = None,
 ) -> StartRow | None:
     """Store that a request is about to be sent, and return the row.
 
     `None` if `holder` lost the start: its lease expired, another holds it, or it became a run. The
     callback address and the body are stored with the first request of a key; a repetition changes
-    neither, and leaves a start in doubt. `sent` says of `at` what the seconds of `boot` were.
+    neither, and leaves a start in doubt. `sent` is `at` by a clock that only runs forward.
     """
-    sent_clock = sent and {"boot": boot, "sent_at": at.isoformat(), **asdict(sent)}
+    sent_clock = sent and {"sent_at": at.isoformat(), **asdict(sent)}
     first = {
         "state": word("sent"),
         "set_back": null(),
