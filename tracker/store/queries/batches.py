@@ -138,24 +138,17 @@ class BatchCounts:
     last_end_at: datetime | None = None
     last_end_seen_at: datetime | None = None
 
-    def add(
-        self,
-        *,
-        cost: Decimal,
-        quoted: Decimal,
-        not_final: int,
-        next_check_at: datetime | None,
-        last_end_at: datetime | None,
-        last_end_seen_at: datetime | None,
-    ) -> None:
+    def add(self, more: "BatchCounts") -> None:
         """Add what is summed up over further runs."""
-        self.cost += cost
-        self.quoted += quoted
-        self.not_final += not_final
-        self.next_check_at = min(filter(None, (self.next_check_at, next_check_at)), default=None)
-        self.last_end_at = max(filter(None, (self.last_end_at, last_end_at)), default=None)
-        ends = filter(None, (self.last_end_seen_at, last_end_seen_at))
-        self.last_end_seen_at = max(ends, default=None)
+        self.cost += more.cost
+        self.quoted += more.quoted
+        self.not_final += more.not_final
+        polls = filter(None, (self.next_check_at, more.next_check_at))
+        ends = filter(None, (self.last_end_at, more.last_end_at))
+        ends_seen = filter(None, (self.last_end_seen_at, more.last_end_seen_at))
+        self.next_check_at = min(polls, default=None)
+        self.last_end_at = max(ends, default=None)
+        self.last_end_seen_at = max(ends_seen, default=None)
 
     def awaits_runs(self, now: datetime) -> bool:
         """Whether a row is in progress, or gets further runs."""
@@ -399,7 +392,7 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
                 amounts = (amount.label(name) for name, amount in _AMOUNTS.items())
                 summed = of_runs.add_columns(*amounts).group_by(of_runs.selected_columns.batch_id)
                 for row in await connection.execute(summed):
-                    found[row.batch_id].add(**_numbers(row))
+                    found[row.batch_id].add(BatchCounts(**_numbers(row)))
     return found
 
 
