@@ -294,7 +294,6 @@ class _PostgresPool:
 
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
         connection, driver = await self._take()
-        is_usable = False
         try:
             rows: list[Sequence[Any]] = await driver.fetch(statement, *values)
             is_usable = True

@@ -139,11 +139,10 @@ class Stream:
         """Raises `Fault` 503 where there are too many readers already, and `StoreUnavailable`."""
         reader = await self._changes.subscribe(runs, queue_size=self._limits.stream_queue)
         most, refusal = self._limits.stream_readers, None
+        followed = sum(not one.ended for one in self._readers)  # many may subscribe at once
         if self._stopping.is_set():
             refusal = "The service is shutting down."
-        elif (
-            sum(not one.ended for one in self._readers) >= most
-        ):  # many may have subscribed at once
+        elif followed >= most:
             refusal = f"The maximum of {most} stream readers is reached."
         if refusal is not None:
             reader.close()
