@@ -143,12 +143,7 @@ def test_a_refused_key_is_status_1(tracker: Commands, stack: ExitStack) -> None:
 def test_waiting_ends_with_the_run(tracker: Commands, stack: ExitStack) -> None:
     """`serve` takes the callback, `runs start --wait` follows: 0 for a completed run, else 1."""
     simulate(tracker, stack, "--run-seconds", "0.3", "--failures", "50%", "--seed", "2")
-    port = free_port()
-    tracker.environ["TRACKER_PUBLIC_URL"] = f"http://127.0.0.1:{port}"
-    tracker.environ["TRACKER_RECONCILE_CRON"] = NO_SWEEPS
-    server = stack.enter_context(tracker.running("serve", "--port", str(port)))
-    assert server.returncode is None
-    _wait_for(f"http://127.0.0.1:{port}/readyz")
+    _serve(tracker, stack)
     asyncio.run(eventually(lambda: _count(tracker, "sweeps WHERE finished_at IS NOT NULL")))
     seen = []
     for _ in range(2):
@@ -304,3 +299,33 @@ def _log_of_a_worker(tracker: Commands, stack: ExitStack) -> str:
     _wait_for(f"http://127.0.0.1:{port}/healthz")
     worker.send_signal(signal.SIGTERM)
     return str(worker.communicate(timeout=30)[1])
+
+
+def test_all_runs_of_a_start_are_waited_for(tracker: Commands, stack: ExitStack) -> None:
+    """Those that FLORA's answer does not name, too; the first run is printed as it always was."""
+    simulate(tracker, stack, "--run-seconds", "0.5", "--failures", "0%")
+    set_faults(tracker, run_per_value=True)
+    _serve(tracker, stack)
+    values = [f"image=https://a.example/{name}.png" for name in "abc"]
+    inputs = [f"--input={value}" for value in (*values, "reference=https://a.example/r.png")]
+    start = ("runs", "start", "color-transfer", *inputs, "--wait", "--idempotency-key", "order-1")
+    done = tracker(*start, "--json")
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
+    runs = [first, *first.pop("further_runs")]
+    assert {run["tracking"] for run in runs} == {"settled"}
+    stored = tracker.json("runs", "list")["runs"]
+    assert sorted(run["run_id"] for run in runs) == sorted(run["run_id"] for run in stored)
+    assert len(runs) == 3
+    text = tracker(*start).stdout
+    assert all(run["run_id"] in text for run in runs)
+
+
+def _serve(tracker: Commands, stack: ExitStack) -> None:
+    """A server that FLORA's callbacks reach."""
+    port = free_port()
+    tracker.environ["TRACKER_PUBLIC_URL"] = f"http://127.0.0.1:{port}"
+    tracker.environ["TRACKER_RECONCILE_CRON"] = NO_SWEEPS
+    server = stack.enter_context(tracker.running("serve", "--port", str(port)))
+    assert server.returncode is None
+    _wait_for(f"http://127.0.0.1:{port}/readyz")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
@@ -55,7 +56,7 @@ from tracker.core.starts import parse_tag
 
 if TYPE_CHECKING:
     from tracker.core.observation import Source
-    from tracker.polling.follow import RunUpdate
+    from tracker.polling.follow import More, RunUpdate
     from tracker.services import Services
     from tracker.starting.resolve import TrackedRun
     from tracker.store.engine import Database
@@ -78,7 +79,7 @@ def start(
     idempotency_key: str | None = option(
         "Repeating the command with the same key starts no run.", metavar="K"
     ),
-    wait: bool = flag("--wait", "Wait for the end; exit status 1 if the run fails."),
+    wait: bool = flag("--wait", "Wait for the end of its runs; exit status 1 if one fails."),
     as_json: bool = AS_JSON,
 ) -> int:
     """Start a run and track it."""
@@ -86,7 +87,7 @@ def start(
     values = [parse_value(text, form, "--input") for text in inputs]
     tags = parsed_tags(tag)
 
-    async def work(services: "Services") -> Record:
+    async def work(services: "Services") -> list[Record]:
         from tracker.core.errors import StartPending
         from tracker.starting.start import StartRequest
 
@@ -110,13 +111,13 @@ def start(
         if started.replayed:
             note("A run was started with this key before; a new one needs another key.")
         if not wait:
-            return started.record
-        (ended,) = await follow(services, [started.record.run.run_id])
-        return ended
+            return [started.record]
+        run_id = started.record.run.run_id
+        return await follow(services, [run_id], more=partial(_further_runs, services, run_id))
 
-    record = run_once(work, needs_key=True)
-    _print_run(record, as_json=as_json)
-    return exit_status([record]) if wait else 0
+    first, *others = run_once(work, needs_key=True)
+    _print_run(first, *others, as_json=as_json)
+    return exit_status([first, *others]) if wait else 0
 
 
 @app.command()
@@ -291,12 +292,26 @@ def explain(run_id: str = RUN_ID, as_json: bool = AS_JSON) -> None:
             left = ""
 
 
-def _print_run(record: Record, *, as_json: bool) -> None:
+async def _further_runs(services: "Services", run_id: str) -> tuple[Sequence[str], bool]:
+    """The known runs of the start of this first one, and whether there may be others later: an
+    input with several values makes a run for each."""
+    from tracker.store.queries import starts
+
+    start = await starts.of_run(services.database, run_id)
+    if start is None:
+        return (), False
+    known = (await starts.runs_of(services.database, [start]))[start.idempotency_key]
+    return [one.run.run_id for one in known], start.gets_runs(known, services.clock())
+
+
+def _print_run(record: Record, *others: Record, as_json: bool = False) -> None:
+    """Print a run, and the other runs of its start."""
     from tracker.views import run_json
 
     run = run_json(record)
     if as_json:
-        print_json(run)
+        further = {"further_runs": [run_json(other) for other in others]} if others else {}
+        print_json(run | further)
         return
     outputs = run.pop("outputs")
     if (advice := record.run.retry_advice) is not None:
@@ -304,6 +319,9 @@ def _print_run(record: Record, *, as_json: bool) -> None:
     print_with_inputs(run)
     for output in outputs:
         print_fields({f"output {output['output_id']}": f"{output['type']}  {output['url']}"})
+    for other in others:
+        typer.echo()
+        _print_run(other)
 
 
 async def require_known(services: "Services", run_ids: Sequence[str]) -> None:
@@ -324,11 +342,14 @@ def unknown(run_ids: Sequence[str]) -> TrackerError:
 
 
 async def follow(
-    services: "Services", run_ids: Sequence[str], *, json_lines: bool = False
+    services: "Services",
+    run_ids: Sequence[str],
+    *,
+    more: "More | None" = None,
+    json_lines: bool = False,
 ) -> list[Record]:
-    """Show progress on stderr until all runs are settled or lost; return them in this order.
-
-    With `json_lines`, each change is a line of JSON on stdout instead.
+    """Show progress on stderr until all runs are settled or lost; return them in this order, and
+    then those that `more` gave. With `json_lines`, each change is a line of JSON on stdout instead.
     """
     from tracker.views import run_json
 
@@ -338,7 +359,9 @@ async def follow(
             runs = RunScreen(shown, services.clock)
             async with (
                 services.signals,
-                aclosing(services.follower.follow(run_ids, notify=shown.notice)) as changes,
+                aclosing(
+                    services.follower.follow(run_ids, more=more, notify=shown.notice)
+                ) as changes,
             ):
                 async for observed in changes:
                     known |= {record.run.run_id: record for record, _ in observed}
@@ -357,7 +380,8 @@ async def follow(
                 f"tracker: interrupted; {which} tracked. `tracker runs watch {again}` follows again"
             )
         raise
-    return [known[run_id] for run_id in run_ids if run_id in known]
+    others = [run_id for run_id in known if run_id not in run_ids]
+    return [known[run_id] for run_id in [*run_ids, *others] if run_id in known]
 
 
 def exit_status(records: Iterable[Record]) -> int:

@@ -40,11 +40,7 @@ from tracker.store.queries.sheet_rows import (
     of_several_runs,
     with_outcomes,
 )
-from tracker.store.queries.starts import (
-    HAS_SEVERAL,
-    MISSING_AFTER,
-    StartState,
-)
+from tracker.store.queries.starts import HAS_SEVERAL, StartState, gets_callbacks
 from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, runs, starts, word
 
 LEASE: Final = timedelta(seconds=30)
@@ -156,10 +152,7 @@ class BatchCounts:
 
     def gets_runs(self, now: datetime) -> bool:
         """Whether callbacks may still name further runs of rows."""
-        at = self.last_end_seen_at
-        # A clock that was set back prolongs no wait.
-        just_ended = at is not None and abs(now - at) < MISSING_AFTER
-        return self.called_back > 0 and (self.active > 0 or just_ended)
+        return self.called_back > 0 and gets_callbacks(self.active > 0, self.last_end_seen_at, now)
 
     def finished_at(self, batch: BatchRow) -> datetime | None:
         """When the last of its runs ended, which can be after its command; `None` until then."""

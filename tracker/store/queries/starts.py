@@ -44,7 +44,7 @@ from sqlalchemy import (
 
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
-from tracker.core.run import known
+from tracker.core.run import Tracking, known
 from tracker.core.starts import Budget, Tags
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
@@ -197,6 +197,14 @@ class StartRow:
         the first, and callbacks name the others."""
         is_started = self.state is StartState.STARTED
         return max((self.reserved_runs or 1) - 1, 0) if is_started else 0
+
+    def gets_runs(self, known_runs: Sequence[Record], now: datetime) -> bool:
+        """Whether callbacks to its own address may still name further runs."""
+        token, ends = self.callback_token, [one.end_seen_at for one in known_runs]
+        is_called_back = token is not None and (self.callback_url or "").endswith(f"/{token}")
+        is_active = any(one.tracking is Tracking.ACTIVE for one in known_runs)
+        last_end = max(filter(None, ends), default=None)
+        return self.missing_runs > 0 and is_called_back and gets_callbacks(is_active, last_end, now)
 
     def is_held(self, now: datetime) -> bool:
         return self.lease_until is not None and now < self.lease_until <= now + LONGEST_LEASE
@@ -562,6 +570,13 @@ AMONG: Final = 10_000
 """The newest runs, among which these are."""
 TRY_AGAIN_AFTER: Final = timedelta(hours=1)
 """How long until addresses of single starts are tried again."""
+
+
+def gets_callbacks(is_active: bool, last_end: datetime | None, now: datetime) -> bool:
+    """Whether FLORA may still call back for runs that are not known, beside known ones of which one
+    is active, or the last end became known then."""
+    # A clock that was set back prolongs no wait.
+    return is_active or (last_end is not None and abs(now - last_end) < MISSING_AFTER)
 
 
 async def own_are_missing(db: Database, *, now: datetime, among: int = AMONG) -> bool:
