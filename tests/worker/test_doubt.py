@@ -392,21 +392,15 @@ async def test_a_database_whose_clock_is_set_pays_nothing_twice(postgres_url: st
 
 
 async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(
-    flora: Simulator, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
+    flora: Simulator, open_on: OpenServices, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is checked last of all, by a clock that goes on while the machine sleeps."""
-    from tracker.starting import sending
-
     services = await open_on(flora)
-    slept = 0.0
-    real = sending.boot_seconds
-    monkeypatch.setattr(sending, "boot_seconds", lambda: real() + slept)
     mark_sent = start_log.mark_sent
 
     async def mark_and_sleep(*given: Any, **named: Any) -> Any:
-        nonlocal slept
         row = await mark_sent(*given, **named)
-        slept = HOUR
+        clock.move(HOUR)
         return row
 
     monkeypatch.setattr(start_log, "mark_sent", mark_and_sleep)

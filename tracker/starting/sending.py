@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
-from tracker.core.clock import boot_seconds
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -308,9 +307,9 @@ def _as_kept(error: FloraError) -> dict[str, Any]:
 class HeldStart:
     """A start whose lease one caller holds.
 
-    `valid_until` is until when the lease surely lasts, by a clock that goes on while the machine is
-    suspended; `was_sent` is whether a request was let through since it was taken. `is_marking` is
-    true while that is being stored: an interruption leaves open whether it is.
+    `valid_until` is until when the lease surely lasts, in `clock.seconds`; `was_sent` is whether a
+    request was let through since it was taken. `is_marking` is true while that is being stored: an
+    interruption leaves open whether it is.
     """
 
     database: Database
@@ -328,6 +327,11 @@ class HeldStart:
     @property
     def _id(self) -> tuple[str, str]:
         return self.row.workspace_id, self.key
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether another caller may hold the lease by now."""
+        return self.clock.seconds() >= self.valid_until
 
     async def let_through(
         self, client: FloraClient, api_key: str, callback_url: str | None, request_body: str
@@ -354,7 +358,7 @@ class HeldStart:
         )
         self.is_marking = False
         # Checked last: the machine may have been suspended after the database answered.
-        if row is None or boot_seconds() >= self.valid_until:
+        if row is None or self.has_expired:
             raise StartPending(
                 f"idempotency key {self.key!r} was taken over by another request: ask again soon"
             )
@@ -383,10 +387,10 @@ class HeldStart:
     async def renew(self) -> None:
         """Renew the lease in a while."""
         await asyncio.sleep(RENEW_AFTER)
-        valid_until = boot_seconds() + HELD_FOR.total_seconds()
+        valid_until = self.clock.seconds() + HELD_FOR.total_seconds()
         mine = await starts.prolong(self.database, *self._id, self.holder, self.clock(), HELD_FOR)
         # An expired lease may have been free meanwhile, and its budget another start's.
-        is_kept = mine and boot_seconds() < self.valid_until
+        is_kept = mine and not self.has_expired
         self.valid_until = valid_until if is_kept else float("-inf")
 
 
@@ -411,9 +415,10 @@ async def held_by(
     `start` is its workspace and key; `take(holder, lease)` takes the lease for so long and returns
     the row, or `None`. Raises what `take` raises.
     """
-    database, holder = service.database, f"{service.process}:{uuid4()}"
+    database, clock = service.database, service.clock
+    holder = f"{service.process}:{uuid4()}"
     taken = True  # as far as is known if taking it is interrupted
-    valid_until = boot_seconds() + HELD_FOR.total_seconds()
+    valid_until = clock.seconds() + HELD_FOR.total_seconds()
     try:
         try:
             row = await take(holder, HELD_FOR)
@@ -426,9 +431,9 @@ async def held_by(
             taken = False
             yield None
             return
-        held = HeldStart(database, service.clock, row, holder, valid_until)
+        held = HeldStart(database, clock, row, holder, valid_until)
         renewing = asyncio.create_task(
-            repeat("start lease", held.renew, is_over=lambda: boot_seconds() >= held.valid_until)
+            repeat("start lease", held.renew, is_over=lambda: held.has_expired)
         )
         try:
             yield held
@@ -436,7 +441,7 @@ async def held_by(
             renewing.cancel()
     finally:
         if taken:
-            releasing = asyncio.create_task(_release(database, *start, holder))
+            releasing = asyncio.create_task(_release(service, *start, holder))
             _releasing.add(releasing)  # the event loop keeps weak references only
             releasing.add_done_callback(_releasing.discard)
             await asyncio.wait([releasing], timeout=database.url.times.release)
@@ -445,13 +450,14 @@ async def held_by(
 _releasing: set[asyncio.Task[None]] = set()
 
 
-async def _release(database: Database, workspace_id: str, key: str, holder: str) -> None:
+async def _release(service: Service, workspace_id: str, key: str, holder: str) -> None:
     """Release a lease, repeatedly until it expires: it would delay the caller's next attempt."""
-    expires_at = boot_seconds() + HELD_FOR.total_seconds()
+    seconds = service.clock.seconds
+    expires_at = seconds() + HELD_FOR.total_seconds()
     logged = False
-    while boot_seconds() < expires_at:
+    while seconds() < expires_at:
         try:
-            await starts.give_back(database, workspace_id, key, holder)
+            await starts.give_back(service.database, workspace_id, key, holder)
         except StoreError as failure:
             if not logged:
                 log.warning("start.hold_kept", key=key, error=str(failure))
