@@ -47,26 +47,24 @@ async def repeat(
     limit, (pause, longest) = LogRateLimit(), pauses
     task = asyncio.current_task()
     while not is_over():
-        failed = True
+        failure: BaseException | None = None
         try:
             await step()
-            failed = False
-        except StoreError as error:
-            if count := limit.count("down", now=time.monotonic()):
-                log.warning("loop.database_down", loop=name, error=str(error), count=count)
         except (Exception, asyncio.CancelledError) as error:
-            # Unless this task is cancelled, something was that the step waited for.
-            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
-                raise
-            if count := limit.count("failed", now=time.monotonic()):
-                log.exception("loop.failed", loop=name, count=count)
+            failure = error
         if task is not None and task.cancelling():
-            raise asyncio.CancelledError  # the step made another error of it
-        if failed:
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
-        else:
+            raise asyncio.CancelledError  # the step may have made another error of it
+        if failure is None:
             pause = pauses[0]
+            continue
+        # A cancellation was one of something that the step waited for.
+        if isinstance(failure, StoreError):
+            if count := limit.count("down", now=time.monotonic()):
+                log.warning("loop.database_down", loop=name, error=str(failure), count=count)
+        elif count := limit.count("failed", now=time.monotonic()):
+            log.exception("loop.failed", exc_info=failure, loop=name, count=count)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, longest)
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None) -> None:
