@@ -224,8 +224,6 @@ class Catalogue(Service):
         try:
             found = await workspace.require_client().get_technique(technique, deadline=deadline)
         except NotFound as error:  # FLORA's message does not repeat the name
-            if not error.from_flora:
-                raise
             raise NotFound(
                 status=error.status,
                 code=error.code,

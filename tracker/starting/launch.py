@@ -343,10 +343,9 @@ class BatchLaunch:
         """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
         key = row.entry.key
         self._silent.add(key)
-        unconnected = isinstance(error, FloraUnreachable) and not error.may_have_acted
-        if (unconnected and time.monotonic() - self._worked_at >= SILENCE) or len(
-            self._silent
-        ) >= max(FAILURES, self.concurrency):
+        is_cut_off = isinstance(error, FloraUnreachable) and not error.may_have_acted
+        is_down = is_cut_off and time.monotonic() - self._worked_at >= SILENCE
+        if is_down or len(self._silent) >= max(FAILURES, self.concurrency):
             self._stop(error)
         self._tries[key] += 1
         if self._tries[key] < TRIES:

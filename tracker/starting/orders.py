@@ -282,11 +282,10 @@ class BatchWorker(Service):
             goes_on, stopped = True, launch.over_budget
         if launch is not None:
             stopped = launch.plan.stopped_by(stopped)
-        why = None if stopped is None else str(stopped)
-        if goes_on:
-            return LaunchEnd(launch_at=self.clock() + self.go_on_after, stopped=why, errors={})
         return LaunchEnd(
-            launch_at=None, stopped=why, errors={} if launch is None else launch.errors
+            launch_at=self.clock() + self.go_on_after if goes_on else None,
+            stopped=None if stopped is None else str(stopped),
+            errors={} if goes_on or launch is None else launch.errors,
         )
 
     async def _run(self, batch: BatchRow, launch: BatchLaunch) -> None:

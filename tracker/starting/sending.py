@@ -172,10 +172,8 @@ class StartSender(Service):
                 deadline=deadline,
                 fence=partial(held.let_through, client, api_key, url, body),
             )
-        except StoreError as error:
-            if held.is_marking:
-                raise held.not_known_to_be_sent() from error
-            raise
+        except StoreError as error:  # of the fence
+            raise held.not_known_to_be_sent() from error
         except FloraError as error:
             if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
                 failure = await self._failure(held, error, in_doubt=in_doubt)
