@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 
 from tests.store.making import NOW, TestWriter, callback, seen, started
@@ -227,9 +226,10 @@ async def test_rival_starts_are_found(writer: TestWriter, db: Database) -> None:
     assert sorted(row.idempotency_key for row in found) == ["open", "unresolved"]
 
 
-async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Database) -> None:
+async def test_runs_of_known_origin_are_of_no_other_start(writer: TestWriter, db: Database) -> None:
     """A run that a start owns, or that was given to track, is nobody else's; nor is one that was
     known before, or is of another technique."""
+    row = await reserve(db, "sent", at=NOW + starts.SET_BACK)
     await reserve(db, "key")
     await writer.submit(
         replace(
@@ -248,11 +248,8 @@ async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Da
     )
     asked = ["run_start", "run_answer", "run_track", "run_swept", "run_called", "run_unknown"]
     asked += ["run_before", "run_other"]
-    accounted = partial(starts.accounted, db, technique_id="tech_1", known_before=NOW)
-    assert await accounted(asked) == {
-        *("run_start", "run_answer", "run_track", "run_before", "run_other")
-    }
-    assert await accounted([]) == set()
+    assert await starts.possible(db, row, asked) == {"run_swept", "run_called", "run_unknown"}
+    assert await starts.possible(db, row, []) == set()
 
 
 async def test_the_newest_run_that_was_known_before(writer: TestWriter, db: Database) -> None:

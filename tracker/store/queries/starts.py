@@ -478,10 +478,21 @@ async def possible(db: Database, row: StartRow, run_ids: Iterable[str]) -> set[s
     listed = row.possible_runs
     found = {run_id for run_id in run_ids if listed is None or run_id in listed}
     found -= row.excluded_runs
-    known_before = row.first_sent - SET_BACK
-    return found - await accounted(
-        db, list(found), technique_id=row.technique_id, known_before=known_before
+    if not found:
+        return set()
+    by_start = select(starts.c.run_id).where(starts.c.run_id.in_(found))
+    by_itself = select(runs.c.run_id).where(
+        runs.c.run_id.in_(found),
+        or_(
+            runs.c.source.in_([Source.START, Source.TRACK]),
+            runs.c.first_seen_at < row.first_sent - SET_BACK,
+            and_(
+                runs.c.technique_id.startswith("tech_", autoescape=True),
+                runs.c.technique_id != row.technique_id,
+            ),
+        ),
     )
+    return found.difference(await db.fetchcol(by_start.union(by_itself)))
 
 
 async def with_runs_left(db: Database, row: StartRow) -> StartRow:
@@ -490,28 +501,6 @@ async def with_runs_left(db: Database, row: StartRow) -> StartRow:
         return row
     left = await possible(db, row, row.possible_runs)
     return replace(row, error=row.with_possible(left))
-
-
-async def accounted(
-    db: Database, run_ids: Sequence[str], *, technique_id: str, known_before: datetime
-) -> set[str]:
-    """The runs that are of no start of the technique which was first sent at `known_before`: they
-    belong to a start, were tracked by request, are of another technique, or became known before."""
-    if not run_ids:
-        return set()
-    by_start = select(starts.c.run_id).where(starts.c.run_id.in_(run_ids))
-    by_itself = select(runs.c.run_id).where(
-        runs.c.run_id.in_(run_ids),
-        or_(
-            runs.c.source.in_([Source.START, Source.TRACK]),
-            runs.c.first_seen_at < known_before,
-            and_(
-                runs.c.technique_id.startswith("tech_", autoescape=True),
-                runs.c.technique_id != technique_id,
-            ),
-        ),
-    )
-    return set(await db.fetchcol(by_start.union(by_itself)))
 
 
 async def newest_known(
