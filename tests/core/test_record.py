@@ -14,7 +14,7 @@ from tests.core.strategies import START, observations
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, FailedRead, Observed, Record, apply
 from tracker.core.run import Output, Run, RunStatus, Tracking
-from tracker.core.schedule import Durations, Policy, first_wait, next_poll, wait_after
+from tracker.core.schedule import Durations, Policy, first_wait, learned_wait, next_poll, wait_after
 
 POLICY = Policy()
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
@@ -259,7 +259,11 @@ def test_what_is_learned_moves_the_first_poll(
     durations: Durations | None, callback_expected: bool, wait: float
 ) -> None:
     """Twenty ended runs of a technique move the first look, by a factor of ten at most."""
-    learned = first_wait(POLICY, durations, callback_expected=callback_expected)
+    learned = first_wait(
+        POLICY,
+        learned_wait(durations, callback_expected=callback_expected),
+        callback_expected=callback_expected,
+    )
     assert learned.total_seconds() == pytest.approx(wait)
 
 

@@ -66,23 +66,20 @@ class Durations:
         return cls(count=len(took), p50=p50, p95=p95)
 
 
-def first_wait(
-    policy: Policy, durations: Durations | None, *, callback_expected: bool
-) -> timedelta:
-    """How long after its creation a run is first polled.
-
-    With a callback expected the poll serves the rare lost callback, so it waits for the 95th
-    percentile; without one it finds the end, so it waits for the median.
-    """
+def first_wait(policy: Policy, learned: timedelta | None, *, callback_expected: bool) -> timedelta:
+    """How long after its creation a run is first polled; `learned` is its `learned_wait`."""
     base = policy.grace if callback_expected else policy.interval
-    learned = learned_wait(durations, callback_expected=callback_expected)
     if learned is None:
         return base
     return min(max(learned, base / LEARNED_FACTOR), base * LEARNED_FACTOR)
 
 
 def learned_wait(durations: Durations | None, *, callback_expected: bool) -> timedelta | None:
-    """How long after creation a poll pays off; `None` with too few known durations."""
+    """How long after creation a poll pays off; `None` with too few known durations.
+
+    With a callback expected the poll serves the rare lost callback, so it waits for the 95th
+    percentile; without one it finds the end, so it waits for the median.
+    """
     if durations is None or durations.count < LEARNED_FROM:
         return None
     if callback_expected:
@@ -175,7 +172,7 @@ def next_poll(
         why = PollReason.GRACE if learned is None else PollReason.LEARNED_GRACE
     else:
         why = PollReason.INTERVAL if learned is None else PollReason.LEARNED_INTERVAL
-    first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
+    first = first_seen + first_wait(policy, learned, callback_expected=callback_expected)
     # `first_seen` may lie in the future after the clock was set back.
     return NextPoll(min(max(first, now), now + policy.longest_wait), why)
 
