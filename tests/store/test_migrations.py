@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,12 @@ async def test_a_file_in_no_directory_is_reported_so(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=f"there is no directory {tmp_path}/nowhere"):
         await migrate.upgrade(f"sqlite:///{tmp_path}/nowhere/tracker.db")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_file_that_cannot_be_opened_leaves_no_thread(tmp_path: Path) -> None:
+    """Its thread calls back into the event loop: one that outlived a command's printed a traceback
+    after the error."""
+    for _ in range(50):
+        with pytest.raises(StoreUnavailable, match="unable to open"):
+            await migrate.current(f"sqlite:///{tmp_path}")
+        assert [one.name for one in threading.enumerate() if "worker_thread" in one.name] == []

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Text, column, inspect, select, table
 from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.store.engine import Database, migration_engine
 from tracker.store.errors import FOREIGN, translate
+from tracker.store.sqlite import join_abandoned
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
@@ -148,7 +149,8 @@ def run_from_command_line(migrate: Callable[[Connection], None]) -> None:
 
 
 async def _connected(url: str, work: Callable[[Connection], T]) -> T:
-    engine = migration_engine(DatabaseUrl.parse(url))
+    place = DatabaseUrl.parse(url)
+    engine = migration_engine(place)
     try:
         async with engine.connect() as connection:
             return await connection.run_sync(work)
@@ -156,6 +158,7 @@ async def _connected(url: str, work: Callable[[Connection], T]) -> T:
         raise translate(exc) from exc
     finally:
         await engine.dispose()
+        await join_abandoned(place.times.busy)
 
 
 def _revision(connection: Connection) -> str | None:

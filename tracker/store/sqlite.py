@@ -198,8 +198,7 @@ class SqliteThread:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
         self._file.close()
-        for thread in tuple(_ABANDONED):
-            await asyncio.to_thread(thread.join, self._times.busy)
+        await join_abandoned(self._times.busy)
 
 
 def driver_execute(connection: Connection) -> Callable[[str, Sequence[Any]], Any]:
@@ -265,6 +264,13 @@ async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **opt
 
 _ABANDONED: Final[WeakSet[Thread]] = WeakSet()
 """Threads of abandoned connections. Each calls back into the event loop before it ends."""
+
+
+async def join_abandoned(seconds: float) -> None:
+    """Wait, at most so long for each, until the threads of connections that could not be opened, or
+    whose opening was cancelled, have ended: one that outlives the event loop prints a traceback."""
+    for thread in tuple(_ABANDONED):
+        await asyncio.to_thread(thread.join, seconds)
 
 
 def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
