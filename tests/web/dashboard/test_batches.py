@@ -287,9 +287,9 @@ async def test_only_the_failed_rows_of_an_interrupted_batch_are_retried(
         only = (await client.get(f"{address}?only_failed=true")).text
         assert f"Start {group.count} runs again, up to ${0.25 * group.count:.2f}?" in only
         assert "2 rows without a run are left out." in only
-        assert f'href="{address}?which=failed">Start them, too</a>' in only
+        assert f'href="{address}?which=failed">Include them</a>' in only
         confirm = (await client.get(f"{address}?which=failed")).text
-        assert f'{address}?which=failed&amp;only_failed=true">Start only the' in confirm
+        assert f'{address}?which=failed&amp;only_failed=true">Leave them out</a>' in confirm
         assert f"Start {group.count + 2} runs, up to ${0.25 * (group.count + 2):.2f}?" in confirm
         assert f"{group.count} rows that failed for a passing reason are started again." in confirm
         assert "2 rows without a run are started." in confirm
