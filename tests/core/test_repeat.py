@@ -114,5 +114,5 @@ async def test_a_step_that_hides_a_cancellation_ends_it(fails: bool) -> None:
 
     task = asyncio.create_task(repeat("work", step, pauses=PAUSES))
     await asyncio.sleep(0.01)
-    await assert_takes_less(1, lambda: cancel(task, seconds=2))
+    await assert_takes_less(10, lambda: cancel(task, seconds=20))
     assert task.cancelled()

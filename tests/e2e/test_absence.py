@@ -22,7 +22,7 @@ from tracker.flora import resilience
 from tracker.polling import contacts
 from tracker.store.queries import overview
 
-WITHIN = 15.0
+WITHIN = 40.0
 TOKEN = "a-token-of-the-absence"
 
 
@@ -67,7 +67,7 @@ async def _doctor(sandbox: Sandbox) -> str:
     return re.sub(r"\s+", " ", process.log)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(200)
 async def test_floras_absence_is_reported_by_every_process(
     postgres_url: str, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.library.conftest import INPUTS, MakeTracker
-from tests.support.waiting import eventually, let_pass
+from tests.support.waiting import assert_takes_less, eventually, let_pass
 from tracker import Run, Tracker, errors
 from tracker.core.record import FailedRead
 from tracker.simulator import Simulator
@@ -72,9 +72,13 @@ async def test_a_start_waits_no_longer_for_a_flora_that_does_not_answer(
     """Neither for the definition that checks the inputs, nor for anything else."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts connections
         root = f"http://127.0.0.1:{silent.getsockname()[1]}/api/v1"
-        async with make_tracker(flora_base_url=root) as tracker, asyncio.timeout(4):
-            with pytest.raises(errors.FloraUnreachable):
-                await tracker.start("icon-pack", inputs, timeout=1)
+
+        async def unreachable() -> None:
+            async with make_tracker(flora_base_url=root) as tracker:
+                with pytest.raises(errors.FloraUnreachable):
+                    await tracker.start("icon-pack", inputs, timeout=1)
+
+        await assert_takes_less(4, unreachable)
 
 
 async def test_many_are_waited_for_by_whoever_brings_the_news(

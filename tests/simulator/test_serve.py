@@ -8,6 +8,7 @@ from contextlib import closing
 import httpx
 import pytest
 
+from tests.support.waiting import eventually
 from tracker.simulator import Options, running
 
 
@@ -22,7 +23,7 @@ async def test_an_address_in_use_is_an_error() -> None:
 
 async def test_stopping_does_not_wait_for_runs_and_callbacks() -> None:
     """A simulator with unfinished runs stops at once."""
-    async with asyncio.timeout(5), running(Options(run_seconds=1000)) as simulator:
+    async with asyncio.timeout(30), running(Options(run_seconds=1000)) as simulator:
         simulator.start(callback_url="http://127.0.0.1:1/")
     assert simulator.world.deliveries == []
 
@@ -39,10 +40,14 @@ async def test_answers_are_not_delayed() -> None:
     """No answer waits for the acknowledgement of its own head, which takes 40 ms each."""
     async with running() as simulator, httpx.AsyncClient(base_url=simulator.root) as client:
         await client.get("/simulator/requests")
-        took = []
-        for _ in range(50):
-            started = asyncio.get_running_loop().time()
-            await client.get("/simulator/requests")
-            took.append(asyncio.get_running_loop().time() - started)
-        # A busy machine delays some of them; the acknowledgement would delay each.
-        assert statistics.median(took) < 0.03
+
+        async def not_delayed() -> bool:
+            took = []
+            for _ in range(50):
+                started = asyncio.get_running_loop().time()
+                await client.get("/simulator/requests")
+                took.append(asyncio.get_running_loop().time() - started)
+            return statistics.median(took) < 0.03
+
+        # A busy machine delays many of them for a while; the acknowledgement would delay each.
+        await eventually(not_delayed, timeout=10)

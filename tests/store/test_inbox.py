@@ -448,7 +448,7 @@ async def test_what_a_dead_process_stored_is_found(db: Database) -> None:
 
             await eventually(none)
             await inbox.enqueue(delivery("run_2"))
-            await eventually(none, timeout=3)
+            await assert_takes_less(3, partial(eventually, none))
 
 
 class BrokenWorkspaces(Workspaces):

@@ -27,6 +27,7 @@ from tests.store.making import (
 )
 from tests.store.test_rollups import counted, stored_rollups
 from tests.support.deliveries import Delivered
+from tests.support.waiting import steady_clock
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Entry, FailedRead, Observed
@@ -275,12 +276,12 @@ async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: 
         async def receive() -> int:
             nonlocal slowest
             number = 0
-            loop = asyncio.get_running_loop()
-            while not done.is_set():
-                began = loop.time()
-                await writer.submit(callback(f"new_{number}", at=NOW))
-                slowest = max(slowest, loop.time() - began)
-                number += 1
+            async with steady_clock() as clock:
+                while not done.is_set():
+                    began = clock()
+                    await writer.submit(callback(f"new_{number}", at=NOW))
+                    slowest = max(slowest, clock() - began)
+                    number += 1
             return number
 
         receiving = asyncio.create_task(receive())

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tests.support.waiting import eventually
+from tests.support.waiting import SteadyClock, eventually, steady_clock
 from tracker.core.errors import TrackerError
 from tracker.store.engine import Database
 from tracker.store.schema import metadata
@@ -40,7 +39,6 @@ _RUN = {
     "checks": 0,
     "missing": 0,
 }
-_TICK, _STILL = 0.01, 0.05
 _ENDED = {
     "status": "completed",
     "standing": 5,
@@ -76,7 +74,6 @@ class OldWriters:
         self._tables = tables
         self._numbers = itertools.count(1)
         self._going = True
-        self._stood_still = 0.0
         self.written: list[str] = []
         self.waits: list[float] = []
         self.errors: list[str] = []
@@ -113,31 +110,25 @@ class OldWriters:
         """So many write again and again for as long as the block lasts; a few runs before it and
         after it in any case."""
         self._going = True
-        working = [asyncio.create_task(self._work(f"{prefix}_{each}")) for each in range(count)]
-        working.append(asyncio.create_task(self._watch_the_loop()))
-        try:
-            await self._some_more(2 * count)
-            yield
-            await self._some_more(2 * count)
-        finally:
-            self._going = False
-            await asyncio.gather(*working)
+        async with steady_clock() as clock:
+            names = [f"{prefix}_{each}" for each in range(count)]
+            working = [asyncio.create_task(self._work(name, clock)) for name in names]
+            try:
+                await self._some_more(2 * count)
+                yield
+                await self._some_more(2 * count)
+            finally:
+                self._going = False
+                await asyncio.gather(*working)
 
     async def _some_more(self, count: int) -> None:
         wanted = len(self.waits) + count
         await eventually(lambda: len(self.waits) >= wanted, timeout=20)
 
-    async def _watch_the_loop(self) -> None:
-        while self._going:
-            began = time.monotonic()
-            await asyncio.sleep(_TICK)
-            late = time.monotonic() - began - _TICK
-            self._stood_still += late if late > _STILL else 0.0
-
-    async def _work(self, prefix: str) -> None:
+    async def _work(self, prefix: str, clock: SteadyClock) -> None:
         while self._going:
             run_id = f"{prefix}_{next(self._numbers)}"
-            began, stood_still = time.monotonic(), self._stood_still
+            began = clock()
             try:
                 await self._db.write(
                     lambda connection, run_id=run_id: self._hear(connection, run_id)
@@ -152,7 +143,7 @@ class OldWriters:
                     (await connection.execute(newest)).all()
             except TrackerError as error:
                 self.errors.append(f"{run_id}: {error}")
-            self.waits.append(time.monotonic() - began - (self._stood_still - stood_still))
+            self.waits.append(clock() - began)
             await asyncio.sleep(0.01)
 
     def _hear(self, connection: Connection, run_id: str) -> None:

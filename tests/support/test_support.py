@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from tests.support import network_guard
 from tests.support.databases import PostgresDatabases
 from tests.support.postgres import PostgresServer
-from tests.support.waiting import close_server, eventually, let_pass
+from tests.support.waiting import close_server, eventually, let_pass, steady_clock
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "flora.invalid"])
@@ -75,6 +76,17 @@ async def test_a_deadline_can_be_let_pass() -> None:
     await asyncio.sleep(0)
     let_pass(3601)
     await waiting
+
+
+async def test_the_steady_clock_stops_with_the_process() -> None:
+    """Seconds in which the event loop cannot run are not measured; all others are."""
+    async with steady_clock() as clock:
+        began = clock()
+        time.sleep(1)
+        assert clock() - began < 0.5
+        await asyncio.sleep(0)
+        assert clock() - began < 0.5
+        await eventually(lambda: clock() - began >= 0.5)
 
 
 async def test_databases_are_apart(postgres_databases: PostgresDatabases) -> None:

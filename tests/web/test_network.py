@@ -401,7 +401,7 @@ async def test_a_disconnect_reaches_every_request_of_the_connection() -> None:
         await connection.send(2 * (GET + b"\r\n"))
         await begun.wait()
         connection.cut()
-        await asyncio.wait_for(told.wait(), 5)
+        await asyncio.wait_for(told.wait(), 30)
 
 
 async def test_the_offer_of_another_protocol_is_passed_over(small_site: Site) -> None:

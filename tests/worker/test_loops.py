@@ -95,6 +95,6 @@ async def test_it_goes_on(
             working(database_url, simulator, endpoints=(hook,)) as (_, services),
             following(services),
         ):
-            await eventually(lambda: len(calls) > TIMES, timeout=10)
+            await eventually(lambda: len(calls) > TIMES)
     reported = [line for line in lines if line["event"] in FAILURES]
     assert [(line["event"], line["loop"]) for line in reported] == [(event, name)]
