@@ -130,11 +130,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what has no SQL of its own on one of the two databases, chosen by the test's name; on
-    both with `--every-database`. PostgreSQL has every fourth, as a test takes half as long again
+    both with `--every-database`. PostgreSQL has every eighth, as a test takes half as long again
     there.
 
-    The SQL has its tests in tests/store, on both. `both_databases` marks the few others whose
-    subject depends on the database.
+    The SQL has its tests in tests/store, on both; `one_database("sqlite")` names the one for a
+    test that takes long. `both_databases` marks the few others whose subject depends on the
+    database.
     """
     test = metafunc.definition
     if metafunc.config.getoption("every_database"):
@@ -144,13 +145,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for mark in test.iter_markers("parametrize")
         for argument in str(mark.args[0]).replace(" ", "").split(",")
     }
-    if (
-        "database_url" in set(metafunc.fixturenames) - parametrized
-        and test.path.relative_to(Path(__file__).parent).parts[0] in ONE_DATABASE
+    if "database_url" not in set(metafunc.fixturenames) - parametrized:
+        return
+    if named := test.get_closest_marker("one_database"):
+        chosen = named.args[0]
+    elif (
+        test.path.relative_to(Path(__file__).parent).parts[0] in ONE_DATABASE
         and test.get_closest_marker("both_databases") is None
     ):
-        chosen = "sqlite" if zlib.crc32(metafunc.function.__name__.encode()) % 4 else "postgres"
-        test.add_marker(pytest.mark.parametrize("database_url", [chosen], indirect=True))
+        chosen = "sqlite" if zlib.crc32(metafunc.function.__name__.encode()) % 8 else "postgres"
+    else:
+        return
+    test.add_marker(pytest.mark.parametrize("database_url", [chosen], indirect=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -116,7 +116,7 @@ async def test_nothing_is_cut_and_no_amount_is_broken(
     watched = await open_page()
     page = watched.page
     widths = (320, 390, 961, 1100, 1240, 1440) if thorough else (320, 961, 1240)
-    for path in share_of(PATHS, of=3, thorough=thorough):
+    for path in share_of(PATHS, of=4, thorough=thorough):
         await page.goto(f"{long_url}{path}")
         for width in widths:
             await page.set_viewport_size({"width": width, "height": 800})

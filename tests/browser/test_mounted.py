@@ -60,7 +60,7 @@ async def test_a_walk_through_a_mounted_dashboard(
                 "links => links.map((link) => link.href)"
             )
             assert len(pages) == 10
-            for address in share_of(pages, of=3, thorough=thorough):
+            for address in share_of(pages, of=5, thorough=thorough):
                 await page.goto(address)
                 await expect(page.locator("main h1")).to_be_visible()
             await page.get_by_role("button", name="Sign out").click()

@@ -155,7 +155,7 @@ async def test_every_page_is_accessible(
     await page.goto(f"{live.url}/login")
     await _assert_accessible(page, "/login", thorough)
     await sign_in(page, live.url)
-    for path in share_of(await _pages(live, page), of=4, thorough=thorough):
+    for path in share_of(await _pages(live, page), of=6, thorough=thorough):
         await page.goto(f"{live.url}{path}")
         await page.wait_for_load_state("load")
         await _assert_accessible(page, path, thorough)
@@ -253,7 +253,7 @@ async def test_hostile_text_runs_nothing(
     widths = (320, 360, 800, 1000) if thorough else (320,)
     watched = await open_page()
     page = watched.page
-    for path in share_of(HOSTILE, of=3, thorough=thorough):
+    for path in share_of(HOSTILE, of=5, thorough=thorough):
         await page.goto(f"{hostile_url}{path}")
         await page.wait_for_load_state("load")
         await expect(page.locator("main")).to_be_visible()

@@ -82,7 +82,7 @@ async def session(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "page",
-    shared([page for page in with_blocks("console", "python") if page.name != "testing.md"], of=3),
+    shared([page for page in with_blocks("console", "python") if page.name != "testing.md"], of=4),
     ids=named,
 )
 async def test_what_a_page_shows_happens(page: Path, session: Session) -> None:

@@ -40,22 +40,19 @@ LIVES = 3
 """Attempts for each point: what leads to it may fail in a life."""
 
 
-def points_on(database_url: str, config: pytest.Config) -> tuple[tuple[Role, Point], ...]:
-    """Every sixth point, another one on each database; with `--every-database` all on both."""
-    if config.getoption("every_database"):
-        return POINTS
-    return tuple(share_of(POINTS[database_url.startswith("postgresql") :: 2], of=3))
-
-
-@pytest.mark.both_databases
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    "database_url",
+    ["sqlite", pytest.param("postgres", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 async def test_what_was_promised_survives_a_kill_at_any_crash_point(
-    database_url: str, tmp_path: Path, pytestconfig: pytest.Config
+    database_url: str, tmp_path: Path, thorough: bool
 ) -> None:
     """After a kill at each of these points every run is true, what was acknowledged is on disk, and
     nothing was paid twice."""
     async with crash_run(database_url, tmp_path, seed=2) as one:
-        for role, at in points_on(database_url, pytestconfig):
+        for role, at in share_of(POINTS, of=5, thorough=thorough):
             for _ in range(LIVES):
                 life = await one.live(role, at)
                 if life.killed:

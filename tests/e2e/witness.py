@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from tests.e2e.truth import assert_all_true, true_records
 from tests.support.deliveries import applied
-from tests.support.waiting import eventually
+from tests.support.waiting import SteadyClock, eventually
 from tests.web.serving import post, wire
 from tracker.core.clock import utc_now
 from tracker.flora.callback import sign
@@ -49,6 +49,7 @@ class Witness:
         self._number = count()
         self._tasks: list[asyncio.Task[None]] = []
         self._going = True
+        self._clock = SteadyClock()
         self.acknowledged: set[str] = set()
         """Of our own deliveries, those that got a 2xx."""
         self.started: set[str] = set()
@@ -61,7 +62,7 @@ class Witness:
 
     def begin(self, *, senders: int, readers: int, starters: int, size: int = 2000) -> None:
         """Begin all of it; `size` is how many bytes a delivery has."""
-        work = [self._follow(), self._ask("/healthz", "/healthz")]
+        work = [self._clock.tick(), self._follow(), self._ask("/healthz", "/healthz")]
         work += [self._send(size) for _ in range(senders)]
         work += [self._ask(*PROGRAMS, *PAGES[number:]) for number in range(readers)]
         work += [self._start() for _ in range(starters)]
@@ -82,13 +83,13 @@ class Witness:
         what = f"POST {CALLBACKS}"
         try:
             async with wire(self.tracker) as connection:
-                began = time.monotonic()
+                began = self._clock()
                 await connection.send(request)
                 answer = await connection.answer()
         except (OSError, EOFError) as error:
             self.broken.append(f"{what}: {type(error).__name__}")
             return False
-        took = time.monotonic() - began
+        took = self._clock() - began
         response = httpx.Response(answer.status, headers=answer.headers, content=answer.body)
         self._judge(what, CALLBACKS, response, took)
         return response.is_success
@@ -110,9 +111,9 @@ class Witness:
 
     async def end(self) -> None:
         """Let each finish what it is at: what was not taken yet is posted until it is. The stream
-        is followed on."""
+        is followed on, and the clock goes on."""
         self._going = False
-        await asyncio.gather(*self._tasks[1:])
+        await asyncio.gather(*self._tasks[2:])
 
     async def close(self) -> None:
         """Leave, whatever is under way."""
@@ -186,13 +187,13 @@ class Witness:
         self, client: httpx.AsyncClient, method: str, path: str, **request: Any
     ) -> httpx.Response | None:
         """Ask, and judge the answer; `None` where there was none."""
-        began = time.monotonic()
+        began = self._clock()
         try:
             answer = await client.request(method, path, **request)
         except httpx.TransportError as error:
             self.broken.append(f"{method} {path}: {type(error).__name__}")
             return None
-        self._judge(f"{method} {path}", path, answer, time.monotonic() - began)
+        self._judge(f"{method} {path}", path, answer, self._clock() - began)
         return answer
 
     def _judge(self, what: str, path: str, answer: httpx.Response, took: float) -> None:

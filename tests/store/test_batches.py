@@ -112,6 +112,7 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
     }
 
 
+@pytest.mark.one_database("sqlite")
 async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     """More rows than one statement takes parameters for."""
     digests = [f"d{number}" for number in range(33_000)]

@@ -28,6 +28,7 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
     return run
 
 
+@pytest.mark.one_database("sqlite")
 @pytest.mark.timeout(180)
 @given(observed=observed, size=st.integers(1, 12))
 @settings(
@@ -50,6 +51,7 @@ async def test_the_row_is_the_merge_of_its_events(
         assert record.run == await merge_timeline(db, run_id)
 
 
+@pytest.mark.one_database("postgres")
 @given(observed=st.lists(observations("run"), min_size=30, max_size=60), seed=st.integers(0, 999))
 @settings(
     max_examples=max(3, settings().max_examples // 16),

@@ -44,6 +44,11 @@ async def completed(db: Database) -> set[str]:
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.timeout(180)  # writers at work at each of many steps
+@pytest.mark.parametrize(
+    "empty_database_url",
+    ["postgres", pytest.param("sqlite", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 async def test_the_version_before_notices_no_migration(
     empty_database_url: str, thorough: bool
 ) -> None:
@@ -111,6 +116,11 @@ def assert_on_the_way(
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    "empty_database_url",
+    ["postgres", pytest.param("sqlite", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 async def test_an_upgrade_that_is_killed_is_not_half(
     empty_databases: list[str], empty_database_url: str
 ) -> None:

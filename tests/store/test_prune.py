@@ -153,6 +153,7 @@ async def test_what_is_not_settled_stays(writer: TestWriter, db: Database) -> No
     assert await kept(db) == {"active", "lost", "ended", "late"}
 
 
+@pytest.mark.one_database("sqlite")
 async def test_rollups_stay_true(writer: TestWriter, db: Database) -> None:
     """States no longer count what is gone, as a recount finds too; the hours and days keep it."""
     await put(writer, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
@@ -238,6 +239,7 @@ async def test_a_callback_that_came_again_lately_outlives_its_run(
     assert await much_later.prune(AGES) == expected
 
 
+@pytest.mark.one_database("sqlite")
 async def test_broken_off_anywhere_it_is_gone_on_with(writer: TestWriter, db: Database) -> None:
     """After whichever transaction it ends, no run is half, and the next one does the rest."""
 

@@ -138,6 +138,7 @@ _entries: st.SearchStrategy[list[Any]] = st.lists(
 )
 
 
+@pytest.mark.one_database("sqlite")
 @pytest.mark.timeout(180)
 @settings(
     max_examples=max(4, settings().max_examples // 8),  # each writes for a while
@@ -231,6 +232,7 @@ async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> Non
     await assert_exact(db)
 
 
+@pytest.mark.one_database("postgres")
 async def test_writers_and_compactors_at_once_lose_nothing(
     db: Database, other_db: Database
 ) -> None:
@@ -272,6 +274,7 @@ async def test_a_recount_corrects_and_misses_nothing(db: Database, other_db: Dat
     await assert_exact(db)
 
 
+@pytest.mark.one_database("sqlite")
 async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database) -> None:
     """Runs that retention deletes are in no state any more, and their hours stay, recounted or
     not."""
@@ -320,6 +323,7 @@ async def test_writers_compact(db: Database) -> None:
     await assert_exact(db)
 
 
+@pytest.mark.one_database("sqlite")
 async def test_a_backlog_is_compacted_in_short_transactions(db: Database) -> None:
     """However many changes there are, as after a recount, no transaction takes as many as a slow
     database would need its whole time limit for: it would be too long each time."""

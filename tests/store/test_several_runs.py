@@ -65,6 +65,7 @@ async def only_row(db: Database) -> RowState:
     return row
 
 
+@pytest.mark.one_database("sqlite")
 async def test_a_row_is_what_all_its_runs_are(db: Database, writer: TestWriter) -> None:
     """It is running while one of them is, completed once all are, and failed otherwise, by the
     error of the first that failed; in Python and in SQL alike, for all states of three runs."""

@@ -83,6 +83,7 @@ def became(run_id: str, row: StartRow, quote: str | None = None) -> Any:
     )
 
 
+@pytest.mark.one_database("postgres")
 async def test_of_100_starts_at_once_exactly_as_many_as_fit_are_kept(
     db: Database, database_url: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from apscheduler.jobstores.base import JobLookupError
 
 from tests.support.logs import capture_logs
+from tests.support.shares import shared
 from tests.support.waiting import NO_SWEEPS, eventually
 from tests.worker.conftest import assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now
@@ -149,7 +150,7 @@ async def test_to_stop_is_no_error(
     assert [record.getMessage() for record in caplog.records if record.levelno > INFO] == []
 
 
-@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("turns", shared(range(6), of=2))
 async def test_to_stop_before_a_job_has_begun_is_no_error(
     sqlite_url: str, simulator: Simulator, caplog: pytest.LogCaptureFixture, turns: int
 ) -> None:

@@ -47,6 +47,8 @@ step = pytest.mark.parametrize(
 """Longer than any lease and doubt; back, shorter and longer ones are thorough."""
 fresh = pytest.mark.parametrize("fresh", [False, True], ids=["running", "fresh"])
 """Whether a process starts after the clock was set, or runs since before."""
+fresh_too = pytest.mark.parametrize("fresh", shared([False, True], of=2), ids=["running", "fresh"])
+"""The same; the process that starts is thorough."""
 
 
 async def set_clock(clock: HandClock, flora: Simulator, seconds: float) -> None:
@@ -204,7 +206,7 @@ async def test_a_clock_that_is_set_twice_is_as_good_as_one_that_never_was(
 
 
 @step
-@fresh
+@fresh_too
 async def test_a_start_that_waits_for_its_answer_is_left_alone(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
 ) -> None:
@@ -233,7 +235,7 @@ async def test_a_start_that_waits_for_its_answer_is_left_alone(
 
 
 @step
-@fresh
+@fresh_too
 async def test_a_run_is_lost_after_an_hour(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
 ) -> None:
@@ -263,7 +265,7 @@ async def test_a_run_is_lost_after_an_hour(
 
 
 @step
-@fresh
+@fresh_too
 async def test_a_wait_that_flora_asks_for_lasts_no_longer(
     flora: Simulator, open_on: OpenServices, clock: HandClock, step: float, fresh: bool
 ) -> None:
