@@ -178,7 +178,7 @@ async def open_page(chromium: Browser) -> AsyncIterator[OpenPage]:
 
     async def open_page(**options: Any) -> Watched:
         context = await chromium.new_context(**{"locale": "en-GB", **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(30_000)
         contexts.append(context)
         watched = Watched(await context.new_page())
         watched.listen()
