@@ -111,7 +111,7 @@ class GroupCommit(Generic[T, R]):
     @property
     def waiting(self) -> int:
         """How many items are not committed yet."""
-        return len(self._queue) + len(self._writing)
+        return len(self._queue) + sum(not one.answer.done() for one in self._writing)
 
     def enqueue(self, item: T) -> asyncio.Future[R]:
         """Queue an item; the future holds its result once it is committed.
@@ -180,10 +180,11 @@ class GroupCommit(Generic[T, R]):
             self._arrived.clear()
             await self._arrived.wait()
             return
+        self._writing = group
         try:
             await self._commit_group(group)
         finally:
-            for waiting in self._writing:
+            for waiting in group:
                 self._give_up(waiting)
             self._writing = []
 
@@ -196,12 +197,8 @@ class GroupCommit(Generic[T, R]):
         parts = deque([group])
         pause, longest_pause = RETRY_SECONDS
         while parts:
-            self._writing = [waiting for part in parts for waiting in part]
-            now, whole = loop.time(), parts.popleft()
-            part = [waiting for waiting in whole if waiting.expires > now]
-            for waiting in whole:
-                if waiting.expires <= now:  # the timer does not see it any more
-                    self._give_up(waiting)
+            now = loop.time()
+            part = [waiting for waiting in parts.popleft() if waiting.expires > now]
             if not part:
                 continue
             items = [waiting.item for waiting in part]
