@@ -62,6 +62,7 @@ def test_libraries_are_as_loud_as_they_are_useful() -> None:
     get_logger("x").debug("ours")
     logging.getLogger("httpx").info("HTTP Request: GET")
     logging.getLogger("apscheduler.executors.default").info("Running job")
+    logging.getLogger("apscheduler.scheduler").warning("Execution of job skipped")
     assert [line["event"] for line in lines(stream)] == ["ours"]
     configure_logs(level="error", stream=stream)
     logging.getLogger("httpx").warning("odd")

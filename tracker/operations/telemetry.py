@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _QUIET: Final = {
     "httpx": logging.WARNING,  # a line per request, which our callers log themselves
     "httpcore": logging.WARNING,
-    "apscheduler": logging.WARNING,  # a line per job run, every few seconds
+    "apscheduler": logging.ERROR,  # lines per job run, and per one that waits for the one before
     "alembic": logging.WARNING,  # several lines per schema check
     "asyncio": logging.WARNING,
     "aiosqlite": logging.WARNING,
