@@ -1,6 +1,7 @@
 """Starting runs: one key, one run, whatever breaks on the way."""
 
 import asyncio
+import math
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from tests.support.clocks import HandClock, PassedTime
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
-from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, on_history, reads_of, the_run
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
+    FloraUnreadable,
     IdempotencyConflict,
     StartPending,
     StartUnresolved,
@@ -213,6 +215,39 @@ async def run_it(services: Services, technique_id: str) -> None:
         body=start_body(PROMPT, idempotency_key="key-1"),
         idempotency_key="key-1",
     )
+
+
+@pytest.mark.parametrize("gone", [1, 40])
+async def test_a_search_misses_no_run_that_slips_between_two_pages(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, gone: int
+) -> None:
+    """Runs that are deleted while the history is searched move others up over the edge of a page.
+    The search finds them all, or says that it did not: a start that is sent again is paid."""
+    async with make_flora(history=600, history_seconds=3600.0, history_ties=8) as flora:
+        services = await open_on(flora)
+        (workspace,) = services.workspaces
+        services.recovery._unfiltered.add(workspace.place)
+        newest, *_ = flora.world.history("technique", flora.world.options.workspaces[0])
+        assert newest.request.technique is not None
+        technique_id = newest.request.technique.technique_id
+
+        async def shrink(page: list[str]) -> None:
+            flora.world.delete(set(page[:gone]))
+
+        on_history(services, shrink)
+        try:
+            read = await services.recovery.read_history(
+                workspace, technique_id, clock(), give_up=math.inf
+            )
+        except FloraUnreadable:
+            assert gone > 1
+        else:
+            left = flora.world.history("technique", flora.world.options.workspaces[0])
+            assert {
+                run.run_id
+                for run in left
+                if run.request.technique and run.request.technique.technique_id == technique_id
+            } <= read.runs.keys()
 
 
 async def test_a_key_that_flora_knows_finds_its_run(

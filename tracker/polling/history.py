@@ -159,7 +159,7 @@ class _Position:
             self.follow(next_cursor)
         elif following <= self.offset:
             raise circular()
-        elif self.limit > 2 * OVERLAP and following - (overlap := _overlap(page)) > self.offset:
+        elif self.limit > 2 * OVERLAP and following - (overlap := overlap_of(page)) > self.offset:
             self.shared = {item.run_id for item in page.items}
             self.move_to(following - overlap)
         else:
@@ -320,7 +320,7 @@ class HistoryWalk:
         return isinstance(error, FloraUnreadable) or stubborn
 
 
-def _overlap(page: HistoryPage) -> int:
+def overlap_of(page: HistoryPage) -> int:
     """How many items the next page has in common with this one: all of the last creation time, of
     which others may come first then, unless nothing else is on the page."""
     tied = sum(item.created_at == page.items[-1].created_at for item in page.items)

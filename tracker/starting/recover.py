@@ -24,7 +24,8 @@ from tracker.core.errors import FloraError, FloraRefusal, FloraUnreadable, Setti
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.flora.client import HistoryPage, pages
-from tracker.polling.history import oldest
+from tracker.flora.parse import offset_of
+from tracker.polling.history import PAGE_SIZE, oldest, overlap_of
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.clock import SharedClock
 from tracker.store.queries import starts
@@ -317,7 +318,7 @@ class Recovery(Service):
         while True:
             filtered = workspace.place not in self._unfiltered
             try:
-                async with aclosing(pages(read)) as found_pages:
+                async with aclosing(pages(read, overlap=overlap_of)) as found_pages:
                     found = await _read(found_pages, technique_id, known_until, bottom)
             except FloraRefusal as refusal:
                 # A refused filter says nothing about the key: all runs are read instead.
@@ -396,11 +397,19 @@ async def _read(
 ) -> dict[str, Observation]:
     """The runs that may be of the technique, down to `bottom`.
 
-    Raises `FloraUnreadable` for an item that may be newer than `known_until`.
+    Raises `FloraUnreadable` for an item that may be newer than `known_until`, and for a list that
+    has shifted between two pages, so that a run may be on neither.
     """
     found: dict[str, Observation] = {}
     known = False  # whether what follows was listed before
+    above: set[str] = set()  # the page before, if this one has to begin with its last items
     async for page in pages:
+        shown = {item.run_id for item in page.items}
+        if above and above.isdisjoint(shown) and not page.unreadable:
+            raise FloraUnreadable("runs of the history have gone while it was read")
+        # FLORA may cut pages before it filters them: only full ones have to overlap.
+        is_full = len(page.items) + len(page.unreadable) >= PAGE_SIZE
+        above = shown if is_full and offset_of(page.next_cursor or "") is not None else set()
         readable = min(page.unreadable, default=len(page.items))
         known = known or _reaches(known_until, page.items[:readable])
         if page.unreadable and not known:  # it may be the run of this start
