@@ -5,9 +5,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
-from tests.worker.doubt import attempt, request
+from tests.worker.doubt import attempt, request, state_of
 from tests.worker.test_batch import silent
 from tests.worker.test_own_address import receiving
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
@@ -33,6 +35,10 @@ async def plan(services: Services, *rows: list[str]) -> BatchPlan:
         "color-transfer", sheet, name="colours", tags={"team": "red"}
     )
     return planned
+
+
+async def has_its_run(services: Services) -> bool:
+    return await state_of(services.database) == "started"
 
 
 async def test_a_row_has_all_runs_of_its_start(database_url: str, tmp_path: Path) -> None:
@@ -117,6 +123,13 @@ async def test_a_start_is_shown_as_the_same_run_each_time(database_url: str) -> 
         receiving(flora, database_url) as services,
     ):
         more = {"technique": "color-transfer", "inputs": inputs("a", "b", "c")}
+
+        async def is_applied(response: httpx.Response) -> None:
+            if response.request.method == "POST":
+                await eventually(lambda: has_its_run(services))
+
+        [workspace] = services.workspaces
+        workspace.require_client().http.event_hooks = {"response": [is_applied]}
         started = await services.starter.start(request("key-1", **more))
         assert not started.replayed
         ended_first = [run.run_id for run in flora.world.runs.values() if "early" in run.faults]
