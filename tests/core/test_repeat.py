@@ -116,3 +116,20 @@ async def test_a_step_that_hides_a_cancellation_ends_it(fails: bool) -> None:
     await asyncio.sleep(0.01)
     await assert_takes_less(10, lambda: cancel(task, seconds=20))
     assert task.cancelled()
+
+
+async def test_a_fault_of_a_step_that_is_cancelled_is_logged() -> None:
+    """It is the tracker's own, and nothing else would show it."""
+
+    async def step() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ZeroDivisionError("a fault")
+
+    with capture_logs() as lines:
+        task = asyncio.create_task(repeat("work", step, pauses=PAUSES))
+        await asyncio.sleep(0.01)
+        await assert_takes_less(10, lambda: cancel(task, seconds=20))
+    assert [(line["event"], line["loop"]) for line in lines] == [("loop.failed", "work")]
+    assert task.cancelled()

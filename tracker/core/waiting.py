@@ -53,7 +53,10 @@ async def repeat(
         except (Exception, asyncio.CancelledError) as error:
             failure = error
         if task is not None and task.cancelling():
-            raise asyncio.CancelledError  # the step may have made another error of it
+            # The step may have made another error of it: one of the database, or a fault.
+            if not isinstance(failure, StoreError | asyncio.CancelledError | None):
+                log.exception("loop.failed", exc_info=failure, loop=name, count=1)
+            raise asyncio.CancelledError
         if failure is None:
             pause = pauses[0]
             continue
