@@ -15,9 +15,9 @@ from tests.store.making import NOW
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.store import engine
 from tracker.store.engine import Database
-from tracker.store.errors import WriteConflict, translate
+from tracker.store.errors import StoreBusy, WriteConflict, translate
 from tracker.store.schema import leases
-from tracker.store.url import DatabaseUrl
+from tracker.store.url import DatabaseTimes, DatabaseUrl
 
 
 def keep(connection: Connection, name: str) -> None:
@@ -222,3 +222,18 @@ async def test_a_server_that_hangs_up_on_a_new_connection_is_unavailable(
             await names(db)
         with pytest.raises(StoreUnavailable, match="cannot be reached"):
             await db.write(lambda connection: keep(connection, "one"))
+
+
+async def test_a_statement_that_took_too_long_costs_no_connection(postgres_url: str) -> None:
+    """The server has ended it alone: its connection is good for the next one. One that is ended
+    itself is not used again."""
+    who = "SELECT pg_backend_pid()"
+    async with await Database.open(postgres_url, times=DatabaseTimes(statement=0.3)) as db:
+        before = await db.send(who, ())
+        with pytest.raises(StoreBusy):
+            await db.send("SELECT pg_sleep(2)", ())
+        assert await db.send(who, ()) == before
+        assert not db.refuses_writes
+        with pytest.raises(StoreUnavailable):
+            await db.send("SELECT pg_terminate_backend(pg_backend_pid())", ())
+        assert await db.send(who, ()) != before
