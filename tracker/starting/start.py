@@ -189,7 +189,7 @@ class Starter(Service):
             record = await self._within(call, self._attempt(call, definition))
             if record is not None:
                 if runs_of(definition, call.request.inputs) > 1:
-                    record = await self._first_run(call) or record
+                    record = await self._first_run(call, record)
                 return record, True
             sent = False
         row = await starts.get(self.database, call.workspace_id, call.key)
@@ -198,15 +198,14 @@ class Starter(Service):
         _compare(row, definition.technique_id, call.request)
         return row, sent
 
-    async def _first_run(self, call: "_Call") -> Record | None:
+    async def _first_run(self, call: "_Call", answered: Record) -> Record:
         """The first known run of a start that has several: not the one in FLORA's answer if the
-        callback of another came before. `None` if the database does not say; the start is stored.
-        """
+        callback of another came before; that one too if the database does not say."""
         with suppress(StoreError):
             row = await starts.get(self.database, call.workspace_id, call.key)
-            if row is not None and row.run_id is not None:
-                return await runs.get_run(self.database, row.run_id)
-        return None
+            if row is not None and row.run_id not in (None, answered.run.run_id):
+                return await runs.get_run(self.database, row.run_id) or answered
+        return answered
 
     def reading_time(self, give_up: float) -> float:
         """For how many seconds something may be read before a start is sent, for a caller who waits
