@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Self
+from uuid import uuid4
 
 import orjson
 from sqlalchemy import (
@@ -264,17 +265,21 @@ async def drop_lease(db: Database, name: str, holder: str) -> None:
 
 
 WRITE_CHECK_SECONDS: Final = 10.0
-"""How long a committed write shows that the next one can be committed."""
+"""How long a row that was stored shows that the next one can be."""
 
 
 async def check_writes(db: Database) -> None:
-    """Return if the last write was committed, not long ago, or another one can be.
+    """Return if the last write was committed, and a row was stored not long ago, or can be now.
 
-    Raises `StoreUnavailable` if not.
+    Other writes do not show it: what finds nothing to do changes no row, and is committed also
+    where a disk is full. Raises `StoreUnavailable` if no row can be stored.
     """
-    if db.refuses_writes or time.monotonic() - db.committed_at >= WRITE_CHECK_SECONDS:
-        row = {"holder": "", "until": datetime.fromtimestamp(0, UTC)}
+    age = time.monotonic() - db.writes_checked_at
+    if db.refuses_writes or age >= WRITE_CHECK_SECONDS:
+        # SQLite writes no page for a row that stays as it is, so the holder is another each time.
+        row = {"holder": uuid4().hex, "until": datetime.fromtimestamp(0, UTC)}
         await db.execute(db.upsert(leases, {"name": "write-check"}, row))
+        db.writes_checked_at = time.monotonic()
 
 
 # Signals.

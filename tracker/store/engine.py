@@ -10,7 +10,6 @@ import asyncio
 import math
 import random
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -64,8 +63,8 @@ class Database:
 
     `dialect` is "sqlite" or "postgresql"; `engine` is for reads alone. `origin` distinguishes
     notices of this object from those of other processes. `refuses_writes` is whether the last write
-    found the database unavailable (reads may go on: a full disk can be read), `committed_at` when
-    the last one was committed, by `time.monotonic`.
+    found the database unavailable (reads may go on: a full disk can be read), `writes_checked_at`
+    when a row was last stored to see that, by `time.monotonic`.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Database:
         self._conflicts: tuple[type[BaseException], ...] = (WriteConflict, *self._foreign)
         self._closed = False
         self.refuses_writes = False
-        self.committed_at = -math.inf
+        self.writes_checked_at = -math.inf
 
     @classmethod
     async def open(
@@ -222,7 +221,6 @@ class Database:
                         conflict = exc
                     else:
                         self.refuses_writes = False
-                        self.committed_at = time.monotonic()
                         return done
                     await asyncio.sleep(random.uniform(0, 0.01 * number))
                 raise StoreUnavailable(
