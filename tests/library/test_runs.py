@@ -7,6 +7,8 @@ import pickle
 import socket
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,6 +262,19 @@ async def test_track_asks_flora_first(small_tracker: Tracker, flora: Simulator) 
         await small_tracker.track("run_nobody")
     with pytest.raises(errors.InvalidRequest, match="tag: 'spring' is not KEY=VALUE"):
         _ = [one async for one in small_tracker.runs(tag="spring")]
+
+
+async def test_any_number_and_whatever_names_a_run_is_taken(
+    small_tracker: Tracker, flora: Simulator, tmp_path: Path
+) -> None:
+    """A `Decimal` or a fraction of seconds, half a gigabyte as `5e8`, a run by an event."""
+    tracker: Any = small_tracker
+    run = await tracker.track(flora.start().run_id)
+    (done,) = await tracker.wait(iter((await run.events())[:1]), timeout=Decimal(30))
+    assert done.run_id == run.run_id
+    assert (await tracker.wait(run, timeout=Fraction(1, 2))).settled
+    for max_bytes in (5e8, float("inf"), Decimal(10**9)):
+        await tracker.download((await run.events())[:1], tmp_path, max_bytes=max_bytes)
 
 
 async def test_changes_are_followed_and_resumed(tracker: Tracker) -> None:

@@ -71,7 +71,7 @@ class DownloadOptions:
 
     to: Path
     allow_private: bool = False
-    max_bytes: int = MAX_BYTES
+    max_bytes: float = MAX_BYTES
     concurrency: int = 4
 
 

@@ -77,7 +77,7 @@ class Fetcher:
         self,
         *,
         allow_private: bool = False,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: float = MAX_BYTES,
         stall: float = 60.0,
         connect: float = 10.0,
         attempts: int = ATTEMPTS,
@@ -274,7 +274,7 @@ class Fetcher:
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
-            raise MediaError(f"the file is larger than the {self._max_bytes} bytes allowed")
+            raise MediaError(f"the file is larger than the {self._max_bytes:.0f} bytes allowed")
 
 
 def _without_query(url: httpx.URL) -> str:

@@ -175,10 +175,16 @@ def valid(field: str, check: Callable[[S], T], value: S) -> T:
 
 def check_seconds(value: object) -> float | None:
     """A number of seconds, or `None`. Raises `ValueError` for anything else."""
-    if value is None:
-        return None
-    if not isinstance(value, Real) or isnan(value):
-        raise ValueError(f"must be a number of seconds or None, not {value!r:.80}")
+    try:
+        return None if value is None else check_number(value)
+    except ValueError:
+        raise ValueError(f"must be a number of seconds or None, not {value!r:.80}") from None
+
+
+def check_number(value: object) -> float:
+    """A number, which may be infinite. Raises `ValueError` for anything else."""
+    if not isinstance(value, Real | Decimal) or isnan(value):
+        raise ValueError(f"must be a number, not {value!r:.80}")
     return float(value)
 
 

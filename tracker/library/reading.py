@@ -15,7 +15,7 @@ from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
 from tracker.core.starts import parse_tag
 from tracker.errors import RunFailed, RunLost, RunUnknown, TrackerNotOpen, WaitTimeout
-from tracker.library.inputs import check_seconds, check_text, check_texts, valid
+from tracker.library.inputs import check_number, check_seconds, check_text, check_texts, valid
 from tracker.library.opening import OpenedTracker
 from tracker.library.run import Event, Run, RunChange, RunFields, RunList, SpendingSummary
 
@@ -33,8 +33,9 @@ log = get_logger(__name__)
 
 
 def id_of(run: RunFields | str) -> str:
-    """The id of a run, or the id itself. Raises `InvalidRequest` for anything else."""
-    return run.run_id if isinstance(run, RunFields) else valid("run", _check_run, run)
+    """The id of a run or of anything else that names one, such as an event, or the id itself.
+    Raises `InvalidRequest` for anything else."""
+    return valid("run", _check_run, getattr(run, "run_id", run))
 
 
 def ids_of(runs: RunFields | str | Iterable[RunFields | str]) -> list[str]:
@@ -257,7 +258,7 @@ class RunCalls(OpenedTracker):
         runs: RunFields | str | Iterable[RunFields | str],
         to: "Path | str",
         *,
-        max_bytes: int | None = None,
+        max_bytes: float | None = None,
         concurrency: int = 4,
         allow_private: bool = False,
     ) -> "DownloadReport":
@@ -275,12 +276,13 @@ class RunCalls(OpenedTracker):
 
         services = self._services()
         run_ids = list(dict.fromkeys(ids_of(runs)))
+        most_bytes = MAX_BYTES if max_bytes is None else valid("max_bytes", check_number, max_bytes)
         await _known(services, run_ids)
         report = DownloadReport()
         options = DownloadOptions(
             to=valid("to", Path, to),
             allow_private=allow_private or services.settings.flora_is_local,
-            max_bytes=MAX_BYTES if max_bytes is None else valid("max_bytes", index, max_bytes),
+            max_bytes=most_bytes,
             concurrency=max(valid("concurrency", index, concurrency), 1),
         )
         found = services.downloader.named(run_ids, watch=True, notify=_notify)
