@@ -286,6 +286,27 @@ def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> Non
     assert last == "To start: 3 of 4 rows, at most $0.75; 1 row without a run left out."
 
 
+async def test_rows_that_are_left_out_on_request_are_no_failure(
+    tracker: Commands, stack: ExitStack
+) -> None:
+    """Status 0 once all that was asked for has completed, and the command that starts the rest."""
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "100%", "--seed", "2")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+    (tracker.folder / "icons.csv").write_text(SHEET)
+    assert tracker("batch", "icon-pack", "icons.csv").returncode == 1
+    (tracker.folder / "icons.csv").write_text(f"{SHEET}one more,x\n")
+    set_faults(tracker, failures=0.0)
+    only = ("batch", "icon-pack", "icons.csv", "--retry-all", "--only-failed")
+    for _ in range(2):
+        done = tracker(*only)
+        assert done.returncode == 0, done.stderr
+        assert "tracker: 1 row without a run left out (line 5)" in done.stderr
+        assert "stopped" not in done.stderr
+        assert "  tracker batch icon-pack icons.csv  # starts the rest" in done.stderr
+    done = tracker("batch", "icon-pack", "icons.csv")
+    assert (done.returncode, done.stdout.count("completed")) == (0, 4)
+
+
 async def test_what_is_never_billed_is_no_cost(tracker: Commands, stack: ExitStack) -> None:
     """The quote of a failed run counts until FLORA has shown that it is billed nothing."""
     given = ("--set", "quotes=1", "--set", "refund=absent")

@@ -337,17 +337,26 @@ def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
 def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> bool:
     """A line for each cause of failure, and the totals, on stderr.
 
-    Whether a row did not complete (not `waited`: was not started).
+    Whether a row did not complete (not `waited`: was not started), other than those left out on
+    request.
     """
+    from tracker.starting.rows import RowsLeftOut
+
     counts = outcome.counts
     not_started = counts.unstarted - counts.unresolved - counts.doubt
     bad = [row for row in outcome.rows if not (row.done if waited else row.started)]
-    if outcome.stopped is not None:
-        left = [row.entry.line for row in outcome.rows if row.start is None or row.start.is_fresh]
-        if left:
-            note(f"tracker: not started: {line_numbers(left)}")
+    untried = [row.entry.line for row in outcome.rows if _is_untried(row)]
+    left_out = isinstance(outcome.stopped, RowsLeftOut)
+    stopped = None if left_out else outcome.stopped
+    if untried and left_out:
+        rows = f"{counted(len(untried), 'row')} without a run"
+        note(f"tracker: {rows} left out ({line_numbers(untried)})")
+        bad = [row for row in bad if not _is_untried(row)]
+    if stopped is not None:
+        if untried:
+            note(f"tracker: not started: {line_numbers(untried)}")
         note(
-            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {not_started:,} of "
+            f"tracker: stopped: {plain(stopped).rstrip('.')}. {not_started:,} of "
             f"{counted(counts.rows, 'row')} not started; repeat the command to continue"
         )
         # Rows that were never reached are covered by the reason why the command stopped.
@@ -371,7 +380,11 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         f"Batch {outcome.batch.batch_id}: {', '.join(parts)}, {_cost_text(counts)}, "
         f"{duration(seconds)}."
     )
-    return bool(bad) or outcome.stopped is not None
+    return bool(bad) or stopped is not None
+
+
+def _is_untried(row: "RowState") -> bool:
+    return row.start is None or row.start.is_fresh
 
 
 def _causes(rows: "Iterable[RowState]") -> list[str]:

@@ -228,6 +228,10 @@ def _kept_error(error: dict[str, Any]) -> str:
     return "; ".join(filter(None, words))
 
 
+class RowsLeftOut(TrackerError):
+    """A launch started all rows that it was to start, and left out those without a run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """What a batch is to do; `rows` are all its rows.
@@ -267,7 +271,7 @@ class BatchPlan:
         """Why a launch did not start all rows: the `error` that ended it, or rows left out."""
         if error is not None or not self.left_out:
             return error
-        return TrackerError("only failed rows were to be started")
+        return RowsLeftOut("only failed rows were to be started")
 
     @property
     def _unstarted(self) -> list[RowState]:
