@@ -79,8 +79,15 @@ async def test_a_deadline_can_be_let_pass() -> None:
 
 
 async def test_the_steady_clock_stops_with_the_process() -> None:
-    """Seconds in which the event loop cannot run are not measured; all others are."""
+    """Seconds in which the process is left alone are not measured; all others are, also those in
+    which it blocks the event loop."""
     async with steady_clock() as clock:
+        began, computed = clock(), time.thread_time()
+        while time.thread_time() - computed < 0.3:
+            pass
+        assert clock() - began >= 0.3
+        await asyncio.sleep(0)
+        assert clock() - began >= 0.3
         began = clock()
         time.sleep(1)
         assert clock() - began < 0.5
