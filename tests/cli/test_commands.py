@@ -311,6 +311,7 @@ def test_all_runs_of_a_start_are_waited_for(tracker: Commands, stack: ExitStack)
     start = ("runs", "start", "color-transfer", *inputs, "--wait", "--idempotency-key", "order-1")
     done = tracker(*start, "--json")
     assert done.returncode == 0, done.stderr
+    assert "further" not in done.stderr
     first = json.loads(done.stdout)
     runs = [first, *first.pop("further_runs")]
     assert {run["tracking"] for run in runs} == {"settled"}
@@ -319,6 +320,34 @@ def test_all_runs_of_a_start_are_waited_for(tracker: Commands, stack: ExitStack)
     assert len(runs) == 3
     text = tracker(*start).stdout
     assert all(run["run_id"] in text for run in runs)
+
+
+def test_a_wait_says_that_callbacks_of_further_runs_are_missing(
+    tracker: Commands, stack: ExitStack
+) -> None:
+    """While it waits for them; and at once where no callback can come, after the run."""
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%", "--drop", "100%")
+    set_faults(tracker, run_per_value=True)
+    tracker.environ |= {"TRACKER_POLL_INTERVAL": "0.1", "TRACKER_CALLBACK_GRACE": "0.1"}
+    inputs = [f"--input=image=https://a.example/{name}.png" for name in "abc"]
+    inputs.append("--input=reference=https://a.example/r.png")
+    start = ("runs", "start", "color-transfer", *inputs, "--wait")
+    done = tracker(*start)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "tracker: there may be 2 further runs of this start, which only callbacks to "
+        "TRACKER_PUBLIC_URL name"
+    )
+    _serve(tracker, stack)
+    waiting = stack.enter_context(tracker.running(*start))
+    line = ""
+    while "waiting" not in line:
+        line = waiting.stderr.readline()
+        assert line
+    assert line == "tracker: waiting up to two minutes for callbacks that name further runs\n"
+    waiting.send_signal(signal.SIGINT)
+    waiting.communicate(timeout=30)
+    assert waiting.returncode == 130
 
 
 def _serve(tracker: Commands, stack: ExitStack) -> None:

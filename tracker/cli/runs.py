@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -48,8 +48,8 @@ from tracker.cli.output import (
     screen,
 )
 from tracker.core.clock import Clock
-from tracker.core.errors import FloraError, TrackerError
-from tracker.core.formatting import duration, money
+from tracker.core.errors import FloraError, StoreError, TrackerError
+from tracker.core.formatting import counted, duration, money
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
 from tracker.core.starts import parse_tag
@@ -90,6 +90,7 @@ def start(
     async def work(services: "Services") -> list[Record]:
         from tracker.core.errors import StartPending
         from tracker.starting.start import StartRequest
+        from tracker.store.queries import starts
 
         async with flora_deadline(services):
             request = StartRequest(
@@ -113,7 +114,15 @@ def start(
         if not wait:
             return [started.record]
         run_id = started.record.run.run_id
-        return await follow(services, [run_id], more=partial(_further_runs, services, run_id))
+        ended = await follow(services, [run_id], more=partial(_further_runs, services, run_id))
+        with suppress(StoreError):  # the runs have ended all the same
+            start = await starts.of_run(services.database, run_id)
+            if start is not None and start.missing_runs:
+                note(
+                    f"tracker: there may be {counted(start.missing_runs, 'further run')} of this "
+                    "start, which only callbacks to TRACKER_PUBLIC_URL name"
+                )
+        return ended
 
     first, *others = run_once(work, needs_key=True)
     _print_run(first, *others, as_json=as_json)
@@ -354,13 +363,27 @@ async def follow(
     from tracker.views import run_json
 
     known: dict[str, Record] = {}
+    waits = False
+
+    async def further(more: "More", shown: Screen) -> tuple[Sequence[str], bool]:
+        """What `more` gives; say once if nothing else is waited for."""
+        nonlocal waits
+        found, may_grow = await more()
+        ended = {key for key, one in known.items() if one.tracking is not Tracking.ACTIVE}
+        if may_grow and not waits and ended.issuperset([*run_ids, *found]):
+            waits = True
+            shown.notice("waiting up to two minutes for callbacks that name further runs")
+        return found, may_grow
+
     try:
         with screen(transient=False) as shown:
             runs = RunScreen(shown, services.clock)
             async with (
                 services.signals,
                 aclosing(
-                    services.follower.follow(run_ids, more=more, notify=shown.notice)
+                    services.follower.follow(
+                        run_ids, more=more and partial(further, more, shown), notify=shown.notice
+                    )
                 ) as changes,
             ):
                 async for observed in changes:
