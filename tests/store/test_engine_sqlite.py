@@ -245,18 +245,34 @@ def test_a_file_of_another_user_is_named_as_the_cause(tmp_path: Path) -> None:
         assert "must be writable for the user" in str(translate(raised.value))
 
 
+@pytest.mark.parametrize("moment", ["opened", "set up"])
 async def test_a_connection_that_nobody_waits_for_is_closed(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Its reader was cancelled while it was opened, and did not wait for it."""
+    """Its reader was cancelled while it was opened, and did not wait for it. It is not closed while
+    its thread uses it, which would end the process."""
     made: list[sqlite3.Connection] = []
     begun, go_on = threading.Event(), threading.Event()
+    failures: list[Exception] = []
     connect = sqlite3.connect
 
+    def wait_in(now: str) -> None:
+        if now == moment:
+            begun.set()
+            go_on.wait(30)
+
+    class Slow(sqlite3.Connection):
+        def execute(self, *statement: Any) -> sqlite3.Cursor:
+            wait_in("set up")
+            try:
+                return super().execute(*statement)
+            except Exception as error:
+                failures.append(error)
+                raise
+
     def slowly(*place: Any, **options: Any) -> sqlite3.Connection:
-        made.append(connect(*place, **options))
-        begun.set()
-        go_on.wait(30)
+        made.append(connect(*place, factory=Slow, **options))
+        wait_in("opened")
         return made[-1]
 
     async def read() -> None:
@@ -280,3 +296,4 @@ async def test_a_connection_that_nobody_waits_for_is_closed(
         assert not is_closed()
         go_on.set()
         await eventually(is_closed)
+    assert not failures

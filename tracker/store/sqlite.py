@@ -243,11 +243,14 @@ async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **opt
 
     def connect() -> sqlite3.Connection:
         connection: sqlite3.Connection = sqlite3.connect(*place, **options)
-        made.append(connection)
-        if is_abandoned:
-            connection.close()
-        else:
-            set_up(connection)
+        try:
+            if not is_abandoned:
+                set_up(connection)
+        finally:
+            # Only now: closing it in another thread while this one uses it ends the process.
+            made.append(connection)
+            if is_abandoned:
+                connection.close()
         return connection
 
     opening = aiosqlite.Connection(connect, iter_chunk_size=64)
