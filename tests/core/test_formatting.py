@@ -18,6 +18,7 @@ from tracker.core.formatting import iso_time, line_numbers, money, requirement, 
         ("1E+2", "$100.00"),
         ("0.0000004", "$0.0000004"),
         ("12.345678901", "$12.345678901"),
+        ("1E+27", f"${10**27:,}.00"),
     ],
 )
 def test_amounts_are_shown_to_the_last_digit(amount: str, shown: str) -> None:

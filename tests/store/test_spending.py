@@ -13,6 +13,7 @@ from tests.store.making import NOW, TestWriter, seen, started
 from tests.support.patience import A_MINUTE
 from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
+from tracker.core.rollup import DEAREST
 from tracker.core.run import RunError, RunStatus
 from tracker.core.starts import Budget, Period
 from tracker.store.engine import Database
@@ -125,6 +126,16 @@ async def test_what_may_have_been_sent_keeps_its_reservation(db: Database) -> No
     again = await reserve(db, "refused", at=NOW + LEASE, lease_holder="again")
     assert (again.state, again.lease_holder) == (StartState.STORED, "again")
     assert await left(db, now=NOW + LEASE) == Decimal("4.00")
+
+
+@pytest.mark.both_databases
+async def test_an_absurd_price_in_doubt_stops_no_other_start(db: Database) -> None:
+    """It counts as a run's cost does, up to a million, and overflows no sum."""
+    await reserve(db, "dear", budgets=[], reserved_cost=Decimal("1E+15"))
+    await sent(db, "dear", StartState.IN_DOUBT)
+    assert (await usage(db)).reserved == DEAREST
+    with pytest.raises(BudgetExceeded):
+        await reserve(db, "other")
 
 
 async def test_a_reservation_becomes_the_quote_and_then_the_bill(

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 from typing import Any, Final
 
 UNKNOWN: Final = "unknown"
@@ -56,10 +56,15 @@ def money(value: Decimal | float | None) -> str:
     if value is None:
         return UNKNOWN
     exact = Decimal(str(value))
-    cents = exact.quantize(Decimal("0.01"))
+    cents = exact.quantize(Decimal("0.01"), context=_ANY_AMOUNT)
     if exact == cents:
         return f"${cents:,}"
-    return f"${exact.quantize(Decimal('0.000000001')).normalize():,f}"
+    digits = exact.quantize(Decimal("0.000000001"), context=_ANY_AMOUNT)
+    return f"${digits.normalize(_ANY_AMOUNT):,f}"
+
+
+_ANY_AMOUNT: Final = Context(prec=400)
+"""With digits for every amount that FLORA can show, a 64-bit float: the default has 28."""
 
 
 def parse_usd(value: str | float | Decimal) -> Decimal:

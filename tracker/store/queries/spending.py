@@ -25,6 +25,7 @@ from sqlalchemy import (
     Select,
     and_,
     bindparam,
+    case,
     cast,
     func,
     literal_column,
@@ -34,7 +35,7 @@ from sqlalchemy import (
 
 from tracker.core.errors import BudgetExceeded
 from tracker.core.formatting import money
-from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
+from tracker.core.rollup import CHARGED, DEAREST, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.core.starts import Budget, Period, check_tag_key
 from tracker.store.engine import Database
 from tracker.store.queries.paging import between, unindexed
@@ -184,13 +185,15 @@ def _reservations(
     open_ones = of.state.in_([word("stored"), word("sent")])
     if budget.tag is None:
         several = and_(several, of.reserved_at > now - SEVERAL_WITHIN)
-    price = of.reserved_cost * of.reserved_runs
+    # As runs are counted, so that no price overflows the sum.
+    each = case((of.reserved_cost > DEAREST, DEAREST), else_=of.reserved_cost)
+    price = each * of.reserved_runs
     states: list[tuple[ColumnElement[Any], list[ColumnElement[bool]]]] = [
         # One query for each index.
         (price, [open_ones, (of.state == word("sent")) | (of.lease_until > now)]),
         (price, [of.state == word("in_doubt")]),
         (price, [of.state == word("unresolved")]),
-        (price - of.reserved_cost, [several]),
+        (price - each, [several]),
     ]
     for usd, state in states:
         amount = func.coalesce(func.sum(usd), literal_column("0")) * literal_column("1000000000")
