@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import threading
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -297,3 +298,35 @@ async def test_a_connection_that_nobody_waits_for_is_closed(
         go_on.set()
         await eventually(is_closed)
     assert not failures
+
+
+async def test_a_reader_that_is_cancelled_twice_leaves_nothing_that_waits(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time while its connection is closed, whose thread then ends earlier."""
+    begun, go_on = threading.Event(), threading.Event()
+    connect = sqlite3.connect
+
+    class SlowCursor(sqlite3.Cursor):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if "slow" in statement:
+                begun.set()
+                go_on.wait(30)
+            return super().execute(statement, *values)
+
+    class Slow(sqlite3.Connection):
+        def cursor(self, *_: Any) -> Any:
+            return super().cursor(SlowCursor)
+
+    async with await Database.open(sqlite_url) as db:
+        monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Slow))
+        before = asyncio.all_tasks()
+        reading = asyncio.create_task(db.fetchval(text("SELECT 'slow'")))
+        assert await asyncio.to_thread(begun.wait, 30)
+        reading.cancel()
+        await eventually(lambda: asyncio.all_tasks() > {*before, reading})
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        go_on.set()
+        await eventually(lambda: asyncio.all_tasks() == before)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, Final, TypeVar
@@ -236,8 +236,6 @@ def _creator(busy_seconds: float, *pragmas: str) -> dict[str, Any]:
 async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **options: Any) -> Any:
     """A connection of aiosqlite, set up in its thread. If the caller is cancelled it is closed,
     which aiosqlite itself, and SQLAlchemy for an event, would leave to the garbage collector."""
-    import aiosqlite  # noqa: PLC0415 - not loaded for PostgreSQL
-
     made: list[sqlite3.Connection] = []
     is_abandoned = False
 
@@ -253,7 +251,7 @@ async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **opt
                 connection.close()
         return connection
 
-    opening = aiosqlite.Connection(connect, iter_chunk_size=64)
+    opening = _connection_class()(connect, iter_chunk_size=64)
     opening._thread.daemon = True  # as SQLAlchemy would
     try:
         return await opening
@@ -263,6 +261,24 @@ async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **opt
             connection.close()
         _ABANDONED.add(opening._thread)
         raise
+
+
+@cache
+def _connection_class() -> Any:
+    import aiosqlite  # noqa: PLC0415 - not loaded for PostgreSQL
+
+    class SqliteConnection(aiosqlite.Connection):
+        """Stops its thread once. Whoever is cancelled while SQLAlchemy closes a connection stops it
+        at once, and the closing that still runs would wait for ever for a thread that has ended."""
+
+        async def close(self) -> None:
+            if self._running:
+                await super().close()
+
+        def stop(self) -> asyncio.Future[Any] | None:
+            return super().stop() if self._running else None
+
+    return SqliteConnection
 
 
 _ABANDONED: Final[WeakSet[Thread]] = WeakSet()
