@@ -2,9 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.flora.far_end import run_payload, settle
@@ -210,3 +214,51 @@ async def test_no_proxy_sees_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
     async with server(fine) as (base, requests), flora_at(base) as flora:
         await flora.get_any_run("run_1")
     assert len(requests) == 1
+
+
+@types.coroutine
+def cancelled_at(number: int, work: Coroutine[Any, Any, object]) -> Iterator[Any]:
+    """`work`, in a task that is cancelled while it waits for the n-th time."""
+    task, loop, count = asyncio.current_task(), asyncio.get_running_loop(), 0
+    assert task is not None
+    step: Callable[[], Any] = partial(work.send, None)
+    while True:
+        try:
+            waiting = step()
+        except StopIteration:
+            return
+        count += 1
+        if count == number:
+            loop.call_soon(task.cancel)
+        try:
+            yield waiting
+            step = partial(work.send, None)
+        except BaseException as error:
+            step = partial(work.throw, error)
+
+
+async def test_a_cancelled_request_leaves_room_for_others() -> None:
+    """At whatever moment it was cancelled, no connection counts as busy for ever, and the key and
+    the hooks stay."""
+    hooked = []
+
+    async def hook(request: httpx.Request) -> None:
+        hooked.append(request.headers["authorization"])
+
+    async def serve(_: int, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(RUN))
+
+    async def read(number: int) -> None:
+        await cancelled_at(number, flora.get_run("tech_1", "run_1"))
+
+    async with server(serve) as (base, _), flora_at(base, concurrency=1) as flora:
+        flora.http.event_hooks = {"request": [hook]}
+        for number in range(1, 40):
+            reading = asyncio.create_task(read(number))
+            await asyncio.wait([reading])
+            async with asyncio.timeout(5):
+                await flora.get_run("tech_1", "run_1")
+            if not reading.cancelled():
+                break
+        assert 5 < number < 39
+    assert set(hooked) == {"Bearer sk_test_1"}

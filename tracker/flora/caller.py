@@ -13,7 +13,9 @@ Redirects are never followed: the key is sent to one origin only.
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -158,13 +160,17 @@ class Caller:
     `find_new_key` is called if FLORA refuses the key, and may replace it: the request is then sent
     once more. `traced` means that the transport reports when a request is written.
 
+    `new_http` makes a client of httpx, `http` is the one for new requests. It is replaced when a
+    request is cancelled: at many moments of a request, httpcore then counts its connection as busy
+    for ever, and a pool without a free one lets every later request wait in vain.
+
     `breaker` is open while FLORA refuses the key, `contact` says whether FLORA answers.
     `clock_offset` is FLORA's clock minus ours, `request_id` the id of the last answer, for its
     support; both are `None` before the first. `backoff` gives the seconds to wait after the n-th
     attempt (from 1) where FLORA names none.
     """
 
-    http: httpx.AsyncClient
+    new_http: Callable[[], httpx.AsyncClient]
     _: KW_ONLY
     concurrency: InitVar[int]
     deadline: float
@@ -179,6 +185,9 @@ class Caller:
     largest_answer: int = LARGEST_ANSWER
 
     def __post_init__(self, concurrency: int, shared_waits: SharedWaits) -> None:
+        self.http = self.new_http()
+        self._requests = Counter[httpx.AsyncClient]()
+        """How many requests each client is sending."""
         self.request_limit = RequestLimit(
             concurrency,
             monotonic=self.monotonic,
@@ -277,9 +286,12 @@ class Caller:
             timeout = self.http.timeout
             more["timeout"] = httpx.Timeout(call.answer_seconds, connect=timeout.connect)
         try:
-            async with self.http.stream(
-                call.method, call.url, headers=call.headers, content=call.content, **more
-            ) as response:
+            async with (
+                self._client() as http,
+                http.stream(
+                    call.method, call.url, headers=call.headers, content=call.content, **more
+                ) as response,
+            ):
                 body = await _bounded_body(response, call.endpoint, self.largest_answer)
             status, request_id = response.status_code, response.headers.get("request-id")
         except httpx.DecodingError as exc:
@@ -317,6 +329,30 @@ class Caller:
             request_id=request_id,
             contact=self.contact,
         )
+
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """The client for one request, which is replaced if that is cancelled."""
+        http = self.http
+        self._requests[http] += 1
+        try:
+            yield http
+        except asyncio.CancelledError:
+            if self.traced and http is self.http and not http.is_closed:
+                self.http = self.new_http()
+                self.http.headers, self.http.event_hooks = http.headers, http.event_hooks
+            raise
+        finally:
+            self._requests[http] -= 1
+            if not self._requests[http]:
+                del self._requests[http]
+                if http is not self.http:
+                    await http.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections, those of requests under way too."""
+        for http in {self.http, *self._requests}:
+            await http.aclose()
 
     async def _trace(self, call: FloraCall, progress: _Progress, event: str, info: Any) -> None:
         """Called by the transport as it sends the request."""

@@ -100,25 +100,31 @@ class FloraClient(Caller):
         self.key_fingerprint = ""
         """Identifies the key without revealing it."""
         self._urls = FloraUrls(base_url)
-        http = httpx.AsyncClient(
-            headers={
-                "accept": "application/json",
-                "accept-encoding": "gzip, deflate",
-                "user-agent": f"flora-run-tracker/{__version__}",
-            },
-            cookies=NoCookies(),
-            timeout=_TIMEOUT,
-            limits=httpx.Limits(
-                max_connections=concurrency,
-                max_keepalive_connections=concurrency,
-                keepalive_expiry=_KEEP_ALIVE,
-            ),
-            follow_redirects=False,
-            trust_env=not self._urls.on_loopback,
-            transport=transport,
-        )
+        trust_env = not self._urls.on_loopback
+        tls = httpx.create_ssl_context(trust_env=trust_env)  # once, because it takes long
+
+        def new_http() -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                headers={
+                    "accept": "application/json",
+                    "accept-encoding": "gzip, deflate",
+                    "user-agent": f"flora-run-tracker/{__version__}",
+                },
+                cookies=NoCookies(),
+                timeout=_TIMEOUT,
+                limits=httpx.Limits(
+                    max_connections=concurrency,
+                    max_keepalive_connections=concurrency,
+                    keepalive_expiry=_KEEP_ALIVE,
+                ),
+                follow_redirects=False,
+                trust_env=trust_env,
+                transport=transport,
+                verify=tls,
+            )
+
         super().__init__(
-            http,
+            new_http,
             concurrency=concurrency,
             deadline=deadline,
             clock=clock,
@@ -150,9 +156,6 @@ class FloraClient(Caller):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    async def aclose(self) -> None:
-        await self.http.aclose()
 
     @property
     def state(self) -> ContactState | None:
