@@ -1,6 +1,7 @@
 """A start with several values for an input makes several runs; a row of a batch has all of them."""
 
 import asyncio
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,33 @@ async def test_without_callbacks_only_the_first_run_is_known(
         assert (len(row.run_ids), row.missing_runs) == (1, 1)
         assert len(flora.world.runs) == 2
         assert not outcome.counts.cost_final
+
+
+async def test_a_start_lacks_a_further_run_that_was_forgotten(database_url: str) -> None:
+    """The history shows it again, and not that it is the start's."""
+    options: dict[str, Any] = {"failures": 0.0, "run_seconds": 0.5, "run_per_value": True}
+    async with (
+        running(Options(**options)) as flora,
+        receiving(flora, database_url) as services,
+    ):
+        more = {"technique": "color-transfer", "inputs": inputs("a", "b", "c")}
+        first = await attempt(services, "key-1", **more)
+
+        async def counted() -> tuple[int | None, int]:
+            row = await starts.get(services.database, "ws_simulator", "key-1")
+            assert row is not None
+            return row.run_count, row.missing_runs
+
+        async def all_are_known() -> bool:
+            return await counted() == (3, 0)
+
+        await eventually(all_are_known, timeout=30)
+        further = next(run_id for run_id in flora.world.runs if run_id != first)
+        await services.tracker.forget(further, force=True)
+        assert await counted() == (2, 1)
+        for workspace in services.workspaces:
+            await services.sweeper.sweep(workspace, since=timedelta(hours=1))
+        assert (await the_run(services, further)).idempotency_key is None
+        assert await counted() == (2, 1)
+        await services.tracker.forget(first or "", force=True)
+        assert await counted() == (2, 1)

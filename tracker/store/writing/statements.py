@@ -162,6 +162,19 @@ async def forget_run(
             raise ShownByFlora
         rollups.remove(connection, record)
         connection.execute(delete(runs).where(runs.c.run_id == run_id))
+        # A further run of a start: the start lacks it again.
+        connection.execute(
+            update(starts)
+            .where(
+                starts.c.workspace_slot == record.run.workspace_id,
+                starts.c.idempotency_key == record.idempotency_key,
+                starts.c.run_id != run_id,
+            )
+            .values(
+                run_count=starts.c.run_count - 1,
+                reserved_runs=starts.c.reserved_runs + 1,
+            )
+        )
         audit.note(connection, entry)
         return record
 
