@@ -19,6 +19,7 @@ from tracker.simulator import Options, running
 from tracker.starting.rows import BatchPlan
 from tracker.starting.sheet import sheet_of_objects
 from tracker.store.queries import starts
+from tracker.store.schema import runs
 
 LINK = "https://a.example/{}.png".format
 
@@ -160,7 +161,8 @@ async def test_without_callbacks_only_the_first_run_is_known(
 
 
 async def test_a_start_lacks_a_further_run_that_was_forgotten(database_url: str) -> None:
-    """The history shows it again, and not that it is the start's."""
+    """The history shows it again, and not that it is the start's. One that FLORA denies it does
+    not lack."""
     options: dict[str, Any] = {"failures": 0.0, "run_seconds": 0.5, "run_per_value": True}
     async with (
         running(Options(**options)) as flora,
@@ -187,3 +189,8 @@ async def test_a_start_lacks_a_further_run_that_was_forgotten(database_url: str)
         assert await counted() == (2, 1)
         await services.tracker.forget(first or "", force=True)
         assert await counted() == (2, 1)
+        third = next(run_id for run_id in flora.world.runs if run_id not in (first, further))
+        lost = runs.update().where(runs.c.run_id == third).values(tracking="lost", settled_at=None)
+        await services.database.execute(lost)
+        await services.tracker.forget(third)
+        assert await counted() == (1, 1)

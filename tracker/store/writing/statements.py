@@ -162,7 +162,7 @@ async def forget_run(
             raise ShownByFlora
         rollups.remove(connection, record)
         connection.execute(delete(runs).where(runs.c.run_id == run_id))
-        # A further run of a start: the start lacks it again.
+        # A further run of a start: the start lacks it again, unless FLORA denies that it exists.
         connection.execute(
             update(starts)
             .where(
@@ -172,7 +172,7 @@ async def forget_run(
             )
             .values(
                 run_count=starts.c.run_count - 1,
-                reserved_runs=starts.c.reserved_runs + 1,
+                reserved_runs=starts.c.reserved_runs + int(not record.lost),
             )
         )
         audit.note(connection, entry)
