@@ -101,7 +101,8 @@ class FloraClient(Caller):
         """Identifies the key without revealing it."""
         self._urls = FloraUrls(base_url)
         trust_env = not self._urls.on_loopback
-        tls = httpx.create_ssl_context(trust_env=trust_env)  # once, because it takes long
+        # Once, because it takes long.
+        tls = transport is not None or httpx.create_ssl_context(trust_env=trust_env)
 
         def new_http() -> httpx.AsyncClient:
             return httpx.AsyncClient(
