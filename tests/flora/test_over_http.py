@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.flora.far_end import run_payload, settle
-from tests.support.waiting import free_port, let_pass
+from tests.support.waiting import eventually, free_port, let_pass
 from tracker.core.errors import FloraRefusal, FloraUnreachable
 from tracker.flora.client import FloraClient
 
@@ -262,3 +262,28 @@ async def test_a_cancelled_request_leaves_room_for_others() -> None:
                 break
         assert 5 < number < 39
     assert set(hooked) == {"Bearer sk_test_1"}
+
+
+async def test_a_request_that_is_cancelled_twice_leaves_no_connection() -> None:
+    """The second time while the connections are closed, which were used before."""
+    together, never, writers = asyncio.Barrier(4), asyncio.Event(), list[asyncio.StreamWriter]()
+
+    async def serve(number: int, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await (together if number < 5 else never).wait()
+        writer.write(answer(RUN))
+
+    async with server(serve) as (base, requests), flora_at(base, concurrency=4) as flora:
+        await asyncio.gather(*(flora.get_run("tech_1", "run_1") for _ in range(4)))
+        old, reading = flora.http, asyncio.create_task(flora.get_run("tech_1", "run_1"))
+        await eventually(lambda: len(requests) == 5)
+        reading.cancel()
+        await eventually(lambda: old.is_closed, interval=0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        never.set()
+        try:
+            await eventually(lambda: all(writer.is_closing() for writer in writers), timeout=5)
+        finally:
+            for writer in writers:
+                writer.close()

@@ -347,11 +347,13 @@ class Caller:
             if not self._requests[http]:
                 del self._requests[http]
                 if http is not self.http:
-                    await http.aclose()
+                    # Also if the caller is cancelled again: the rest would stay open.
+                    await asyncio.shield(http.aclose())
 
     async def aclose(self) -> None:
         """Close all connections, those of requests under way too."""
-        for http in {self.http, *self._requests}:
+        # The present one first: it is not replaced any more.
+        for http in (self.http, *self._requests):
             await http.aclose()
 
     async def _trace(self, call: FloraCall, progress: _Progress, event: str, info: Any) -> None:
