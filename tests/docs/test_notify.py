@@ -16,9 +16,8 @@ from tests.docs.pages import DOCS, blocks
 from tests.docs.session import SECRETS
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
-from tracker.core.events import WAITS
+from tracker.core.events import WAITS, new_secret, signed_headers
 from tracker.core.formatting import duration
-from tracker.delivering.signing import new_secret, signed_headers
 
 PAGE = DOCS / "notify.md"
 SECRET = SECRETS["shop_secret"]

@@ -396,7 +396,7 @@ def listen(
     if (forward_to is None) != only_print:
         raise typer.BadParameter("give either an address or --print", param_hint="--forward-to")
     settings = configure()
-    from tracker.delivering.signing import check_secret, new_secret
+    from tracker.core.events import check_secret, new_secret
     from tracker.settings.values import check_endpoint_url, check_root_url
 
     root = checked(check_root_url, url or settings.tracker_public_url or _URL, "--url")

@@ -1,10 +1,14 @@
 """The events that are sent to endpoints: which of them a change of a run causes, which endpoint
-wants them, the states of a message (an event for one endpoint), and when an attempt is repeated."""
+wants them, the states of a message (an event for one endpoint), how it is signed, and when an
+attempt is repeated."""
 
-from collections.abc import Iterable, Mapping
+import base64
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
-from hashlib import sha256
 from itertools import accumulate
 from math import ceil
 from operator import add
@@ -29,6 +33,7 @@ HANDLER_SECONDS: Final = 60.0
 """How long a call of a handler may take, unless the handler says otherwise."""
 LONGEST_RETRY_AFTER: Final = timedelta(hours=1)
 """How long an endpoint may put off an attempt beyond the schedule."""
+_KEY_PREFIX: Final = "whsec_"
 
 
 class EventType(StrEnum):
@@ -78,7 +83,7 @@ def event_id(event: EventType, after: Record) -> str:
         return uuid4().hex
     run = after.run
     told = repr((run.run_id, after.settled_at, *_reported(run)))
-    return sha256(told.encode(errors="replace")).hexdigest()[:32]
+    return hashlib.sha256(told.encode(errors="replace")).hexdigest()[:32]
 
 
 def settles_anew(before: Run, after: Run) -> bool:
@@ -179,3 +184,43 @@ def next_attempt(
     # Rounded up: a timedelta of seconds may be a fraction of a microsecond too short.
     asked = min(timedelta(microseconds=ceil(1e6 * (retry_after or 0))), LONGEST_RETRY_AFTER)
     return max(planned + jitter, now + asked)
+
+
+# Signatures are those of Standard Webhooks (v1): the key is the base64 after `whsec_`.
+
+
+def new_secret() -> str:
+    """A signing secret of 24 random bytes."""
+    return _KEY_PREFIX + base64.b64encode(secrets.token_bytes(24)).decode()
+
+
+def check_secret(secret: str) -> str:
+    """`secret`, if it is `whsec_` and the base64 of at least 16 bytes. Raises `ValueError`."""
+    try:
+        long_enough = len(_key(secret)) >= 16
+    except ValueError:
+        long_enough = False
+    if not long_enough or not secret.startswith(_KEY_PREFIX):
+        raise ValueError(
+            "must be whsec_ and the base64 of a key of at least 16 bytes, as "
+            '`echo "whsec_$(openssl rand -base64 24)"` prints'
+        )
+    return secret
+
+
+def signed_headers(
+    message_id: str, body: bytes, secret_values: Sequence[str], *, at: datetime
+) -> dict[str, str]:
+    """The headers that identify and sign an attempt, with a signature for each secret."""
+    timestamp = str(int(at.timestamp()))
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    digests = (hmac.digest(_key(secret), signed, hashlib.sha256) for secret in secret_values)
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": timestamp,
+        "webhook-signature": " ".join(f"v1,{base64.b64encode(one).decode()}" for one in digests),
+    }
+
+
+def _key(secret: str) -> bytes:
+    return base64.b64decode(secret.removeprefix(_KEY_PREFIX), validate=True)

@@ -18,9 +18,10 @@ from uuid import uuid4
 
 import httpx
 
+from tracker import __version__
 from tracker.core.clock import Clock
 from tracker.core.errors import DoNotRetry, TrackerError
-from tracker.core.events import HANDLER_SECONDS, LONGEST_RETRY_AFTER, MOST_OPEN
+from tracker.core.events import HANDLER_SECONDS, LONGEST_RETRY_AFTER, MOST_OPEN, signed_headers
 from tracker.core.formatting import iso_time
 from tracker.core.log import get_logger, redact
 from tracker.core.waiting import in_thread
@@ -31,7 +32,6 @@ from tracker.delivering.addresses import (
     connect_failure,
     resolve,
 )
-from tracker.delivering.signing import signed_headers
 from tracker.flora.http import NoCookies, retry_after_of
 from tracker.store.engine import dump_json
 from tracker.store.queries.endpoints import EndpointConfig
@@ -126,7 +126,12 @@ class EndpointClient:
                 what="the endpoint",
                 permission="allow_private = true",
             ),
-            headers={"accept": "*/*", "accept-encoding": "identity"},
+            headers={
+                "accept": "*/*",
+                "accept-encoding": "identity",
+                "content-type": "application/json",
+                "user-agent": f"flora-run-tracker/{__version__}",
+            },
             cookies=NoCookies(),
             timeout=None,  # noqa: S113 - `send` limits the whole attempt
             follow_redirects=False,

@@ -20,11 +20,10 @@ from pydantic import (
 )
 
 from tracker.core.errors import SettingsError
-from tracker.core.events import EventType, RunFilter
+from tracker.core.events import EventType, RunFilter, check_secret
 from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.starts import Budget, Budgets, Period, parse_tag
-from tracker.delivering.signing import check_secret
 from tracker.settings.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.settings.values import (
     check_cron,
