@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from tracker.delivering.saving import DownloadResult
     from tracker.library.batches import Batch, BatchResult
     from tracker.library.client import Tracker, VerifiedCallback
-    from tracker.library.mounted import Mounted
     from tracker.library.run import Event, Run, RunChange, RunEvent, SpendingSummary
     from tracker.library.techniques import Technique
     from tracker.receiving.receive import Received
     from tracker.settings import Settings
     from tracker.store.queries.spending import Spending, Usage
+    from tracker.web.app import Mounted
 
     __version__: str
 
@@ -61,7 +61,7 @@ _MODULES: Final = {
     "DownloadResult": "tracker.delivering.saving",
     "Event": "tracker.library.run",
     "ManifestEntry": "tracker.delivering.files",
-    "Mounted": "tracker.library.mounted",
+    "Mounted": "tracker.web.app",
     "Output": "tracker.core.run",
     "Received": "tracker.receiving.receive",
     "Run": "tracker.library.run",

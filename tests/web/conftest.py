@@ -18,10 +18,9 @@ from tests.web.callbacks import SECRET
 from tests.web.described import check_described
 from tests.web.mounting import PREFIX, Unmounted, hosting
 from tests.web.serving import serving
-from tracker.library.mounted import Mounted
 from tracker.services import Services, open_services
 from tracker.settings import Settings
-from tracker.web.app import build_app
+from tracker.web.app import Mounted, build_app
 from tracker.web.http import Limits
 
 

@@ -18,10 +18,10 @@ from tracker.library.run import RunEvent
 
 if TYPE_CHECKING:
     from tracker.delivering.endpoints import Handler
-    from tracker.library.mounted import Mounted
     from tracker.services import Services
     from tracker.settings import Loaded, Settings
     from tracker.store.writing.messages import Claim
+    from tracker.web.app import Mounted
 
 WATCH_EVERY: Final = 0.25
 """Seconds between two checks of whether the server of the application stops."""
@@ -150,7 +150,7 @@ class OpenedTracker:
                 raise TrackerNotOpen(
                     "this tracker is open already: call asgi() before it is opened"
                 )
-            from tracker.library.mounted import Mounted
+            from tracker.web.app import Mounted
 
             self._application = Mounted(self.lifespan)
         return self._application
