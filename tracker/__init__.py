@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from tracker.delivering.files import ManifestEntry
     from tracker.delivering.saving import DownloadResult
     from tracker.library.batches import Batch, BatchResult
-    from tracker.library.client import Tracker, VerifiedCallback
+    from tracker.library.client import Technique, Tracker, VerifiedCallback
     from tracker.library.run import Event, Run, RunChange, RunEvent, SpendingSummary
-    from tracker.library.techniques import Technique
     from tracker.receiving.receive import Received
     from tracker.settings import Settings
     from tracker.store.queries.spending import Spending, Usage
@@ -70,7 +69,7 @@ _MODULES: Final = {
     "Settings": "tracker.settings",
     "Spending": "tracker.store.queries.spending",
     "SpendingSummary": "tracker.library.run",
-    "Technique": "tracker.library.techniques",
+    "Technique": "tracker.library.client",
     "Tracker": "tracker.library.client",
     "Usage": "tracker.store.queries.spending",
     "VerifiedCallback": "tracker.library.client",

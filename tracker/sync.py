@@ -46,8 +46,8 @@ from tracker.core.run import Output
 from tracker.errors import SettingsError, TrackerNotOpen
 from tracker.library.batches import Batch as AsyncBatch
 from tracker.library.batches import BatchFields, BatchResult
+from tracker.library.client import Technique, VerifiedCallback
 from tracker.library.client import Tracker as AsyncTracker
-from tracker.library.client import VerifiedCallback
 from tracker.library.loop_thread import CLOSED, LoopThread
 from tracker.library.reading import ids_of, raise_failures
 from tracker.library.run import (
@@ -60,7 +60,6 @@ from tracker.library.run import (
     RunList,
 )
 from tracker.library.run import Run as AsyncRun
-from tracker.library.techniques import Technique
 
 if TYPE_CHECKING:
     from tracker.settings import Settings

@@ -90,7 +90,7 @@ def plain(member: Any) -> str:
     if not callable(member := getattr(member, "__func__", member)):
         return type(member).__name__
     signature = str(inspect.signature(member)).replace("'", "").replace('"', "")
-    for module in ("library.run", "library.batches", "library.techniques", "sync"):
+    for module in ("library.run", "library.batches", "library.client", "sync"):
         signature = signature.replace(f"tracker.{module}.", "")
     signature = signature.replace("collections.abc.", "")
     return re.sub(r"AsyncGenerator\[(.+), None\]", r"Iterator[\1]", signature)

@@ -1,14 +1,15 @@
 """`Tracker`: runs from Python, over the same services as the commands.
 
-Here they are started and tracked, and events and callbacks are handled.
+Here they are started and tracked, events and callbacks are handled, and the catalogue is read.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final, Self
 from uuid import uuid4
 
 from tracker.core.clock import utc_now
@@ -21,8 +22,10 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
+from tracker.core.formatting import money
 from tracker.core.starts import check_tags
-from tracker.errors import TrackerNotOpen
+from tracker.errors import FloraError, SettingsError, TechniqueUnknown, TrackerError, TrackerNotOpen
+from tracker.library.batches import BatchCalls
 from tracker.library.inputs import (
     InputValues,
     check_seconds,
@@ -35,13 +38,17 @@ from tracker.library.inputs import (
 from tracker.library.opening import HandlerFunction
 from tracker.library.reading import CLOSED_MEANWHILE
 from tracker.library.run import ACTOR, EventName, Run, RunEvent, acting_here
-from tracker.library.techniques import TechniqueCalls
 
 if TYPE_CHECKING:
     from tracker.receiving.receive import Received
+    from tracker.services import Services
+    from tracker.store.queries.techniques import TechniqueRow
 
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts of a start while FLORA or the database does not answer."""
+PAGE_SIZE: Final = 100
+SYNC_SECONDS: Final = 24.0
+"""How long a call waits for FLORA's list of techniques."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,46 @@ class VerifiedCallback:
     created_at: datetime | None
 
 
-class Tracker(TechniqueCalls):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Technique:
+    """A technique as the catalogue has it; `run_cost` is USD for each run.
+
+    `inputs` and `outputs` are FLORA's own objects; a list may leave them out, `technique` reads
+    them. `obstacle` is why it cannot be started, if so. `defined_at` is when the definition was
+    last read, `synced_at` when anything was; `gone_at` is when FLORA's list first lacked it.
+    """
+
+    technique_id: str
+    slug: str | None
+    name: str
+    description: str | None
+    run_cost: Decimal | None
+    inputs: tuple[Mapping[str, Any], ...]
+    outputs: tuple[Mapping[str, Any], ...]
+    obstacle: str | None
+    synced_at: datetime | None
+    defined_at: datetime | None
+    gone_at: datetime | None
+
+    @classmethod
+    def _of(cls, row: "TechniqueRow") -> Self:
+        """The value of a stored technique."""
+        from tracker.core.starts import obstacle
+        from tracker.flora.parse import ports
+
+        values: dict[str, Any] = {one.name: getattr(row, one.name, None) for one in fields(cls)}
+        values["obstacle"] = obstacle(ports(row.inputs))
+        return cls(**values)
+
+    def __hash__(self) -> int:
+        return hash(self.technique_id)
+
+    def __repr__(self) -> str:
+        price = "" if self.run_cost is None else f" · {money(self.run_cost)}"
+        return f"<Technique {self.slug or self.technique_id} · {self.name}{price}>"
+
+
+class Tracker(BatchCalls):
     """A tracker on the database and the FLORA workspaces that the settings name.
 
     ::
@@ -264,6 +310,49 @@ class Tracker(TechniqueCalls):
             body, signature=signature, webhook_id=webhook_id, token=token
         )
 
+    async def techniques(
+        self, text: str = "", *, gone: bool = False
+    ) -> AsyncGenerator[Technique, None]:
+        """The techniques of the catalogue by name: those with all words of `text` in their id,
+        slug, name or description; with `gone` retired ones, too.
+
+        FLORA's list is read first if no process has read it for six hours. If that fails, the
+        stored ones are yielded; where there are none, raises `FloraError`, or `SettingsError`
+        without an API key.
+        """
+        from tracker.store.queries import techniques as stored
+
+        text = valid("text", check_text, text)
+        services = self._services()
+        error = await _sync(services)
+        if error is not None and not (await stored.page(services.database, limit=1))[0]:
+            raise error
+        cursor: str | None = None
+        while True:
+            rows, cursor = await stored.page(
+                self._services().database, query=text, gone=gone, cursor=cursor, limit=PAGE_SIZE
+            )
+            for row in rows:
+                yield Technique._of(row)
+            if cursor is None:
+                return
+
+    async def technique(self, technique: str) -> Technique:
+        """A technique, by its id or slug, with its inputs and outputs.
+
+        FLORA is read if the definition is not known or older than an hour. Raises
+        `TechniqueUnknown`, and `FloraError` where nothing is known and FLORA cannot be read.
+        """
+        technique = valid("technique", check_text, technique)
+        services = self._services()
+        found = await services.catalogue.find(technique)
+        if found is None:
+            asked = "" if services.workspaces.keyed else "; FLORA_API_KEY is not set"
+            raise TechniqueUnknown(
+                f"there is no technique {technique!r}: `tracker.techniques()` yields all{asked}"
+            )
+        return Technique._of(found)
+
 
 def _signature_headers(body: object, headers: Mapping[str, str]) -> tuple[str | None, str | None]:
     """`Flora-Signature` and `Flora-Webhook-Id`, whatever the case of their names. Raises
@@ -273,3 +362,17 @@ def _signature_headers(body: object, headers: Mapping[str, str]) -> tuple[str | 
         raise InvalidRequest(f"body: must be the raw bytes of the request, not {kind}")
     lower = {name.lower(): value for name, value in valid("headers", dict, headers).items()}
     return lower.get("flora-signature"), lower.get("flora-webhook-id")
+
+
+async def _sync(services: "Services") -> TrackerError | None:
+    """Read FLORA's list if it is due; why that failed, if it did."""
+    if not services.workspaces.keyed:
+        return SettingsError("no technique is known, and FLORA cannot be asked: set FLORA_API_KEY")
+    try:
+        async with asyncio.timeout(SYNC_SECONDS):
+            report = await services.catalogue_sync.sync_if_due()
+    except TimeoutError:
+        return FloraError(f"FLORA has not answered for {SYNC_SECONDS:g} s: try again")
+    errors = () if report is None else [one.error for one in report.lists]
+    failure = next(filter(None, errors), None)
+    return None if failure is None else FloraError(f"the techniques cannot be read: {failure}")
