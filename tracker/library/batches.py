@@ -16,7 +16,7 @@ from tracker.core.starts import check_tags
 from tracker.errors import BatchUnknown, InvalidRequest, WaitTimeout
 from tracker.library.inputs import Rows, check_seconds, check_text, check_texts, planned, valid
 from tracker.library.reading import RunCalls
-from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here
+from tracker.library.run import ACTOR, AnyRun, Owned, Run, acting_here, html_macros
 from tracker.views import batch_columns
 
 if TYPE_CHECKING:
@@ -117,9 +117,10 @@ class BatchFields:
         return f"<Batch {self.batch_id} · {self.technique_id} · {shown} · {money(self.cost)}>"
 
     def _repr_html_(self) -> str:
-        from tracker.library.notebook import batch_html
-
-        return batch_html(self)
+        """The batch with the number of its rows in each state, and its cost."""
+        names = ("completed", "failed", "active", "lost", "refused", "unresolved", "in_doubt")
+        counts = {name.replace("_", " "): getattr(self, name) for name in names}
+        return str(html_macros().batch_card(self, counts))
 
 
 class Batch(BatchFields, Owned["BatchCalls"]):

@@ -1,4 +1,8 @@
-"""Runs, their events and their spending as frozen values."""
+"""Runs, their events and their spending as frozen values, and as HTML.
+
+Notebooks show the HTML for the value of a cell. Every text in it is escaped, only a plain `http(s)`
+address becomes a link, and media are loaded by https.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,13 +11,15 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar
 
-from tracker.core.formatting import counted, money
+from tracker.core.formatting import counted, duration, money, unturned
+from tracker.core.net import is_loopback_url
 from tracker.core.record import Record
-from tracker.core.run import Output, RunStatus, Tracking
+from tracker.core.run import Output, RetryAdvice, RunStatus, Tracking, known
 from tracker.errors import TrackerNotOpen
-from tracker.views import run_columns
+from tracker.views import output_names, plain_http_origin, presentation, run_columns, web_link
 
 if TYPE_CHECKING:
     from tracker.library.reading import RunCalls
@@ -36,6 +42,11 @@ _UNKNOWN: Final[Mapping[str, Any]] = {
 Owner = TypeVar("Owner")
 AnyRun = TypeVar("AnyRun", bound="RunFields")
 """The runs of `tracker.Tracker` or of `tracker.sync.Tracker`."""
+
+MOST_CHARACTERS: Final = 4000
+"""The longest text of an output that is shown as HTML; the rest is counted."""
+MOST_ROWS: Final = 100
+"""Most runs in one table; the rest are counted."""
 
 ACTOR: Final = "python"
 """Who starts runs from Python, in the start log and the audit log."""
@@ -212,9 +223,23 @@ class RunFields:
         return f"<Run {' · '.join(shown)}>"
 
     def _repr_html_(self) -> str:
-        from tracker.library.notebook import run_html
+        """The run with its state, cost, times, tags, error and outputs."""
+        outputs = [
+            (one, name, _kind(one))
+            for one, name in zip(self.outputs, output_names(self.outputs, ()), strict=True)
+        ]
+        advice = self.retry_advice and known(RetryAdvice, self.retry_advice)
+        if isinstance(advice, RetryAdvice):
+            advice = advice.sentence
+        return str(html_macros().card(self, outputs, advice))
 
-        return run_html(self)
+
+def _kind(output: Output) -> str:
+    """How to show an output. By plain http only what is on this machine is loaded, as the files of
+    a local FLORA are: other addresses may be those of devices in the reader's network."""
+    link = web_link(output.url)
+    local = link is not None and is_loopback_url(link)
+    return presentation(output, media_origin=plain_http_origin(output.url) if local else None)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,9 +274,33 @@ class RunList(list[AnyRun]):
     """A list of runs that a notebook shows as a table."""
 
     def _repr_html_(self) -> str:
-        from tracker.library.notebook import runs_html
+        rest = counted(len(self) - MOST_ROWS, "more run") if len(self) > MOST_ROWS else ""
+        return str(html_macros().table(self[:MOST_ROWS], rest))
 
-        return runs_html(self)
+
+@cache
+def html_macros() -> Any:
+    """The macros of `notebook.html`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader("tracker.library", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_turned_back,
+    )
+    pages.filters.update(money=money, duration=duration, shortened=_shortened)
+    return pages.get_template("notebook.html").module
+
+
+def _turned_back(value: object) -> object:
+    """A value as it is inserted: no text turns the direction of another."""
+    return unturned(value) if type(value) is str else value
+
+
+def _shortened(text: str) -> str:
+    rest = len(text) - MOST_CHARACTERS
+    return f"{text[:MOST_CHARACTERS]}… ({rest:,} more characters)" if rest > 0 else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
