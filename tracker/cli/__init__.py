@@ -5,17 +5,16 @@
     output.py      JSON, tables and notes on stdout; bars and lines on stderr
 
     serve.py       serve, worker
-    reconcile.py   reconcile, poll, verify
     runs.py        runs start|track|forget|list|show|watch|explain
     download.py    runs download
     starts.py      starts list|show|resolve|exclude
     batch.py       batch
     batches.py     batches list|show, and what both commands show of a batch
-    techniques.py  techniques sync|list|show
-    spending.py    spending
+    techniques.py  techniques sync|list|show, spending
     webhooks.py    deliveries list|show|replay|acknowledge, endpoints list|test|enable,
                    messages list|show|resend|recover, listen
-    operations.py  doctor, db upgrade|current|copy|recount|prune, audit list
+    operations.py  doctor, reconcile, poll, verify, db upgrade|current|copy|recount|prune,
+                   audit list
     simulate.py    simulate, demo
 
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.

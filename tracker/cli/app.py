@@ -21,11 +21,9 @@ from tracker.cli import (
     batches,
     download,
     operations,
-    reconcile,
     runs,
     serve,
     simulate,
-    spending,
     starts,
     techniques,
     webhooks,
@@ -52,8 +50,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(serve.serve, serve.worker, reconcile.reconcile, reconcile.poll, reconcile.verify),
-    *(batch.batch, spending.spending, webhooks.listen, operations.doctor),
+    *(serve.serve, serve.worker, operations.reconcile, operations.poll, operations.verify),
+    *(batch.batch, techniques.spending, webhooks.listen, operations.doctor),
     *(simulate.simulate, simulate.demo),
 ):
     app.command()(command)
