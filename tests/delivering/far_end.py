@@ -1,6 +1,7 @@
 """A raw server for files: it answers what it is told to, byte for byte, and keeps the requests."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -14,13 +15,14 @@ Reply = bytes | Callable[[Asked, asyncio.StreamWriter], Awaitable[None]]
 class FarEnd:
     """Gives the replies in their order, the last one for ever, and hangs up after each."""
 
-    def __init__(self, port: int, *replies: Reply) -> None:
+    def __init__(self, port: int, *replies: Reply, scheme: str = "http") -> None:
         self.port = port
+        self._scheme = scheme
         self.asked: list[Asked] = []
         self._replies = list(replies)
 
     def url(self, path: str = "/file.png", *, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.port}{path}"
+        return f"{self._scheme}://{host}:{self.port}{path}"
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -43,10 +45,10 @@ class FarEnd:
 
 
 @asynccontextmanager
-async def far_end(*replies: Reply) -> AsyncIterator[FarEnd]:
+async def far_end(*replies: Reply, tls: ssl.SSLContext | None = None) -> AsyncIterator[FarEnd]:
     """A server of its own, for as long as the block lasts."""
-    end = FarEnd(free_port(), *replies)
-    server = await asyncio.start_server(end.connected, "127.0.0.1", end.port)
+    end = FarEnd(free_port(), *replies, scheme="https" if tls else "http")
+    server = await asyncio.start_server(end.connected, "127.0.0.1", end.port, ssl=tls)
     try:
         yield end
     finally:

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from tests.delivering.conftest import endpoint
 from tests.deploy.tls import certificate_for_localhost
 from tests.support.endpoint import SECRET, Receiver
-from tests.support.waiting import eventually, let_pass
+from tests.support.waiting import cancelled_at, eventually, let_pass
 from tracker.core.clock import utc_now
 from tracker.delivering import addresses
 from tracker.delivering.addresses import Address
@@ -59,6 +59,39 @@ async def test_an_attempt_is_limited_in_time() -> None:
         assert (attempt.status, attempt.error) == (None, "no answer within 0.2 s")
 
 
+async def test_a_cancelled_attempt_keeps_no_connection() -> None:
+    """At whatever moment an attempt is over or interrupted, its connection is closed or used by the
+    next one."""
+    opened = set[asyncio.StreamWriter]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.add(writer)
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                await reader.readexactly(len(BODY))
+                writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 2\r\n\r\nok")
+        opened.remove(writer)
+        writer.close()
+
+    async def cancelled(number: int) -> None:
+        await cancelled_at(number, one.send(message))
+
+    async with Receiver() as receiver:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with client(receiver, url=url) as one:
+            message = Claim("msg_1", BODY, utc_now())
+            for number in range(1, 80):
+                sending = asyncio.create_task(cancelled(number))
+                await asyncio.wait([sending])
+                assert (await one.send(message)).delivered
+                await eventually(lambda: len(opened) <= 1, timeout=5)
+                if not sending.cancelled():
+                    break
+            assert 5 < number < 79
+        server.close()
+
+
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 OnHead = Callable[[httpx.Response], Awaitable[None]]
 
@@ -80,7 +113,7 @@ async def answered(answer: Answer, on_head: OnHead | None = None) -> Attempt:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with client(receiver, url=url, answer_seconds=30.0) as one:
-            one._http.event_hooks = {"response": [on_head] if on_head else []}
+            one._http.current.event_hooks = {"response": [on_head] if on_head else []}
             attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         server.close()
         return attempt

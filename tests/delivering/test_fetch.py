@@ -4,6 +4,8 @@ import asyncio
 import gzip
 import hashlib
 import json
+import os
+import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.delivering.far_end import Asked, Reply, answer, far_end, ranged
+from tests.deploy.tls import certificate_for_localhost
 from tests.support.waiting import eventually, free_port, let_pass
 from tracker.delivering.addresses import LinkRefused, MediaError, MediaUnavailable
 from tracker.delivering.fetch import ATTEMPTS, Fetcher, OnBytes
@@ -37,10 +40,10 @@ async def fetch(tmp_path: Path, waits: list[float]) -> Fetch:
 
     async def fetch_one(link: str, *, on_bytes: OnBytes | None = None, **options: Any) -> Any:
         given: dict[str, Any] = {"allow_private": True, "stall": 30.0, "sleep": no_wait}
-        async with Fetcher(**(given | options)) as fetcher:
-            return await fetcher.fetch(
-                link, tmp_path, "file", output_type="imageUrl", on_bytes=on_bytes
-            )
+        fetcher = Fetcher(**(given | options))
+        return await fetcher.fetch(
+            link, tmp_path, "file", output_type="imageUrl", on_bytes=on_bytes
+        )
 
     return fetch_one
 
@@ -391,6 +394,27 @@ async def test_a_slow_file_that_comes_on_is_whole_in_the_end(fetch: Fetch) -> No
         assert (await fetch(end.url(), stall=60.0, on_bytes=on_bytes)).size == len(big)
     assert passed > 2 * 60
     assert len(end.asked) == 1
+
+
+async def test_a_damaged_record_is_a_cut(
+    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the machines between damage is no fault of the file or the disk: it is fetched on."""
+    certificate, key = certificate_for_localhost(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+
+    async def damaged(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(BODY[:30_000], length=len(BODY), etag='"one"'))
+        await writer.drain()
+        record = b"\x17\x03\x03\x00\x20" + bytes(32)
+        os.write(writer.get_extra_info("socket").fileno(), record)
+        await asyncio.sleep(60)
+
+    async with far_end(damaged, ranged(BODY, tag='"one"'), tls=tls) as end:
+        fetched = await fetch(end.url(host="localhost"))
+    assert (fetched.resumed, fetched.sha256) == (True, SHA)
 
 
 async def test_a_server_that_is_away_is_tried_again(fetch: Fetch, waits: list[float]) -> None:

@@ -49,8 +49,8 @@ async def test_what_is_written_is_for_its_owner_alone(umask: None, tmp_path: Pat
     """Downloads, parts of them, manifests, results and the database, with all that is beside it."""
     folder = tmp_path / "new" / "downloads"
     with DownloadDirectory(folder) as directory:
-        async with far_end(answer(b"abc")) as end, Fetcher(allow_private=True) as fetcher:
-            await fetcher.fetch(end.url(), folder, "run_1.a")
+        async with far_end(answer(b"abc")) as end:
+            await Fetcher(allow_private=True).fetch(end.url(), folder, "run_1.a")
         directory.add(entry())
         part = PartialFile(folder, "run_1.b")
         part.start(ResumeKey("https://a.test/b", '"1"'))

@@ -1,6 +1,7 @@
 """Events are delivered to endpoints: signed, at least once, each endpoint apart."""
 
 import asyncio
+import ssl
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 from sqlalchemy import Connection, event, update
 
@@ -286,6 +288,24 @@ async def test_one_endpoint_delays_no_other(open_worker: OpenWorker) -> None:
         for receiver in (silent, slow):
             assert receiver.most_open <= 20
         assert len(silent.got) == 20
+
+
+async def test_many_endpoints_are_ready_at_once(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the authorities that are trusted takes longer than all else: that is done once."""
+    made, create = [], httpx.create_ssl_context
+
+    def counted(verify: Any = True, **options: Any) -> ssl.SSLContext:
+        if verify is True:
+            made.append(options)
+        return create(verify, **options)
+
+    for module in (httpx, httpx._transports.default):
+        monkeypatch.setattr(module, "create_ssl_context", counted)
+    async with Receiver() as receiver:
+        await open_worker(*(endpoint(receiver, f"shop-{number}") for number in range(5)))
+    assert len(made) == 1
 
 
 async def test_gone_disables_until_it_is_enabled(open_worker: OpenWorker) -> None:

@@ -2,17 +2,14 @@
 
 import asyncio
 import json
-import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.flora.far_end import run_payload, settle
-from tests.support.waiting import eventually, free_port, let_pass
+from tests.support.waiting import cancelled_at, eventually, free_port, let_pass
 from tracker.core.errors import FloraRefusal, FloraUnreachable
 from tracker.flora.client import FloraClient
 
@@ -214,27 +211,6 @@ async def test_no_proxy_sees_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
     async with server(fine) as (base, requests), flora_at(base) as flora:
         await flora.get_any_run("run_1")
     assert len(requests) == 1
-
-
-@types.coroutine
-def cancelled_at(number: int, work: Coroutine[Any, Any, object]) -> Iterator[Any]:
-    """`work`, in a task that is cancelled while it waits for the n-th time."""
-    task, loop, count = asyncio.current_task(), asyncio.get_running_loop(), 0
-    assert task is not None
-    step: Callable[[], Any] = partial(work.send, None)
-    while True:
-        try:
-            waiting = step()
-        except StopIteration:
-            return
-        count += 1
-        if count == number:
-            loop.call_soon(task.cancel)
-        try:
-            yield waiting
-            step = partial(work.send, None)
-        except BaseException as error:
-            step = partial(work.throw, error)
 
 
 async def test_a_cancelled_request_leaves_room_for_others() -> None:

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -44,7 +45,7 @@ async def files() -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
     """
     here = _ToTestServer()
     fetcher = Fetcher(max_bytes=LARGEST, stall=2.0, connect=2.0, sleep=_no_wait)
-    fetcher._http._transport = here
+    fetcher._new_http = partial(httpx.AsyncClient, transport=here)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
@@ -56,8 +57,7 @@ async def files() -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
             for path in folder.iterdir():
                 path.unlink()
 
-        async with fetcher:
-            yield check
+        yield check
 
 
 def _raw_answer(answer: bytes) -> bytes:

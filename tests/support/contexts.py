@@ -25,3 +25,4 @@ def one_context(verify: Any = True, **options: Any) -> ssl.SSLContext:
 def share_context() -> None:
     """Let clients have it from now on."""
     httpx._transports.default.create_ssl_context = one_context
+    httpx.create_ssl_context = one_context

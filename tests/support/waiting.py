@@ -8,9 +8,11 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -154,3 +156,24 @@ def free_port() -> int:
             except OSError:
                 continue
         return port
+
+
+@types.coroutine
+def cancelled_at(number: int, work: Coroutine[Any, Any, object]) -> Iterator[Any]:
+    """`work`, in a task that is cancelled while it waits for the n-th time."""
+    task, loop, count = asyncio.current_task(), asyncio.get_running_loop(), 0
+    assert task is not None
+    step: Callable[[], Any] = partial(work.send, None)
+    while True:
+        try:
+            waiting = step()
+        except StopIteration:
+            return
+        count += 1
+        if count == number:
+            loop.call_soon(task.cancel)
+        try:
+            yield waiting
+            step = partial(work.send, None)
+        except BaseException as error:
+            step = partial(work.throw, error)

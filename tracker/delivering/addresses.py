@@ -8,6 +8,7 @@ name itself.
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
@@ -110,7 +111,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     The Host header and TLS keep the host name, so certificates are verified as usual. Connections
     are not reused, because two hosts at one address must not share one; `one_host` promises that
     all requests go to the same host. Errors name `what` was refused, and the `permission` for
-    private addresses.
+    private addresses. `tls` has the authorities that are trusted.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         *,
         allow_private: bool = False,
         resolver: Resolver = resolve,
+        tls: ssl.SSLContext | None = None,
         one_host: bool = False,
         what: str = "the link",
         permission: str = "--allow-private",
@@ -128,6 +130,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self._permission = permission
         # The environment only decides which certificate authorities are trusted.
         self._inner = httpx.AsyncHTTPTransport(
+            verify=tls or True,
             limits=httpx.Limits(
                 max_connections=None,
                 max_keepalive_connections=None if one_host else 0,
@@ -187,7 +190,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             raise MediaUnavailable(f"the name {host} cannot be resolved") from exc
 
 
-def connect_failure(error: httpx.TransportError) -> str | None:
+def connect_failure(error: Exception) -> str | None:
     """Why no connection was made, without the address; `None` if there was one."""
     match error:
         case httpx.ConnectTimeout():

@@ -339,12 +339,10 @@ class Downloader:
                     on_result(result)
 
         with DownloadDirectory(options.to) as directory:
-            async with Fetcher(
-                allow_private=options.allow_private, max_bytes=options.max_bytes
-            ) as fetcher:
-                saver = OutputSaver(directory, fetcher, self.clock)
-                saving = [save_all(saver) for _ in range(options.concurrency)]
-                await run_all([find_jobs(), *saving])
+            fetcher = Fetcher(allow_private=options.allow_private, max_bytes=options.max_bytes)
+            saver = OutputSaver(directory, fetcher, self.clock)
+            saving = [save_all(saver) for _ in range(options.concurrency)]
+            await run_all([find_jobs(), *saving])
         report.results.sort(key=lambda one: order.get(one.job.key, -1))
 
 
@@ -394,8 +392,8 @@ async def batch_archive(
     pipe = _Pipe()
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flora-zip-")))
-        fetcher = await stack.enter_async_context(
-            Fetcher(allow_private=allow_private, max_bytes=ZIP_FILE_BYTES, attempts=ZIP_ATTEMPTS)
+        fetcher = Fetcher(
+            allow_private=allow_private, max_bytes=ZIP_FILE_BYTES, attempts=ZIP_ATTEMPTS
         )
         archive = zipfile.ZipFile(cast(IO[bytes], pipe), "w")
 

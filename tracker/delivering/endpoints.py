@@ -6,9 +6,9 @@ requests: returning delivers a message, an exception is a failed attempt.
 """
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -32,7 +32,7 @@ from tracker.delivering.addresses import (
     connect_failure,
     resolve,
 )
-from tracker.flora.http import NoCookies, retry_after_of
+from tracker.flora.http import CONNECTION_ERRORS, NoCookies, ReplaceableClient, retry_after_of
 from tracker.store.engine import dump_json
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.writing.messages import Attempt, Claim
@@ -103,7 +103,7 @@ class EndpointClient:
     """Sends messages to one endpoint, whose secrets may be replaced.
 
     Redirects are not followed, and the environment's proxies are not used. `answer_seconds` limits
-    an attempt.
+    an attempt. Clients may share a `tls` context, which takes long to make.
     """
 
     def __init__(
@@ -113,30 +113,37 @@ class EndpointClient:
         clock: Clock,
         resolver: Resolver | None = None,
         answer_seconds: float = ANSWER_SECONDS,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.most_open = MOST_OPEN
         self._clock = clock
         self._seconds = answer_seconds
-        self._http = httpx.AsyncClient(
-            transport=GuardedTransport(
-                allow_private=endpoint.allow_private,
-                resolver=resolver or EndpointResolver(),
-                one_host=True,
-                what="the endpoint",
-                permission="allow_private = true",
-            ),
-            headers={
-                "accept": "*/*",
-                "accept-encoding": "identity",
-                "content-type": "application/json",
-                "user-agent": f"flora-run-tracker/{__version__}",
-            },
-            cookies=NoCookies(),
-            timeout=None,  # noqa: S113 - `send` limits the whole attempt
-            follow_redirects=False,
-            trust_env=False,
-        )
+        resolver, tls = resolver or EndpointResolver(), tls or httpx.create_ssl_context()
+
+        def new_http() -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                transport=GuardedTransport(
+                    allow_private=endpoint.allow_private,
+                    resolver=resolver,
+                    tls=tls,
+                    one_host=True,
+                    what="the endpoint",
+                    permission="allow_private = true",
+                ),
+                headers={
+                    "accept": "*/*",
+                    "accept-encoding": "identity",
+                    "content-type": "application/json",
+                    "user-agent": f"flora-run-tracker/{__version__}",
+                },
+                cookies=NoCookies(),
+                timeout=None,  # noqa: S113 - `send` limits the whole attempt
+                follow_redirects=False,
+                trust_env=False,
+            )
+
+        self._http = ReplaceableClient(new_http)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -149,15 +156,17 @@ class EndpointClient:
         response: httpx.Response | None = None
         answer, error = "", None
         try:
-            async with asyncio.timeout(self._seconds):
-                request = self._http.build_request(
+            async with (
+                asyncio.timeout(self._seconds),
+                self._http.for_request() as http,
+                http.stream(
                     "POST", self.endpoint.url, content=content, headers=headers
-                )
-                response = await self._http.send(request, stream=True)
+                ) as response,
+            ):
                 answer = await _beginning(response)
         except TimeoutError:
             error = f"no answer within {self._seconds:g} s"
-        except httpx.TransportError as exc:
+        except CONNECTION_ERRORS as exc:
             error = connect_failure(exc) or "the connection was cut"
         except TrackerError as exc:  # the address is refused, or cannot be resolved
             error = str(exc)
@@ -165,8 +174,6 @@ class EndpointClient:
         seconds = time.monotonic() - began
         if response is None:
             return Attempt(at=at, seconds=seconds, error=error)
-        with suppress(httpx.TransportError):
-            await response.aclose()
         # The status decides, also where the rest of the answer does not come.
         return Attempt(
             at=at,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from mimetypes import MimeTypes
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -30,7 +30,13 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
-from tracker.flora.http import NoCookies, http_date, is_bounded, retry_after_of
+from tracker.flora.http import (
+    CONNECTION_ERRORS,
+    NoCookies,
+    http_date,
+    is_bounded,
+    retry_after_of,
+)
 
 MAX_BYTES: Final = 2 * 1024**3
 ATTEMPTS: Final = 5
@@ -66,7 +72,7 @@ OnComplete = Callable[[FetchedFile], None]
 
 
 class Fetcher:
-    """Fetches files. Used as `async with Fetcher() as fetcher`.
+    """Fetches files.
 
     `allow_private` permits links into this network or machine. `stall` is how many seconds a
     connection may make no progress, `connect` how many seconds connecting may take. A file is given
@@ -88,24 +94,25 @@ class Fetcher:
         self._attempts = attempts
         self._stall = stall
         self._sleep = sleep
-        self._http = httpx.AsyncClient(
-            transport=GuardedTransport(allow_private=allow_private, resolver=resolver),
-            headers={
-                "accept": "*/*",
-                "accept-encoding": "identity",  # so that sizes can be checked and parts resumed
-                "user-agent": f"flora-run-tracker/{__version__}",
-            },
-            cookies=NoCookies(),
-            timeout=httpx.Timeout(stall, connect=connect, pool=None),
-            follow_redirects=False,
-            trust_env=False,
-        )
+        tls = httpx.create_ssl_context()
 
-    async def __aenter__(self) -> Self:
-        return self
+        def new_http() -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                transport=GuardedTransport(allow_private=allow_private, resolver=resolver, tls=tls),
+                headers={
+                    "accept": "*/*",
+                    "accept-encoding": "identity",  # so that sizes can be checked and parts resumed
+                    "user-agent": f"flora-run-tracker/{__version__}",
+                },
+                cookies=NoCookies(),
+                timeout=httpx.Timeout(stall, connect=connect, pool=None),
+                follow_redirects=False,
+                trust_env=False,
+            )
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        # One for each attempt: a request that is cancelled may leave a connection (see
+        # `ReplaceableClient`), and none is used twice anyway.
+        self._new_http = new_http
 
     async def fetch(
         self,
@@ -163,10 +170,11 @@ class Fetcher:
         left = await asyncio.to_thread(part.resumable)
         async with AsyncExitStack() as stack:
             try:
-                response = await self._open(link, left, stack)
+                http = await stack.enter_async_context(self._new_http())
+                response = await self._open(http, link, left, stack)
                 resumed, total = await self._begin(link, response, part, left)
                 await self._receive(response, part, total, on_bytes)
-            except httpx.TransportError as exc:
+            except CONNECTION_ERRORS as exc:
                 raise MediaUnavailable(_connection_error(exc, part.size)) from exc
             except (httpx.InvalidURL, UnicodeError) as exc:
                 raise LinkRefused("the link is not a URL") from exc
@@ -175,10 +183,14 @@ class Fetcher:
         return response, resumed
 
     async def _open(
-        self, link: str, left: tuple[ResumeKey, int] | None, stack: AsyncExitStack
+        self,
+        http: httpx.AsyncClient,
+        link: str,
+        left: tuple[ResumeKey, int] | None,
+        stack: AsyncExitStack,
     ) -> httpx.Response:
         """The response after redirects; asks for the remaining bytes if the file is resumable."""
-        request: httpx.Request | None = self._http.build_request("GET", link)
+        request: httpx.Request | None = http.build_request("GET", link)
         if request is not None and left is not None and left[0].link == _without_query(request.url):
             request.headers["range"] = f"bytes={left[1]}-"
             request.headers["if-range"] = left[0].validator
@@ -187,7 +199,7 @@ class Fetcher:
                 break
             try:
                 async with asyncio.timeout(self._stall):
-                    response = await self._http.send(request, stream=True)
+                    response = await http.send(request, stream=True)
             except TimeoutError as exc:
                 raise MediaUnavailable(f"no answer within {self._stall:g} s") from exc
             if not response.has_redirect_location:
@@ -300,7 +312,7 @@ def _pause(fruitless: int, retry_after: float | None) -> float:
     return wait * random.uniform(0.8, 1.0)
 
 
-def _connection_error(error: httpx.TransportError, size: int) -> str:
+def _connection_error(error: Exception, size: int) -> str:
     """What happened to the connection, without the link, which may be signed."""
     if failure := connect_failure(error):
         return failure

@@ -17,6 +17,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
+import httpx
+
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
@@ -137,9 +139,10 @@ class Webhooks:
             log.warning("outbox.not_configured", error=str(error), advice="it is tried again")
         draining = repeat("outbox", self._drain_next, is_over=lambda: self._stopping)
         self._task = asyncio.create_task(draining, name="outbox")
+        tls = httpx.create_ssl_context() if self._endpoints else None
         for endpoint_id, endpoint in self._endpoints.items():
             client = self._clients[endpoint_id] = EndpointClient(
-                endpoint, clock=self.clock, answer_seconds=self.times.answer
+                endpoint, clock=self.clock, answer_seconds=self.times.answer, tls=tls
             )
             self._senders[endpoint_id] = _Sender(self, endpoint_id, client, self.times.lease)
         for name, handler in self._handlers.items():

@@ -13,9 +13,7 @@ Redirects are never followed: the key is sent to one origin only.
 import asyncio
 import random
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -35,7 +33,7 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.flora import parse
-from tracker.flora.http import http_date, is_bounded, retry_after_of
+from tracker.flora.http import ReplaceableClient, http_date, is_bounded, retry_after_of
 from tracker.flora.parse import decode
 from tracker.flora.resilience import OWN_WAITS, Breaker, Contact, RequestLimit, SharedWaits
 
@@ -160,9 +158,7 @@ class Caller:
     `find_new_key` is called if FLORA refuses the key, and may replace it: the request is then sent
     once more. `traced` means that the transport reports when a request is written.
 
-    `new_http` makes a client of httpx, `http` is the one for new requests. It is replaced when a
-    request is cancelled: at many moments of a request, httpcore then counts its connection as busy
-    for ever, and a pool without a free one lets every later request wait in vain.
+    `new_http` makes a client of httpx, `http` is the one for new requests: see `ReplaceableClient`.
 
     `breaker` is open while FLORA refuses the key, `contact` says whether FLORA answers.
     `clock_offset` is FLORA's clock minus ours, `request_id` the id of the last answer, for its
@@ -185,9 +181,7 @@ class Caller:
     largest_answer: int = LARGEST_ANSWER
 
     def __post_init__(self, concurrency: int, shared_waits: SharedWaits) -> None:
-        self.http = self.new_http()
-        self._requests = Counter[httpx.AsyncClient]()
-        """How many requests each client is sending."""
+        self._client = ReplaceableClient(self.new_http, is_fixed=not self.traced)
         self.request_limit = RequestLimit(
             concurrency,
             monotonic=self.monotonic,
@@ -200,6 +194,10 @@ class Caller:
         self.clock_offset: timedelta | None = None
         self.request_id: str | None = None
         self._calls: list[_Progress] = []
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        return self._client.current
 
     @property
     def wait(self) -> Wait | None:
@@ -287,7 +285,7 @@ class Caller:
             more["timeout"] = httpx.Timeout(call.answer_seconds, connect=timeout.connect)
         try:
             async with (
-                self._client() as http,
+                self._client.for_request() as http,
                 http.stream(
                     call.method, call.url, headers=call.headers, content=call.content, **more
                 ) as response,
@@ -330,31 +328,9 @@ class Caller:
             contact=self.contact,
         )
 
-    @asynccontextmanager
-    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """The client for one request, which is replaced if that is cancelled."""
-        http = self.http
-        self._requests[http] += 1
-        try:
-            yield http
-        except asyncio.CancelledError:
-            if self.traced and http is self.http and not http.is_closed:
-                self.http = self.new_http()
-                self.http.headers, self.http.event_hooks = http.headers, http.event_hooks
-            raise
-        finally:
-            self._requests[http] -= 1
-            if not self._requests[http]:
-                del self._requests[http]
-                if http is not self.http:
-                    # Also if the caller is cancelled again: the rest would stay open.
-                    await asyncio.shield(http.aclose())
-
     async def aclose(self) -> None:
         """Close all connections, those of requests under way too."""
-        # The present one first: it is not replaced any more.
-        for http in (self.http, *self._requests):
-            await http.aclose()
+        await self._client.aclose()
 
     async def _trace(self, call: FloraCall, progress: _Progress, event: str, info: Any) -> None:
         """Called by the transport as it sends the request."""

@@ -1,12 +1,22 @@
-"""What HTTP clients of the tracker share: the waits that answers ask for, and what they refuse."""
+"""What HTTP clients of the tracker share: the waits that answers ask for, what they refuse, and how
+they are replaced."""
 
+import asyncio
 import re
-from collections.abc import Mapping
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar
 from typing import Final
 
+import httpx
+
+CONNECTION_ERRORS: Final = (httpx.TransportError, ssl.SSLError)
+"""What httpx raises where no answer comes, or only a part of it. It does not translate that a TLS
+record is damaged."""
 LONGEST_WAIT: Final = 60.0
 """The longest wait, in seconds, that an answer can impose."""
 _NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
@@ -61,3 +71,46 @@ class NoCookies(CookieJar):
 
     def extract_cookies(self, response: object, request: object) -> None:
         """Keep nothing of the response."""
+
+
+class ReplaceableClient:
+    """A client of httpx, which is replaced when a request is cancelled.
+
+    At many moments of a request, httpcore then keeps its connection open and counts it as busy for
+    ever (https://github.com/encode/httpcore/issues/1093). `new` makes a client; the `current` one
+    is for new requests. One that was replaced is closed when its last request ends. With
+    `is_fixed`, as for a transport that all clients share, none is replaced.
+    """
+
+    def __init__(self, new: Callable[[], httpx.AsyncClient], *, is_fixed: bool = False) -> None:
+        self.current = new()
+        self._new = new
+        self._is_fixed = is_fixed
+        self._requests = Counter[httpx.AsyncClient]()
+        """How many requests each client is sending."""
+
+    @asynccontextmanager
+    async def for_request(self) -> AsyncIterator[httpx.AsyncClient]:
+        """The client for one request."""
+        http = self.current
+        self._requests[http] += 1
+        try:
+            yield http
+        except asyncio.CancelledError:
+            if not self._is_fixed and http is self.current and not http.is_closed:
+                self.current = self._new()
+                self.current.headers, self.current.event_hooks = http.headers, http.event_hooks
+            raise
+        finally:
+            self._requests[http] -= 1
+            if not self._requests[http]:
+                del self._requests[http]
+                if http is not self.current:
+                    # Also if the caller is cancelled again: the rest would stay open.
+                    await asyncio.shield(http.aclose())
+
+    async def aclose(self) -> None:
+        """Close all connections, those of requests under way too."""
+        # The present one first: it is not replaced any more.
+        for http in (self.current, *self._requests):
+            await http.aclose()
