@@ -1,11 +1,17 @@
 """Where a link may lead."""
 
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
 
 import httpx
 import pytest
 
-from tests.delivering.far_end import answer, far_end
+from tests.delivering.far_end import FarEnd, answer, far_end
+from tests.support.waiting import close_server, free_port
+from tracker.delivering import addresses
 from tracker.delivering.addresses import (
     Address,
     GuardedTransport,
@@ -106,6 +112,50 @@ async def test_a_name_with_several_addresses_is_tried_at_each() -> None:
         url = end.url("/", host="two.example")
         resolver = fixed("127.0.0.2", "127.0.0.1")
         assert await send(url, allow_private=True, resolver=resolver) == 200
+
+
+@contextmanager
+def silent(address: str, port: int) -> Iterator[socket.socket]:
+    """A socket that takes no connections: they are neither accepted nor refused."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket())
+        listening.bind((address, port))
+        listening.listen(0)
+        for _ in range(3):  # more than may wait
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((address, port))
+        yield listening
+
+
+async def test_an_address_that_is_silent_costs_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one is tried then, and next time the one that was reached comes first."""
+    monkeypatch.setattr(addresses, "ADDRESS_SECONDS", 0.2)
+    transport = GuardedTransport(allow_private=True, resolver=fixed("127.0.0.2", "127.0.0.1"))
+    async with (
+        far_end(answer(b"")) as end,
+        httpx.AsyncClient(transport=transport, timeout=60) as client,
+        asyncio.timeout(30),
+    ):
+        with silent("127.0.0.2", end.port):
+            url = end.url("/", host="two.example")
+            assert (await client.get(url)).status_code == 200
+            monkeypatch.setattr(addresses, "ADDRESS_SECONDS", 60.0)
+            assert (await client.get(url)).status_code == 200
+
+
+async def test_an_address_that_is_only_slow_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no other one is there, it has all the time of the request."""
+    monkeypatch.setattr(addresses, "ADDRESS_SECONDS", 0.05)
+    end = FarEnd(free_port(), answer(b""))
+    with silent("127.0.0.1", end.port) as listening:
+        url, resolver = end.url("/", host="slow.example"), fixed("127.0.0.1", "127.0.0.2")
+        sending = asyncio.create_task(send(url, allow_private=True, resolver=resolver))
+        await asyncio.sleep(0.2)
+        assert not sending.done()
+        server = await asyncio.start_server(end.connected, sock=listening)
+        assert await sending == 200
+        await close_server(server)
 
 
 async def test_a_name_that_does_not_resolve_may_do_so_later() -> None:

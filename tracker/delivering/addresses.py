@@ -25,6 +25,8 @@ Resolver = Callable[[str, int], Awaitable[list[Address]]]
 
 RESOLVE_SECONDS: Final = 10.0
 UNREACHED: Final = "the server cannot be reached"
+ADDRESS_SECONDS: Final = 3.0
+"""How long connecting to one of several addresses may take, before the next is tried."""
 KEEP_SECONDS: Final = 2.0
 """How long an idle connection is kept: shorter than any server does."""
 _PORTS: Final = {"http": 80, "https": 443}
@@ -128,6 +130,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self._resolve = resolver
         self._what = what
         self._permission = permission
+        self._reached: Address | None = None
         # The environment only decides which certificate authorities are trusted.
         self._inner = httpx.AsyncHTTPTransport(
             verify=tls or True,
@@ -142,20 +145,39 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         """Send a request. Raises `LinkRefused` before anything is sent, and httpx's errors."""
         host = request.url.raw_host.decode("ascii")
         addresses = await self._addresses(request.url)
-        for number, address in enumerate(addresses, start=1):
-            pinned = httpx.Request(
-                request.method,
-                request.url.copy_with(host=str(address)),
-                headers=request.headers,
-                stream=request.stream,
-                extensions={**request.extensions, "sni_hostname": host},
-            )
+        if not addresses:
+            raise MediaUnavailable(f"the name {host} has no address")
+        addresses.sort(key=lambda address: address != self._reached)
+        last = addresses[-1]
+        for address in addresses if len(addresses) > 1 else ():
             try:
-                return await self._inner.handle_async_request(pinned)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
-                if number == len(addresses):
-                    raise
-        raise MediaUnavailable(f"the name {host} has no address")
+                return await self._send_to(address, request, ADDRESS_SECONDS)
+            except httpx.ConnectTimeout:
+                last = address  # it may only be slow
+            except httpx.ConnectError:
+                pass
+        return await self._send_to(last, request)
+
+    async def _send_to(
+        self, address: Address, request: httpx.Request, seconds: float | None = None
+    ) -> httpx.Response:
+        """Send a request to that address; connecting may take so many seconds, or as long as the
+        request says."""
+        extensions = {**request.extensions, "sni_hostname": request.url.raw_host.decode("ascii")}
+        if seconds is not None:
+            timeout = request.extensions["timeout"]
+            limit = min(seconds, timeout["connect"] or seconds)
+            extensions["timeout"] = {**timeout, "connect": limit}
+        pinned = httpx.Request(
+            request.method,
+            request.url.copy_with(host=str(address)),
+            headers=request.headers,
+            stream=request.stream,
+            extensions=extensions,
+        )
+        response = await self._inner.handle_async_request(pinned)
+        self._reached = address
+        return response
 
     async def aclose(self) -> None:
         await self._inner.aclose()
