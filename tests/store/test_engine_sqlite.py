@@ -11,15 +11,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, event, func, insert, select, text
 
 from tests.store.making import callback, open_writer, receipts, taken_again
 from tests.support.databases import copy_sqlite
 from tests.support.waiting import eventually
+from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.errors import translate
+from tracker.store.schema import leases
 from tracker.store.url import DatabaseTimes
 
 
@@ -330,3 +332,40 @@ async def test_a_reader_that_is_cancelled_twice_leaves_nothing_that_waits(
             await reading
         go_on.set()
         await eventually(lambda: asyncio.all_tasks() == before)
+
+
+_COUNTING = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, 1000])
+async def test_every_row_of_a_query_is_read_however_many_there_are(
+    sqlite_url: str, rows: int
+) -> None:
+    """The first come with the statement, the others on their own."""
+    async with await Database.open(sqlite_url) as db:
+        found = await db.fetchcol(text(f"{_COUNTING} LIMIT {rows}"))
+    assert found == list(range(1, rows + 1))
+
+
+async def test_a_stream_reads_what_it_is_asked_for(sqlite_url: str) -> None:
+    """Here there is no end of rows."""
+    found: list[int] = []
+    async with await Database.open(sqlite_url) as db, db.read() as connection:
+        async with connection.stream(text(_COUNTING).execution_options(yield_per=100)) as result:
+            async for row in result:
+                found.append(row[0])
+                if len(found) == 1000:
+                    break
+        assert (await connection.execute(text("SELECT 1"))).scalar() == 1
+    assert found == list(range(1, 1001))
+
+
+async def test_a_block_reads_one_snapshot(sqlite_url: str) -> None:
+    """It is the one of its first query, whatever is committed after that."""
+    count = select(func.count()).select_from(leases)
+    async with await Database.open(sqlite_url) as db:
+        async with db.read() as connection:
+            before = (await connection.execute(count)).scalar()
+            await db.execute(insert(leases).values(name="a", holder="b", until=utc_now()))
+            assert (await connection.execute(count)).scalar() == before
+        assert await db.fetchval(count) == before + 1

@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
 from weakref import WeakSet
 
@@ -219,21 +219,22 @@ def sqlite_read_engine(url: DatabaseUrl, file: SqliteFile, **options: Any) -> As
     engine = create_async_engine(
         _file_url("sqlite+aiosqlite", url),
         pool_timeout=url.times.long_busy,
-        connect_args=_creator(url.times.long_busy, "PRAGMA query_only=ON"),
+        connect_args=_creator(url.times.long_busy, "PRAGMA query_only=ON", is_reader=True),
         **options,
     )
-    _begin(engine.sync_engine, "BEGIN")
     _check_file(engine.sync_engine, file)
     return engine
 
 
-def _creator(busy_seconds: float, *pragmas: str) -> dict[str, Any]:
-    """How SQLAlchemy opens a connection of aiosqlite."""
+def _creator(busy_seconds: float, *pragmas: str, is_reader: bool = False) -> dict[str, Any]:
+    """How SQLAlchemy opens a connection of aiosqlite. A reader's begins its transactions itself."""
     set_up = partial(_set_up, busy_seconds=busy_seconds, pragmas=pragmas)
-    return {"async_creator_fn": partial(_open, set_up)}
+    return {"async_creator_fn": partial(_open, set_up, is_reader)}
 
 
-async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **options: Any) -> Any:
+async def _open(
+    set_up: Callable[[sqlite3.Connection], None], is_reader: bool, *place: Any, **options: Any
+) -> Any:
     """A connection of aiosqlite, set up in its thread. If the caller is cancelled it is closed,
     which aiosqlite itself, and SQLAlchemy for an event, would leave to the garbage collector."""
     made: list[sqlite3.Connection] = []
@@ -252,6 +253,7 @@ async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **opt
         return connection
 
     opening = _connection_class()(connect, iter_chunk_size=64)
+    opening.is_reader = is_reader
     opening._thread.daemon = True  # as SQLAlchemy would
     try:
         return await opening
@@ -271,6 +273,8 @@ def _connection_class() -> Any:
         """Stops its thread once. Whoever is cancelled while SQLAlchemy closes a connection stops it
         at once, and the closing that still runs would wait for ever for a thread that has ended."""
 
+        is_reader = False
+
         async def close(self) -> None:
             if self._running:
                 await super().close()
@@ -278,8 +282,72 @@ def _connection_class() -> Any:
         def stop(self) -> asyncio.Future[Any] | None:
             return super().stop() if self._running else None
 
+        def cursor(self) -> Any:
+            return _Cursor(self)
+
     return SqliteConnection
 
+
+class _Cursor:
+    """A cursor for SQLAlchemy, which opens one, executes, fetches and closes. aiosqlite's own waits
+    for the connection's thread four times then, and each time costs more than most queries: this
+    one waits for it once, unless there are many rows."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._cursor: sqlite3.Cursor | None = None  # where rows are left to read
+        self._rows: list[Any] = []
+        self.description: Any = None
+        self.rowcount = -1
+        self.lastrowid: int | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def execute(self, statement: str, values: Sequence[Any] = ()) -> None:
+        def run() -> None:
+            driver = self._connection._conn
+            if self._connection.is_reader and not driver.in_transaction:
+                driver.execute("BEGIN")
+            cursor = driver.cursor().execute(statement, values)
+            self._rows = cursor.fetchmany(_FIRST_ROWS)
+            self._note(cursor)
+
+        await self._connection._execute(run)
+
+    async def executemany(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        await self._connection._execute(
+            lambda: self._note(self._connection._conn.cursor().executemany(statement, rows))
+        )
+
+    def _note(self, cursor: sqlite3.Cursor) -> None:
+        self.description = cursor.description
+        self.rowcount, self.lastrowid = cursor.rowcount, cursor.lastrowid
+        if len(self._rows) == _FIRST_ROWS:
+            self._cursor = cursor
+        else:
+            cursor.close()
+
+    async def fetchmany(self, size: int) -> list[Any]:
+        """The next rows, `size` at most."""
+        rows, self._rows = self._rows[:size], self._rows[size:]
+        if self._cursor and len(rows) < size:
+            rows += await self._connection._execute(self._cursor.fetchmany, size - len(rows))
+        return rows
+
+    async def fetchall(self) -> list[Any]:
+        """All rows that are left."""
+        rows, self._rows = self._rows, []
+        if self._cursor:
+            rows += await self._connection._execute(self._cursor.fetchall)
+        return rows
+
+    async def close(self) -> None:
+        if self._cursor:
+            await self._connection._execute(self._cursor.close)
+
+
+_FIRST_ROWS: Final = 256
 
 _ABANDONED: Final[WeakSet[Thread]] = WeakSet()
 """Threads of abandoned connections. Each calls back into the event loop before it ends."""
