@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 
 import tracker.errors
 from tests.library.conftest import INPUTS, MakeTracker
@@ -188,6 +189,16 @@ async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simul
             await tracker.receive_callback(body + b" ", headers)
         with pytest.raises(errors.SignatureError):
             tracker.verify_callback(body, {})
+
+
+def test_several_signature_headers_are_one(make_tracker: MakeTracker, flora: Simulator) -> None:
+    """As `/callbacks/flora` takes them, whichever is the right one."""
+    body = event("run_1")
+    secrets = [flora.world.options.webhook_secret, "whsec_b"]
+    for order in (secrets, secrets[::-1]):
+        pairs = [pair for secret in order for pair in signed(body, secret).items()]
+        raw = [(name.lower().encode(), value.encode()) for name, value in pairs]
+        assert make_tracker().verify_callback(body, Headers(raw=raw)).run_id == "run_1"
 
 
 async def test_a_callback_to_an_address_that_no_start_has_is_stored(

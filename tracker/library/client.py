@@ -355,13 +355,26 @@ class Tracker(BatchCalls):
 
 
 def _signature_headers(body: object, headers: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """`Flora-Signature` and `Flora-Webhook-Id`, whatever the case of their names. Raises
-    `InvalidRequest` for a body that was decoded: the signature covers its bytes."""
+    """`Flora-Signature` and `Flora-Webhook-Id`, whatever the case of their names.
+
+    Several of the former, as a framework's headers may hold, are one with commas (RFC 9110, 5.3).
+    Raises `InvalidRequest` for a body that was decoded: the signature covers its bytes.
+    """
     if not isinstance(body, bytes | bytearray | memoryview):
         kind = type(body).__name__
         raise InvalidRequest(f"body: must be the raw bytes of the request, not {kind}")
-    lower = {name.lower(): value for name, value in valid("headers", dict, headers).items()}
-    return lower.get("flora-signature"), lower.get("flora-webhook-id")
+    signature = webhook_id = None
+    for name, value in valid("headers", _lower_pairs, headers):
+        if name == "flora-signature":
+            signature = value if signature is None else f"{signature},{value}"
+        elif name == "flora-webhook-id":
+            webhook_id = value
+    return signature, webhook_id
+
+
+def _lower_pairs(headers: Any) -> list[tuple[str, str]]:
+    pairs: Any = headers.items() if hasattr(headers, "items") else headers
+    return [(name.lower(), value) for name, value in pairs]
 
 
 async def _sync(services: "Services") -> TrackerError | None:
