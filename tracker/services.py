@@ -28,9 +28,8 @@ from tracker.polling.follow import Follower
 from tracker.polling.poll import Coalescer, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
-from tracker.receiving.apply import Applier
+from tracker.receiving.apply import Applier, Replayer
 from tracker.receiving.receive import Inbox, Receiver
-from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings
 from tracker.settings.values import longest_wait
 from tracker.starting.batches import Batches

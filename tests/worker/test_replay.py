@@ -10,7 +10,7 @@ from tests.support.deliveries import Delivered
 from tracker.core.clock import utc_now
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.flora.callback import sign
-from tracker.receiving.replay import UnknownDelivery
+from tracker.receiving.apply import UnknownDelivery
 from tracker.services import Services, open_services
 from tracker.settings import Settings, WorkspaceSettings
 from tracker.store.queries import runs as read

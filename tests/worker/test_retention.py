@@ -18,7 +18,7 @@ from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
 from tracker.flora.callback import sign
 from tracker.operations.retention import Ages
-from tracker.receiving.replay import APPLIED_BEFORE
+from tracker.receiving.apply import APPLIED_BEFORE
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.rows import Retry

@@ -33,7 +33,7 @@ from tracker.core.record import DeliveryOutcome
 
 if TYPE_CHECKING:
     from tracker.delivering.listen import StreamedEvent
-    from tracker.receiving.replay import Replay
+    from tracker.receiving.apply import Replay
     from tracker.services import Services
     from tracker.store.engine import Database
     from tracker.store.writing.messages import Attempt

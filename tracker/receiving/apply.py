@@ -14,31 +14,34 @@ repeated, several processes may do it at once, and each delivery takes effect on
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from functools import partial
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
-from tracker.core.errors import StoreError
+from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
-from tracker.core.record import TEST_DELIVERY, Delivery, Observed, Record
+from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome, Observed, Record
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.flora.callback import observation_of
+from tracker.flora.callback import delivery_of, observation_of
 from tracker.store.coordination import INBOX
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
-from tracker.store.queries import starts
-from tracker.store.queries.deliveries import finish, quarantine, take_waiting
+from tracker.store.queries import audit, deliveries, runs, starts
+from tracker.store.queries.audit import Action
+from tracker.store.queries.deliveries import DeliveryRow, finish, quarantine, take_waiting
 from tracker.store.queries.starts import StartRow, StartState
+from tracker.store.writing import retention
 from tracker.store.writing.group_commit import OnWrite, call_hook, reported
+from tracker.store.writing.retention import AROUND, ListedRun
 from tracker.store.writing.writer import MergeRules, OnCommit, WriteBatch, WriteOutcome
-from tracker.workspaces import Workspaces
+from tracker.workspaces import Service, Workspaces
 
 SAMPLE_SECONDS: Final = 0.01
 """How long arriving callbacks are counted between two groups."""
@@ -54,7 +57,6 @@ SAMPLES: Final = 100
 """The last commits of the inbox that show whether it is busy."""
 
 log = get_logger(__name__)
-
 
 NO_CHANGE: Final = WriteOutcome([], due=False, changed_runs=[])
 
@@ -162,19 +164,19 @@ def apply_waiting(
     Nothing is committed here. `taken` receives their ids before anything can fail, so that the
     caller can find the one that cannot be applied.
     """
-    deliveries, found = take_waiting(connection, limit, held_up)
-    taken[:] = [delivery.delivery_id for delivery in deliveries]
+    waiting, found = take_waiting(connection, limit, held_up)
+    taken[:] = [delivery.delivery_id for delivery in waiting]
     more = found == limit or len(taken) < found
-    if not deliveries:
+    if not waiting:
         return ApplyResult(0, more, [], NO_CHANGE)
-    parsed = [parse(delivery) for delivery in deliveries]
-    tokens = {one.callback_token for one in deliveries if one.callback_token is not None}
+    parsed = [parse(delivery) for delivery in waiting]
+    tokens = {one.callback_token for one in waiting if one.callback_token is not None}
     starts_by_token = starts.of_tokens(connection, sorted(tokens)) if tokens else {}
     run_ids = {one.observation.run_id for one in parsed if one.observation is not None}
     batch = WriteBatch(connection, run_ids, rules, origin)
     applied: list[str] = []
     quarantined: list[tuple[str, str]] = []
-    for delivery, one in zip(deliveries, parsed, strict=True):
+    for delivery, one in zip(waiting, parsed, strict=True):
         reason, seen = one.reason, one.observation
         if seen is not None:
             reason, is_disputed = one.owner_conflict(batch.record(seen.run_id))
@@ -389,3 +391,145 @@ def _is_caused_by_delivery(error: Exception) -> bool:
     """Whether a delivery of the group causes the error: its run is locked elsewhere, the database
     refuses its values, or it brings out a fault of the tracker. An unavailable database is not."""
     return isinstance(error, StoreBusy | StoreRefused) or not isinstance(error, StoreError)
+
+
+# A quarantined callback is applied again, after an upgrade or when a setting has been corrected, or
+# acknowledged: someone has seen it, and nothing is to be done.
+#
+# Its signature was verified on receipt and is not checked again (its time would be too old). The
+# delivery waits once more, and is applied or quarantined like every other. One whose run has been
+# removed by retention stays quarantined, because it would bring the run back.
+
+APPLIED_BEFORE: Final = "it had been applied before"
+ACKNOWLEDGED_AT_ONCE: Final = 500
+"""Deliveries that one transaction acknowledges."""
+CHECKS: Final = 100
+CHECK_SECONDS: Final = 0.05
+"""How often it is checked whether another process has applied the delivery."""
+
+
+class UnknownDelivery(TrackerError):
+    """No callback of that id is stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """The result of a replay.
+
+    `already` is true if the delivery had been applied before, so that nothing was done. `reason` is
+    why, or why it is still quarantined.
+    """
+
+    delivery_id: str
+    run_id: str | None
+    outcome: DeliveryOutcome | str
+    reason: str | None = None
+    already: bool = False
+
+    @classmethod
+    def of(cls, row: DeliveryRow, reason: str | None, *, already: bool = False) -> Self:
+        """The result that the delivery is in this state."""
+        return cls(
+            delivery_id=row.delivery_id,
+            run_id=row.run_id,
+            outcome=row.outcome,
+            reason=reason,
+            already=already,
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class Replayer(Service):
+    """Applies stored callbacks again, or marks them as seen."""
+
+    applier: Applier
+
+    async def replay(self, delivery_id: str) -> Replay:
+        """Apply a delivery that is waiting, or quarantined and understood now; returns after the
+        commit.
+
+        Raises `UnknownDelivery` and `StoreUnavailable`.
+        """
+        row = await self._row(delivery_id)
+        if row.outcome is DeliveryOutcome.APPLIED:
+            kept = row.run_id is None or await runs.get_run(self.database, row.run_id)
+            gone = "" if kept else "; its run has been deleted"
+            return Replay.of(row, f"{APPLIED_BEFORE}{gone}", already=True)
+        if row.outcome is DeliveryOutcome.QUARANTINED:
+            if row.body is None:
+                return Replay.of(row, "its body was removed by retention")
+            again = self._parse_again(row, row.body)
+            reason = await self._why_not(again)
+            detail = {"delivery_id": delivery_id, "run_id": again.run_id}
+            detail |= {"still_quarantined": reason}
+            entry = audit.entry(Action.REPLAY, self.clock(), **detail)
+            log.info("delivery.replayed", actor=entry["actor"], **detail)
+            if reason is not None:
+                await audit.write(self.database, entry)
+                return Replay.of(row, reason)
+            if not await self.database.write(partial(_requeue, again, entry)):
+                row = await self._row(delivery_id)  # another process was quicker
+                if row.outcome is DeliveryOutcome.APPLIED:
+                    return Replay.of(row, APPLIED_BEFORE, already=True)
+        for _ in range(CHECKS):
+            await self.applier.drain()
+            row = await self._row(delivery_id)
+            if row.outcome is not DeliveryOutcome.WAITING:
+                return Replay.of(row, row.reason)
+            await asyncio.sleep(CHECK_SECONDS)
+        raise StoreUnavailable(f"delivery {delivery_id} waits, and was not applied in time")
+
+    async def acknowledge(self, delivery_ids: Sequence[str]) -> list[str]:
+        """Mark quarantined deliveries as seen: they stay, can be replayed, and are not counted as
+        problems any more. Returns the ids of those that were not acknowledged before.
+
+        Raises `StoreUnavailable`.
+        """
+        done: list[str] = []
+        for first in range(0, len(delivery_ids), ACKNOWLEDGED_AT_ONCE):
+            some = delivery_ids[first : first + ACKNOWLEDGED_AT_ONCE]
+            entry = audit.entry(Action.ACKNOWLEDGE, self.clock())
+            done += await self.database.write(partial(_acknowledge, some, entry))
+        return done
+
+    async def _row(self, delivery_id: str) -> DeliveryRow:
+        row = await deliveries.get_delivery(self.database, delivery_id)
+        if row is None:
+            raise UnknownDelivery(f"there is no delivery {delivery_id}")
+        return row
+
+    def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
+        """The delivery as it is parsed now; its id may come from a header, which is not kept."""
+        signer = row.workspace_id if self.workspaces.has(row.workspace_id) else None
+        again = delivery_of(body, at=row.received_at, signers=[signer])
+        return replace(again, delivery_id=row.delivery_id)
+
+    async def _why_not(self, delivery: Delivery) -> str | None:
+        """Why it would be quarantined again, or may not be applied."""
+        seen, reason, _ = parse_stored(self.workspaces, delivery)
+        if seen is None:
+            return reason
+        # A callback comes when its run ends, or soon after.
+        listed = ListedRun(seen.run_id, seen.workspace_id, delivery.received_at - AROUND)
+        if await retention.find_removed(self.database, [listed]):
+            return (
+                f"it is as old as runs that retention has removed, and run {seen.run_id} is not "
+                "kept here; `tracker runs track` reads it again"
+            )
+        return None
+
+
+def _acknowledge(
+    delivery_ids: Sequence[str], entry: Mapping[str, Any], connection: Connection
+) -> list[str]:
+    marked = deliveries.acknowledge(connection, delivery_ids, entry["at"])
+    for delivery_id in marked:
+        audit.note(connection, {**entry, "detail": {"delivery_id": delivery_id}})
+    return marked
+
+
+def _requeue(delivery: Delivery, entry: Mapping[str, Any], connection: Connection) -> bool:
+    if not deliveries.requeue(connection, delivery):
+        return False
+    audit.note(connection, entry)
+    return True

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from tracker import views
 from tracker.core.errors import FieldFault
 from tracker.core.log import get_logger
-from tracker.receiving.replay import UnknownDelivery
+from tracker.receiving.apply import UnknownDelivery
 from tracker.services import Services
 from tracker.settings.tokens import Scope
 from tracker.starting.start import StartRequest

@@ -17,7 +17,7 @@ from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import counted, duration
 from tracker.core.record import DeliveryOutcome
 from tracker.delivering.webhooks import UnknownEndpoint
-from tracker.receiving.replay import UnknownDelivery
+from tracker.receiving.apply import UnknownDelivery
 from tracker.store.queries import endpoints, overview
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import (
