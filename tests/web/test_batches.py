@@ -21,7 +21,7 @@ from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
 from tracker.core.starts import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting.launch import Order
+from tracker.starting.rows import Order
 from tracker.starting.sheet import read_csv
 from tracker.starting.start import Started
 from tracker.store import schema

@@ -21,8 +21,7 @@ from tracker.views import batch_columns
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.starting.launch import Order
-    from tracker.starting.rows import BatchPlan, Retry, RowState
+    from tracker.starting.rows import BatchPlan, Order, Retry, RowState
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
 PAGE_SIZE = 50
@@ -205,11 +204,9 @@ class Batch(BatchFields, Owned["BatchCalls"]):
             at_once=which == "all",
         )
         plan = await services.batches.stored_plan(
-            await _stored(services, self.batch_id), retry=retry
+            await _stored(services, self.batch_id), retry=retry, only_failed=only_failed
         )
-        return await self._tracker._place(
-            replace(plan, only_failed=only_failed), replace(order, only_failed=only_failed)
-        )
+        return await self._tracker._place(plan, replace(order, only_failed=only_failed))
 
 
 class BatchCalls(RunCalls):
@@ -296,7 +293,7 @@ def _order_of(
     services: "Services", *, max_cost: Decimal | float | None, wait_for_budget: bool, at_once: bool
 ) -> "Order":
     """An order of now. `max_cost` is USD."""
-    from tracker.starting.launch import Order
+    from tracker.starting.rows import Order
 
     return Order(
         started_by=ACTOR,

@@ -2,5 +2,5 @@
 
 `start` begins with a start, `sending` sends it, `recover` and `resolve` end the doubt about it;
 `catalogue` has the definitions of techniques. Rows of a `sheet` (or `workbook`) become the `rows`
-of a `plan`; `launch` starts them, for a command (`batches`) or in a worker (`orders`).
+of a `plan`; `batches` starts them for a command, `orders` in a worker.
 """

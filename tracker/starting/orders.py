@@ -34,9 +34,8 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.core.starts import Budget, Budgets
 from tracker.core.waiting import cancel, repeat, wait_for
-from tracker.starting.batches import Batches
-from tracker.starting.launch import ABOUT_THE_ROW, BatchLaunch, Order
-from tracker.starting.rows import BatchPlan, RowState
+from tracker.starting.batches import ABOUT_THE_ROW, Batches, BatchLaunch
+from tracker.starting.rows import BatchPlan, Order, RowState
 from tracker.store.queries import audit, batches, spending
 from tracker.store.queries.audit import Action, Principal, acting
 from tracker.store.queries.batches import BatchRow, LaunchEnd
@@ -301,9 +300,11 @@ class BatchWorker(Service):
 
     async def _plan(self, batch: BatchRow, order: Order) -> BatchPlan:
         """The batch as it is stored, without rows that this order has tried."""
-        plan = await self.batches.stored_plan(batch, wait=not order.at_once)
+        plan = await self.batches.stored_plan(
+            batch, only_failed=order.only_failed, wait=not order.at_once
+        )
         rows = [row for row in plan.rows if not _was_tried(row, since=order.ordered_at)]
-        return replace(plan, rows=rows, only_failed=order.only_failed)
+        return replace(plan, rows=rows)
 
     async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
         """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""

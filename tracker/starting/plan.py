@@ -160,14 +160,20 @@ class BatchPlanner(Service):
         return plan, problems
 
     async def stored_plan(
-        self, batch: BatchRow, *, retry: Retry | None = None, wait: bool = True
+        self,
+        batch: BatchRow,
+        *,
+        retry: Retry | None = None,
+        only_failed: bool = False,
+        wait: bool = True,
     ) -> BatchPlan:
         """What a stored batch would do now, without its sheet.
 
-        `retry` starts failed rows again; `wait` keeps the wait that was advised for retries which
-        are stored and not started. Rows that a version before 0015 stored and never started are
-        left out, because only their sheet has their inputs. Raises what reading FLORA raises, and
-        `TrackerError` if the workspace is not configured.
+        `retry` starts failed rows again, `only_failed` leaves rows without a run out; `wait` keeps
+        the wait that was advised for retries which are stored and not started. Rows that a version
+        before 0015 stored and never started are left out, because only their sheet has their
+        inputs. Raises what reading FLORA raises, and `TrackerError` if the workspace is not
+        configured.
         """
         workspace = await self.workspace_of(batch)
         definition, price_error = await self.catalogue.priced(workspace, batch.technique_id)
@@ -179,7 +185,13 @@ class BatchPlanner(Service):
             if entry.inputs is not None:
                 entries.append(entry)
         rows = await self._retried(batch.workspace_id, entries, retry, wait=wait)
-        return BatchPlan(batch=batch, technique=definition, rows=rows, price_error=price_error)
+        return BatchPlan(
+            batch=batch,
+            technique=definition,
+            rows=rows,
+            only_failed=only_failed,
+            price_error=price_error,
+        )
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
         """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""

@@ -1,7 +1,7 @@
 """The rows of a batch: what each is planned to be, its state, and its line in the results."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -305,6 +305,54 @@ class BatchPlan:
     def cost_of(self, row: RowState) -> Decimal | None:
         """The price of starting that row, in USD; `None` if FLORA names none."""
         return cost_of(self.technique, row.entry.inputs or [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is ordered, beside the rows.
+
+    `started_by` is stored with each start. `max_cost` is the most that they may cost, in USD;
+    `wait_for_budget` waits for a budget to renew if it has no room for the next row. `at_once`
+    starts retries without the wait that was advised; `only_failed` leaves rows without a run out.
+    """
+
+    started_by: str
+    ordered_at: datetime
+    max_cost: Decimal | None = None
+    wait_for_budget: bool = False
+    at_once: bool = False
+    only_failed: bool = False
+
+    @classmethod
+    def of(cls, batch: BatchRow) -> "Order":
+        """The order of a stored batch that has one."""
+        stored: dict[str, Any] = batch.launch or {}
+        ordered_at, max_cost = stored.get("ordered_at"), stored.get("max_cost")
+        return cls(
+            started_by=stored.get("started_by", ""),
+            ordered_at=datetime.fromisoformat(ordered_at) if ordered_at else batch.created_at,
+            max_cost=Decimal(max_cost) if max_cost else None,
+            wait_for_budget=stored.get("wait_for_budget", False),
+            at_once=stored.get("at_once", False),
+            only_failed=stored.get("only_failed", False),
+        )
+
+    @classmethod
+    def unknown(cls, batch: BatchRow) -> list[str]:
+        """The options of its order that only a newer version knows."""
+        return sorted((batch.launch or {}).keys() - cls.__slots__)
+
+    def as_json(self) -> dict[str, Any]:
+        """The order as it is stored."""
+        max_cost = None if self.max_cost is None else str(self.max_cost)
+        stored = asdict(self) | {"ordered_at": self.ordered_at.isoformat(), "max_cost": max_cost}
+        if not self.only_failed:
+            del stored["only_failed"]  # which an older worker would not launch
+        return stored
+
+    def is_like(self, other: "Order") -> bool:
+        """Whether both order the same, whoever did and when."""
+        return self == replace(other, started_by=self.started_by, ordered_at=self.ordered_at)
 
 
 def run_number_of(latest: LatestRunNumber | None, *, again: bool) -> RunNumber:

@@ -18,9 +18,8 @@ from tracker.core.formatting import counted
 from tracker.core.run import RetryAdvice
 from tracker.services import Services
 from tracker.settings.tokens import Scope
-from tracker.starting.launch import Order
 from tracker.starting.plan import ColumnMapping
-from tracker.starting.rows import BatchPlan, Retry, csv_lines, kept_rows
+from tracker.starting.rows import BatchPlan, Order, Retry, csv_lines, kept_rows
 from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows
@@ -288,9 +287,9 @@ class BatchOperations:
             raise invalid(FieldFault("only_failed", "leaves out all that `unstarted` starts"))
         order = self._order(request, body, at_once=retry is Retry.ALL)
         order = replace(order, only_failed=body.only_failed)
-        batch = await self._batch(batch_id)
-        plan = await self._services.batches.stored_plan(batch, retry=retry)
-        plan = replace(plan, only_failed=body.only_failed)
+        plan = await self._services.batches.stored_plan(
+            await self._batch(batch_id), retry=retry, only_failed=body.only_failed
+        )
         return await self._place(plan, order, dry_run=body.dry_run)
 
     @Operation(

@@ -4,7 +4,6 @@ its actions; and `/starts`, starts whose outcome is unknown."""
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import replace
 from decimal import Decimal
 from pathlib import PurePath
 from typing import Any, Final, NamedTuple
@@ -20,8 +19,7 @@ from tracker.delivering.downloads import batch_archive
 from tracker.delivering.saving import naming_column
 from tracker.services import Services
 from tracker.settings.tokens import Scope as TokenScope
-from tracker.starting.launch import Order
-from tracker.starting.rows import BatchPlan, Retry, RowState, kept_rows
+from tracker.starting.rows import BatchPlan, Order, Retry, RowState, kept_rows
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow
 from tracker.store.queries.sheet_rows import RowOutcome
@@ -264,8 +262,9 @@ class BatchPages(PageGroup):
         """What would be started now. Raises `Fault` 503 while FLORA does not tell the price."""
         try:
             async with asyncio.timeout(PRICE_SECONDS):
-                plan = await self._services.batches.stored_plan(batch, retry=CHOICES[which])
-                return replace(plan, only_failed=only_failed)
+                return await self._services.batches.stored_plan(
+                    batch, retry=CHOICES[which], only_failed=only_failed
+                )
         except TimeoutError:
             raise unavailable("FLORA does not answer, so the price is not known.") from None
 
