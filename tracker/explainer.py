@@ -11,8 +11,7 @@ from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Durations, Policy, PollReason
-from tracker.polling.contacts import Contacts
-from tracker.polling.poll import DurationBook
+from tracker.polling.poll import Contacts, DurationBook
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries.deliveries import list_deliveries

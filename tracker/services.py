@@ -23,9 +23,8 @@ from tracker.operations.metrics import Metrics
 from tracker.operations.retention import Pruner
 from tracker.operations.telemetry import Wrap, tracing, untraced
 from tracker.polling.changes import Broadcaster
-from tracker.polling.contacts import Contacts
 from tracker.polling.follow import Follower
-from tracker.polling.poll import Coalescer, DurationBook, Poller
+from tracker.polling.poll import Coalescer, Contacts, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
 from tracker.receiving.apply import Applier, Replayer

@@ -16,8 +16,7 @@ from tracker.core.events import RunFilter
 from tracker.delivering import webhooks
 from tracker.delivering.webhooks import Webhooks
 from tracker.polling.changes import Broadcaster
-from tracker.polling.contacts import Contacts
-from tracker.polling.poll import Poller
+from tracker.polling.poll import Contacts, Poller
 from tracker.receiving.apply import Applier
 from tracker.services import Services
 from tracker.settings.model import EndpointSettings

@@ -22,7 +22,7 @@ from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.operations.metrics import Metrics
-from tracker.polling.contacts import Contacts
+from tracker.polling.poll import Contacts
 from tracker.starting.start import BudgetReader
 from tracker.store import coordination
 from tracker.store.queries import endpoints, starts, sweeps

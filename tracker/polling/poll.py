@@ -8,29 +8,35 @@ delay fresh ends.
 Settled runs are read again in rounds of their own, because FLORA's bill, and sometimes the outputs,
 come after the end. These rounds share pages as far as possible, and never take the place of a read
 that brings a fresh end.
+
+`Contacts` says whether FLORA answers, and asks it where nothing else does.
 """
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited
+from tracker.core.contact import ContactState, joined
+from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
-from tracker.core.waiting import repeat, run_all
+from tracker.core.waiting import cancel, repeat, run_all
+from tracker.polling.history import attributed_page
 from tracker.polling.reading import PollReport, PollRound, RunReader, SingleRead
 from tracker.store import coordination
 from tracker.store.coordination import Due
 from tracker.store.engine import Database
 from tracker.store.queries import runs
+from tracker.store.queries import workspaces as stored
 from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace
 
@@ -349,3 +355,102 @@ class Coalescer:
             self._reads[place] = reads
             return
         self._ends[place] = began + min(reads * SECONDS_A_READ, LONGEST_PAUSE)
+
+
+# Whether FLORA answers in each workspace, the same in all processes.
+#
+# Each process stores what its requests have shown, and reads what the others have stored, so that
+# all of them say the same about FLORA, also one that asks nothing itself. A worker asks FLORA where
+# no process has asked for `PROBE_IDLE_AFTER`: few requests show its absence within a minute.
+
+PROBE_FAILING_AFTER: Final = 15.0
+"""Seconds after the last request after which a FLORA that failed is asked again."""
+PROBE_IDLE_AFTER: Final = 25.0
+"""The same for one that answered, by the requests of all processes."""
+PROBE_SECONDS: Final = 10.0
+"""How long a probe may take, repetitions included."""
+KEEP_TICK: Final = 0.5
+"""Seconds within which a long-running process stores a change."""
+KEEP_EVERY: Final = timedelta(seconds=20)
+"""How often the time of the last request is stored while nothing else changes."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Contacts(Service):
+    """The workspaces' connections to FLORA. With `background` they are stored all the time, else
+    when it is closed."""
+
+    background: bool
+
+    def __post_init__(self) -> None:
+        self._stored: Mapping[str, ContactState] = {}
+        self._kept: dict[str, ContactState] = {}
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self.background:
+            keeping = repeat("contacts", self._keep_next)
+            self._keeping = asyncio.create_task(keeping, name="contacts")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await cancel(self._keeping)
+        await self.keep()
+
+    def of(self, workspace: Workspace) -> ContactState | None:
+        """What is known of a workspace, by this process and what was last read; `None` if nothing
+        is."""
+        others = self._stored.get(workspace.place)
+        own = workspace.client.state if workspace.client else None
+        return joined(others, own) if others and own else own or others
+
+    async def read(self) -> None:
+        """Read what all processes have stored. Raises `StoreUnavailable`."""
+        await self.workspaces.recall()
+        self._stored = await stored.stored_contacts(self.database, now=self.clock())
+
+    async def keep(self) -> None:
+        """Store what this process has seen since it last did. Raises `StoreUnavailable`."""
+        for workspace in self.workspaces:
+            own = workspace.client.state if workspace.client else None
+            if own is not None and _is_news(own, self._kept.get(workspace.place)):
+                await stored.keep_contact(self.database, workspace.place, own, now=self.clock())
+                self._kept[workspace.place] = own
+
+    async def probe(self) -> None:
+        """Read the newest run of each workspace where FLORA's last answer was a failure, or where
+        it has not been asked for a while. Raises `StoreUnavailable`."""
+        keyed = self.workspaces.keyed
+        if any(self._is_due(one) for one in keyed):
+            await self.read()  # another process may have asked
+        await asyncio.gather(*(_probe(one) for one in keyed if self._is_due(one)))
+
+    def _is_due(self, workspace: Workspace) -> bool:
+        client, others = workspace.require_client(), self._stored.get(workspace.place)
+        if client.contact.failing or client.breaker.open:
+            return client.contact.idle_seconds >= PROBE_FAILING_AFTER
+        if client.contact.idle_seconds < PROBE_IDLE_AFTER:
+            return False
+        idle = timedelta(seconds=PROBE_IDLE_AFTER)
+        return others is None or self.clock() - others.asked_at >= idle
+
+    async def _keep_next(self) -> None:
+        await self.keep()
+        await asyncio.sleep(KEEP_TICK)
+
+
+async def _probe(workspace: Workspace) -> None:
+    with suppress(FloraError):  # the client has taken note of it
+        page = await workspace.require_client().history(limit=1, deadline=PROBE_SECONDS)
+        attributed_page(workspace, page.items)
+
+
+def _is_news(own: ContactState, kept: ContactState | None) -> bool:
+    if kept is None or abs(own.asked_at - kept.asked_at) >= KEEP_EVERY:  # a clock may be set back
+        return True
+    # Each failed request has another reason: that is no news.
+    was, now = (
+        (one.answered_at is None, one.trouble and (one.trouble.trouble, one.trouble.since))
+        for one in (kept, own)
+    )
+    return was != now
