@@ -9,8 +9,13 @@ from typing import Any
 import openpyxl
 import pytest
 
-from tracker.starting import workbook
-from tracker.starting.sheet import Sheet, SheetFormat, problem_lines, read_sheet
+from tracker.starting.sheet import (
+    Sheet,
+    SheetFormat,
+    problem_lines,
+    read_sheet,
+    read_workbook,
+)
 
 
 def saved(*sheets: tuple[str, list[list[Any]]], formats: dict[str, str] | None = None) -> bytes:
@@ -118,9 +123,7 @@ def test_a_workbook_cannot_exhaust_the_machine() -> None:
     assert "more than" in problem(read_sheet(edited(small, part, end, wide)))
     packed = edited(small, part, end, b" " * 100_000 + end)
     assert len(packed) < 20_000
-    assert "is larger than 97.7 KiB" in problem(
-        workbook.read_workbook(packed, most_unpacked=100_000)
-    )
+    assert "is larger than 97.7 KiB" in problem(read_workbook(packed, most_unpacked=100_000))
     # A format that stands there once shows every number with as many zeros.
     book = openpyxl.Workbook()
     sheet = book.worksheets[0]
@@ -130,7 +133,7 @@ def test_a_workbook_cannot_exhaust_the_machine() -> None:
     book.save(file)
     assert len(file.getvalue()) < 20_000
     assert "has more than 97.7 KiB of text" in problem(
-        workbook.read_workbook(file.getvalue(), most_unpacked=100_000)
+        read_workbook(file.getvalue(), most_unpacked=100_000)
     )
     # A part that declares less than it holds is not read beyond that.
     size = len(zipfile.ZipFile(io.BytesIO(packed)).read(part))
