@@ -45,7 +45,6 @@ for _module in (
     "stringprep",
     "tracker.cli.app",
     "tracker.services",
-    "tracker.store.copy",
     "tracker.sync",
     "tracker.web.http.server",
     "typer._click._textwrap",
