@@ -91,12 +91,17 @@ def oldest(items: Sequence[Observation]) -> datetime | None:
 
 
 class _Position:
-    """Where the next page begins, and how many items are asked for."""
+    """Where the next page begins, and how many items are asked for.
+
+    `is_placed` until something is read where a walk began below the top of the list; `any_read`
+    once anything was read.
+    """
 
     def __init__(self) -> None:
         self.cursor: str | None = None
         self.offset: int | None = 0  # None if FLORA's cursors are no offsets
         self.limit = PAGE_SIZE
+        self.is_placed = self.any_read = False
         self.shared: set[str] = set()
         """Ids of the page before, if the next one must overlap it."""
         self._skips = self._shifts = 0
@@ -122,6 +127,7 @@ class _Position:
 
     def restart(self) -> None:
         self.move_to(0)
+        self.is_placed = False
         self.limit = PAGE_SIZE
         self._passed_before = len(self._passed)
         self._passed.clear()
@@ -132,9 +138,9 @@ class _Position:
         self.limit = max(1, self.limit // 2)
         return not is_one
 
-    def skip_items(self, at_most: int) -> bool:
-        """Go past an unreadable item; false where there is no way, or after `at_most` in a row."""
-        if self.offset is None or self._skips == at_most:
+    def skip_items(self) -> bool:
+        """Go past an unreadable item; false where there is no way, or after too many in a row."""
+        if self.offset is None or self._skips == (SKIPS if self.any_read else FIRST_SKIPS):
             return False
         self._skips += 1
         self.move_to(self.offset + (1 if self._skips <= 10 else 2 ** (self._skips - 10)))
@@ -235,38 +241,42 @@ class HistoryWalk:
         what the client raises.
         """
         at = self._at
-        placed = below is not None and await self._go_to(below, cursor)
-        seam = _Seam(from_top=not placed)
-        any_read = False
+        at.is_placed = below is not None and await self._go_to(below, cursor)
+        seam = _Seam(from_top=not at.is_placed)
         while True:
             try:
                 page = await self._read(at.limit)
             except FloraError as error:
                 if not self._concerns_page(error):
                     raise
-                if (placed and at.offset is None) or at.may_have_expired(error):
-                    at.restart()
-                    placed = False
-                    seam.begin(from_top=True)
-                elif not at.read_less():
-                    hole = seam.open_hole(str(error), at.cursor)
-                    if not at.skip_items(SKIPS if any_read else FIRST_SKIPS):
-                        raise PageUnreadable(hole, error) from error
+                self._get_past(error, seam)
                 continue
             first = _times(page.items)[:EDGE]
-            if placed and below and at.offset and first and min(first) < below:
+            if at.is_placed and below and at.offset and first and min(first) < below:
                 at.move_to(0)  # it begins too far down after all
-                placed = False
+                at.is_placed = False
                 seam.begin(from_top=True)
             elif at.offset and at.shared and _lacks_all(at.shared, page):
                 at.step_back()  # the list has shifted
             else:
-                placed, any_read = False, True
+                at.is_placed, at.any_read = False, True
                 for part in seam.join(page, at.shared, at.cursor):
                     yield part
                 if page.next_cursor is None:
                     return
                 at.advance(page, page.next_cursor)
+
+    def _get_past(self, error: FloraError, seam: _Seam) -> None:
+        """Ask for less of what could not be read, or for what is below one item of it; begin at the
+        top if the cursor may be the fault. Raises `PageUnreadable` if nothing helps."""
+        at = self._at
+        if (at.is_placed and at.offset is None) or at.may_have_expired(error):
+            at.restart()
+            seam.begin(from_top=True)
+        elif not at.read_less():
+            hole = seam.open_hole(str(error), at.cursor)
+            if not at.skip_items():
+                raise PageUnreadable(hole, error) from error
 
     async def _go_to(self, below: datetime, cursor: str | None) -> bool:
         """Go to the newest run older than `below`; false if the walk has to begin at the top.

@@ -256,56 +256,63 @@ class _Sweep:
         A failure below the top is recorded at its place, so that the next sweep can tell a broken
         page from a FLORA that is down.
         """
-        plan, above = self._plans.get(kind), gap.above
-        stubborn = above is not None and above.failures >= STUBBORN_AFTER
+        plan, at = self._plans.get(kind), _Descent(gap)
+        stubborn = gap.above is not None and gap.above.failures >= STUBBORN_AFTER
         walk = HistoryWalk(self._workspace.require_client(), kind, stubborn=stubborn)
-        below, cursor = (above.from_at, above.cursor) if above else (None, None)
-        top, lowest = gap.top, below
         try:
-            async with aclosing(walk.pages(below=below, cursor=cursor)) as pages:
+            async with aclosing(walk.pages(below=at.lowest, cursor=at.cursor)) as pages:
                 async for page in pages:
                     items = attributed_page(self._workspace, page.items)
                     if plan is None:
                         await self._log_row()
                         plan = self._plans[kind] = await self._plan(kind, items)
-                        gap = plan.newest_gap()
-                        top = gap.top
+                        at = _Descent(plan.newest_gap())
                     is_late = await self._take_page(plan, items, page)
-                    floor = plan.bottom if page.is_last else None if is_late else page.floor
-                    if page.from_top:
-                        top = plan.until
-                    if page.hole is not None:
-                        end = page.ceiling or plan.bottom  # all of it if no time is known
-                        if end > plan.until:  # above what is covered: read next time
-                            plan.report_unread(plan.now, end, page.hole.error)
-                        else:
-                            await self._note(plan, lowest or top, page.hole, gap, end=end)
-                            top, lowest = end, None
-                    if floor is not None and floor < top:
-                        lowest, cursor, read_at = floor, page.cursor, self._clock()
-                        read = Interval(from_at=floor, to_at=top, read_at=read_at, cursor=cursor)
-                        await self._add(plan, read)
+                    is_over = await self._cover(plan, at, page, is_late=is_late)
                     if not await self.hold():
                         raise StoreError("it took so long that another process has begun one")
-                    if floor is not None and floor <= gap.bottom:
+                    if is_over:
                         break
         except PageUnreadable as error:
             is_down = isinstance(error.cause, ServerFault | FloraUnreachable)
             if plan is None or (is_down and plan.all_again):
                 raise error.cause from error
-            await self._note(plan, lowest or top, error.hole, gap, end=gap.bottom)
+            await self._note(plan, at.reached, error.hole, at.gap, end=at.gap.bottom)
         except (ServerFault, FloraUnreachable) as error:
-            if plan is None or lowest is None:
+            if plan is None or at.lowest is None:
                 raise
-            failed = Hole(error=str(error), cursor=cursor)
-            place = await self._note(plan, lowest, failed, gap, end=None)
+            failed = Hole(error=str(error), cursor=at.cursor)
+            place = await self._note(plan, at.lowest, failed, at.gap, end=None)
             if not (plan.all_again and isinstance(error, ServerFault)):
                 raise
             # No later sweep goes on here: this one goes around the page at once.
             around = replace(place, failures=STUBBORN_AFTER)
-            await self._read_down(kind, Gap(gap.bottom, lowest, around))
+            await self._read_down(kind, Gap(at.gap.bottom, at.lowest, around))
         finally:
             self.report.pages += walk.pages_read
+
+    async def _cover(
+        self, plan: "_Plan", at: "_Descent", page: WalkedPage, *, is_late: bool
+    ) -> bool:
+        """Record what is covered down to the end of a page, unless a run of it came late, and the
+        hole above it; whether the gap is read."""
+        floor = plan.bottom if page.is_last else None if is_late else page.floor
+        if page.from_top:
+            at.top = plan.until
+        if page.hole is not None:
+            end = page.ceiling or plan.bottom  # all of it if no time is known
+            if end > plan.until:  # above what is covered: read next time
+                plan.report_unread(plan.now, end, page.hole.error)
+            else:
+                await self._note(plan, at.reached, page.hole, at.gap, end=end)
+                at.top, at.lowest = end, None
+        if floor is None:
+            return False
+        if floor < at.top:
+            at.lowest, at.cursor, now = floor, page.cursor, self._clock()
+            read = Interval(from_at=floor, to_at=at.top, read_at=now, cursor=page.cursor)
+            await self._add(plan, read)
+        return floor <= at.gap.bottom
 
     async def _log_row(self) -> int:
         """The row in the log of sweeps, inserted if need be."""
@@ -445,6 +452,21 @@ def _concerns_list(error: FloraError) -> bool:
     if isinstance(error, FloraRefusal):
         return error.from_flora and not isinstance(error, KeyRefused | RateLimited)
     return isinstance(error, FloraUnreadable) and not error.silent
+
+
+class _Descent:
+    """How far down a gap has been read: from `top` to `lowest` (`None`: nothing below `top` yet),
+    below which `cursor` leads."""
+
+    def __init__(self, gap: Gap) -> None:
+        self.gap = gap
+        self.top = gap.top
+        self.lowest = gap.above.from_at if gap.above else None
+        self.cursor = gap.above.cursor if gap.above else None
+
+    @property
+    def reached(self) -> datetime:
+        return self.lowest or self.top
 
 
 @dataclass(slots=True, kw_only=True)
