@@ -141,11 +141,18 @@ class Starter(Service):
             )
             _compare(row, technique_id, request)
             await self.durations.learn([technique_id])
+        return await self._outcome(call, row, wait_in_doubt=wait_in_doubt)
+
+    async def _outcome(
+        self, call: "_Call", row: StartRow | None, *, wait_in_doubt: bool
+    ) -> Started:
+        """Send the start, unless a request may have acted, and wait until its run is known; `row`
+        is what is stored of it. Raises as `start` does."""
         sent, pause = False, FIRST_PAUSE
         while row is None or row.state is not StartState.STARTED:
             if row is None or row.is_fresh:
                 if row is not None and row.is_known_to_flora:
-                    raise known_to_flora(key)
+                    raise known_to_flora(call.key)
                 result, sent = await self._send_fresh(call)
                 if isinstance(result, Record):
                     return Started(record=result, replayed=False)
@@ -155,18 +162,18 @@ class Starter(Service):
             elif row.state is StartState.UNRESOLVED:
                 raise _unresolved(row)
             else:
-                await self._within(call, self.recovery.recover_one(workspace, row))
+                await self._within(call, self.recovery.recover_one(call.workspace, row))
             if row.state is StartState.IN_DOUBT and not wait_in_doubt:
-                raise pending(key)
-            if self._stopping or self.monotonic() + pause >= give_up:
-                raise pending(key)
+                raise pending(call.key)
+            if self._stopping or self.monotonic() + pause >= call.give_up:
+                raise pending(call.key)
             await self.sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
-            row = await starts.get(self.database, workspace_id, key) or row
+            row = await starts.get(self.database, call.workspace_id, call.key) or row
         started = await runs.get_run(self.database, row.run_id or "")
         if started is None:
             raise StartUnresolved(
-                f"idempotency key {key!r} started run {row.run_id}, which is no longer kept"
+                f"idempotency key {call.key!r} started run {row.run_id}, which is no longer kept"
             )
         return Started(record=started, replayed=not sent)
 
