@@ -121,10 +121,16 @@ async def open_database(url: str, *, history_since: timedelta) -> AsyncIterator[
     A SQLite file is migrated first; a PostgreSQL database that is too old raises `SchemaOutdated`.
     Raises `StoreUnavailable` if the database does not answer.
     """
-    if DatabaseUrl.parse(url).dialect == "sqlite":
+    if DatabaseUrl.parse(url).missing:
         await upgrade(url, history_since=history_since)
     async with await Database.open(url) as database:
-        await check(database)
+        try:
+            await check(database)
+        except SchemaOutdated:
+            if database.dialect != "sqlite":
+                raise
+            await upgrade(url, history_since=history_since)
+            await check(database)
         yield database
 
 
