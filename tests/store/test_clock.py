@@ -331,6 +331,7 @@ WAITS = {
     *("runs.next_check_at", "runs.recheck_at", "runs.missing_since", "runs.lease_until"),
     *("starts.lease_until", "batches.launch_at", "batches.lease_until", "leases.until"),
     *("messages.next_attempt_at", "messages.tried_since", "messages.lease_until"),
+    *("messages.last_attempt_at", "endpoints.catch_up_from", "endpoints.catch_up_to"),
     *("endpoints.failing_since", "history_coverage.retry_at"),
 }
 

@@ -12,10 +12,12 @@ from sqlalchemy import func, select, update
 
 from tests.store.making import NOW, TestWriter, seen
 from tests.support import next_year
+from tests.support.clocks import HandClock
 from tests.support.webhooks import add_message
 from tracker.core.events import MOST_OPEN, EventType, MessageState, RunFilter
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, FailedRead
 from tracker.core.run import RunStatus
+from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read_endpoints
 from tracker.store.queries.endpoints import (
@@ -325,6 +327,62 @@ async def test_a_clock_that_was_ahead_for_days_changes_no_schedule(db: Database)
         now = due
     assert waits == sorted(waits)
     assert waits[-1] > 3600
+
+
+@pytest.mark.parametrize("jump", [-3600, -2 * 365 * 86_400, 300, 3600])
+@pytest.mark.parametrize("when", ["failing", "catching up"])
+async def test_an_outage_is_over_whenever_the_clock_is_set(
+    db: Database, jump: float, when: str
+) -> None:
+    """What failed is due at once, and fails no more often than without."""
+    clock = HandClock()
+    shared = SharedClock(db, wall=clock, seconds=clock.seconds)
+    await shared.check()
+    await known(db, "a", at=clock())
+    for name in ("msg_1", "msg_2"):
+        await add_message(db, name, "a", next_attempt_at=clock())
+    for _ in range(3):  # the outage: 5 s, 5 min, 30 min
+        claims = (await turn(db, now=clock())).claims
+        clock.move(1)
+        failed = [(claim.message_id, failure(clock())) for claim in claims]
+        await turn(db, now=clock(), outcomes=failed, most=0)
+        clock.move(60 * 6)
+    if when == "failing":
+        clock.set(jump)
+        await shared.check()
+    await add_message(db, "msg_3", "a", 200)
+    await turn(db, now=clock(), outcomes=[("msg_3", success(clock()))], most=0)
+    if when == "catching up":
+        clock.set(jump)
+        await shared.check()
+    due = await next_due_at(db, SENDING, now=clock())
+    assert due is not None
+    assert due <= clock()
+    claims = (await turn(db, now=clock())).claims
+    assert {claim.message_id for claim in claims} == {"msg_1", "msg_2"}
+    clock.move(1)
+    failed = [(claim.message_id, failure(clock())) for claim in claims]
+    assert (await turn(db, now=clock(), outcomes=failed)).claims == []
+    assert (await turn(db, now=clock())).claims == []
+
+
+async def test_an_outage_by_an_unknown_clock_holds_nothing_back(db: Database) -> None:
+    """Its end may seem to be still to come, as after a reboot with the clock set back."""
+    await known(db, "a")
+    later = NOW + timedelta(hours=1)
+    await add_message(db, "msg_1", "a", next_attempt_at=later)
+    (claim,) = (await turn(db, now=later)).claims
+    await turn(db, now=later, outcomes=[(claim.message_id, failure(later))], most=0)
+    await add_message(db, "msg_2", "a", 200)
+    later += timedelta(minutes=1)
+    await turn(db, now=later, outcomes=[("msg_2", success(later))], most=0)
+    await add_message(db, "msg_3", "a", next_attempt_at=NOW)
+    await known(db, "a")
+    due = await next_due_at(db, SENDING, now=NOW)
+    assert due is not None
+    assert due <= NOW
+    assert [claim.message_id for claim in (await turn(db, now=NOW)).claims] == ["msg_3"]
+    assert (await turn(db, now=NOW)).claims == []
 
 
 async def test_days_of_sleep_are_no_days_of_failures(db: Database) -> None:

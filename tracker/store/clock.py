@@ -352,7 +352,7 @@ NAMED: Final = timedelta(minutes=1)
 @dataclass(frozen=True, slots=True)
 class Waits:
     """Rows, and their times: when something is `due`, until when a `lease` lasts, and for how long
-    at most, and `since` when something fails, which is given up after a while."""
+    at most, and `since` when something fails, which is given up after a while, or when it did."""
 
     which: ColumnElement[bool]
     due: Sequence[Column[Any]] = ()
@@ -389,9 +389,13 @@ WAITS: Final = (
         messages.c.state == word("pending"),
         due=[messages.c.next_attempt_at],
         lease={messages.c.lease_until: LONGEST_LEASE - 2 * JUMP},
-        since=[messages.c.tried_since],
+        since=[messages.c.tried_since, messages.c.last_attempt_at],
     ),
     Waits(endpoints.c.failing_since.is_not(None), since=[endpoints.c.failing_since]),
+    Waits(
+        endpoints.c.catch_up_from.is_not(None),
+        since=[endpoints.c.catch_up_from, endpoints.c.catch_up_to],
+    ),
     Waits(history_coverage.c.retry_at.is_not(None), due=[history_coverage.c.retry_at]),
     Waits(_TIMERS, due=[leases.c.until]),
     # Where the clocks are, which the two names above begin, does not move.

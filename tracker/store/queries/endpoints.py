@@ -193,13 +193,13 @@ async def configure(
     if not configs:
         return []
     insert = db.insert(endpoints)
-    shared = ("url", "events", "filters")
+    shared, past = ("url", "events", "filters"), ("since", "catch_up_from", "catch_up_to")
     is_back = endpoints.c.configured_at < now - CONFIGURED_WITHIN
     statement = insert.on_conflict_do_update(
         index_elements=[endpoints.c.endpoint_id],
         set_={
             **{name: insert.excluded[name] for name in (*shared, "configured_at")},
-            "since": _at_most(now, endpoints.c.since),
+            **{name: _at_most(now, endpoints.c[name]) for name in past},
             "enabled_at": case((is_back, now), else_=_at_most(now, endpoints.c.enabled_at)),
             "failing_since": case((is_back, None), else_=_at_most(now, endpoints.c.failing_since)),
         },
