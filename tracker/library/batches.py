@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
@@ -198,15 +198,12 @@ class Batch(BatchFields, Owned["BatchCalls"]):
         if only_failed and retry is None:
             raise InvalidRequest("only_failed leaves out all rows that 'unstarted' starts")
         order = _order_of(
-            services,
-            max_cost=max_cost,
-            wait_for_budget=wait_for_budget,
-            at_once=which == "all",
+            services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=which == "all"
         )
         plan = await services.batches.stored_plan(
             await _stored(services, self.batch_id), retry=retry, only_failed=only_failed
         )
-        return await self._tracker._place(plan, replace(order, only_failed=only_failed))
+        return await self._tracker._place(plan, order)
 
 
 class BatchCalls(RunCalls):

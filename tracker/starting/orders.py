@@ -101,6 +101,7 @@ class BatchOrders(Service):
         The same order again changes nothing but the batch's name and carried cells. Raises like
         `check`, and `StoreUnavailable`.
         """
+        order = replace(order, only_failed=plan.only_failed)
         entries = [row.entry for row in plan.rows]
         stored = await batches.get(self.database, plan.batch.batch_id)
         ordered = stored is None or not await self._is_placed(plan, order, stored)

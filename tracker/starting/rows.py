@@ -313,7 +313,8 @@ class Order:
 
     `started_by` is stored with each start. `max_cost` is the most that they may cost, in USD;
     `wait_for_budget` waits for a budget to renew if it has no room for the next row. `at_once`
-    starts retries without the wait that was advised; `only_failed` leaves rows without a run out.
+    starts retries without the wait that was advised; `only_failed`, as the plan has it, leaves rows
+    without a run out.
     """
 
     started_by: str

@@ -3,7 +3,6 @@ as CSV."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from itertools import islice
@@ -286,7 +285,6 @@ class BatchOperations:
         if body.only_failed and retry is None:
             raise invalid(FieldFault("only_failed", "leaves out all that `unstarted` starts"))
         order = self._order(request, body, at_once=retry is Retry.ALL)
-        order = replace(order, only_failed=body.only_failed)
         plan = await self._services.batches.stored_plan(
             await self._batch(batch_id), retry=retry, only_failed=body.only_failed
         )

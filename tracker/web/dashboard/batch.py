@@ -230,7 +230,6 @@ class BatchPages(PageGroup):
             ordered_at=self._services.clock(),
             max_cost=_usd(form.get("max_cost", "")),
             at_once=which == "all",
-            only_failed=plan.only_failed,
         )
         try:
             await self._services.batch_orders.place(plan, order)
