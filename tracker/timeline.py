@@ -191,22 +191,20 @@ def _state(seen: Observation) -> str:
 
 def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
     """What the observation added to what was known."""
-    if before is not None and seen.precedence < before.precedence:
-        older = f"This is older: the run stays {before.status}."
-        yield "The end was already known." if seen.status == before.status else older
-    new = list(_details(seen, before or Run(run_id=after.run_id), after))
-    if not new and before is not None and seen.precedence == before.precedence:
+    known = before or Run(run_id=after.run_id)
+    if seen.precedence < known.precedence:
+        older = f"This is older: the run stays {known.status}."
+        yield "The end was already known." if seen.status == known.status else older
+    new = list(_details(seen, known, after))
+    if not new and before is not None and seen.precedence == known.precedence:
         new = [
-            name
-            for field, name in _FACTS.items()
-            if getattr(before, field) != getattr(after, field)
+            text for name, text in _FACTS.items() if getattr(known, name) != getattr(after, name)
         ]
     if new:
         yield f"New: {_listed(new)}."
-    was_settled = before is not None and before.settled
-    if after.settled and not was_settled:
+    if after.settled and not known.settled:
         yield "The run is settled: its end and details are known."
-    elif was_settled and not after.settled:
+    elif known.settled and not after.settled:
         yield "The run is no longer settled: its details are fetched again."
     elif seen.precedence.ended and not after.settled:
         values = {"outputs": after.outputs, "cost": after.charged_cost, "times": after.completed_at}

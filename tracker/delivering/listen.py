@@ -242,10 +242,8 @@ def local_client(url: str, secret: str) -> EndpointClient:
 
 async def forward(client: EndpointClient, event: StreamedEvent) -> Attempt:
     """Send an event as an endpoint receives it. Only a refused connection is tried again."""
-    claim, waits = (
-        Claim(event.message_id, event.body, datetime.fromisoformat(event.at)),
-        iter(RETRY_SECONDS),
-    )
+    claim = Claim(event.message_id, event.body, datetime.fromisoformat(event.at))
+    waits = iter(RETRY_SECONDS)
     while True:
         attempt = await client.send(claim)
         if attempt.error != UNREACHED or (wait := next(waits, None)) is None:

@@ -212,21 +212,21 @@ class World:
         preset = self.preset(run_type)
         if not preset.count or not _is_of(preset.workspace, workspaces):
             return started
-        first = bisect_left(range(preset.count), oldest_ms, key=preset.created_ms)
-        indexes: Sequence[int] = range(preset.count - 1, first - 1, -1)
-        gone = {preset.index_of(run_id) for run_id in self.deleted - self.runs.keys()}
-        if gone:
+        indexes = preset.indexes(since_ms=oldest_ms, technique_id=technique_id)
+        if gone := {preset.index_of(run_id) for run_id in self.deleted - self.runs.keys()}:
             indexes = [i for i in indexes if i not in gone]
-        if technique_id is not None and run_type == "technique":
-            indexes = [i for i in indexes if preset.technique(i).technique_id == technique_id]
-        if (status, project_id) != (None, None) or (technique_id and run_type == "generation"):
+        if (status, project_id) != (None, None):
             indexes = [i for i in indexes if matches(preset.run(i))]
-        if (ties := self.options.history_ties) > 1:
-            self._listings += 1
-            random = Random(f"{self.options.seed}/ties/{self._listings}")
-            groups = [[*group] for _, group in groupby(indexes, key=lambda i: i // ties)]
-            indexes = [i for group in groups for i in random.sample(group, len(group))]
-        return RunListing(started, preset, indexes)
+        return RunListing(started, preset, self._shuffled(indexes))
+
+    def _shuffled(self, indexes: Sequence[int]) -> Sequence[int]:
+        """These preset runs; those of one creation time in another order in each listing."""
+        if (ties := self.options.history_ties) == 1:
+            return indexes
+        self._listings += 1
+        random = Random(f"{self.options.seed}/ties/{self._listings}")
+        groups = [[*group] for _, group in groupby(indexes, key=lambda i: i // ties)]
+        return [i for group in groups for i in random.sample(group, len(group))]
 
     def preset(self, run_type: RunType) -> "PresetHistory":
         """The runs of a type that ended before the simulator started, by its first options."""
@@ -319,6 +319,16 @@ class PresetHistory:
             root=self._root,
             workspace=self.workspace,
         )
+
+    def indexes(self, *, since_ms: float, technique_id: str | None) -> Sequence[int]:
+        """The runs created since then, newest first; with a technique, its runs alone."""
+        first = bisect_left(range(self.count), since_ms, key=self.created_ms)
+        newest_first = range(self.count - 1, first - 1, -1)
+        if technique_id is None:
+            return newest_first
+        if self._run_type == "generation":
+            return ()
+        return [i for i in newest_first if self.technique(i).technique_id == technique_id]
 
     def run_id(self, index: int) -> str:
         ordinal = self._ordinal(index)
