@@ -15,13 +15,12 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Observed
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.schedule import PollReason
-from tracker.explainer import Explanation
+from tracker.explainer import Explanation, SentenceKind
 from tracker.flora.callback import sign
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
 from tracker.store import coordination
-from tracker.timeline import SentenceKind
 from tracker.views import explanation_json
 
 PUBLIC_URL = "http://127.0.0.1:9"

@@ -51,6 +51,11 @@ def iso_time(value: datetime) -> str:
     return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def moment(at: datetime) -> str:
+    """A time for people, in UTC, to the second."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 def money(value: Decimal | float | None) -> str:
     """USD to the cent, with up to nine digits where there are any: `$0.25`, `$0.0125`."""
     if value is None:

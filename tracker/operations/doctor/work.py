@@ -10,7 +10,7 @@ from typing import Final
 
 from tracker.core.contact import ContactState
 from tracker.core.errors import StoreError
-from tracker.core.formatting import duration, percent
+from tracker.core.formatting import duration, moment, percent
 from tracker.operations.doctor import Finding, Name, failed, ok, warning
 from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
@@ -21,7 +21,6 @@ from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.overview import BOUND, LATE_AFTER, Gauges
 from tracker.store.queries.sweeps import SweepHealth, UnreadSpan
 from tracker.store.queries.workspaces import stored_contacts
-from tracker.timeline import moment
 
 STUCK_AFTER: Final = timedelta(minutes=5)
 """How late a sweep may start, or a due run be read, before no worker seems to run."""

@@ -27,6 +27,7 @@ from tracker.core.formatting import (
     clean,
     counted,
     duration,
+    moment,
     money,
     number,
     percent,
@@ -269,7 +270,7 @@ def time(at: datetime | None, style: str = "ago") -> Markup:
         at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03d} UTC",
         style,
-        f"{at:%Y-%m-%d %H:%M:%S} UTC",
+        moment(at),
     )
 
 
