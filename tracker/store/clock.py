@@ -98,6 +98,27 @@ class _Position:
 
 
 @dataclass(frozen=True, slots=True)
+class _Stored:
+    """What the processes have stored: by how many seconds the clock was set in all, when last
+    (`None` before the first has stored it), and where it was last on this machine, if known."""
+
+    total: float
+    jumped_at: datetime | None
+    position: _Position | None
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Any], name: str) -> "_Stored":
+        """From rows of `leases`, that of this machine's boot being `name`. Raises `ValueError` for
+        the form of a newer version."""
+        jumps, boot = rows.get(_JUMPS), rows.get(name)
+        total = 0.0 if jumps is None else float(jumps.holder)
+        if not math.isfinite(total):
+            raise ValueError(total)
+        start = boot and boot.until + timedelta(seconds=total)
+        return cls(total, jumps and jumps.until, start and _Position(start, total))
+
+
+@dataclass(frozen=True, slots=True)
 class _Agreed:
     """What the processes agree on: the position, what the clock was set by last, when, and how
     many rows were moved for that by this process."""
@@ -184,11 +205,12 @@ class SharedClock:
             start, rows = await self._read()
             if start is None:
                 return None
-            if not _is_known(rows.get(_JUMPS)):
-                # A newer version stores it in another form: its processes move what waits.
+            try:
+                stored = _Stored.of(rows, self._name)
+            except ValueError:  # its processes move what waits
                 self._at, self._start = _Position(start, 0.0), start
                 return None
-            agreed = _compare(self._at, start, rows, self._name)
+            agreed = _compare(self._at, start, stored)
             if agreed is None:
                 work = partial(_agree, self._db, self._name, self._at, start, self.seconds())
                 try:
@@ -196,8 +218,7 @@ class SharedClock:
                 except StoreUnavailable as error:
                     self.move_failed = True
                     if self._start is None:
-                        known = _known(None, rows, self._name)
-                        self._start = known.start if known else start
+                        self._start = stored.position.start if stored.position else start
                     self._was_set.set()
                     return error
             self.move_failed = False
@@ -247,37 +268,15 @@ class SharedClock:
             raise error
 
 
-def _is_known(row: Any) -> bool:
-    try:
-        return math.isfinite(_total(row))
-    except ValueError:
-        return False
-
-
-def _total(row: Any) -> float:
-    return 0.0 if row is None else float(row.holder)
-
-
-def _known(at: _Position | None, rows: dict[str, Any], name: str) -> _Position | None:
-    """Where the clock was, as this process or the last on this machine knows; `None` if none."""
-    if at is not None or name not in rows:
-        return at
-    total = _total(rows.get(_JUMPS))
-    return _Position(rows[name].until + timedelta(seconds=total), total)
-
-
-def _compare(
-    at: _Position | None, start: datetime, rows: dict[str, Any], name: str
-) -> _Agreed | None:
+def _compare(at: _Position | None, start: datetime, stored: _Stored) -> _Agreed | None:
     """What is agreed on already; `None` if something is to be written."""
-    known, stored = _known(at, rows, name), _known(None, rows, name)
-    if boot_id() is None:
-        stored = known
-    if known is None or stored is None or known.total != stored.total or _JUMPS not in rows:
+    known = at or stored.position
+    kept = known if boot_id() is None else stored.position
+    if stored.jumped_at is None or known is None or kept is None or known.total != kept.total:
         return None
-    if abs(start - known.start) > JUMP or abs(start - stored.start) > DRIFT:
+    if abs(start - known.start) > JUMP or abs(start - kept.start) > DRIFT:
         return None
-    return _Agreed(_Position(start, known.total), rows[_JUMPS].until)
+    return _Agreed(_Position(start, known.total), stored.jumped_at)
 
 
 def _agree(
@@ -296,7 +295,8 @@ def _agree(
     connection.execute(first.on_conflict_do_nothing(index_elements=["name"]))
     locked = select(leases).where(leases.c.name.in_([_JUMPS, name])).order_by(leases.c.name)
     rows = {row.name: row for row in connection.execute(locked.with_for_update())}
-    known, total, jumped_at = _known(at, rows, name), _total(rows[_JUMPS]), rows[_JUMPS].until
+    stored = _Stored.of(rows, name)
+    known, total, jumped_at = at or stored.position, stored.total, rows[_JUMPS].until
     jump = moved = None
     if known is not None and abs(start - known.start) > JUMP:
         jump, moved = start - known.start, 0
@@ -306,8 +306,8 @@ def _agree(
             statements = moves(db.dialect, left, jumped_at)
             moved = sum(connection.execute(one).rowcount for one in statements)
             total = round(total + left.total_seconds(), 6)
-            stored = update(leases).where(leases.c.name == _JUMPS)
-            connection.execute(stored.values(holder=repr(total), until=jumped_at))
+            jumps = update(leases).where(leases.c.name == _JUMPS)
+            connection.execute(jumps.values(holder=repr(total), until=jumped_at))
     if boot_id() is not None:
         values = {"holder": socket.gethostname(), "until": start - timedelta(seconds=total)}
         connection.execute(db.upsert(leases, {"name": name}, values))
