@@ -172,7 +172,7 @@ class Database:
         """The first value of each row of one query. Raises as `read` does."""
         return [row[0] for row in await self.fetch(query)]
 
-    async def fetchval(self, query: Executable) -> Any:
+    async def fetchval(self, query: Executable) -> Any | None:
         """The first value of the first row of one query, if any. Raises as `read` does."""
         async with self.read() as connection:
             return (await connection.execute(query)).scalar()
@@ -357,7 +357,10 @@ def _clean_value(value: Any) -> Any:
         case bool():
             return value
         case int() if not -_INT64 <= value < _INT64:
-            return _float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                return None
         case float() if not math.isfinite(value):
             return None
         case dict():
@@ -365,13 +368,6 @@ def _clean_value(value: Any) -> Any:
         case list() | tuple():
             return [_clean_value(item) for item in value]
     return value
-
-
-def _float(value: int) -> float | None:
-    try:
-        return float(value)
-    except OverflowError:
-        return None
 
 
 _COMMON: Final[dict[str, Any]] = {

@@ -144,10 +144,9 @@ async def current(url: str) -> str | None:
 async def revision(db: Database) -> str | None:
     """The revision of an open database; `None` for one without the tracker's tables."""
     try:
-        found: str | None = await db.fetchval(select(_VERSION.c.version_num))
+        return await db.fetchval(select(_VERSION.c.version_num))
     except SchemaOutdated:
         return None
-    return found
 
 
 async def check(db: Database) -> None:

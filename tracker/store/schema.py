@@ -52,6 +52,7 @@ from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import clean
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
+from tracker.core.rollup import RollupKey
 from tracker.core.run import Tracking
 from tracker.store.engine import dump_json
 
@@ -845,9 +846,7 @@ run_tallies: Final = Table(
     "run_tallies",
     metadata,
     *rollup_columns(),
-    PrimaryKeyConstraint(
-        *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
-    ),
+    PrimaryKeyConstraint(*RollupKey._fields),
     # The cost of one tag, among any number of tags.
     _partial("ix_run_tallies_tagged", "word, since", "measure = 'tagged'"),
     sqlite_with_rowid=False,

@@ -222,17 +222,8 @@ async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:
 
 
 def _values(row: TechniqueRow, at: datetime) -> dict[str, Any]:
-    return {
-        "technique_id": row.technique_id,
-        "slug": row.slug,
-        "name": row.name,
-        "description": row.description,
-        "run_cost": row.run_cost,
-        "inputs": list(row.inputs),
-        "outputs": list(row.outputs),
-        "synced_at": at,
-        "gone_at": None,
-    }
+    shown = {one.name: getattr(row, one.name) for one in fields(Technique)}
+    return shown | {"slug": row.slug, "synced_at": at, "gone_at": None}
 
 
 def _row(row: Row[Any]) -> TechniqueRow:

@@ -32,8 +32,7 @@ async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
     statement = select(workspace_keys.c.workspace_id).where(
         workspace_keys.c.key_fingerprint == key_fingerprint
     )
-    found: str | None = await db.fetchval(statement)
-    return found
+    return await db.fetchval(statement)
 
 
 async def last_workspace_at(db: Database, place: str) -> str | None:
@@ -44,8 +43,7 @@ async def last_workspace_at(db: Database, place: str) -> str | None:
         .order_by(workspace_keys.c.learnt_at.desc())
         .limit(1)
     )
-    found: str | None = await db.fetchval(statement)
-    return found
+    return await db.fetchval(statement)
 
 
 async def all_ids(db: Database) -> list[str]:
@@ -106,8 +104,7 @@ async def keep_wait(
 async def waits_until(db: Database, place: str) -> datetime | None:
     """Until when the workspace in `place` was last asked to wait, if ever."""
     statement = select(leases.c.until).where(leases.c.name == _WAIT + place)
-    found: datetime | None = await db.fetchval(statement)
-    return found
+    return await db.fetchval(statement)
 
 
 # Whether FLORA answers, as the processes on one database have seen it.

@@ -10,6 +10,7 @@ The views `run_facts` and `run_spending` compute `tracker.core.rollup.facts` in 
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -70,7 +71,7 @@ LONGEST_KEY: Final = 640
 takes 2,704 bytes in all. Changes of longer keys, as of three long ids, are never compacted."""
 
 _KEY: Final = RollupKey._fields
-_COLUMNS: Final = (*_KEY, "runs", "amount")
+COLUMNS: Final = (*_KEY, "runs", "amount")
 _TEXTS: Final = ("workspace_id", "technique_id", "status", "word")
 _FITS: Final = (
     sum((func.length(run_tally_changes.c[name]) for name in _TEXTS), literal_column("0", Integer))
@@ -139,7 +140,7 @@ def remove_states(connection: Connection, run_ids: Sequence[str]) -> None:
         *(literal_column(number, Integer) for number in ("0", "-1", "0")),
     )
     mine = select(*state).where(runs.c.run_id.in_(run_ids))
-    connection.execute(insert(run_tally_changes).from_select(_COLUMNS, mine))
+    connection.execute(insert(run_tally_changes).from_select(COLUMNS, mine))
     ends = select(func.max(runs.c.end_seen_at), func.max(runs.c.completed_at))
     last = connection.execute(ends.where(runs.c.run_id.in_(run_ids))).one()
     if any(last):
@@ -152,7 +153,7 @@ def remove_states(connection: Connection, run_ids: Sequence[str]) -> None:
 
 def remove(connection: Connection, record: Record) -> None:
     """Subtract everything that a run counts for, in the transaction that deletes it."""
-    rows = [dict(zip(_COLUMNS, (*key, -1, -amount), strict=True)) for key, amount in facts(record)]
+    rows = [dict(zip(COLUMNS, (*key, -1, -amount), strict=True)) for key, amount in facts(record)]
     connection.execute(insert(run_tally_changes), rows)
 
 
@@ -177,7 +178,7 @@ def _compact_postgres(connection: Connection) -> int:
     deleted = (
         delete(run_tally_changes)
         .where(run_tally_changes.c.id.in_(_first_changes()))
-        .returning(*(run_tally_changes.c[name] for name in _COLUMNS))
+        .returning(*(run_tally_changes.c[name] for name in COLUMNS))
         .cte("deleted")
     )
     added = _add("postgresql", _summed(deleted)).cte("added")
@@ -199,7 +200,7 @@ def _summed(of: Any) -> Select[Any]:
 
 
 def _add(dialect: str, summed: Select[Any]) -> Any:
-    adding = insert_on(dialect)(run_tallies).from_select(_COLUMNS, summed)
+    adding = insert_on(dialect)(run_tallies).from_select(COLUMNS, summed)
     return adding.on_conflict_do_update(
         index_elements=[run_tallies.c[name] for name in _KEY],
         set_={name: run_tallies.c[name] + adding.excluded[name] for name in ("runs", "amount")},
@@ -228,7 +229,7 @@ def _recount(measure: str, connection: Connection) -> int:
     key = [FACTS.c[name] for name in _KEY]
     counted = select(*key, func.count(), cast(func.sum(FACTS.c.amount), BigInteger))
     counted = counted.where(is_complete(FACTS)).group_by(*key)
-    made = connection.execute(insert(run_tally_changes).from_select(_COLUMNS, counted)).rowcount
+    made = connection.execute(insert(run_tally_changes).from_select(COLUMNS, counted)).rowcount
     _compact_all(connection)
     return made
 
@@ -241,6 +242,7 @@ RETRY: Final = 5.0
 log = get_logger(__name__)
 
 
+@dataclass(eq=False)
 class RollupCompactor:
     """Compacts a few seconds after commits of this process, and once more when the block ends.
 
@@ -249,26 +251,21 @@ class RollupCompactor:
     process that writes has one, so nothing has to be scheduled and an idle tracker does nothing.
     """
 
-    def __init__(
-        self,
-        db: Database,
-        *,
-        background: bool,
-        delay: float = COMPACT_AFTER,
-        retry: float = RETRY,
-    ) -> None:
-        self._db = db
-        self._background = background
-        self._delay = delay
-        self._retry = retry
+    database: Database
+    _: KW_ONLY
+    background: bool
+    delay: float = COMPACT_AFTER
+    retry: float = RETRY
+
+    def __post_init__(self) -> None:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_down = False
 
     async def __aenter__(self) -> Self:
-        if self._background:
+        if self.background:
             self._changed.set()  # a process may have been killed before it could compact
-            compacting = repeat("rollups", self._compact_next, pauses=(self._retry, self._retry))
+            compacting = repeat("rollups", self._compact_next, pauses=(self.retry, self.retry))
             self._task = asyncio.create_task(compacting, name="rollup-compactor")
         return self
 
@@ -285,13 +282,13 @@ class RollupCompactor:
 
     async def _compact_next(self) -> None:
         await self._changed.wait()
-        await asyncio.sleep(self._delay)
+        await asyncio.sleep(self.delay)
         await self._compact()
 
     async def _compact(self) -> None:
         self._changed.clear()
         try:
-            await compact(self._db)
+            await compact(self.database)
         except BaseException as error:
             self._is_down = isinstance(error, StoreError)
             self._changed.set()

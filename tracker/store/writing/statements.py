@@ -46,7 +46,6 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.rollup import RollupKey
 from tracker.store.coordination import DUE, OUTBOX, run_notices
 from tracker.store.engine import Database, dump_json
 from tracker.store.errors import WriteConflict
@@ -186,7 +185,6 @@ async def forget_run(
 _EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
 _OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
 _OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
-_ROLLUP_COLUMNS: Final = (*RollupKey._fields, "runs", "amount")
 _STARTED_COLUMNS: Final = ("workspace", "key", "run", "shown", "others")
 _DELETE_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
 
@@ -293,7 +291,7 @@ _UPSERT_RUNS: Final = RowInsert(
     ),
 )
 _INSERT_EVENTS: Final = RowInsert(run_events, _EVENT_COLUMNS)
-_INSERT_ROLLUPS: Final = RowInsert(run_tally_changes, _ROLLUP_COLUMNS)
+_INSERT_ROLLUPS: Final = RowInsert(run_tally_changes, rollups.COLUMNS)
 _INSERT_OUTBOX: Final = RowInsert(outbox, _OUTBOX_COLUMNS)
 _INSERT_OUTPUTS: Final = RowInsert(run_outputs, _OUTPUT_COLUMNS)
 _CLOSE_STARTS: Final = _close_starts(*(bindparam(name) for name in _STARTED_COLUMNS))
@@ -373,7 +371,7 @@ def postgres_statements() -> PostgresStatements:
         .cte("added")
     )
     events = _insert_incoming(run_events, _EVENT_COLUMNS, "events").cte("new_events")
-    rollups = _insert_incoming(run_tally_changes, _ROLLUP_COLUMNS, "rollups").cte("new_rollups")
+    counts = _insert_incoming(run_tally_changes, rollups.COLUMNS, "rollups").cte("new_rollups")
     sent = _insert_incoming(outbox, _OUTBOX_COLUMNS, "outbox").cte("new_outbox")
     notice = _incoming("notice", [Column(name, Text()) for name in _NOTICES])
     notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
@@ -385,7 +383,7 @@ def postgres_statements() -> PostgresStatements:
         *(Column(name, Integer()) for name in _STARTED_COLUMNS[3:]),
     ]
     return PostgresStatements(
-        select(updates + inserts, notified.scalar_subquery()).add_cte(events, rollups, sent),
+        select(updates + inserts, notified.scalar_subquery()).add_cte(events, counts, sent),
         _insert_incoming(run_outputs, _OUTPUT_COLUMNS, "outputs"),
         _close_starts(*_incoming("started", started).c),
     )
@@ -402,7 +400,7 @@ def _write_postgres(connection: Connection, changes: BatchChanges, origin: str) 
         "after": _to_json(_RUNS, [run_row(record) for record in changes.updated]),
         "new": _to_json(_RUNS, [run_row(record) for record in changes.added]),
         "events": _to_json(_EVENT_COLUMNS, changes.events),
-        "rollups": _to_json(_ROLLUP_COLUMNS, changes.rollups),
+        "rollups": _to_json(rollups.COLUMNS, changes.rollups),
         "outbox": _to_json(_OUTBOX_COLUMNS, changes.outbox),
         "notice": _to_json(_NOTICES, notices),
     }
