@@ -291,12 +291,8 @@ def _decoded(data: bytes, encoding: str | None) -> tuple[str | Sheet, str]:
     if data.startswith(_WORKBOOK):
         return refused("the file is a workbook, not text: leave out --format"), ""
     detected = ""
-    if encoding is None and data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding, detected = "utf-16", "encoding UTF-16"
-    elif encoding is None and len(data) > 1 and not data[1:40:2].strip(b"\0"):
-        encoding, detected = "utf-16-le", "encoding UTF-16"  # without its mark
-    elif encoding is None and len(data) > 1 and not data[:40:2].strip(b"\0"):
-        encoding, detected = "utf-16-be", "encoding UTF-16"
+    if encoding is None and (encoding := _utf16(data)) is not None:
+        detected = "encoding UTF-16"
     if encoding is None:
         text = data.decode("utf-8-sig", errors="surrogateescape")
         if not text.isascii() and (legacy := _cp1252(data, text)) is not None:
@@ -310,6 +306,16 @@ def _decoded(data: bytes, encoding: str | None) -> tuple[str | Sheet, str]:
         line = before.decode(encoding, errors="replace").count("\n") + 1
         problem = SheetProblem(line, "", f"is not {encoding}: use another --encoding")
         return Sheet(problems=(problem,)), ""
+
+
+def _utf16(data: bytes) -> str | None:
+    """The form of UTF-16 that a file is in, with its mark or without; `None` if it is in none."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    for encoding, first in (("utf-16-le", 1), ("utf-16-be", 0)):
+        if len(data) > 1 and not data[first:40:2].strip(b"\0"):
+            return encoding
+    return None
 
 
 def _cp1252(data: bytes, text: str) -> str | None:
