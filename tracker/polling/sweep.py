@@ -142,7 +142,7 @@ class Sweeper(Service):
                 await to_its_end(ending, seconds=2 * coordination.LEASE_SECONDS)
         return report
 
-    async def _drop(self, lease: str, renewing: "asyncio.Task[None] | None" = None) -> None:
+    async def _drop(self, lease: str, renewing: "asyncio.Task[None] | None") -> None:
         await cancel(renewing)  # else it might take back what is dropped
         with suppress(StoreError):  # it then expires
             await coordination.drop_lease(self.database, lease, self.process)

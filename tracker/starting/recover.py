@@ -221,22 +221,13 @@ class Recovery(Service):
     async def _recover(self, workspace: Workspace, rows: Sequence[StartRow]) -> int:
         """Mark starts of one technique whose process died as in doubt, and end the doubt about
         those due. The history is read once for all of them."""
-        due, technique_id = [], rows[0].technique_id
-        for row in rows:
-            if row.state is StartState.SENT:
-                async with holding(self, row) as held:
-                    if held is not None and held.row.state is StartState.SENT:
-                        error = held.row.error or {"message": NO_ANSWER}
-                        await held.record(StartState.IN_DOUBT, error)
-                        row = held.row
-            searched = self._searched.get((row.workspace_id, row.idempotency_key))
-            if row.state is StartState.IN_DOUBT and self._times(row).is_due(searched):
-                due.append(row)
+        rows = [await self._as_left(row) for row in rows]
+        due = [row for row in rows if row.state is StartState.IN_DOUBT and self._is_due(row)]
         if not due:
             return 0
         for row in due:
             self._searched[row.workspace_id, row.idempotency_key] = self.clock.seconds()
-        since = min(self._times(row).first_sent for row in due)
+        since, technique_id = min(self._times(row).first_sent for row in due), due[0].technique_id
         read = None
         try:
             give_up = self.monotonic() + SEARCH_SECONDS
@@ -250,8 +241,22 @@ class Recovery(Service):
                     found += await self._end_doubt(workspace, held, read)
         return found
 
+    async def _as_left(self, row: StartRow) -> StartRow:
+        """The start, which is in doubt if the process that sent it has died."""
+        if row.state is not StartState.SENT:
+            return row
+        async with holding(self, row) as held:
+            if held is None or held.row.state is not StartState.SENT:
+                return row
+            await held.record(StartState.IN_DOUBT, held.row.error or {"message": NO_ANSWER})
+            return held.row
+
     def _times(self, row: StartRow) -> DoubtTimes:
         return DoubtTimes(row, self.clock, self.doubt)
+
+    def _is_due(self, row: StartRow) -> bool:
+        searched = self._searched.get((row.workspace_id, row.idempotency_key))
+        return self._times(row).is_due(searched)
 
     async def _end_doubt(
         self, workspace: Workspace, held: HeldStart, read: HistoryRead | None
