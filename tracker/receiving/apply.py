@@ -393,12 +393,7 @@ def _is_caused_by_delivery(error: Exception) -> bool:
     return isinstance(error, StoreBusy | StoreRefused) or not isinstance(error, StoreError)
 
 
-# A quarantined callback is applied again, after an upgrade or when a setting has been corrected, or
-# acknowledged: someone has seen it, and nothing is to be done.
-#
-# Its signature was verified on receipt and is not checked again (its time would be too old). The
-# delivery waits once more, and is applied or quarantined like every other. One whose run has been
-# removed by retention stays quarantined, because it would bring the run back.
+# Quarantined deliveries, which are applied again or acknowledged.
 
 APPLIED_BEFORE: Final = "it had been applied before"
 ACKNOWLEDGED_AT_ONCE: Final = 500
@@ -440,7 +435,13 @@ class Replay:
 
 @dataclass(kw_only=True, eq=False)
 class Replayer(Service):
-    """Applies stored callbacks again, or marks them as seen."""
+    """Applies a quarantined callback again, after an upgrade or when a setting has been corrected,
+    or acknowledges it: someone has seen it, and nothing is to be done.
+
+    Its signature was verified on receipt and is not checked again (its time would be too old). The
+    delivery waits once more, and is applied or quarantined like every other. One whose run has been
+    removed by retention stays quarantined, because it would bring the run back.
+    """
 
     applier: Applier
 

@@ -142,10 +142,6 @@ class BatchLaunch:
         return min(self._held_for(row) for row in self._later)
 
     @property
-    def in_doubt(self) -> int:
-        return len(self._doubt)
-
-    @property
     def paused(self) -> float:
         """Seconds for which FLORA accepts no request, or seems to be down."""
         asked = self.workspace.require_client().request_limit.state().paused
@@ -164,6 +160,18 @@ class BatchLaunch:
         is left waits."""
         idle = self._waits_for_budget or not self._queue
         return idle and self.stopped is None and not self._starting
+
+    def progress(self, counts: BatchCounts) -> "BatchProgress":
+        """How far it has come; `counts` are those of the batch."""
+        return BatchProgress(
+            counts=counts,
+            left=self.left,
+            errors=len(self.errors),
+            paused=self.paused,
+            doubt=len(self._doubt),
+            held=self.free_in,
+            over_budget=self.over_budget,
+        )
 
     def break_off(self) -> None:
         """Begin no further row."""
@@ -504,17 +512,7 @@ class Batches(BatchPlanner):
                 launched = launching.done()
                 began = time.monotonic()
                 counts = await self.counts(plan.batch)
-                on_progress(
-                    BatchProgress(
-                        counts=counts,
-                        left=launch.left,
-                        errors=len(launch.errors),
-                        paused=launch.paused,
-                        doubt=launch.in_doubt,
-                        held=launch.free_in,
-                        over_budget=launch.over_budget,
-                    )
-                )
+                on_progress(launch.progress(counts))
                 if launched:
                     await launching  # raises its errors
                     awaits_runs = wait and counts.awaits_runs(self.clock())
