@@ -106,7 +106,8 @@ async def test_a_list_is_filtered(site: Site) -> None:
     assert "/runs/run_1" not in page
     assert await _ids(site, "?workspace_id=ws_1&status=pending") == ["run_2", "run_1"]
     assert await _ids(site, "?tracking=settled") == []
-    assert len(await _ids(site, "?status=&technique_id=&workspace_id=&tracking=&cursor=")) == 3
+    every = "?status=&technique_id=&workspace_id=&project_id=&tag=&tracking=&cursor=&limit="
+    assert len(await _ids(site, every)) == 3
 
 
 async def test_the_timeline_shows_what_was_seen(site: Site) -> None:

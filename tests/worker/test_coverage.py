@@ -178,7 +178,7 @@ async def test_a_page_that_cannot_be_read_hides_only_itself(
         for _ in range(4):
             before = asked(flora)
             clock.move(301)
-            await sweep(services)
+            assert len((await sweep(services)).gaps) == 2, "reported while they rest, too"
             waits.append(asked(flora) - before)
         assert waits[1] == 1 < waits[0], "tried again after five minutes, then after ten"
         flora.world.change({"bad_runs": []})

@@ -89,6 +89,29 @@ async def test_each_difference_is_named(
     assert log == 1
 
 
+async def test_a_run_that_is_final_here_is_compared_however_young(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """One that is unknown, or whose bill is to be read again, may still change by itself."""
+    final, open_bill = [flora.start().run_id for _ in range(2)]
+    clock.move(60)
+    await sweep(services)
+    clock.move(100)
+    while (await services.poller.recheck_due()).more:
+        pass
+    clock.move(1)
+    flora.start()
+    changed = {"charged_cost": Decimal("99.5")}
+    await execute(
+        services,
+        sa.update(runs).values(changed),
+        sa.update(runs).where(runs.c.run_id == open_bill).values(recheck_at=clock()),
+    )
+    verdict = await verify(services)
+    assert [(one.run_id, one.problem) for one in verdict.differences] == [(final, "cost")]
+    assert (verdict.compared, verdict.unsettled) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

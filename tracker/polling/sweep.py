@@ -94,9 +94,9 @@ class SweepReport:
     """The result of a sweep.
 
     `discovered` counts runs that were unknown, `repaired` known ones whose end or details were
-    missing. `error` is `None` for a complete sweep, `generations_error` if these could be read or
-    were not due; `gaps` are those that this sweep tried in vain. `skipped` is true if another
-    process is sweeping.
+    missing. `error` is `None` for a sweep that was not broken off, `generations_error` if these
+    could be read or were not due; `gaps` are those that it tried in vain, or that an earlier sweep
+    did and that are not due yet. `skipped` is true if another process is sweeping.
     """
 
     workspace_id: str
@@ -245,7 +245,7 @@ class _Sweep:
         while self._since is None and (gap := plan.next_gap(self._clock(), tried)):
             tried.add(gap.top)
             await self._read_down(kind, gap)
-        self.report.gaps += plan.unread
+        self.report.gaps += [*plan.unread, *plan.resting()]
         # For the log of sweeps only; coverage decides what is read.
         since = plan.now - self._sweeper.first_since
         self._through[kind] = sweeps.verified(plan.covered, since=since)
@@ -519,6 +519,16 @@ class _Plan:
             error=error,
             failures=failures,
         )
+
+    def resting(self) -> list[UnreadGap]:
+        """The gaps that earlier sweeps could not read, and that this one did not try."""
+        reported = {one.to_at for one in self.unread}
+        return [
+            UnreadGap(run_type=self.kind, from_at=iso_time(gap.bottom), to_at=at, error=error)
+            for gap in sweeps.gaps(self.covered, since=self.since, until=self.until)
+            if gap.above and (error := gap.above.error) and gap.top > self.since
+            if (at := iso_time(gap.top)) not in reported and not self.all_again
+        ]
 
     def newest_gap(self) -> Gap:
         """The gap at the top of the list: at least a page, which may show something new."""

@@ -2,7 +2,8 @@
 
 The history is read page by page, and each page is compared with the runs here that were created in
 the same span of time, so that memory does not grow with the history. Runs that may still change by
-themselves are left out: begun or ended minutes ago, or with a bill that is still to be read.
+themselves are left out: begun or ended minutes ago and not settled here, or with a bill that is
+still to be read.
 """
 
 from collections import deque
@@ -16,13 +17,13 @@ from tracker.core.errors import FloraError
 from tracker.core.formatting import iso_time
 from tracker.core.observation import Observation
 from tracker.core.record import Record
-from tracker.core.run import RunType
+from tracker.core.run import RunType, Tracking
 from tracker.polling.history import PAGE_SIZE, HistoryWalk, attributed_page, without_removed
 from tracker.store.queries import runs
 from tracker.workspaces import Service, Workspace
 
 SETTLES_WITHIN: Final = timedelta(minutes=10)
-"""A run that was created or ended less long ago may not be complete on either side."""
+"""A run that was created or ended less long ago may not be known here yet, or not be complete."""
 
 Problem = Literal["missing", "status", "cost", "outputs", "not_listed"]
 
@@ -140,7 +141,8 @@ class Verifier(Service):
         for item in kept:
             record = here.get(item.run_id)
             changed_at = item.completed_at or item.created_at
-            if changed_at is None or changed_at > settled_until:
+            is_young = changed_at is None or changed_at > settled_until
+            if is_young and not (record and _is_final(record, item)):
                 report.unsettled += 1
                 continue
             if item.lacks_status and record is not None:
@@ -152,6 +154,17 @@ class Verifier(Service):
                 for problem, ours, theirs in _differences(record, item)
             ]
             report.unsettled += record is not None and record.recheck_at is not None
+
+
+def _is_final(record: Record, item: Observation) -> bool:
+    """Whether nothing of the run is read again here, and the item was read last."""
+    read_at = record.run.cost_read_at
+    return (
+        record.tracking is Tracking.SETTLED
+        and record.recheck_at is None
+        and item.precedence.ended
+        and (read_at is None or read_at < item.read_at)
+    )
 
 
 def _differences(

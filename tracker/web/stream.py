@@ -21,7 +21,7 @@ from tracker.polling.changes import Change, ChangeReader
 from tracker.services import Services
 from tracker.store.queries import techniques
 from tracker.views import event_json, run_json
-from tracker.web.api.requests import NONE_IF_EMPTY, Filter, Query, validate
+from tracker.web.api.requests import Filter, Query, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
 from tracker.web.http import Limits
 from tracker.web.http.responses import to_json, unavailable
@@ -53,7 +53,6 @@ class StreamQuery(Query):
             description="The id of the last event received; also as the header `Last-Event-ID`, "
             "which browsers send by themselves.",
         ),
-        NONE_IF_EMPTY,
     ] = None
 
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 from starlette.datastructures import QueryParams
 
@@ -83,19 +83,14 @@ def one_of(values: Any) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": [*map(str, values), ""]})
 
 
-NONE_IF_EMPTY: Final = BeforeValidator(lambda value: value or None)
-"""An empty query parameter counts as omitted."""
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_NO_NUL)]
 """An id or a slug."""
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_KEY)]
 Filter = Annotated[
-    Name | None,
-    NONE_IF_EMPTY,
-    WithJsonSchema({"type": "string", "maxLength": 255, "pattern": _NO_NUL}),
+    Name | None, WithJsonSchema({"type": "string", "maxLength": 255, "pattern": _NO_NUL})
 ]
 Cursor = Annotated[
     str | None,
-    NONE_IF_EMPTY,
     WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]*$"}),
     Field(description="The `next_cursor` of the previous page."),
 ]
@@ -121,9 +116,14 @@ class Body(BaseModel):
 
 
 class Query(BaseModel):
-    """Unknown parameters are ignored."""
+    """Unknown parameters are ignored, and an empty one counts as omitted."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, values: dict[str, str]) -> dict[str, str]:
+        return {name: value for name, value in values.items() if value}
 
 
 class PageQuery(Query):
@@ -279,7 +279,7 @@ class RetryBody(OrderBody):
 
 
 class RunsQuery(PageQuery):
-    """The query of `GET /api/runs`. An empty filter counts as omitted."""
+    """The query of `GET /api/runs`."""
 
     status: Filter = Field(
         None, description="`pending`, `running`, `completed`, `failed`, or another status of a run."
@@ -287,17 +287,17 @@ class RunsQuery(PageQuery):
     technique_id: Filter = Field(None, description="Its id or its slug.")
     workspace_id: Filter = None
     project_id: Filter = None
-    tag: Annotated[
-        str | None, NONE_IF_EMPTY, AfterValidator(lambda tag: tag and "=".join(parse_tag(tag)))
-    ] = Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
-    tracking: Annotated[Tracking | None, NONE_IF_EMPTY, one_of(Tracking)] = None
-    retry_advice: Annotated[RetryAdvice | None, NONE_IF_EMPTY, one_of(RetryAdvice)] = None
+    tag: Annotated[str | None, AfterValidator(lambda tag: tag and "=".join(parse_tag(tag)))] = (
+        Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
+    )
+    tracking: Annotated[Tracking | None, one_of(Tracking)] = None
+    retry_advice: Annotated[RetryAdvice | None, one_of(RetryAdvice)] = None
 
 
 class RowsQuery(PageQuery):
     """The query of `GET /api/batches/{batch_id}/rows`."""
 
-    outcome: Annotated[RowOutcome | None, NONE_IF_EMPTY, one_of(RowOutcome)] = Field(
+    outcome: Annotated[RowOutcome | None, one_of(RowOutcome)] = Field(
         None, description="Default: all rows."
     )
     code: Filter = Field(None, description="Rows of the error group with this code.")
@@ -312,16 +312,16 @@ class ResultsQuery(Query):
 class StartsQuery(PageQuery):
     """The query of `GET /api/starts`."""
 
-    state: Annotated[
-        Literal["stored", "sent", "in_doubt", "unresolved"] | None, NONE_IF_EMPTY, one_of(LISTED)
-    ] = Field(None, description="Default: all whose outcome is not known.")
+    state: Annotated[Literal["stored", "sent", "in_doubt", "unresolved"] | None, one_of(LISTED)] = (
+        Field(None, description="Default: all whose outcome is not known.")
+    )
     workspace_id: Filter = None
 
 
 class DeliveriesQuery(PageQuery):
     """The query of `GET /api/deliveries`."""
 
-    outcome: Annotated[DeliveryOutcome | None, NONE_IF_EMPTY, one_of(DeliveryOutcome)] = None
+    outcome: Annotated[DeliveryOutcome | None, one_of(DeliveryOutcome)] = None
     run_id: Filter = None
     workspace_id: Filter = None
 
@@ -330,8 +330,8 @@ class MessagesQuery(PageQuery):
     """The query of `GET /api/messages`."""
 
     endpoint_id: Filter = None
-    state: Annotated[MessageState | None, NONE_IF_EMPTY, one_of(MessageState)] = None
-    event: Annotated[EventType | None, NONE_IF_EMPTY, one_of(EventType)] = None
+    state: Annotated[MessageState | None, one_of(MessageState)] = None
+    event: Annotated[EventType | None, one_of(EventType)] = None
     run_id: Filter = None
 
 
@@ -340,7 +340,6 @@ class SpendingQuery(Query):
 
     by: Annotated[
         str,
-        BeforeValidator(lambda by: by or "day"),
         AfterValidator(check_by),
         WithJsonSchema(
             {"type": "string", "pattern": "^(|day|technique|tag:[A-Za-z0-9._-]{1,64})$"}
