@@ -32,7 +32,7 @@ from tracker.delivering.endpoints import (
     HandlerClient,
     send_test,
 )
-from tracker.store.coordination import Signals
+from tracker.store.coordination import OUTBOX, Signals, notify
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
@@ -187,7 +187,7 @@ class Webhooks:
             for endpoint_id in made.endpoint_ids & self._senders.keys():
                 self._senders[endpoint_id].wake()
             if made.endpoint_ids - self._senders.keys():
-                await self.signals.announce_outbox()
+                await notify(self.database, OUTBOX)
             if made.taken < limit:
                 return total
 
@@ -240,7 +240,7 @@ class Webhooks:
     async def _announce(self) -> None:
         self.wake()
         with suppress(StoreError):  # they check every few seconds
-            await self.signals.announce_outbox()
+            await notify(self.database, OUTBOX)
 
     async def _drain_next(self) -> None:
         """Make messages of what there is, and wait until there may be more."""

@@ -30,7 +30,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome, Observed, Record
 from tracker.core.waiting import cancel, repeat, wait_for
 from tracker.flora.callback import delivery_of, observation_of
-from tracker.store.coordination import INBOX
+from tracker.store.coordination import INBOX, notify
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.queries import audit, deliveries, runs, starts
@@ -317,12 +317,11 @@ class Applier:
 
     async def _notify(self, now: float) -> None:
         """Tell other processes that deliveries wait which this one has no time to apply."""
-        if self.database.dialect == "sqlite" or now - self._notified_at < NOTIFY_SECONDS:
+        if now - self._notified_at < NOTIFY_SECONDS:
             return
         self._notified_at = now
         with suppress(StoreError):  # they check every second
-            origin = self.database.origin
-            await self.database.send("SELECT pg_notify($1, $2)", (INBOX, origin))
+            await notify(self.database, INBOX)
 
     async def _apply_group(self, *, is_busy: bool = False) -> tuple[int, bool]:
         """Apply one group; returns how many deliveries were applied or quarantined, and whether

@@ -301,6 +301,14 @@ OUTBOX: Final = "tracker_outbox"
 PAYLOAD_BYTES: Final = 7500
 """PostgreSQL takes 7999 bytes in one notification; the rest is for the origin."""
 
+
+async def notify(db: Database, channel: str) -> None:
+    """Notify other processes, on a channel whose payload is the origin; there are none on SQLite.
+    Raises `StoreUnavailable`."""
+    if db.dialect == "postgresql":
+        await db.send("SELECT pg_notify($1, $2)", (channel, db.origin))
+
+
 Listener = Callable[[Sequence[str]], None]
 """Called in the event loop with the ids of changed runs; with none where some may be missed."""
 
@@ -349,9 +357,12 @@ class Signals:
         self._retry_seconds = retry_seconds
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
-        self._on_inbox: Callable[[], None] = lambda: None
         self._on_event: Callable[[], None] = lambda: None
-        self._on_outbox: Callable[[], None] = lambda: None
+        self._when_notified: dict[str, Callable[[], None]] = {
+            DUE: self._due.set,
+            INBOX: lambda: None,
+            OUTBOX: lambda: None,
+        }
         self._task: asyncio.Task[None] | None = None
         self._listening = False
 
@@ -366,14 +377,14 @@ class Signals:
 
     def when_inbox_waits(self, call: Callable[[], None]) -> None:
         """Call `call` whenever another process has stored what it has no time to apply."""
-        self._on_inbox = call
+        self._when_notified[INBOX] = call
 
     def when_outbox_waits(
         self, committed: Callable[[], None], notified: Callable[[], None]
     ) -> None:
         """Call `committed` whenever this process has committed an event, and `notified` whenever
         another one has committed events or messages."""
-        self._on_event, self._on_outbox = committed, notified
+        self._on_event, self._when_notified[OUTBOX] = committed, notified
 
     @property
     def listening(self) -> bool:
@@ -412,11 +423,6 @@ class Signals:
         if outcome.outbox:
             self._on_event()
 
-    async def announce_outbox(self) -> None:
-        """Tell other processes that something is to be sent. Raises `StoreUnavailable`."""
-        if self._db.dialect == "postgresql":
-            await self._db.send("SELECT pg_notify($1, $2)", (OUTBOX, self._db.origin))
-
     def _publish(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):
             listener(run_ids)
@@ -446,12 +452,12 @@ class Signals:
     async def _listen_on(self, connection: Any) -> None:
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
-        for channel in (DUE, RUNS, INBOX, OUTBOX):
+        for channel in (RUNS, *self._when_notified):
             await connection.add_listener(channel, self._on_notification)
         self._listening = True
         # Signals were missed while nothing listened.
         self._due.set()
-        self._on_outbox()
+        self._when_notified[OUTBOX]()
         self._publish(())
         while not lost.is_set():
             if not await wait_for(lost, ALIVE_SECONDS):
@@ -463,9 +469,5 @@ class Signals:
             return
         if channel == RUNS:
             self._publish(run_ids)
-        elif channel == DUE:
-            self._due.set()
-        elif channel == OUTBOX:
-            self._on_outbox()
         else:
-            self._on_inbox()
+            self._when_notified[channel]()
