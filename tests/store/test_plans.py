@@ -323,8 +323,11 @@ async def test_a_large_batch_leads_to_its_runs_by_their_keys(full: Database) -> 
         await sheet_rows.error_groups(full, "bat_1001")
         for of_runs in sheet_rows.of_several_runs(["bat_1001"]):
             await full.fetch(of_runs.add_columns(runs.c.charged_cost))
+        await full.fetch(sheet_rows.run_ids_of(["bat_1001"]))
     told = await explained(full.engine, sent)
-    assert len(re.findall("pk_starts|sqlite_autoindex_starts_1", told)) == 5, told
+    # PostgreSQL reads the rows once to find the ids of their runs.
+    reads = 6 if full.dialect == "postgresql" else 7
+    assert len(re.findall("pk_starts|sqlite_autoindex_starts_1", told)) == reads, told
     assert "ix_runs_start" in told
     assert not re.search("Seq Scan on (starts|runs)", told), told
     assert not re.search("SCAN (starts|runs)", told), told

@@ -35,6 +35,7 @@ RECENT_ROWS: Final = 50_000
 """The newest batches, and rows of them, that a text is searched in."""
 MATCHES: Final = 1_000
 """Runs that a search by text finds through their rows."""
+_ALL: Final = 10**9
 
 
 class RowOutcome(StrEnum):
@@ -228,20 +229,24 @@ async def first_outputs(
 
 def run_ids_of(batch_ids: Sequence[str]) -> CompoundSelect[Any]:
     """The ids of the runs of batches."""
-    of_batches = batch_rows.c.batch_id.in_(batch_ids)
-    first = with_starts(select(starts.c.run_id)).where(of_batches, starts.c.run_id.is_not(None))
-    _, further = of_several_runs(batch_ids)
-    return first.union_all(further.with_only_columns(runs.c.run_id))
+    # PostgreSQL reads the rows once for both halves. SQLite would read all of them before the
+    # first result, also where few are wanted.
+    of_row = _starts_of(batch_ids).cte("of_row").prefix_with("NOT MATERIALIZED", dialect="sqlite")
+    first = select(of_row.c.run_id).where(of_row.c.run_id.is_not(None))
+    several = select(of_row).where(of_row.c.run_count > literal_column("1"))
+    # The limit keeps SQLite from reading the further runs of all batches first.
+    start = several.limit(_ALL).subquery("of_several")
+    further = select(runs.c.run_id).join_from(start, runs, is_further_run(runs, start))
+    return first.union_all(further)
 
 
 def of_several_runs(batch_ids: Sequence[str]) -> tuple[Select[Any], Select[Any]]:
     """Two statements about the `runs` of rows that have several: the first ones, and the others.
     Their column is the batch."""
-    names = ("workspace_slot", "idempotency_key", "run_id", "run_count")
-    rows = with_starts(select(batch_rows.c.batch_id, *(starts.c[name] for name in names)))
+    rows = _starts_of(batch_ids).add_columns(batch_rows.c.batch_id)
     # The limit keeps PostgreSQL from reading the starts of all batches first. Both conditions in
     # one statement would use no index.
-    start = rows.where(batch_rows.c.batch_id.in_(batch_ids)).limit(10**9).subquery("of_row")
+    start = rows.limit(_ALL).subquery("of_row")
     # Of the column alone PostgreSQL knows that nearly none has several: it would expect no row,
     # and might read all runs for each one that it finds.
     count = func.coalesce(start.c.run_count, literal_column("1"))
@@ -250,6 +255,12 @@ def of_several_runs(batch_ids: Sequence[str]) -> tuple[Select[Any], Select[Any]]
         several.join(runs, runs.c.run_id == start.c.run_id),
         several.join(runs, is_further_run(runs, start)),
     )
+
+
+def _starts_of(batch_ids: Sequence[str]) -> Select[Any]:
+    names = ("workspace_slot", "idempotency_key", "run_id", "run_count")
+    columns = (starts.c[name] for name in names)
+    return with_starts(select(*columns)).where(batch_rows.c.batch_id.in_(batch_ids))
 
 
 async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> list[RowOfBatch]:
