@@ -40,7 +40,7 @@ from tracker.starting.sending import StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
 from tracker.store.clock import SharedClock, shared_clock
-from tracker.store.coordination import Signals
+from tracker.store.coordination import INBOX, Signals
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
 from tracker.store.url import TLS_ADVICE
@@ -163,7 +163,7 @@ class Services:
             on_applied=[metrics.applied],
             on_write=on_write,
         )
-        signals.when_inbox_waits(applier.wake)
+        signals.when_notified(INBOX, applier.wake)
         if background:
             await stack.open("signals", signals)
         await stack.open("compactor", compactor)

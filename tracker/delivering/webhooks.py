@@ -115,7 +115,8 @@ class Webhooks:
         self._configured_at = float("-inf")
         self._configured_by: datetime | None = None
         # An event of this process has no message yet: the endpoints are woken when it has.
-        self.signals.when_outbox_waits(self._woken.set, self.wake)
+        self.signals.on_event = self._woken.set
+        self.signals.when_notified(OUTBOX, self.wake)
 
     def rotate(self, secrets: Mapping[str, tuple[str, ...]]) -> None:
         """Sign with these secrets from now on, by endpoint."""

@@ -357,7 +357,8 @@ class Signals:
         self._retry_seconds = retry_seconds
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
-        self._on_event: Callable[[], None] = lambda: None
+        self.on_event: Callable[[], None] = lambda: None
+        """Called whenever this process has committed events."""
         self._when_notified: dict[str, Callable[[], None]] = {
             DUE: self._due.set,
             INBOX: lambda: None,
@@ -375,16 +376,9 @@ class Signals:
         task, self._task = self._task, None
         await cancel(task)
 
-    def when_inbox_waits(self, call: Callable[[], None]) -> None:
-        """Call `call` whenever another process has stored what it has no time to apply."""
-        self._when_notified[INBOX] = call
-
-    def when_outbox_waits(
-        self, committed: Callable[[], None], notified: Callable[[], None]
-    ) -> None:
-        """Call `committed` whenever this process has committed an event, and `notified` whenever
-        another one has committed events or messages."""
-        self._on_event, self._when_notified[OUTBOX] = committed, notified
+    def when_notified(self, channel: str, call: Callable[[], None]) -> None:
+        """Call `call` whenever another process has notified this one on `INBOX` or `OUTBOX`."""
+        self._when_notified[channel] = call
 
     @property
     def listening(self) -> bool:
@@ -421,7 +415,7 @@ class Signals:
         if outcome.changed_runs:
             self._publish(outcome.changed_runs)
         if outcome.outbox:
-            self._on_event()
+            self.on_event()
 
     def _publish(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):
