@@ -149,10 +149,10 @@ async def test_a_wait_holds_in_other_processes() -> None:
     waiting = asyncio.ensure_future(request(other, starts))
     await settle()
     one.pause(30)
-    await one.pause_others(30)
+    await one.shared.share(30)
     await time.run(waiting)
     assert starts == [30.0]
-    await one.pause_others(20)
+    await one.shared.share(20)
     with pytest.raises(RateLimited):
         async with other.permit(until=time.elapsed + 10):
             pass

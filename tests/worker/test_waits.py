@@ -56,7 +56,7 @@ async def test_a_wait_kept_under_another_clock_stops_nobody(
 ) -> None:
     """A wait that seems to last longer than FLORA's longest is none: a clock was set back."""
     services = await open_on(flora)
-    await client_of(services).request_limit.pause_others(60)
+    await client_of(services).request_limit.shared.share(60)
     clock.move(-3600)
     await client_of(services).history(deadline=5)
 

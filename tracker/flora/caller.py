@@ -248,7 +248,7 @@ class Caller:
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
                 # Another process may use another key than the one that is refused here.
                 if asked is not None and not isinstance(exc, (KeyRefused, RequestPaused)):
-                    await self.request_limit.pause_others(asked)
+                    await self.request_limit.shared.share(asked)
                 wait = asked or self.backoff(attempt)
                 if not _repeatable(call, exc) or self.monotonic() + wait > until:
                     raise

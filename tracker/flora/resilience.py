@@ -152,10 +152,6 @@ class RequestLimit:
         """Let this process start no request for so long."""
         self._paused_until = max(self._paused_until, self.monotonic() + seconds)
 
-    async def pause_others(self, seconds: float) -> None:
-        """Let no other process start a request for so long."""
-        await self.shared.share(seconds)
-
     def answered(self) -> None:
         """FLORA took a request: raise the rate a little."""
         if self._rate is not None:

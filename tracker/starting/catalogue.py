@@ -116,8 +116,8 @@ class Catalogue(Service):
                     return known, None
                 return await self._ask(workspace, technique, if_old), None
         except FloraError as error:
-            if not _is_no_answer(error):
-                raise
+            if not (error.silent or isinstance(error, FloraUnreadable | RateLimited)):
+                raise  # it is about the technique
             if (known := await self._defined(workspace, technique)) is None:
                 raise
             self._failed_at[key] = self.clock()
@@ -262,11 +262,6 @@ class Catalogue(Service):
 def is_possible_name(technique: str) -> bool:
     """Whether this can be a technique's id or slug: one segment of a path."""
     return 0 < len(technique) <= 255 and technique.isprintable() and "/" not in technique
-
-
-def _is_no_answer(error: FloraError) -> bool:
-    """Whether the error says nothing about the technique."""
-    return error.silent or isinstance(error, FloraUnreadable | RateLimited)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -143,14 +143,13 @@ def of_outcome(statement: Select[Any], outcome: RowOutcome | None, code: str | N
 
 def deciding(of_row: Sequence[Record]) -> Record | None:
     """The run that decides the outcome of a row; `None` if it has none."""
-    return min(of_row, key=lambda one: _RANK.get(one.tracking, _rank_of_end(one)), default=None)
+    return min(of_row, key=_rank, default=None)
 
 
-_RANK: Final = {Tracking.ACTIVE: 0, Tracking.LOST: 1}
-
-
-def _rank_of_end(record: Record) -> int:
-    return 2 if record.run.status is RunStatus.COMPLETED else 1
+def _rank(record: Record) -> int:
+    if record.tracking is Tracking.SETTLED:
+        return 2 if record.run.status is RunStatus.COMPLETED else 1
+    return 0 if record.tracking is Tracking.ACTIVE else 1
 
 
 def _deciding() -> ColumnElement[str]:
