@@ -128,10 +128,6 @@ metadata: Final = MetaData(
     }
 )
 
-START_STATES: Final = ("stored", "sent", "in_doubt", "started", "refused", "unresolved")
-RETENTION_MARKS: Final = ("runs", "bodies")
-ENDPOINT_STATES: Final = ("enabled", "disabled")
-
 
 def _one_of(column: str, values: Any) -> CheckConstraint:
     listed = ", ".join(f"'{value}'" for value in values)
@@ -516,7 +512,7 @@ starts: Final = Table(
     Column("sent_clock", Json),
     # By how many seconds the clock was set back since its key was first sent, in all.
     Column("set_back", Double),
-    _one_of("state", START_STATES),
+    _one_of("state", ("stored", "sent", "in_doubt", "started", "refused", "unresolved")),
     CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
     _partial("ix_starts_open", "created_at", "state IN ('stored', 'sent')"),
     _partial("ix_starts_in_doubt", "created_at", "state = 'in_doubt'"),
@@ -708,7 +704,7 @@ retention: Final = Table(
     Column("what", CleanText, primary_key=True),
     Column("workspace_id", CleanText, primary_key=True),
     Column("through", UtcDateTime, nullable=False),
-    _one_of("what", RETENTION_MARKS),
+    _one_of("what", ("runs", "bodies")),
 )
 
 # Events of runs, written in the transaction that causes them, by processes that need not know any
@@ -755,7 +751,7 @@ endpoints: Final = Table(
     # Messages that failed between these are sent at once.
     Column("catch_up_from", UtcDateTime),
     Column("catch_up_to", UtcDateTime),
-    _one_of("state", ENDPOINT_STATES),
+    _one_of("state", ("enabled", "disabled")),
     CheckConstraint("(state = 'disabled') = (disabled_at IS NOT NULL)", name="disabled_has_a_time"),
     CheckConstraint(
         "(catch_up_from IS NULL) = (catch_up_to IS NULL)", name="catch_up_has_two_ends"
