@@ -231,7 +231,7 @@ class Services:
             recovery=self.recovery,
             deadline=START_SECONDS,
             budgets=settings.all_budgets,
-            on_over_budget=metrics.over_budget,
+            on_over_budget=partial(metrics.count, "starts_over_budget"),
         )
         stack.on_close("starter", self.starter.aclose)
         self.follower = Follower(**shared, signals=signals, poller=poller)

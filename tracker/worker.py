@@ -192,14 +192,14 @@ class Worker:
         try:
             await work()
         except TrackerError as error:
-            self._services.metrics.job_failed(name)
+            self._services.metrics.count("worker_job_failures", name)
             count = 1
             if isinstance(error, StoreUnavailable):  # which recurs every second
                 count = self._log_limit.count(name, now=time.monotonic())
             if count:
                 log.error("worker.job_failed", job=name, error=str(error), count=count)
         except Exception:
-            self._services.metrics.job_failed(name)
+            self._services.metrics.count("worker_job_failures", name)
             log.exception("worker.job_broken", job=name)
 
     async def _poll(self) -> None:

@@ -35,7 +35,7 @@ async def _inside(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class _NotCounted:
-    def auth_refused(self, reason: str) -> None:
+    def count(self, name: str, reason: str) -> None:
         """Does nothing."""
 
 
@@ -356,7 +356,7 @@ async def test_guesses_from_everywhere_are_slowed_down_together() -> None:
     counted: list[str] = []
 
     class Counted:
-        def auth_refused(self, reason: str) -> None:
+        def count(self, name: str, reason: str) -> None:
             counted.append(reason)
 
     access = AccessControl(

@@ -290,7 +290,7 @@ async def test_metrics_need_the_token_where_one_is_set(serve: Serve, sqlite_url:
 def test_two_sets_of_metrics_share_nothing() -> None:
     """A test, or a program that opens the services twice, counts each apart."""
     one, other = Metrics(clock=lambda: NOW), Metrics(clock=lambda: NOW)
-    one.job_failed("poll")
+    one.count("worker_job_failures", "poll")
     name, labels = "tracker_worker_job_failures_total", {"task": "poll"}
     assert one.registry.get_sample_value(name, labels) == 1
     assert other.registry.get_sample_value(name, labels) is None

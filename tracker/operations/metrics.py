@@ -204,7 +204,8 @@ class Metrics:
     def _of(self, workspace: str) -> str:
         return self._unknown if workspace == UNKNOWN else workspace
 
-    def _count(self, name: str, *labels: object, by: float = 1) -> None:
+    def count(self, name: str, *labels: object, by: float = 1) -> None:
+        """Increase a counter of `_COUNTERS`."""
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(by)
 
@@ -220,18 +221,12 @@ class Metrics:
 
     def applied(self, applied: int, quarantined: int) -> None:
         for outcome, amount in zip(APPLIED, (applied, quarantined), strict=True):
-            self._count("callbacks_applied", outcome, by=amount)
-
-    def callback_refused(self, reason: str) -> None:
-        self._count("callbacks_refused", reason)
-
-    def auth_refused(self, reason: str) -> None:
-        self._count("auth_refused", reason)
+            self.count("callbacks_applied", outcome, by=amount)
 
     def written(self, entries: int, seconds: float, stopped_by: Exception | None) -> None:
         if stopped_by is not None:
             reasons = (name for kind, name in _WRITE_ERRORS if isinstance(stopped_by, kind))
-            self._count("database_write_failures", next(reasons, "refused"))
+            self.count("database_write_failures", next(reasons, "refused"))
             return
         self._histograms["commit_entries"].observe(entries)
         self._histograms["commit_seconds"].observe(seconds)
@@ -245,9 +240,9 @@ class Metrics:
             adopted = is_adopted(after)
             if before is None or before.ended_via is None:
                 if adopted:
-                    self._count("adopted_runs")
+                    self.count("adopted_runs")
                 else:
-                    self._count("run_ends", via, str(after.run.status))
+                    self.count("run_ends", via, str(after.run.status))
             # Both lags only now: FLORA's time of the end is known once the run was read.
             if change.settles and ended_at is not None and not adopted:
                 for name, at in (
@@ -259,7 +254,7 @@ class Metrics:
             error = after.run.error
             if error is None or is_known(error.code) or (before and before.run.error == error):
                 continue
-            self._count("unknown_error_codes")
+            self.count("unknown_error_codes")
             log.warning("run.unknown_error_code", run_id=after.run.run_id, error_code=error.code)
 
     def requests_of(self, workspace: Workspace) -> Callable[[str, int | None, float], None]:
@@ -267,28 +262,28 @@ class Metrics:
 
         def on_request(endpoint: str, status: int | None, seconds: float) -> None:
             answered = "none" if status is None else str(status)
-            self._count("flora_requests", self._of(workspace.name), endpoint, answered)
+            self.count("flora_requests", self._of(workspace.name), endpoint, answered)
             self._histograms["flora_request_seconds"].labels(endpoint).observe(seconds)
 
         return on_request
 
     def polled(self, report: PollReport) -> None:
         self.last_round_at = self._clock()
-        self._count("poll_failures", by=report.failed)
+        self.count("poll_failures", by=report.failed)
         for what in ("pages", "reads", "settled"):
-            self._count(f"poll_{what}", by=getattr(report, what))
+            self.count(f"poll_{what}", by=getattr(report, what))
 
     def rechecked(self, report: PollReport) -> None:
-        self._count("recheck_pages", by=report.pages)
-        self._count("recheck_reads", by=report.reads)
+        self.count("recheck_pages", by=report.pages)
+        self.count("recheck_reads", by=report.reads)
 
     def swept(self, report: SweepReport) -> None:
         """A sweep is over, or was skipped because another process does it."""
         name = self._of(report.workspace_id)
         result = "skipped" if report.skipped else "failed" if report.error else "complete"
-        self._count("sweeps", name, result)
+        self.count("sweeps", name, result)
         for what in ("pages", "items", "discovered", "repaired", "unreadable"):
-            self._count(f"sweep_{what}", name, by=getattr(report, what))
+            self.count(f"sweep_{what}", name, by=getattr(report, what))
 
     def attempted(self, endpoint_id: str, claim: "Claim", attempt: "Attempt") -> None:
         if attempt.error is None:
@@ -296,10 +291,4 @@ class Metrics:
             self._histograms["message_delivery_seconds"].labels(endpoint_id).observe(max(took, 0))
         else:
             outcome = "refused" if attempt.status or attempt.raised else "no_answer"
-        self._count("message_attempts", endpoint_id, outcome)
-
-    def over_budget(self, budget: str) -> None:
-        self._count("starts_over_budget", budget)
-
-    def job_failed(self, task: str) -> None:
-        self._count("worker_job_failures", task)
+        self.count("message_attempts", endpoint_id, outcome)

@@ -219,7 +219,7 @@ class AccessControl:
         Many are one log line per interval, and one row of the audit log per address and minute.
         """
         path = hide_callback_token(scope["path"])[:200]
-        self.metrics.auth_refused(reason)
+        self.metrics.count("auth_refused", reason)
         self.refusals.add(
             reason,
             address=network_of(scope),

@@ -146,7 +146,7 @@ class Callbacks:
 
     def _refused(self, reason: str, answer: E, cause: Exception | None = None) -> E:
         """Count a refusal; log it at intervals, so that forged callbacks cannot fill the log."""
-        self._metrics.callback_refused(reason.replace(" ", "_"))
+        self._metrics.count("callbacks_refused", reason.replace(" ", "_"))
         if count := self._logged.count(reason, now=asyncio.get_running_loop().time()):
             details = {} if cause is None else {"error": str(cause)}
             log.warning("callback.refused", reason=reason, count=count, **details)
