@@ -132,7 +132,8 @@ def _run() -> int:
     except OSError as error:
         if not (error.filename is None and error.errno in _FULL) and not _is_output_lost():
             raise
-        _discard_output()
+        # Python flushes stdout once more as it exits, and would report the error again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _print_error(f"stdout cannot be written: {error.strerror}")
         return 1
     return status if isinstance(status, int) else 0
@@ -155,11 +156,6 @@ def _is_output_lost() -> bool:
     except OSError:
         return True
     return False
-
-
-def _discard_output() -> None:
-    """Python flushes stdout once more as it exits, and would report the error again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_usage_error(error: typer.TyperException) -> None:

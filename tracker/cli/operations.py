@@ -6,6 +6,7 @@ The second to fourth are the worker's jobs once, for cron.
 import asyncio
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
@@ -129,13 +130,9 @@ def _show_findings(findings: "Sequence[Finding]") -> None:
     out = console()
     out.width = min(out.width, _WIDTH)
     out.print(table)
-    out.print(f"\n{_count_findings(findings)}")
-
-
-def _count_findings(findings: "Sequence[Finding]") -> str:
-    counts = {level: sum(one.level.value == level for one in findings) for level in _COLOURS}
+    counts = Counter(one.level.value for one in findings)
     warnings = counted(counts["warning"], "warning")
-    return f"{counts['failed']} failed, {warnings}, {counts['ok']} ok."
+    out.print(f"\n{counts['failed']} failed, {warnings}, {counts['ok']} ok.")
 
 
 def reconcile(

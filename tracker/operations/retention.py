@@ -117,12 +117,11 @@ def _refused(name: str, message: str) -> InvalidRequest:
 
 @dataclass(kw_only=True, eq=False)
 class Pruner:
-    """Deletes old data. `page` is how many rows one read finds."""
+    """Deletes old data."""
 
     database: Database
     clock: Clock
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    page: int = PAGE
 
     def __post_init__(self) -> None:
         self._batch_size = 20
@@ -143,7 +142,7 @@ class Pruner:
         for kind in await self._kinds(ages):
             end: PruneKey | None = None
             while True:
-                page = await kind.find(after=end, limit=self.page)
+                page = await kind.find(after=end, limit=PAGE)
                 total += await (self._count if dry else self._delete)(kind, page.found)
                 if (end := page.end) is None:
                     break
