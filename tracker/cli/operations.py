@@ -26,15 +26,7 @@ from tracker.cli.command import (
     run_on_database,
     run_once,
 )
-from tracker.cli.output import (
-    Screen,
-    console,
-    note,
-    plain,
-    print_fields,
-    print_json,
-    print_table,
-)
+from tracker.cli.output import Screen, console, note, plain, print_fields, print_json, print_table
 from tracker.core.errors import SettingsError, StoreUnavailable, TrackerError
 from tracker.core.formatting import counted
 

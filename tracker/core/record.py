@@ -14,14 +14,7 @@ from typing import Any, Final
 
 from tracker.core.observation import API_READS, Observation, Source, merge, shows_the_same
 from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
-from tracker.core.schedule import (
-    Durations,
-    NextPoll,
-    Policy,
-    PollReason,
-    next_poll,
-    next_recheck,
-)
+from tracker.core.schedule import Durations, NextPoll, Policy, PollReason, next_poll, next_recheck
 from tracker.core.starts import Tags
 
 TEST_DELIVERY: Final = "tracker.doctor"

@@ -30,13 +30,7 @@ from tracker.delivering.addresses import (
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
-from tracker.flora.http import (
-    CONNECTION_ERRORS,
-    NoCookies,
-    http_date,
-    is_bounded,
-    retry_after_of,
-)
+from tracker.flora.http import CONNECTION_ERRORS, NoCookies, http_date, is_bounded, retry_after_of
 
 MAX_BYTES: Final = 2 * 1024**3
 ATTEMPTS: Final = 5

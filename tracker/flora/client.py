@@ -43,15 +43,7 @@ from tracker.core.starts import Technique, is_empty_text
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies
-from tracker.flora.parse import (
-    LONGEST_ID,
-    Page,
-    as_text,
-    circular,
-    cursor_at,
-    offset_of,
-    technique,
-)
+from tracker.flora.parse import LONGEST_ID, Page, as_text, circular, cursor_at, offset_of, technique
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0

@@ -11,12 +11,7 @@ from random import Random
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from tracker.simulator.catalogue import (
-    EXTENSIONS,
-    GENERATIONS,
-    SimulatedPort,
-    SimulatedTechnique,
-)
+from tracker.simulator.catalogue import EXTENSIONS, GENERATIONS, SimulatedPort, SimulatedTechnique
 from tracker.simulator.options import Options, SimulatedWorkspace
 
 RunType = Literal["technique", "generation"]

@@ -14,11 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tracker.core.clock import Clock, utc_now
-from tracker.simulator.catalogue import (
-    SimulatedTechnique,
-    load_catalogue,
-    parse_port,
-)
+from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue, parse_port
 from tracker.simulator.faults import ErrorAnswer
 from tracker.simulator.options import Options, SimulatedWorkspace
 from tracker.simulator.runs import RunRequest, RunType, SimulatedRun, digest, make_run

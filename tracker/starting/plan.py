@@ -25,14 +25,7 @@ from tracker.core.starts import (
 )
 from tracker.flora.parse import ports
 from tracker.starting.catalogue import Catalogue
-from tracker.starting.rows import (
-    BatchPlan,
-    Retry,
-    RowState,
-    kept_rows,
-    run_number_of,
-    states_of,
-)
+from tracker.starting.rows import BatchPlan, Retry, RowState, kept_rows, run_number_of, states_of
 from tracker.starting.sheet import DELIMITERS, Sheet, SheetProblem, SheetRefused, SheetRow
 from tracker.store.queries import sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow

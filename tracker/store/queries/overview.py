@@ -51,12 +51,7 @@ from tracker.store.queries.paging import between
 from tracker.store.queries.runs import RUN_COLUMNS, fetch_records, is_tracked_as
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.queries.techniques import technique_names
-from tracker.store.schema import (
-    deliveries,
-    runs,
-    starts,
-    word,
-)
+from tracker.store.schema import deliveries, runs, starts, word
 from tracker.store.writing.rollups import ROLLUPS
 
 HOUR: Final = timedelta(hours=1)

@@ -30,14 +30,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.endpoints import CONFIGURED_WITHIN, message_is_in
-from tracker.store.schema import (
-    LONGEST_LEASE,
-    endpoints,
-    is_free,
-    message_attempts,
-    messages,
-    word,
-)
+from tracker.store.schema import LONGEST_LEASE, endpoints, is_free, message_attempts, messages, word
 
 FAILING_FOR: Final = timedelta(days=3)
 """An endpoint that failed for this long, without a success in between, is disabled."""

@@ -21,15 +21,7 @@ from tracker.settings.tokens import Scope
 from tracker.starting.start import StartRequest
 from tracker.store.queries import endpoints, runs, spending, starts, techniques
 from tracker.store.queries.deliveries import list_deliveries
-from tracker.web.api import (
-    OPERATIONS,
-    REPLAYED,
-    Answer,
-    Operation,
-    document,
-    page_json,
-    page_of,
-)
+from tracker.web.api import OPERATIONS, REPLAYED, Answer, Operation, document, page_json, page_of
 from tracker.web.api.batches import BatchOperations
 from tracker.web.api.requests import (
     DeliveriesQuery,
