@@ -237,6 +237,10 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         lambda db: list_deliveries(db, outcome="quarantined"),
         "ix_deliveries_quarantined",
     ),
+    "callbacks that nobody has acknowledged": (
+        lambda db: list_deliveries(db, outcome="quarantined", acknowledged=False),
+        "ix_deliveries_quarantined",
+    ),
     "causes of quarantine": (
         lambda db: causes(db, limit=10),
         "ix_deliveries_quarantined",

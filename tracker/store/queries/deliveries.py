@@ -350,6 +350,7 @@ async def list_deliveries(
     run_id: str | None = None,
     workspace_id: str | None = None,
     since: datetime | None = None,
+    acknowledged: bool | None = None,
     cause: str | None = None,
     cursor: str | None = None,
     limit: int = 50,
@@ -366,6 +367,8 @@ async def list_deliveries(
     statement = select(*columns).where(*of, *between(deliveries.c.received_at, since))
     if outcome is not None:  # `word`: matches the partial index
         statement = statement.where(deliveries.c.outcome == word(DeliveryOutcome(outcome).value))
+    if acknowledged is not None:
+        statement = statement.where(deliveries.c.acknowledged_at.is_not(None) == acknowledged)
     if cause is not None:
         statement = statement.where(has_cause(cause))
     async with db.read() as connection:

@@ -7,7 +7,7 @@ or many at a time. Messages are sent again.
 import asyncio
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -78,13 +78,15 @@ class DeliveryPages(PageGroup):
     async def list(self, request: Request, flash: FlashMessage | None = None) -> Response:
         """The problems, and a page of deliveries, newest first."""
         filters, now = read_filters(request, FILTERS), self._services.clock()
+        outcome, acknowledged = _wanted(filters["outcome"], filters["cause"])
         rows, next_cursor = await list_deliveries(
             self._database,
             run_id=filters["run"],
             workspace_id=filters["workspace"],
             since=now - PERIODS[filters["within"]] if filters["within"] else None,
+            outcome=outcome,
+            acknowledged=acknowledged,
             cause=filters["cause"],
-            **_wanted(filters["outcome"], filters["cause"]),
             cursor=query_field(request, "cursor"),
             limit=PAGE_SIZE,
         )
@@ -174,11 +176,11 @@ class DeliveryPages(PageGroup):
         return await self._stored(request, get_delivery, "Delivery {} is not stored here.")
 
 
-def _wanted(outcome: str | None, cause: str | None) -> dict[str, Any]:
-    """A choice of `OUTCOMES` as arguments of `list_deliveries`. Only quarantine has causes."""
+def _wanted(outcome: str | None, cause: str | None) -> tuple[str | None, bool | None]:
+    """A choice of `OUTCOMES` as an outcome, and whether acknowledged. Only quarantine has causes."""
     if outcome in ("quarantined", "acknowledged"):
-        return {"outcome": "quarantined", "acknowledged": outcome == "acknowledged"}
-    return {"outcome": outcome or ("quarantined" if cause else None)}
+        return "quarantined", outcome == "acknowledged"
+    return outcome or ("quarantined" if cause else None), None
 
 
 def _moment(text: str) -> datetime:
