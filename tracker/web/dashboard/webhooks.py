@@ -177,7 +177,7 @@ class DeliveryPages(PageGroup):
 
 
 def _wanted(outcome: str | None, cause: str | None) -> tuple[str | None, bool | None]:
-    """A choice of `OUTCOMES` as an outcome, and whether acknowledged. Only quarantine has causes."""
+    """A choice of `OUTCOMES`: the outcome, and if acknowledged. Only quarantine has causes."""
     if outcome in ("quarantined", "acknowledged"):
         return "quarantined", outcome == "acknowledged"
     return outcome or ("quarantined" if cause else None), None
