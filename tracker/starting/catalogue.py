@@ -81,28 +81,20 @@ class Catalogue(Service):
         is known.
         """
         longest = min(deadline or self.renewal_seconds, self.renewal_seconds)
-        return (await self._renewed(workspace, technique, deadline, if_old=longest))[0]
+        return (await self.priced(workspace, technique, deadline=deadline, if_old=longest))[0]
 
     async def priced(
-        self, workspace: Workspace, technique: str
-    ) -> tuple[Technique, FloraError | None]:
-        """The definition with the current price, or the last known one and why it is not current.
-
-        Raises like `definition`.
-        """
-        return await self._renewed(workspace, technique, None)
-
-    async def _renewed(
         self,
         workspace: Workspace,
         technique: str,
-        deadline: float | None,
         *,
+        deadline: float | None = None,
         if_old: float | None = None,
     ) -> tuple[TechniqueRow, FloraError | None]:
-        """The definition as FLORA shows it now, or the last known one and why it is not renewed.
+        """The definition with the current price, or the last known one and why it is not current.
 
-        With `if_old`, a known one is only renewed if it is old, in so many seconds.
+        With `if_old`, a known one is only read again if it is old, in so many seconds. Raises like
+        `definition`.
         """
         key = (workspace.place, technique)
         try:
