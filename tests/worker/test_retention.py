@@ -1,6 +1,7 @@
 """What retention removed does not come back by itself, and nothing is paid for again."""
 
 import asyncio
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
@@ -14,7 +15,7 @@ from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_replay import body, keep
 from tests.worker.test_sweep import sweep
 from tracker.core.errors import StartUnresolved
-from tracker.core.record import DeliveryOutcome
+from tracker.core.record import DeliveryOutcome, Entry
 from tracker.core.run import Tracking
 from tracker.flora.callback import sign
 from tracker.operations.retention import Ages
@@ -24,6 +25,7 @@ from tracker.simulator import Simulator
 from tracker.starting.rows import Retry
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
+from tracker.store.writing.writer import WriteResult
 
 AGES = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
 AGES_OF_BODIES = Ages(runs=timedelta(days=900), bodies=timedelta(days=30))
@@ -113,6 +115,45 @@ async def test_a_page_read_for_others_does_not_either(
     new = await start(services, 3)
     await poll_to_the_end(services, clock, within=120)
     assert await known(services) == set(new)
+
+
+@pytest.mark.parametrize("reads", ["sweep", "poll"])
+async def test_a_list_that_was_read_before_does_not_either(
+    services: Services,
+    flora: Simulator,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    reads: str,
+) -> None:
+    """A run that is removed between the check of a page and its write: it is not discovered, and
+    its end and its cost count once."""
+    await start(services, 3)
+    await poll_to_the_end(services, clock, within=120)
+    clock.move(300)
+    await sweep(services)
+    counted = await stored_rollups(services)
+    clock.move(LATER)
+    services.pruner.sleep = no_pause
+    submit_all, removed = services.writer.submit_all, []
+
+    async def submit_late(entries: Sequence[Entry]) -> list[WriteResult]:
+        removed.append((await services.pruner.prune(AGES))["runs"])
+        return await submit_all(entries)
+
+    monkeypatch.setattr(services.writer, "submit_all", submit_late)
+    if reads == "sweep":
+        report = await sweep(services, timedelta(days=365))
+        assert (report.items, report.discovered, report.error) == (3, 0, None)
+    else:
+        new = await start(services, 3)
+        await poll_to_the_end(services, clock, within=120)
+        assert await known(services) == set(new)
+        monkeypatch.undo()
+        for run_id in new:
+            await services.tracker.forget(run_id, force=True)
+    assert sum(removed) == 3
+    assert await known(services) == set()
+    assert await stored_rollups(services) == {**counted, "state": 0}
 
 
 async def test_someone_may_ask_for_it_again(

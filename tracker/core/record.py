@@ -64,7 +64,8 @@ class Observed:
     start, whose row in the start log (`workspace_id`, `idempotency_key`) is closed in the same
     transaction; `reserved_cost` is the price of this run in USD. `counted_before` says that the
     run's end was counted before retention removed the run. An `incidental` observation, from a list
-    that was read for other runs, is not written if it shows nothing new.
+    that was read for other runs, is not written if it shows nothing new; one that is `only_stored`,
+    of a run that was stored when the list was read, not if the run has been removed since.
     """
 
     observation: Observation
@@ -79,6 +80,7 @@ class Observed:
     idempotency_key: str | None = None
     counted_before: bool = False
     incidental: bool = False
+    only_stored: bool = False
 
     @property
     def run_id(self) -> str:
@@ -195,10 +197,13 @@ def apply(
 ) -> Record | None:
     """The record after `entry`; `record` is `None` for an unknown run.
 
-    Returns `record` itself if nothing changes, and `None` for `FailedRead` of an unknown run.
+    Returns `record` itself if nothing changes, and `None` for an unknown run that a `FailedRead`
+    or an observation that is `only_stored` is about.
     """
     if isinstance(entry, FailedRead):
         return None if record is None else _unseen(record, entry, policy)
+    if record is None and entry.only_stored:
+        return None
     seen = entry.observation
     old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)

@@ -404,11 +404,14 @@ def attributed_page(workspace: Workspace, items: Sequence[Observation]) -> list[
     return [attributed(workspace, item) for item in items]
 
 
-async def without_removed(db: Database, items: Sequence[Observation]) -> list[Observation]:
-    """The items without runs that retention has removed, which must not come back."""
+async def without_removed(
+    db: Database, items: Sequence[Observation]
+) -> tuple[list[Observation], set[str]]:
+    """The items without runs that retention has removed, which must not come back; and the ids of
+    those that it may remove before the items are written (`Observed.only_stored`)."""
     ended = _ended(items)
-    removed = await retention.find_removed(db, ended) if ended else set()
-    return [item for item in items if item.run_id not in removed]
+    removed, stored = await retention.find_removed(db, ended) if ended else (set[str](), set[str]())
+    return [item for item in items if item.run_id not in removed], stored
 
 
 async def counted_before(

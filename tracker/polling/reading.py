@@ -130,8 +130,11 @@ class RunReader:
                 self.is_readable = True
             if found.others:
                 others = attributed_page(workspace, found.others)
-                others = await without_removed(poller.database, others)
-                found.entries += [Observed(observation=item, incidental=True) for item in others]
+                others, stored = await without_removed(poller.database, others)
+                found.entries += [
+                    Observed(observation=item, incidental=True, only_stored=item.run_id in stored)
+                    for item in others
+                ]
             if found.observation is None:
                 found.missing = found.missing and await self._can_read()
                 failure = FailedRead(
@@ -378,7 +381,8 @@ class PollRound(RunReader):
 
     async def _take_page(self, items: Sequence[Observation]) -> None:
         """Write a page; runs that it shows ended without details remain, and stay claimed."""
-        kept = await without_removed(self.poller.database, attributed_page(self.workspace, items))
+        page = attributed_page(self.workspace, items)
+        kept, stored = await without_removed(self.poller.database, page)
         if items:
             self.is_readable = True
         lean = {item.run_id for item in kept if self._lacks_details(item)}
@@ -391,6 +395,7 @@ class PollRound(RunReader):
                     claim=self.poller.process if item.run_id in answered else None,
                     counted_before=item.run_id in again,
                     incidental=item.run_id not in self.remaining,
+                    only_stored=item.run_id in stored,
                 )
                 for item in kept
             ]

@@ -409,17 +409,22 @@ class _Sweep:
     ) -> bool:
         """Store the items; whether one of them came after its time was covered."""
         report, sweeper = self.report, self._sweeper
-        kept = await without_removed(self._database, items)
+        kept, stored = await without_removed(self._database, items)
         open_runs = (item for item in kept if not item.precedence.ended)  # others wait for no end
         await sweeper.durations.learn(item.technique_id for item in open_runs)
         late = False
         for result in await sweeper.writer.submit_all(
-            [Observed(observation=item, incidental=True) for item in kept]
+            [
+                Observed(observation=item, incidental=True, only_stored=item.run_id in stored)
+                for item in kept
+            ]
         ):
             before, after = result.before, result.after
+            if after is None:  # removed by retention just now
+                continue
             if before is None:
                 report.discovered += 1
-            elif after is not None:
+            else:
                 ended = after.run.precedence.ended and not before.run.precedence.ended
                 report.repaired += ended or result.settles
             late |= plan.is_late(result)

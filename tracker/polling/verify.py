@@ -135,7 +135,7 @@ class Verifier(Service):
         report: VerifyReport,
     ) -> None:
         report.compared += len(items)
-        kept = await without_removed(self.database, items)
+        kept, _ = await without_removed(self.database, items)
         report.removed += len(items) - len(kept)
         here = await runs.get_runs(self.database, [item.run_id for item in kept])
         for item in kept:

@@ -511,7 +511,8 @@ class Replayer(Service):
             return reason
         # A callback comes when its run ends, or soon after.
         listed = ListedRun(seen.run_id, seen.workspace_id, delivery.received_at - AROUND)
-        if await retention.find_removed(self.database, [listed]):
+        removed, _ = await retention.find_removed(self.database, [listed])
+        if removed:
             return (
                 f"it is as old as runs that retention has removed, and run {seen.run_id} is not "
                 "kept here; `tracker runs track` reads it again"

@@ -97,12 +97,16 @@ class ListedRun(NamedTuple):
     kind: RunType = "technique"
 
 
-async def find_removed(db: Database, listed: Iterable[ListedRun]) -> set[str]:
-    """Those of the runs that are not stored here and that retention must have removed."""
-    old = await find_possibly_removed(db, listed)
-    if not old:
-        return set()
-    return old.difference(await db.fetchcol(select(runs.c.run_id).where(runs.c.run_id.in_(old))))
+async def find_removed(db: Database, listed: Sequence[ListedRun]) -> tuple[set[str], set[str]]:
+    """Those of the runs that are not stored here and that retention must have removed, and those
+    that are stored.
+
+    These are read first: one that retention removes meanwhile is in one of the sets.
+    """
+    ids = [one.run_id for one in listed]
+    stored = set(await db.fetchcol(select(runs.c.run_id).where(runs.c.run_id.in_(ids))))
+    unknown = [one for one in listed if one.run_id not in stored]
+    return await find_possibly_removed(db, unknown) if unknown else set(), stored
 
 
 async def find_possibly_removed(db: Database, listed: Iterable[ListedRun]) -> set[str]:
