@@ -150,7 +150,8 @@ class Sessions:
 
     async def _token_of(self, row: SessionRow) -> Token | None:
         now = self.clock()
-        if now - row.started_at >= LASTS or now - row.last_used_at >= IDLE:
+        # A time that is still to come is of a clock that was set back since.
+        if abs(now - row.started_at) >= LASTS or abs(now - row.last_used_at) >= IDLE:
             return None
         for token in self.tokens():
             if await self._digest(token) == row.token_digest:

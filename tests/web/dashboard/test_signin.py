@@ -240,6 +240,18 @@ async def test_a_session_ends_after_a_while_without_use(database: Database) -> N
     assert not await signed.holds(cookie)
 
 
+async def test_a_session_does_not_last_until_a_wrong_time_comes(database: Database) -> None:
+    """One of a clock that was ahead ends when that is corrected; a correction by an hour ends
+    none."""
+    token = _token("one")
+    signed = _Signed(database, token)
+    cookie = await signed.begin(token)
+    signed.now -= timedelta(hours=1)
+    assert await signed.holds(cookie)
+    signed.now -= timedelta(days=730)
+    assert not await signed.holds(cookie)
+
+
 async def test_a_session_ends_with_its_token(database: Database) -> None:
     """A token that is taken away, changed or expired takes its sign-ins with it; a rotation in
     which it only moves to another place does not."""
