@@ -369,3 +369,19 @@ async def test_a_block_reads_one_snapshot(sqlite_url: str) -> None:
             await db.execute(insert(leases).values(name="a", holder="b", until=utc_now()))
             assert (await connection.execute(count)).scalar() == before
         assert await db.fetchval(count) == before + 1
+
+
+async def test_one_query_needs_no_transaction(sqlite_url: str) -> None:
+    """It reads one snapshot by itself; only a block of several begins a transaction."""
+    sent: list[str] = []
+    async with await Database.open(sqlite_url) as db:
+        async with db.read() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await driver.set_trace_callback(sent.append)
+        assert await db.fetchval(text("SELECT 1")) == 1
+        assert sent == ["SELECT 1"]
+        sent.clear()
+        async with db.read() as connection:
+            for number in (1, 2):
+                await connection.execute(text(f"SELECT {number}"))
+        assert sent == ["BEGIN", "SELECT 1", "SELECT 2", "ROLLBACK"]

@@ -11,7 +11,7 @@ import math
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -38,6 +38,7 @@ from tracker.store.errors import (
 )
 from tracker.store.postgres import connect_postgres
 from tracker.store.sqlite import (
+    ONE_QUERY,
     SqliteFile,
     SqliteThread,
     check_connections,
@@ -73,6 +74,7 @@ class Database:
         self.url = url
         self.dialect = url.dialect
         self.engine = engine
+        self._one_query = engine.execution_options(**{ONE_QUERY: True})
         self.origin = secrets.token_hex(6)
         self._transactions = transactions
         self._foreign: tuple[type[BaseException], ...] = FOREIGN
@@ -145,13 +147,16 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self.url}>"
 
-    @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A connection in a transaction that cannot write; the block reads one snapshot.
 
         Raises `StoreUnavailable` if the database does not answer, `StoreError` for the rest.
         """
-        async with self._guarded(), self.engine.connect() as connection:
+        return self._read(self.engine)
+
+    @asynccontextmanager
+    async def _read(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        async with self._guarded(), engine.connect() as connection:
             try:
                 yield connection
             finally:
@@ -160,12 +165,12 @@ class Database:
 
     async def fetch(self, query: Executable) -> Sequence[AnyRow]:
         """The rows of one query. Raises as `read` does."""
-        async with self.read() as connection:
+        async with self._read(self._one_query) as connection:
             return (await connection.execute(query)).all()
 
     async def fetchrow(self, query: Executable) -> AnyRow | None:
         """The first row of one query, if any. Raises as `read` does."""
-        async with self.read() as connection:
+        async with self._read(self._one_query) as connection:
             return (await connection.execute(query)).first()
 
     async def fetchcol(self, query: Executable) -> list[Any]:
@@ -174,7 +179,7 @@ class Database:
 
     async def fetchval(self, query: Executable) -> Any | None:
         """The first value of the first row of one query, if any. Raises as `read` does."""
-        async with self.read() as connection:
+        async with self._read(self._one_query) as connection:
             return (await connection.execute(query)).scalar()
 
     async def write(self, work: Callable[[Connection], T], *, seconds: float | None = None) -> T:

@@ -214,27 +214,36 @@ def driver_execute(connection: Connection) -> Callable[[str, Sequence[Any]], Any
     return execute
 
 
+ONE_QUERY: Final = "tracker_one_query"
+"""Execution option of a connection that reads by one query, which needs no transaction."""
+
+
 def sqlite_read_engine(url: DatabaseUrl, file: SqliteFile, **options: Any) -> AsyncEngine:
     """An engine whose connections cannot write."""
     engine = create_async_engine(
         _file_url("sqlite+aiosqlite", url),
         pool_timeout=url.times.long_busy,
-        connect_args=_creator(url.times.long_busy, "PRAGMA query_only=ON", is_reader=True),
+        connect_args=_creator(url.times.long_busy, "PRAGMA query_only=ON"),
         **options,
     )
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def began(connection: Connection) -> None:
+        if not connection.get_execution_options().get(ONE_QUERY):
+            driver: Any = connection.connection.driver_connection
+            driver.begins = True
+
     _check_file(engine.sync_engine, file)
     return engine
 
 
-def _creator(busy_seconds: float, *pragmas: str, is_reader: bool = False) -> dict[str, Any]:
-    """How SQLAlchemy opens a connection of aiosqlite. A reader's begins its transactions itself."""
+def _creator(busy_seconds: float, *pragmas: str) -> dict[str, Any]:
+    """How SQLAlchemy opens a connection of aiosqlite."""
     set_up = partial(_set_up, busy_seconds=busy_seconds, pragmas=pragmas)
-    return {"async_creator_fn": partial(_open, set_up, is_reader)}
+    return {"async_creator_fn": partial(_open, set_up)}
 
 
-async def _open(
-    set_up: Callable[[sqlite3.Connection], None], is_reader: bool, *place: Any, **options: Any
-) -> Any:
+async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **options: Any) -> Any:
     """A connection of aiosqlite, set up in its thread. If the caller is cancelled it is closed,
     which aiosqlite itself, and SQLAlchemy for an event, would leave to the garbage collector."""
     made: list[sqlite3.Connection] = []
@@ -253,7 +262,6 @@ async def _open(
         return connection
 
     opening = _connection_class()(connect, iter_chunk_size=64)
-    opening.is_reader = is_reader
     opening._thread.daemon = True  # as SQLAlchemy would
     try:
         return await opening
@@ -273,7 +281,8 @@ def _connection_class() -> Any:
         """Stops its thread once. Whoever is cancelled while SQLAlchemy closes a connection stops it
         at once, and the closing that still runs would wait for ever for a thread that has ended."""
 
-        is_reader = False
+        begins = False
+        """Whether the next statement begins a transaction."""
 
         async def close(self) -> None:
             if self._running:
@@ -284,6 +293,11 @@ def _connection_class() -> Any:
 
         def cursor(self) -> Any:
             return _Cursor(self)
+
+        async def rollback(self) -> None:
+            self.begins = False
+            if self.in_transaction:
+                await super().rollback()
 
     return SqliteConnection
 
@@ -307,7 +321,8 @@ class _Cursor:
     async def execute(self, statement: str, values: Sequence[Any] = ()) -> None:
         def run() -> None:
             driver = self._connection._conn
-            if self._connection.is_reader and not driver.in_transaction:
+            if self._connection.begins:
+                self._connection.begins = False
                 driver.execute("BEGIN")
             cursor = driver.cursor().execute(statement, values)
             self._rows = cursor.fetchmany(_FIRST_ROWS)
