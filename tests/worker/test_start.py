@@ -293,57 +293,98 @@ async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
 
 
 @pytest.mark.parametrize("fault", ["fails", "is slow"])
-async def test_an_interrupted_database_leaves_open_whether_a_start_is_sent(
-    services: Services,
-    flora: Simulator,
-    clock: HandClock,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: str,
+async def test_an_interrupted_database_leaves_no_doubt_about_a_start_that_was_not_sent(
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """It may have stored that the start is sent, and then it is sent later: the caller is not told
-    that FLORA or the database did not answer, and nothing was started."""
+    """The database stored that the start is sent, and did not confirm it, so it was not sent: it is
+    as before as soon as the database answers, and the waiting caller's request is sent then."""
     await services.starter.start(request("key-0"))
-    mark_sent = starts.mark_sent
+    mark_sent, failed = starts.mark_sent, asyncio.Event()
 
-    async def mark_and_fail(*given: Any, **named: Any) -> None:
-        await mark_sent(*given, **named)
+    async def mark_and_fail_once(*given: Any, **named: Any) -> Any:
+        row = await mark_sent(*given, **named)
+        if failed.is_set():
+            return row
+        failed.set()
         if fault == "fails":
             raise StoreUnavailable("the connection was lost")
         await asyncio.sleep(60)
 
+    monkeypatch.setattr(starts, "mark_sent", mark_and_fail_once)
+    monkeypatch.setattr(services.starter, "deadline", 1.0)
+    started = await services.starter.start(request(), wait=30, wait_in_doubt=False)
+    assert failed.is_set()
+    assert (started.replayed, len(flora.world.runs)) == (False, 2)
+
+
+async def test_a_start_in_doubt_that_was_not_sent_again_keeps_its_times(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doubt is about the first request, also where a second was stored and not sent."""
+    await reserve(services, clock)
+    clock.move(200)
+    mark_sent = starts.mark_sent
+
+    async def mark_and_fail(*given: Any, **named: Any) -> None:
+        await mark_sent(*given, **named)
+        raise StoreUnavailable("the connection was lost")
+
+    async def stored() -> starts.StartRow | None:
+        return await starts.get(services.database, "ws_simulator", "key-1")
+
     with monkeypatch.context() as patched:
         patched.setattr(starts, "mark_sent", mark_and_fail)
-        patched.setattr(services.starter, "deadline", 1.0)
-        with pytest.raises(StartPending):
-            await services.starter.start(request(), wait=30, wait_in_doubt=False)
-    assert len(flora.world.runs) == 1
-    clock.move(200)
+        before = await stored()
+        assert await services.recovery.recover() == 0
+    after = await stored()
+    assert before
+    assert after
+    assert (after.state, after.sent_at, after.lease_holder) == ("in_doubt", before.sent_at, None)
+    assert not flora.world.runs
+    clock.move(60)
     assert await services.recovery.recover() == 1
-    again = await services.starter.start(request())
-    assert (again.replayed, len(flora.world.runs)) == (True, 2)
+    assert len(flora.world.runs) == 1
 
 
 async def test_a_refusal_that_is_not_stored_is_not_told(
-    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is in doubt in the database is sent again: who heard that nothing was started could
-    start it anew, and would pay twice."""
+    """Until it is stored the start is in doubt, and would be sent again: who heard that nothing was
+    started could start it anew, and would pay twice. The next request finds it refused."""
     flora.world.options = replace(flora.world.options, credits=0.0)
+    give_back, is_down = starts.give_back, True
 
     async def mark(*given: Any, **named: Any) -> None:
         raise StoreUnavailable("the database does not answer")
 
+    async def give_back_later(*given: Any, **named: Any) -> None:
+        if is_down:
+            raise StoreUnavailable("the database does not answer")
+        await give_back(*given, **named)
+
+    monkeypatch.setattr(starts, "give_back", give_back_later)
     with monkeypatch.context() as patched:
         patched.setattr(starts, "mark", mark)
         patched.setattr(services.starter, "monotonic", passed := PassedTime())
         patched.setattr(services.starter, "sleep", passed.sleep)
         with pytest.raises(StartPending):
             await services.starter.start(request(), wait_in_doubt=False)
+
+    async def state() -> str:
+        row = await starts.get(services.database, "ws_simulator", "key-1")
+        assert row is not None
+        return row.state
+
+    assert await state() == "sent"
+    is_down = False
+
+    async def is_refused() -> bool:
+        return await state() == "refused"
+
+    await eventually(is_refused)
     flora.world.options = replace(flora.world.options, credits=None)
-    clock.move(200)
-    assert await services.recovery.recover() == 1
-    again = await services.starter.start(request())
-    assert (again.replayed, list(flora.world.runs)) == (True, [again.record.run.run_id])
+    started = await services.starter.start(request())
+    assert (started.replayed, list(flora.world.runs)) == (False, [started.record.run.run_id])
 
 
 async def test_a_fault_is_logged_when_the_caller_has_gone(services: Services) -> None:

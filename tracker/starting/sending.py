@@ -35,7 +35,7 @@ from tracker.flora.client import FloraClient, start_body
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.queries.starts import SentClock, StartRow, StartState
+from tracker.store.queries.starts import NotStored, SentClock, StartRow, StartState
 from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace
 
@@ -45,6 +45,8 @@ RENEW_AFTER: Final = 10.0
 """Seconds after which a lease is renewed."""
 RELEASE_AGAIN_AFTER: Final = 1.0
 """Seconds until the release is tried again, if the database did not take it."""
+STORED_WITHIN: Final = timedelta(minutes=10)
+"""How long what is known of a start is tried to be stored with the release."""
 CHECK_ADDRESSES_EVERY: Final = 15.0
 """Seconds for which the database's answer about callback addresses is used."""
 STORE_AGAIN: Final = (0.2, 5.0)
@@ -254,7 +256,7 @@ class StartSender(Service):
         kept, verdict = _as_kept(error), verdict_of(error)
         if not in_doubt and (state := _NOTHING_DONE.get(verdict)) is not None:
             outcome = known_to_flora(held.key) if verdict is StartVerdict.KEY_CONFLICT else error
-            # One that is not stored leaves the start in doubt, and it is sent again later.
+            # Until it is stored, the start is in doubt.
             return outcome if await held.record(state, kept) else pending(held.key)
         is_key_known = verdict in (StartVerdict.KEY_IN_USE, StartVerdict.KEY_CONFLICT)
         if is_key_known or held.row.is_known_to_flora:
@@ -307,7 +309,8 @@ class HeldStart:
 
     `valid_until` is until when the lease surely lasts, in `clock.seconds`; `was_sent` is whether a
     request was let through since it was taken. `is_marking` is true while that is being stored: an
-    interruption leaves open whether it is.
+    interruption leaves open whether it is. What is `not_stored` is stored when the lease is
+    released.
     """
 
     database: Database
@@ -317,6 +320,7 @@ class HeldStart:
     valid_until: float
     was_sent: bool = False
     is_marking: bool = False
+    not_stored: NotStored | None = None
 
     @property
     def key(self) -> str:
@@ -344,12 +348,13 @@ class HeldStart:
             raise _KeyReplaced("the API key was replaced while a start was sent")
         offset, seconds = client.clock_offset, self.clock.seconds()
         ahead = None if offset is None else offset.total_seconds()
-        self.is_marking = True
+        self.is_marking, at = True, self.clock.at(seconds)
+        self.not_stored = starts.as_before(self.row, at)
         row = await starts.mark_sent(
             self.database,
             *self._id,
             holder=self.holder,
-            at=self.clock.at(seconds),
+            at=at,
             callback_url=callback_url,
             request_body=request_body,
             sent=SentClock(self.clock.boot, seconds, ahead),
@@ -360,7 +365,7 @@ class HeldStart:
             raise StartPending(
                 f"idempotency key {self.key!r} was taken over by another request: ask again soon"
             )
-        self.row, self.was_sent = row, True
+        self.row, self.was_sent, self.not_stored = row, True, None
 
     def not_known_to_be_sent(self) -> StartPending:
         """The error if the database may have stored that the start is sent, and nothing was sent:
@@ -378,8 +383,9 @@ class HeldStart:
             )
         except StoreError as failure:
             log.error("start.not_noted", key=self.key, state=state, error=str(failure))
+            self.not_stored = NotStored(self.row.sent_at, starts.outcome(state, error))
             return False
-        self.row = row or self.row
+        self.row, self.not_stored = row or self.row, None
         return row is not None
 
     async def renew(self) -> None:
@@ -415,6 +421,7 @@ async def held_by(
     """
     database, clock = service.database, service.clock
     holder = f"{service.process}:{uuid4()}"
+    held: HeldStart | None = None
     taken = True  # as far as is known if taking it is interrupted
     valid_until = clock.seconds() + HELD_FOR.total_seconds()
     try:
@@ -439,7 +446,7 @@ async def held_by(
             renewing.cancel()
     finally:
         if taken:
-            releasing = asyncio.create_task(_release(service, *start, holder))
+            releasing = asyncio.create_task(_release(service, start, holder, held))
             _releasing.add(releasing)  # the event loop keeps weak references only
             releasing.add_done_callback(_releasing.discard)
             await asyncio.wait([releasing], timeout=database.url.times.release)
@@ -448,17 +455,21 @@ async def held_by(
 _releasing: set[asyncio.Task[None]] = set()
 
 
-async def _release(service: Service, workspace_id: str, key: str, holder: str) -> None:
-    """Release a lease, repeatedly until it expires: it would delay the caller's next attempt."""
+async def _release(
+    service: Service, start: tuple[str, str], holder: str, held: HeldStart | None
+) -> None:
+    """Release a lease, repeatedly until it expires: it would delay the caller's next attempt. What
+    is not stored is tried for longer: the start would stay in doubt."""
     seconds = service.clock.seconds
-    expires_at = seconds() + HELD_FOR.total_seconds()
-    logged = False
-    while seconds() < expires_at:
+    known = None if held is None else held.not_stored
+    lasts = HELD_FOR if known is None else STORED_WITHIN
+    give_up, logged = seconds() + lasts.total_seconds(), False
+    while seconds() < give_up:
         try:
-            await starts.give_back(service.database, workspace_id, key, holder)
+            await starts.give_back(service.database, *start, holder, known)
         except StoreError as failure:
             if not logged:
-                log.warning("start.hold_kept", key=key, error=str(failure))
+                log.warning("start.hold_kept", key=start[1], error=str(failure))
             logged = True
             await asyncio.sleep(RELEASE_AGAIN_AFTER)
         else:

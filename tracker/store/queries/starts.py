@@ -34,6 +34,7 @@ from sqlalchemy import (
     and_,
     case,
     func,
+    literal,
     literal_column,
     null,
     or_,
@@ -381,10 +382,41 @@ async def prolong(
     return await db.execute(mine.values(lease_until=now + lease)) == 1
 
 
-async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
-    """Release the lease if `holder` still has it."""
-    mine = _update(workspace_id, key, starts.c.lease_holder == holder)
-    await db.execute(mine.values(lease_until=None, lease_holder=None))
+@dataclass(frozen=True, slots=True)
+class NotStored:
+    """What is known of a start that was last sent at `sent_at`, and that the database did not take,
+    or may not have taken: its columns with their values."""
+
+    sent_at: datetime | None
+    values: dict[str, Any]
+
+
+def as_before(row: StartRow, sent_at: datetime) -> NotStored:
+    """That a start is as before, if `mark_sent` stored that it is sent, and it was not sent."""
+    names = ("sent_at", "sent_clock", "state", *_FIRST_SENT)
+    return NotStored(sent_at, {name: getattr(row, name) for name in names})
+
+
+async def give_back(
+    db: Database, workspace_id: str, key: str, holder: str, known: NotStored | None = None
+) -> None:
+    """Release the lease if `holder` still has it, and store what is `known`, unless the start was
+    sent again or another holds it."""
+    mine = starts.c.lease_holder == holder
+    values: dict[str, Any] = {"lease_until": None, "lease_holder": None}
+    if known is not None:
+        is_open = starts.c.state.in_([word("sent"), word("in_doubt")])
+        applies = and_(starts.c.sent_at == known.sent_at, is_open)
+        for name, value in known.values.items():
+            column = starts.c[name]
+            new = null() if value is None else literal(value, column.type)
+            values[name] = case((applies, new), else_=column)
+        mine = or_(mine, starts.c.lease_holder.is_(None))
+    await db.execute(_update(workspace_id, key, mine).values(values))
+
+
+_FIRST_SENT: Final = ("set_back", "in_use_since", "callback_url", "request_body", "error")
+"""What is stored with the first request of a key, besides its state."""
 
 
 async def mark_sent(
@@ -405,14 +437,8 @@ async def mark_sent(
     neither, and leaves a start in doubt. `sent` is `at` by a clock that only runs forward.
     """
     sent_clock = sent and {"sent_at": at.isoformat(), **asdict(sent)}
-    first = {
-        "state": word("sent"),
-        "set_back": null(),
-        "in_use_since": at,
-        "callback_url": callback_url,
-        "request_body": request_body,
-        "error": null(),
-    }
+    news = (null(), at, callback_url, request_body, null())
+    first = {"state": word("sent"), **dict(zip(_FIRST_SENT, news, strict=True))}
     values = {name: case((_IS_FRESH, new), else_=starts.c[name]) for name, new in first.items()}
     is_open = or_(_IS_FRESH, starts.c.state.in_([word("sent"), word("in_doubt")]))
     held = and_(starts.c.lease_holder == holder, starts.c.lease_until > at)
@@ -434,12 +460,18 @@ async def mark(
 
     `STARTED` is set only by the writer, together with the run.
     """
-    values: dict[str, Any] = {"state": state.value, "error": error}
-    if state in (StartState.STORED, StartState.REFUSED):
-        values["request_body"] = None
+    values = outcome(state, error)
     held = and_(starts.c.state != StartState.STARTED, starts.c.lease_holder == holder)
     statement = _update(workspace_id, key, held).values(**values)
     return _found(await db.execute_row(statement.returning(*starts.c)))
+
+
+def outcome(state: StartState, error: dict[str, Any] | None) -> dict[str, Any]:
+    """The columns of a start that was answered without a run."""
+    values: dict[str, Any] = {"state": state.value, "error": error}
+    if state in (StartState.STORED, StartState.REFUSED):
+        values["request_body"] = None
+    return values
 
 
 async def open_starts(db: Database) -> list[StartRow]:
