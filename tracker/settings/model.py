@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from tracker.core.errors import SettingsError
-from tracker.core.events import EventType, RunFilter, check_secret
+from tracker.core.events import HANDLER_SECONDS, MOST_OPEN, EventType, RunFilter, check_secret
 from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.starts import Budget, Budgets, Period, parse_tag
@@ -199,8 +199,8 @@ class EventSettings(_FilterSettings):
 class HandlerSettings(EventSettings):
     """A Python handler: at most `concurrency` calls at a time, each of `timeout` seconds."""
 
-    concurrency: Annotated[int, Field(ge=1, le=1000)] = 20
-    timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = MOST_OPEN
+    timeout: Annotated[float, Field(gt=0, le=86400)] = HANDLER_SECONDS
 
 
 class EndpointSettings(EventSettings):

@@ -23,7 +23,7 @@ import httpx
 from tracker import __version__
 from tracker.core.formatting import plain
 from tracker.core.net import CALLBACK_PATH as _PATH
-from tracker.core.net import is_loopback
+from tracker.core.net import is_loopback_url
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
 from tracker.flora.callback import sign
 from tracker.flora.http import NoCookies
@@ -167,7 +167,7 @@ async def open_sender(url: str, timeout: float) -> AsyncIterator[Send]:
         cookies=NoCookies(),
         timeout=httpx.Timeout(timeout, connect=timeout * _CONNECT_SHARE),
         follow_redirects=False,
-        trust_env=not is_loopback(urlsplit(url).hostname or ""),
+        trust_env=not is_loopback_url(url),
     ) as http:
         yield partial(_send, http, url, timeout)
 

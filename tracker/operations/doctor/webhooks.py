@@ -113,7 +113,7 @@ async def check_public_url(
     parts = urlsplit(url)
     host = parts.hostname or ""
     if is_loopback(host):
-        if is_loopback(urlsplit(settings.flora_base_url).hostname or ""):
+        if settings.flora_is_local:
             return ok("public url", f"{url} is on this machine, like FLORA_BASE_URL.")
         return failed(
             "public url",
