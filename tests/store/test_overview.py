@@ -108,7 +108,7 @@ async def test_callbacks(told: Database) -> None:
 async def test_lags(told: Database) -> None:
     """How long it took from FLORA's end until it was known; the adopted run has no part in it."""
     lag = await overview.lags(told, now=NOW, hours=2)
-    assert (lag.runs, lag.mean) == (3, 16)
+    assert lag.runs == 3
     shown = await rows(told, "v_lags_hourly", "lag, le_seconds")
     assert [(r["le_seconds"], r["runs"]) for r in shown if r["lag"] == "seen"] == [
         (1, 1),
@@ -199,7 +199,7 @@ async def test_what_is_open(writer: TestWriter, db: Database) -> None:
 
 def test_quantiles_of_a_histogram() -> None:
     """A quantile lies in the bucket that holds it, and no count means no quantile."""
-    assert lag_of([]) == (0, None, None, None)
+    assert lag_of([]) == (0, None, None)
     assert quantile({1000: 10}, 0.5) == pytest.approx(0.75)  # between half a second and one
     assert quantile({1000: 1, EDGES[-1] + 1: 9}, 0.95) == 86_400
     spread = {100: 50, 60_000: 45, 120_000: 5}

@@ -58,7 +58,6 @@ class Lag(NamedTuple):
     """Durations of `runs` runs in seconds; `None` where there are no runs."""
 
     runs: int
-    mean: float | None
     p50: float | None
     p95: float | None
 
@@ -71,15 +70,13 @@ def bucket_of(milliseconds: int) -> int:
 
 def lag_of(rows: Iterable[tuple[int, int, int]]) -> Lag:
     """Summarise rows of (bucket, number of runs, sum of milliseconds)."""
-    counts, milliseconds = Counter[int](), 0
-    for bucket, count, amount in rows:
+    counts = Counter[int]()
+    for bucket, count, _ in rows:
         counts[bucket] += count
-        milliseconds += amount
     total = counts.total()
     if total <= 0:
-        return Lag(0, None, None, None)
-    mean = milliseconds / total / 1000
-    return Lag(total, mean, quantile(counts, 0.5), quantile(counts, 0.95))
+        return Lag(0, None, None)
+    return Lag(total, quantile(counts, 0.5), quantile(counts, 0.95))
 
 
 def quantile(counts: dict[int, int], share: float) -> float:
