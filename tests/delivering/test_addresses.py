@@ -5,13 +5,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.delivering.far_end import FarEnd, answer, far_end
 from tests.support.waiting import close_server, free_port
-from tracker.delivering import addresses
 from tracker.delivering.addresses import (
     Address,
     GuardedTransport,
@@ -62,9 +62,9 @@ async def test_the_clouds_own_services_are_refused(address: str, allow_private: 
         await send("http://files.test/", resolver=fixed(address), allow_private=allow_private)
 
 
-async def send(url: str, *, allow_private: bool = False, resolver: Resolver = resolve) -> int:
-    transport = GuardedTransport(allow_private=allow_private, resolver=resolver)
-    async with httpx.AsyncClient(transport=transport) as client:
+async def send(url: str, *, resolver: Resolver = resolve, **options: Any) -> int:
+    transport = GuardedTransport(resolver=resolver, **options)
+    async with httpx.AsyncClient(transport=transport, timeout=60) as client:
         return (await client.get(url)).status_code
 
 
@@ -128,10 +128,11 @@ def silent(address: str, port: int) -> Iterator[socket.socket]:
         yield listening
 
 
-async def test_an_address_that_is_silent_costs_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_address_that_is_silent_costs_a_moment() -> None:
     """The next one is tried then, and next time the one that was reached comes first."""
-    monkeypatch.setattr(addresses, "ADDRESS_SECONDS", 0.2)
-    transport = GuardedTransport(allow_private=True, resolver=fixed("127.0.0.2", "127.0.0.1"))
+    transport = GuardedTransport(
+        allow_private=True, resolver=fixed("127.0.0.2", "127.0.0.1"), address_seconds=0.2
+    )
     async with (
         far_end(answer(b"")) as end,
         httpx.AsyncClient(transport=transport, timeout=60) as client,
@@ -140,17 +141,18 @@ async def test_an_address_that_is_silent_costs_a_moment(monkeypatch: pytest.Monk
         with silent("127.0.0.2", end.port):
             url = end.url("/", host="two.example")
             assert (await client.get(url)).status_code == 200
-            monkeypatch.setattr(addresses, "ADDRESS_SECONDS", 60.0)
+            transport.address_seconds = 60.0
             assert (await client.get(url)).status_code == 200
 
 
-async def test_an_address_that_is_only_slow_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_address_that_is_only_slow_is_reached() -> None:
     """Where no other one is there, it has all the time of the request."""
-    monkeypatch.setattr(addresses, "ADDRESS_SECONDS", 0.05)
     end = FarEnd(free_port(), answer(b""))
     with silent("127.0.0.1", end.port) as listening:
         url, resolver = end.url("/", host="slow.example"), fixed("127.0.0.1", "127.0.0.2")
-        sending = asyncio.create_task(send(url, allow_private=True, resolver=resolver))
+        sending = asyncio.create_task(
+            send(url, allow_private=True, resolver=resolver, address_seconds=0.05)
+        )
         await asyncio.sleep(0.2)
         assert not sending.done()
         server = await asyncio.start_server(end.connected, sock=listening)

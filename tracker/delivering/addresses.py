@@ -25,8 +25,6 @@ Resolver = Callable[[str, int], Awaitable[list[Address]]]
 
 RESOLVE_SECONDS: Final = 10.0
 UNREACHED: Final = "the server cannot be reached"
-ADDRESS_SECONDS: Final = 3.0
-"""How long connecting to one of several addresses may take, before the next is tried."""
 KEEP_SECONDS: Final = 2.0
 """How long an idle connection is kept: shorter than any server does."""
 _PORTS: Final = {"http": 80, "https": 443}
@@ -113,7 +111,8 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     The Host header and TLS keep the host name, so certificates are verified as usual. Connections
     are not reused, because two hosts at one address must not share one; `one_host` promises that
     all requests go to the same host. Errors name `what` was refused, and the `permission` for
-    private addresses. `tls` has the authorities that are trusted.
+    private addresses. `tls` has the authorities that are trusted. Where a host has several
+    addresses, connecting to one takes `address_seconds` at most before the next is tried.
     """
 
     def __init__(
@@ -125,7 +124,9 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         one_host: bool = False,
         what: str = "the link",
         permission: str = "--allow-private",
+        address_seconds: float = 3.0,
     ) -> None:
+        self.address_seconds = address_seconds
         self._allow_private = allow_private
         self._resolve = resolver
         self._what = what
@@ -151,7 +152,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         last = addresses[-1]
         for address in addresses if len(addresses) > 1 else ():
             try:
-                return await self._send_to(address, request, ADDRESS_SECONDS)
+                return await self._send_to(address, request, self.address_seconds)
             except httpx.ConnectTimeout:
                 last = address  # it may only be slow
             except httpx.ConnectError:
