@@ -19,7 +19,7 @@ from tracker import worker
 from tracker.core import contact as core_contact
 from tracker.core.clock import utc_now
 from tracker.flora import resilience
-from tracker.polling import contacts
+from tracker.polling import poll
 from tracker.store.queries import overview
 
 WITHIN = 40.0
@@ -32,8 +32,8 @@ def hasty() -> None:
     for module in (core_contact, resilience):
         shorten(module, PATIENCE=timedelta(seconds=2))
     shorten(resilience, CONFIRMED=0.5)
-    shorten(contacts, PROBE_IDLE_AFTER=1.0, PROBE_FAILING_AFTER=0.5, KEEP_TICK=0.2)
-    shorten(contacts, KEEP_EVERY=timedelta(seconds=0.5), PROBE_SECONDS=2.0)
+    shorten(poll, PROBE_IDLE_AFTER=1.0, PROBE_FAILING_AFTER=0.5, KEEP_TICK=0.2)
+    shorten(poll, KEEP_EVERY=timedelta(seconds=0.5), PROBE_SECONDS=2.0)
     shorten(worker, PROBE_EVERY=timedelta(seconds=0.3))
     shorten(overview, LATE_AFTER=timedelta(seconds=1))
 
