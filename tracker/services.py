@@ -254,7 +254,11 @@ class Services:
             **shared, contacts=contacts, durations=durations, policy=settings.policy
         )
         self.downloader = Downloader(
-            database=database, follower=self.follower, changes=self.changes, clock=clock
+            database=database,
+            follower=self.follower,
+            changes=self.changes,
+            poller=poller,
+            clock=clock,
         )
         self.pruner = Pruner(database=database, clock=clock)
         self.refusals = await stack.open("refusals", Refusals(database, clock=clock))

@@ -135,7 +135,7 @@ from tracker.delivering.saving import DownloadJob, OutputSaver
 async def save_three(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
     with DownloadDirectory(folder) as directory:
-        saver = OutputSaver(directory, None, utc_now)
+        saver = OutputSaver(directory, None, utc_now, None)
         for name in ("a", "b", "c" * 20):
             output = Output(output_id=name, type="text", url="a text")
             job = DownloadJob(run_id="run_1", position=0, output=output, row=None, name=name)

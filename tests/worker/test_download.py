@@ -21,7 +21,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.waiting import cancel
-from tracker.delivering.downloads import DownloadOptions, DownloadReport
+from tracker.delivering.downloads import FRUITLESS_READS, DownloadOptions, DownloadReport
 from tracker.delivering.files import MANIFEST
 from tracker.delivering.saving import DownloadOutcome, DownloadResult, WantedRun, jobs_of
 from tracker.services import Services
@@ -168,6 +168,42 @@ async def test_what_cannot_be_had_is_reported_and_the_rest_is_fetched(
         ("gone", "the link has expired, or the file is gone (HTTP 404)"),
         ("odd", "the link is not http(s)"),
     ]
+
+
+async def test_an_expired_link_is_read_again(
+    services: Services, flora: Simulator, clock: HandClock, folder: Path
+) -> None:
+    """One read of the run brings the links of all its outputs; nothing else of it changes."""
+    request = StartRequest(technique="icon-pack", inputs=PROMPT)
+    run_id = (await services.starter.start(request)).record.run.run_id
+    clock.move(60)
+    await services.poller.poll_due()
+    fresh = (await the_run(services, run_id)).run.outputs or ()
+    clock.move(60)
+    async with far_end(answer(b"", "403 Forbidden")) as gone:
+        await settle(services, run_id, [replace(one, url=gone.url()) for one in fresh])
+        before = await the_run(services, run_id)
+        clock.move(60)
+        report = await download(services, folder, run_id, concurrency=1)
+    assert report.complete
+    assert len(report.of(DownloadOutcome.FETCHED)) == len(fresh) > 1
+    after = await the_run(services, run_id)
+    assert after.run.outputs == fresh
+    assert after.checks == before.checks + 1
+    assert (after.tracking, after.settled_at) == (before.tracking, before.settled_at)
+
+
+async def test_flora_is_not_asked_for_ever_for_other_links(
+    services: Services, folder: Path
+) -> None:
+    """Where it shows none, as for files that are gone, a few reads are enough."""
+    async with far_end(answer(b"", "404 Not Found")) as gone:
+        outputs = [Output(f"o{number}", "imageUrl", gone.url()) for number in range(6)]
+        await settle(services, "run_1", outputs)
+        before = (await the_run(services, "run_1")).checks
+        report = await download(services, folder, "run_1", concurrency=1)
+    assert len(report.of(DownloadOutcome.FAILED)) == len(outputs)
+    assert before < (await the_run(services, "run_1")).checks <= before + 2 * FRUITLESS_READS
 
 
 async def test_links_into_this_machine_are_refused(services: Services, folder: Path) -> None:

@@ -13,13 +13,13 @@ import tempfile
 import zipfile
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, cast
 
 from tracker.core.clock import Clock
-from tracker.core.errors import DownloadDirectoryError, TrackerError
+from tracker.core.errors import DownloadDirectoryError, StoreError, TrackerError
 from tracker.core.events import RunFilter
 from tracker.core.formatting import counted
 from tracker.core.record import Record
@@ -34,6 +34,7 @@ from tracker.delivering.saving import (
     DownloadResult,
     OnJobBytes,
     OutputSaver,
+    RenewedLink,
     WantedRun,
     jobs_of,
     row_names,
@@ -42,6 +43,7 @@ from tracker.delivering.saving import (
 from tracker.flora.parse import ports
 from tracker.polling.changes import Broadcaster
 from tracker.polling.follow import Follower, More, Notify
+from tracker.polling.poll import Poller
 from tracker.starting.rows import kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, runs, techniques
@@ -50,6 +52,8 @@ T = TypeVar("T")
 
 QUEUED: Final = 500
 """Maximum number of outputs that wait to be fetched."""
+FRUITLESS_READS: Final = 3
+"""Reads in a row without a new link, after which FLORA is not asked for others."""
 _NOT_STARTED: Final = ("not_started", "sending")
 ZIP_AHEAD: Final = 6
 """Files that are fetched at the same time for a ZIP."""
@@ -124,6 +128,7 @@ class Downloader:
     database: Database
     follower: Follower
     changes: Broadcaster
+    poller: Poller
     clock: Clock
 
     async def named(
@@ -296,6 +301,27 @@ class Downloader:
         ]
         return result
 
+    def _renewed_links(self) -> RenewedLink:
+        """Finds the new links of outputs for one download: FLORA is asked again, for as long as
+        that brings any."""
+        fruitless = 0
+
+        async def renewed_link(job: DownloadJob) -> str | None:
+            nonlocal fruitless
+            with suppress(StoreError):
+                record = await runs.get_run(self.database, job.run_id)
+                if record is not None and _link_of(job, record) == job.output.url:
+                    if fruitless >= FRUITLESS_READS:
+                        return None
+                    record = await self.poller.read_again(record)
+                link = None if record is None else _link_of(job, record)
+                is_new = link not in (None, job.output.url)
+                fruitless = 0 if is_new else fruitless + 1
+                return link if is_new else None
+            return None
+
+        return renewed_link
+
     async def download(
         self,
         source: AsyncIterator[WantedRun],
@@ -340,10 +366,16 @@ class Downloader:
 
         with DownloadDirectory(options.to) as directory:
             fetcher = Fetcher(allow_private=options.allow_private, max_bytes=options.max_bytes)
-            saver = OutputSaver(directory, fetcher, self.clock)
+            saver = OutputSaver(directory, fetcher, self.clock, self._renewed_links())
             saving = [save_all(saver) for _ in range(options.concurrency)]
             await run_all([find_jobs(), *saving])
         report.results.sort(key=lambda one: order.get(one.job.key, -1))
+
+
+def _link_of(job: DownloadJob, record: Record) -> str | None:
+    """The link that the run has for the job's output."""
+    some = (record.run.outputs or ())[job.position : job.position + 1]
+    return next((one.url for one in some if one.output_id == job.output.output_id), None)
 
 
 def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:

@@ -65,6 +65,10 @@ OnComplete = Callable[[FetchedFile], None]
 """Called in a thread when a file is complete, before it gets its name."""
 
 
+class LinkExpired(MediaError):
+    """The server does not give the file, or not to this link."""
+
+
 class Fetcher:
     """Fetches files.
 
@@ -230,7 +234,7 @@ class Fetcher:
             await asyncio.to_thread(part.discard)
             raise MediaUnavailable("the server sent another range than requested")
         if status in _GONE:
-            raise MediaError(f"the link has expired, or the file is gone (HTTP {status})")
+            raise LinkExpired(f"the link has expired, or the file is gone (HTTP {status})")
         if status in _TEMPORARY or status >= 500:
             wait = retry_after_of(response.headers, now=utc_now(), longest=_LONGEST_PAUSE)
             raise MediaUnavailable(f"the server answered HTTP {status}", retry_after=wait)

@@ -12,7 +12,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -24,7 +24,7 @@ from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, Tracking
 from tracker.core.starts import Port
 from tracker.delivering.addresses import MediaError
-from tracker.delivering.fetch import FetchedFile, Fetcher
+from tracker.delivering.fetch import FetchedFile, Fetcher, LinkExpired
 from tracker.delivering.files import DownloadDirectory, FileKey, ManifestEntry, PartialFile
 from tracker.starting.rows import RowState
 from tracker.store.queries.batches import BatchRow
@@ -131,13 +131,24 @@ def jobs_of(wanted: WantedRun) -> Iterator[DownloadJob]:
         )
 
 
+RenewedLink = Callable[[DownloadJob], Awaitable[str | None]]
+"""The link of an output as FLORA shows it now; `None` if there is no other one."""
+
+
 class OutputSaver:
     """Saves single outputs in the download directory."""
 
-    def __init__(self, directory: DownloadDirectory, fetcher: Fetcher, clock: Clock) -> None:
+    def __init__(
+        self,
+        directory: DownloadDirectory,
+        fetcher: Fetcher,
+        clock: Clock,
+        renewed_link: RenewedLink,
+    ) -> None:
         self._directory = directory
         self._fetcher = fetcher
         self._clock = clock
+        self._renewed_link = renewed_link
 
     async def save(self, job: DownloadJob, on_bytes: OnJobBytes | None) -> DownloadResult:
         """Fetch the output unless its file is complete; a failure is a result, too."""
@@ -156,14 +167,21 @@ class OutputSaver:
                 entry = await asyncio.to_thread(self._write_text, job, name, text)
             else:
                 added: list[ManifestEntry] = []
-                await self._fetcher.fetch(
-                    job.output.url,
-                    self._directory.folder,
-                    name,
+                fetch = partial(
+                    self._fetcher.fetch,
+                    folder=self._directory.folder,
+                    stem=name,
                     output_type=job.output.type,
                     on_bytes=None if on_bytes is None else partial(on_bytes, job),
                     on_complete=lambda file: added.append(self._add(job, file)),
                 )
+                try:
+                    await fetch(job.output.url)
+                except LinkExpired:
+                    link = await self._renewed_link(job)
+                    if link is None:
+                        raise
+                    await fetch(link)
                 (entry,) = added
         except (MediaError, OSError) as error:
             if isinstance(error, OSError):

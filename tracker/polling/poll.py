@@ -145,8 +145,12 @@ class Poller(Service):
 
         Without a key, or with a refused one, it stays due. Raises `StoreUnavailable`.
         """
+        return record if record.run.settled else await self.read_again(record)
+
+    async def read_again(self, record: Record) -> Record:
+        """As `read_now`, and a settled run too: FLORA may show new links."""
         workspace = self.workspaces.reader_of(record.run.workspace_id)
-        if workspace is None or workspace.client is None or record.run.settled:
+        if workspace is None or workspace.client is None:
             return record
         try:
             found = await RunReader(self, workspace).read(record)
