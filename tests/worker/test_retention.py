@@ -117,16 +117,16 @@ async def test_a_page_read_for_others_does_not_either(
     assert await known(services) == set(new)
 
 
-@pytest.mark.parametrize("reads", ["sweep", "poll"])
-async def test_a_list_that_was_read_before_does_not_either(
+@pytest.mark.parametrize("reads", ["sweep", "poll", "again"])
+async def test_what_was_read_before_does_not_either(
     services: Services,
     flora: Simulator,
     clock: HandClock,
     monkeypatch: pytest.MonkeyPatch,
     reads: str,
 ) -> None:
-    """A run that is removed between the check of a page and its write: it is not discovered, and
-    its end and its cost count once."""
+    """A run that is removed between its read, singly or on a page, and the write: it is not
+    discovered, and its end and its cost count once."""
     await start(services, 3)
     await poll_to_the_end(services, clock, within=120)
     clock.move(300)
@@ -144,6 +144,9 @@ async def test_a_list_that_was_read_before_does_not_either(
     if reads == "sweep":
         report = await sweep(services, timedelta(days=365))
         assert (report.items, report.discovered, report.error) == (3, 0, None)
+    elif reads == "again":
+        for record in (await read.list_runs(services.database))[0]:
+            await services.poller.read_again(record)
     else:
         new = await start(services, 3)
         await poll_to_the_end(services, clock, within=120)

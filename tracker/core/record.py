@@ -65,7 +65,7 @@ class Observed:
     transaction; `reserved_cost` is the price of this run in USD. `counted_before` says that the
     run's end was counted before retention removed the run. An `incidental` observation, from a list
     that was read for other runs, is not written if it shows nothing new; one that is `only_stored`,
-    of a run that was stored when the list was read, not if the run has been removed since.
+    of a run that was stored when it was read, not if the run has been removed since.
     """
 
     observation: Observation

@@ -154,6 +154,7 @@ class RunReader:
                     reads=found.reads,
                     claim=poller.process,
                     counted_before=bool(again),
+                    only_stored=run.settled,
                 )
                 found.entries.append(entry)
         return found
