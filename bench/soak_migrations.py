@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 SENDERS = 8
 BETWEEN = 1.0
 """Seconds of work between two migrations."""
+TRIED = 5
 
 
 class Senders:
@@ -100,8 +101,9 @@ def _git(*arguments: str) -> bytes:
 
 @contextmanager
 def code_of(commits: list[str]) -> Iterator[Path | None]:
-    """The newest of these that runs at all, in a folder of its own; `None` where none does."""
-    for commit in commits:
+    """The newest of these that runs at all, in a folder of its own; `None` if none of the newest
+    does: what is not installed any more, older ones need too."""
+    for commit in commits[:TRIED]:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(fileobj=io.BytesIO(_git("archive", commit))) as archive:
                 archive.extractall(folder, filter="data")
