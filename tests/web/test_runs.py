@@ -73,6 +73,21 @@ async def test_floras_whole_answer_is_taken_and_its_state_is_not_believed(site: 
     assert run["poll_url"] == "https://app.flora.ai/api/v1/techniques/tech_1/runs/run_1"
 
 
+async def test_the_technique_of_floras_other_starts_is_taken(site: Site) -> None:
+    """They show it as an object; one that is none is ignored, as all fields that nobody knows."""
+    shown = {"technique_id": "tech_2", "name": "Two"}
+    for number, (fields, technique_id) in enumerate(
+        [
+            ({"technique": shown}, "tech_2"),
+            ({"technique": shown, "technique_id": "tech_1"}, "tech_1"),
+            ({"technique": {"technique_id": 5}}, None),
+            ({"technique": "Two"}, None),
+        ]
+    ):
+        answer = await _track(site, f"run_{number}", **fields)
+        assert (answer.status_code, answer.json()["technique_id"]) == (201, technique_id)
+
+
 async def test_runs_are_listed_newest_first_page_by_page(site: Site) -> None:
     """Pages neither repeat nor skip a run, and the last one has no cursor."""
     for number in range(7):

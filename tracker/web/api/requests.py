@@ -189,6 +189,9 @@ class TrackBody(Body):
 
     run_id: Name
     technique_id: Name | None = Field(None, description="Its id or its slug.")
+    technique: Any = Field(
+        None, description="Where FLORA shows the id in an object, as its other starts do."
+    )
     workspace_id: Name | None = None
     poll_url: Annotated[str, StringConstraints(max_length=2048, pattern=_NO_NUL)] | None = Field(
         None, description="Used only if it is on FLORA's own origin."

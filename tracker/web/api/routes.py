@@ -15,6 +15,7 @@ from starlette.responses import Response
 from tracker import views
 from tracker.core.errors import FieldFault
 from tracker.core.log import get_logger
+from tracker.flora.parse import as_id, as_object
 from tracker.receiving.apply import UnknownDelivery
 from tracker.services import Services
 from tracker.settings.tokens import Scope
@@ -167,7 +168,7 @@ class Api(BatchOperations):
         """
         tracked = await self._services.tracker.track(
             body.run_id,
-            technique=body.technique_id,
+            technique=body.technique_id or as_id(as_object(body.technique).get("technique_id")),
             workspace_id=body.workspace_id,
             poll_url=body.poll_url,
         )
