@@ -152,6 +152,11 @@ async def test_processes_that_upgrade_at_once_agree(
     assert await migrate.current(empty_database_url) == migrate.head()
 
 
+@pytest.mark.parametrize(
+    "empty_database_url",
+    ["sqlite", pytest.param("postgres", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 async def test_upgrades_within_one_process_agree(empty_database_url: str) -> None:
     """So may several tasks of one process."""
     await asyncio.gather(*(migrate.upgrade(empty_database_url) for _ in range(3)))

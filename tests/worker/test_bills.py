@@ -183,10 +183,10 @@ async def test_a_bill_is_given_up_by_an_answer_alone(
         give_up = clock() + timedelta(hours=27)
         while clock() < give_up:
             await services.poller.recheck_due()
-            clock.move(3000)
+            clock.move(3 * HOUR)
         assert all(one.recheck_at is not None for one in await records(services, run_ids))
         flora.world.change({"gateway": 0.0})
-        await recheck(services, clock, until=6 * HOUR, every=1200)
+        await recheck(services, clock, until=6 * HOUR, every=HOUR)
         for record in await records(services, run_ids):
             truth = flora.world.runs[record.run.run_id]
             is_priced = truth.bill.shown(truth.bill.final_ms) is not None
