@@ -24,8 +24,8 @@ from sqlalchemy import (
     select,
 )
 
+from tracker.store.copy import TABLES
 from tracker.store.engine import migration_engine
-from tracker.store.migrate import TABLES
 from tracker.store.schema import CleanText, Money, UtcDateTime
 from tracker.store.url import DatabaseUrl
 

@@ -19,9 +19,9 @@ from tests.support.forked import run_python
 from tests.support.waiting import eventually
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError, StoreUnavailable
 from tracker.store import migrate
+from tracker.store.copy import TABLES, Step, copy
 from tracker.store.engine import Database, migration_engine
 from tracker.store.errors import StoreBusy
-from tracker.store.migrate import TABLES, Step, copy
 from tracker.store.schema import sessions
 from tracker.store.url import DatabaseTimes, DatabaseUrl
 
@@ -229,9 +229,9 @@ async def test_a_copy_that_is_cancelled_leaves_nothing(
 
 DYING = """
 import asyncio, os, sys
-from tracker.store import migrate
-from tracker.store.migrate import copy
-migrate.CACHE_KB = 20
+from tracker.store import copy as copy_module
+from tracker.store.copy import copy
+copy_module.CACHE_KB = 20
 asyncio.run(copy(*sys.argv[1:], progress=lambda step: step.table == "run_events" and os._exit(9)))
 """
 

@@ -45,6 +45,7 @@ for _module in (
     "stringprep",
     "tracker.cli.app",
     "tracker.services",
+    "tracker.store.copy",
     "tracker.sync",
     "tracker.web.http.server",
     "typer._click._textwrap",

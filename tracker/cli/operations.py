@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from tracker.polling.sweep import SweepReport
     from tracker.polling.verify import VerifyReport
     from tracker.services import Services
+    from tracker.store.copy import Step
     from tracker.store.engine import Database
-    from tracker.store.migrate import Step
     from tracker.store.queries.audit import AuditRow
 
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "failed": "bold red"}
@@ -323,7 +323,7 @@ def copy_(
     """Copy everything from TRACKER_DATABASE_URL to another database, in one transaction."""
     settings = configure()
     from tracker.settings import read_settings
-    from tracker.store.migrate import copy
+    from tracker.store.copy import copy
     from tracker.store.url import DatabaseUrl
 
     source, place = settings.tracker_database_url, read_settings().sources.get(_VARIABLE)
