@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from tests.store.making import NOW, TestWriter, seen
+from tests.store.making import NOW, TestWriter, ids, seen
 from tests.support import next_year
 from tests.support.clocks import HandClock
 from tests.support.webhooks import add_message
@@ -98,6 +98,23 @@ async def test_every_event_has_one_message_for_each_endpoint(
     every = [(one, *event) for one in ("a", "b") for event in expected]
     only = [("settled", *event) for event in expected if event[0] == "run.settled"]
     assert await distribute(db) == sorted(every + only)
+
+
+async def test_many_endpoints_make_no_long_transaction(
+    db: Database, writer: TestWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes so many messages, however many endpoints want each event, and at least those of one
+    event."""
+    await known(db, *(f"shop-{number}" for number in range(10)))
+    await writer.submit_all([ended(run_id) for run_id in ids("run", 6)])
+    made = []
+    for most in (20, 5, 1000):
+        monkeypatch.setattr(read_endpoints, "MOST_MESSAGES", most)
+        done = await db.write(lambda one: fan_out(one, limit=100, now=NOW, body=message_body))
+        made.append((done.taken, done.more, await waiting(db)))
+    assert made == [(2, True, 4), (1, True, 3), (3, False, 0)]
+    rows, _ = await list_messages(db, limit=500)
+    assert len(rows) == 60
 
 
 async def test_without_endpoints_nothing_is_kept(db: Database, writer: TestWriter) -> None:

@@ -189,7 +189,7 @@ class Webhooks:
                 self._senders[endpoint_id].wake()
             if made.endpoint_ids - self._senders.keys():
                 await notify(self.database, OUTBOX)
-            if made.taken < limit:
+            if not made.more:
                 return total
 
     async def test(self, endpoint_id: str) -> Attempt:

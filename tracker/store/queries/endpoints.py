@@ -250,12 +250,19 @@ Shown = Callable[[EventType, datetime, Record], str]
 """Makes the body of a message: JSON."""
 
 
+MOST_MESSAGES: Final = 1000
+"""Messages that one transaction makes, unless there are more endpoints: on SQLite nothing else
+writes meanwhile, no callback either."""
+
+
 @dataclass(frozen=True, slots=True)
 class FanOut:
-    """How many rows of the outbox were taken, and the endpoints for which there are messages."""
+    """How many rows of the outbox were taken, and the endpoints for which there are messages.
+    `more` is true if others may be waiting."""
 
     taken: int
     endpoint_ids: frozenset[str] = frozenset()
+    more: bool = False
 
 
 async def outbox_waits(db: Database) -> bool:
@@ -266,7 +273,8 @@ async def outbox_waits(db: Database) -> bool:
 def fan_out(
     connection: Connection, *, limit: int, now: datetime, body: Shown, own: Collection[str] = ()
 ) -> FanOut:
-    """Turn the oldest events of the outbox that no other process has locked into messages.
+    """Turn the oldest events of the outbox that no other process has locked into messages: `limit`
+    at most, fewer where many endpoints may get them.
 
     Endpoints that no process has had in its settings for a day get none; those of this process,
     `own`, do, whatever the clock says. Nothing is sent of a run that ended before its endpoint was
@@ -276,14 +284,15 @@ def fan_out(
     What only a newer version knows is left to its processes: their events, and while they run, all
     events where an endpoint has a filter of theirs.
     """
+    is_configured = endpoints.c.configured_at > now - CONFIGURED_WITHIN
+    open_to = select(endpoints).where(or_(is_configured, endpoints.c.endpoint_id.in_(own)))
+    receivers = connection.execute(open_to).all()
+    limit = max(min(limit, MOST_MESSAGES // max(len(receivers), 1)), 1)
     oldest = select(outbox).where(_KNOWN).order_by(outbox.c.id).limit(limit)
     oldest = oldest.with_for_update(skip_locked=True)
     events = connection.execute(oldest).all()
     if not events:
         return FanOut(0)
-    is_configured = endpoints.c.configured_at > now - CONFIGURED_WITHIN
-    open_to = select(endpoints).where(or_(is_configured, endpoints.c.endpoint_id.in_(own)))
-    receivers = connection.execute(open_to).all()
     newest = [one.configured_at for one in receivers if not RunFilter.knows(one.filters)]
     if any(at > now - LEFT_FOR for at in newest):
         return FanOut(0)
@@ -294,7 +303,8 @@ def fan_out(
         )
         connection.execute(rows, made)
     connection.execute(delete(outbox).where(outbox.c.id.in_([event.id for event in events])))
-    return FanOut(len(events), frozenset(row["endpoint_id"] for row in made))
+    endpoint_ids = frozenset(row["endpoint_id"] for row in made)
+    return FanOut(len(events), endpoint_ids, more=len(events) == limit)
 
 
 def _messages_of(
