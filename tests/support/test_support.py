@@ -96,6 +96,22 @@ async def test_the_steady_clock_stops_with_the_process() -> None:
         await eventually(lambda: clock() - began >= 0.5)
 
 
+async def test_the_steady_clock_does_not_count_waits_for_a_processor() -> None:
+    """Each may be short, where many processes share it."""
+    processors = os.sched_getaffinity(0)
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, processors)
+        os.sched_setaffinity(0, {min(processors)})
+        for _ in range(2):
+            busy = stack.enter_context(subprocess.Popen(["/bin/sh", "-c", "while :; do :; done"]))
+            stack.callback(busy.kill)
+        async with steady_clock() as clock:
+            began, really, computed = clock(), time.monotonic(), time.thread_time()
+            while time.thread_time() - computed < 0.1:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0)
+            assert 0.1 <= clock() - began < (time.monotonic() - really) / 2
+
+
 async def test_databases_are_apart(postgres_databases: PostgresDatabases) -> None:
     """What one test writes, another does not see."""
     with postgres_databases.empty() as one, postgres_databases.empty() as other:

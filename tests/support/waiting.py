@@ -56,31 +56,44 @@ async def eventually(
 class SteadyClock:
     """A monotonic clock, in seconds, that stops while this process stands still.
 
-    A machine that has too much to do can leave a process alone for seconds; what is measured by
-    this clock does not count them. Seconds in which this thread computes count: what blocks the
-    event loop is slow.
+    A machine that has too much to do can leave a process alone for seconds, in one piece or in many
+    small ones; what is measured by this clock does not count them. Seconds in which this thread
+    computes count: what blocks the event loop is slow.
     """
 
     def __init__(self) -> None:
         self._stood_still = 0.0
         self._next = time.monotonic() + _TICK
-        self._computed = time.thread_time()
+        self._computed, self._queued = time.thread_time(), _queued()
 
     def __call__(self) -> float:
         now = time.monotonic()
-        return now - self._stood_still - self._late(now)
+        return now - self._stood_still - self._still(now)
 
     async def tick(self) -> None:
         """Notice when the process stands still, until this is cancelled."""
         while True:
             now = time.monotonic()
-            self._stood_still += self._late(now)
-            self._next, self._computed = now + _TICK, time.thread_time()
+            self._stood_still += self._still(now)
+            self._next = now + _TICK
+            self._computed, self._queued = time.thread_time(), _queued()
             await asyncio.sleep(_TICK)
 
-    def _late(self, now: float) -> float:
-        late = now - self._next - (time.thread_time() - self._computed)
-        return late if late > _STILL else 0.0
+    def _still(self, now: float) -> float:
+        """How long the thread stood still since the last tick."""
+        queued = _queued() - self._queued
+        late = now - self._next - (time.thread_time() - self._computed) - queued
+        return queued + (late if late > _STILL else 0.0)
+
+
+def _queued() -> float:
+    """How many seconds this thread has waited for a processor, as Linux counts them; 0 where it
+    does not."""
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 @asynccontextmanager

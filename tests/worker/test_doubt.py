@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.clocks import HandClock, server_clock
 from tests.support.endpoint import SECRET, Receiver
-from tests.support.waiting import eventually
+from tests.support.waiting import assert_takes_less, eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tests.worker.doubt import (
     GATEWAY,
@@ -181,9 +181,12 @@ async def test_a_caller_waits_no_longer_for_a_start_that_is_sent_again(
         assert await attempt(services) is None
         change(flora, gateway_starts=0.0, slow_starts=1.0)
         clock.move(200)
-        async with asyncio.timeout(2.5):
+
+        async def wait() -> None:
             with pytest.raises(StartPending):
                 await services.starter.start(request(), wait=1)
+
+        await assert_takes_less(2.5, wait)
 
         async def is_started() -> bool:
             return await state_of(services.database) == "started"
