@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import Connection, event, func, select, update
+from sqlalchemy.util import await_only
 
-from tests.store.making import NOW, TestWriter, ids, seen
+from tests.store.making import NOW, TestWriter, ids, open_writer, seen
 from tests.support import next_year
 from tests.support.clocks import HandClock
 from tests.support.webhooks import add_message
@@ -115,6 +116,35 @@ async def test_many_endpoints_make_no_long_transaction(
     assert made == [(2, True, 4), (1, True, 3), (3, False, 0)]
     rows, _ = await list_messages(db, limit=500)
     assert len(rows) == 60
+
+
+async def test_an_endpoint_that_is_configured_while_messages_are_made_gets_its_events(
+    postgres_url: str,
+) -> None:
+    """What ends after it was configured is sent to it: the endpoints are read after the events."""
+    async with (
+        await Database.open(postgres_url) as db,
+        await Database.open(postgres_url) as other,
+        open_writer(other) as writer,
+    ):
+
+        async def configure_and_end() -> None:
+            await known(other, "a")
+            await writer.submit(ended("run_1"))
+
+        def work(connection: Connection) -> int:
+            executed: list[object] = []
+
+            @event.listens_for(connection, "after_execute")
+            def after_execute(*_: object) -> None:
+                executed.append(None)
+                if len(executed) == 1:
+                    await_only(configure_and_end())
+
+            return fan_out(connection, limit=3, now=NOW, body=message_body).taken
+
+        await db.write(work)
+        assert await distribute(db) == [("a", "run.settled", "run_1")]
 
 
 async def test_without_endpoints_nothing_is_kept(db: Database, writer: TestWriter) -> None:

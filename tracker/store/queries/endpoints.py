@@ -284,18 +284,21 @@ def fan_out(
     What only a newer version knows is left to its processes: their events, and while they run, all
     events where an endpoint has a filter of theirs.
     """
-    is_configured = endpoints.c.configured_at > now - CONFIGURED_WITHIN
-    open_to = select(endpoints).where(or_(is_configured, endpoints.c.endpoint_id.in_(own)))
-    receivers = connection.execute(open_to).all()
-    limit = max(min(limit, MOST_MESSAGES // max(len(receivers), 1)), 1)
     oldest = select(outbox).where(_KNOWN).order_by(outbox.c.id).limit(limit)
     oldest = oldest.with_for_update(skip_locked=True)
     events = connection.execute(oldest).all()
     if not events:
         return FanOut(0)
+    # Read after the events: another process may have configured one before an event was committed.
+    is_configured = endpoints.c.configured_at > now - CONFIGURED_WITHIN
+    open_to = select(endpoints).where(or_(is_configured, endpoints.c.endpoint_id.in_(own)))
+    receivers = connection.execute(open_to).all()
     newest = [one.configured_at for one in receivers if not RunFilter.knows(one.filters)]
     if any(at > now - LEFT_FOR for at in newest):
         return FanOut(0)
+    most = max(MOST_MESSAGES // max(len(receivers), 1), 1)
+    more = len(events) >= min(limit, most)
+    events = events[:most]
     made = _messages_of(connection, events, receivers, now, body) if receivers else []
     if made:
         rows = insert_on(connection.dialect.name)(messages).on_conflict_do_nothing(
@@ -304,7 +307,7 @@ def fan_out(
         connection.execute(rows, made)
     connection.execute(delete(outbox).where(outbox.c.id.in_([event.id for event in events])))
     endpoint_ids = frozenset(row["endpoint_id"] for row in made)
-    return FanOut(len(events), endpoint_ids, more=len(events) == limit)
+    return FanOut(len(events), endpoint_ids, more)
 
 
 def _messages_of(
