@@ -145,6 +145,24 @@ async def test_an_address_that_is_silent_costs_a_moment() -> None:
             assert (await client.get(url)).status_code == 200
 
 
+async def test_the_second_address_tried_is_of_the_other_protocol() -> None:
+    """A large service has eight addresses of IPv6, which a network may lead nowhere: they would
+    take longer than an endpoint may."""
+    many, tried = [f"2606:4700::{number}" for number in range(1, 9)], list[str]()
+
+    def connect(request: httpx.Request) -> httpx.Response:
+        tried.append(request.url.host)
+        if ":" in request.url.host:
+            raise httpx.ConnectTimeout("")
+        return httpx.Response(200)
+
+    transport = GuardedTransport(resolver=fixed(*many, "8.8.8.8", "8.8.4.4"))
+    transport._inner = httpx.MockTransport(connect)
+    async with httpx.AsyncClient(transport=transport) as client:
+        assert (await client.get("http://large.example/")).status_code == 200
+    assert tried == [many[0], "8.8.8.8"]
+
+
 async def test_an_address_that_is_only_slow_is_reached() -> None:
     """Where no other one is there, it has all the time of the request."""
     end = FarEnd(free_port(), answer(b""))
