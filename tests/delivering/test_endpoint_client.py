@@ -12,10 +12,14 @@ import httpx
 import pytest
 
 from tests.delivering.conftest import endpoint
+from tests.delivering.far_end import FarEnd, far_end
+from tests.delivering.far_end import answer as ok
+from tests.delivering.test_addresses import fixed
 from tests.deploy.tls import certificate_for_localhost
 from tests.support.endpoint import SECRET, Receiver
-from tests.support.waiting import cancelled_at, eventually, let_pass
+from tests.support.waiting import cancelled_at, close_server, eventually, let_pass
 from tracker.core.clock import utc_now
+from tracker.core.waiting import cancel
 from tracker.delivering import addresses
 from tracker.delivering.addresses import Address
 from tracker.delivering.endpoints import EndpointClient, EndpointResolver
@@ -57,6 +61,28 @@ async def test_an_attempt_is_limited_in_time() -> None:
         attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         assert time.monotonic() - began < 5
         assert (attempt.status, attempt.error) == (None, "no answer within 0.2 s")
+
+
+async def test_an_interrupted_attempt_keeps_the_address_that_was_reached() -> None:
+    """It costs the connection; the endpoint's other address, which may be silent, is not tried."""
+    resolver, is_asked = fixed("127.0.0.2", "127.0.0.1"), asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        is_asked.set()
+        await asyncio.sleep(60)
+
+    async with Receiver() as receiver, far_end(ok(), hang, ok()) as end:
+        url, other = end.url(host="two.example"), FarEnd(end.port, ok())
+        async with client(receiver, url=url, resolver=resolver) as one:
+            message = Claim("msg_1", BODY, utc_now())
+            assert (await one.send(message)).delivered
+            server = await asyncio.start_server(other.connected, "127.0.0.2", end.port)
+            sending = asyncio.create_task(one.send(message))
+            await is_asked.wait()
+            await cancel(sending)
+            assert (await one.send(message)).delivered
+            await close_server(server)
+    assert (len(end.asked), len(other.asked)) == (3, 0)
 
 
 async def test_a_cancelled_attempt_keeps_no_connection() -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.delivering.far_end import Asked, Reply, answer, far_end, ranged
+from tests.delivering.far_end import Asked, FarEnd, Reply, answer, far_end, ranged
+from tests.delivering.test_addresses import fixed
 from tests.deploy.tls import certificate_for_localhost
-from tests.support.waiting import eventually, free_port, let_pass
+from tests.support.waiting import close_server, eventually, free_port, let_pass
 from tracker.delivering.addresses import LinkRefused, MediaError, MediaUnavailable
 from tracker.delivering.fetch import ATTEMPTS, Fetcher, OnBytes
 
@@ -415,6 +416,20 @@ async def test_a_damaged_record_is_a_cut(
     async with far_end(damaged, ranged(BODY, tag='"one"'), tls=tls) as end:
         fetched = await fetch(end.url(host="localhost"))
     assert (fetched.resumed, fetched.sha256) == (True, SHA)
+
+
+async def test_the_address_that_was_reached_comes_first_from_then_on(tmp_path: Path) -> None:
+    """Each file has a connection of its own, and the host's other address may be silent: that
+    costs one of them a moment."""
+    resolver = fixed("127.0.0.2", "127.0.0.1")
+    fetcher = Fetcher(allow_private=True, resolver=resolver)
+    async with far_end(answer(b"a")) as end:
+        url, other = end.url(host="two.example"), FarEnd(end.port, answer(b"b"))
+        await fetcher.fetch(url, tmp_path, "first")
+        server = await asyncio.start_server(other.connected, "127.0.0.2", end.port)
+        await fetcher.fetch(url, tmp_path, "second")
+        await close_server(server)
+    assert (len(end.asked), len(other.asked)) == (2, 0)
 
 
 async def test_a_server_that_is_away_is_tried_again(fetch: Fetch, waits: list[float]) -> None:

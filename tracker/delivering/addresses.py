@@ -113,7 +113,8 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     are not reused, because two hosts at one address must not share one; `one_host` promises that
     all requests go to the same host. Errors name `what` was refused, and the `permission` for
     private addresses. `tls` has the authorities that are trusted. Where a host has several
-    addresses, connecting to one takes `address_seconds` at most before the next is tried.
+    addresses, connecting to one takes `address_seconds` at most before the next is tried, and the
+    one by which the host was last `reached` comes first; transports may share that.
     """
 
     def __init__(
@@ -126,13 +127,14 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         what: str = "the link",
         permission: str = "--allow-private",
         address_seconds: float = 3.0,
+        reached: dict[str, Address] | None = None,
     ) -> None:
         self.address_seconds = address_seconds
         self._allow_private = allow_private
         self._resolve = resolver
         self._what = what
         self._permission = permission
-        self._reached: Address | None = None
+        self._reached = {} if reached is None else reached
         # The environment only decides which certificate authorities are trusted.
         self._inner = httpx.AsyncHTTPTransport(
             verify=tls or True,
@@ -149,7 +151,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         addresses = await self._addresses(request.url)
         if not addresses:
             raise MediaUnavailable(f"the name {host} has no address")
-        addresses.sort(key=lambda address: address != self._reached)
+        addresses.sort(key=lambda address: address != self._reached.get(host))
         last = addresses[-1]
         for address in addresses if len(addresses) > 1 else ():
             try:
@@ -165,7 +167,8 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     ) -> httpx.Response:
         """Send a request to that address; connecting may take so many seconds, or as long as the
         request says."""
-        extensions = {**request.extensions, "sni_hostname": request.url.raw_host.decode("ascii")}
+        host = request.url.raw_host.decode("ascii")
+        extensions = {**request.extensions, "sni_hostname": host}
         if seconds is not None:
             timeout = request.extensions["timeout"]
             limit = min(seconds, timeout["connect"] or seconds)
@@ -178,7 +181,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             extensions=extensions,
         )
         response = await self._inner.handle_async_request(pinned)
-        self._reached = address
+        self._reached[host] = address
         return response
 
     async def aclose(self) -> None:

@@ -120,6 +120,7 @@ class EndpointClient:
         self._clock = clock
         self._seconds = answer_seconds
         resolver, tls = resolver or EndpointResolver(), tls or httpx.create_ssl_context()
+        reached = dict[str, Address]()
 
         def new_http() -> httpx.AsyncClient:
             return httpx.AsyncClient(
@@ -130,6 +131,7 @@ class EndpointClient:
                     one_host=True,
                     what="the endpoint",
                     permission="allow_private = true",
+                    reached=reached,
                 ),
                 headers={
                     "accept": "*/*",

@@ -21,6 +21,7 @@ import httpx
 from tracker import __version__
 from tracker.core.clock import utc_now
 from tracker.delivering.addresses import (
+    Address,
     GuardedTransport,
     LinkRefused,
     MediaError,
@@ -92,11 +93,13 @@ class Fetcher:
         self._attempts = attempts
         self._stall = stall
         self._sleep = sleep
-        tls = httpx.create_ssl_context()
+        tls, reached = httpx.create_ssl_context(), dict[str, Address]()
 
         def new_http() -> httpx.AsyncClient:
             return httpx.AsyncClient(
-                transport=GuardedTransport(allow_private=allow_private, resolver=resolver, tls=tls),
+                transport=GuardedTransport(
+                    allow_private=allow_private, resolver=resolver, tls=tls, reached=reached
+                ),
                 headers={
                     "accept": "*/*",
                     "accept-encoding": "identity",  # so that sizes can be checked and parts resumed
