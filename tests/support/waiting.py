@@ -63,27 +63,35 @@ class SteadyClock:
 
     def __init__(self) -> None:
         self._stood_still = 0.0
-        self._next = time.monotonic() + _TICK
-        self._computed, self._queued = time.thread_time(), _queued()
+        now, self._queued = _now_and_queued()
+        self._next, self._computed = now + _TICK, time.thread_time()
 
     def __call__(self) -> float:
-        now = time.monotonic()
-        return now - self._stood_still - self._still(now)
+        now, queued = _now_and_queued()
+        return now - self._stood_still - self._still(now, queued)
 
     async def tick(self) -> None:
         """Notice when the process stands still, until this is cancelled."""
         while True:
-            now = time.monotonic()
-            self._stood_still += self._still(now)
-            self._next = now + _TICK
-            self._computed, self._queued = time.thread_time(), _queued()
+            now, queued = _now_and_queued()
+            self._stood_still += self._still(now, queued)
+            self._next, self._queued = now + _TICK, queued
+            self._computed = time.thread_time()
             await asyncio.sleep(_TICK)
 
-    def _still(self, now: float) -> float:
+    def _still(self, now: float, queued: float) -> float:
         """How long the thread stood still since the last tick."""
-        queued = _queued() - self._queued
+        queued -= self._queued
         late = now - self._next - (time.thread_time() - self._computed) - queued
         return queued + (late if late > _STILL else 0.0)
+
+
+def _now_and_queued() -> tuple[float, float]:
+    """The monotonic time, and how long this thread has waited for a processor until then."""
+    while True:
+        queued, now = _queued(), time.monotonic()
+        if _queued() == queued:  # else it has waited between the two
+            return now, queued
 
 
 def _queued() -> float:
