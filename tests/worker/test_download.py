@@ -194,16 +194,36 @@ async def test_an_expired_link_is_read_again(
 
 
 async def test_flora_is_not_asked_for_ever_for_other_links(
-    services: Services, folder: Path
+    services: Services, flora: Simulator, clock: HandClock, folder: Path
 ) -> None:
-    """Where it shows none, as for files that are gone, a few reads are enough."""
+    """A run whose files are gone is read once, however many there are, and other runs are read
+    nevertheless; where no run shows a new link, a few reads are enough."""
+    request = StartRequest(technique="icon-pack", inputs=PROMPT)
+    renewed = (await services.starter.start(request)).record.run.run_id
+    clock.move(60)
+    await services.poller.poll_due()
+    clock.move(60)
+    fresh = (await the_run(services, renewed)).run.outputs or ()
+    gone_ids = [f"run_{number}" for number in range(FRUITLESS_READS + 3)]
+
+    async def reads() -> list[bool]:
+        return [(await the_run(services, run_id)).checks > 0 for run_id in gone_ids]
+
     async with far_end(answer(b"", "404 Not Found")) as gone:
-        outputs = [Output(f"o{number}", "imageUrl", gone.url()) for number in range(6)]
-        await settle(services, "run_1", outputs)
-        before = (await the_run(services, "run_1")).checks
-        report = await download(services, folder, "run_1", concurrency=1)
-    assert len(report.of(DownloadOutcome.FAILED)) == len(outputs)
-    assert before < (await the_run(services, "run_1")).checks <= before + 2 * FRUITLESS_READS
+        for run_id in gone_ids:
+            outputs = [Output(f"o{number}", "imageUrl", gone.url()) for number in range(4)]
+            await settle(services, run_id, outputs)
+        await settle(services, renewed, [replace(one, url=gone.url()) for one in fresh])
+        clock.move(60)
+        flora.world.change({"history_outputs": False})  # so that only a single read shows a link
+        report = await download(services, folder, gone_ids[0], renewed, concurrency=1)
+        assert len(report.of(DownloadOutcome.FETCHED)) == len(fresh)
+        assert len(report.of(DownloadOutcome.FAILED)) == len(outputs)
+        once = (await the_run(services, gone_ids[0])).checks
+        assert sum(await reads()) == 1
+        await download(services, folder, *gone_ids, concurrency=1)
+    assert (await the_run(services, gone_ids[0])).checks == 2 * once
+    assert await reads() == [True] * FRUITLESS_READS + [False] * 3
 
 
 async def test_links_into_this_machine_are_refused(services: Services, folder: Path) -> None:

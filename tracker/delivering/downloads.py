@@ -11,7 +11,7 @@ batch. Pictures and videos are compressed already, so files are stored as they a
 import asyncio
 import tempfile
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -52,8 +52,8 @@ T = TypeVar("T")
 
 QUEUED: Final = 500
 """Maximum number of outputs that wait to be fetched."""
-FRUITLESS_READS: Final = 3
-"""Reads in a row without a new link, after which FLORA is not asked for others."""
+FRUITLESS_READS: Final = 10
+"""Runs in a row that show no new link, after which FLORA is not asked for others."""
 _NOT_STARTED: Final = ("not_started", "sending")
 ZIP_AHEAD: Final = 6
 """Files that are fetched at the same time for a ZIP."""
@@ -302,22 +302,27 @@ class Downloader:
         return result
 
     def _renewed_links(self) -> RenewedLink:
-        """Finds the new links of outputs for one download: FLORA is asked again, for as long as
-        that brings any."""
-        fruitless = 0
+        """Finds the new links of outputs for one download: FLORA is asked once for each run, until
+        that has brought none for many runs in a row."""
+        fruitless, read = 0, set[str]()
+        reading = defaultdict[str, asyncio.Lock](asyncio.Lock)
 
         async def renewed_link(job: DownloadJob) -> str | None:
             nonlocal fruitless
-            with suppress(StoreError):
-                record = await runs.get_run(self.database, job.run_id)
-                if record is not None and _link_of(job, record) == job.output.url:
-                    if fruitless >= FRUITLESS_READS:
-                        return None
-                    record = await self.poller.read_again(record)
-                link = None if record is None else _link_of(job, record)
-                is_new = link not in (None, job.output.url)
-                fruitless = 0 if is_new else fruitless + 1
-                return link if is_new else None
+            async with reading[job.run_id]:
+                with suppress(StoreError):
+                    record = await runs.get_run(self.database, job.run_id)
+                    link = _link_of(job, record)
+                    if (
+                        record is not None
+                        and link == job.output.url
+                        and job.run_id not in read
+                        and fruitless < FRUITLESS_READS
+                    ):
+                        read.add(job.run_id)
+                        link = _link_of(job, await self.poller.read_again(record))
+                        fruitless = fruitless + 1 if link in (None, job.output.url) else 0
+                    return None if link == job.output.url else link
             return None
 
         return renewed_link
@@ -372,9 +377,10 @@ class Downloader:
         report.results.sort(key=lambda one: order.get(one.job.key, -1))
 
 
-def _link_of(job: DownloadJob, record: Record) -> str | None:
+def _link_of(job: DownloadJob, record: Record | None) -> str | None:
     """The link that the run has for the job's output."""
-    some = (record.run.outputs or ())[job.position : job.position + 1]
+    outputs = (record and record.run.outputs) or ()
+    some = outputs[job.position : job.position + 1]
     return next((one.url for one in some if one.output_id == job.output.output_id), None)
 
 
