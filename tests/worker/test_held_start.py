@@ -3,14 +3,17 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
-from tracker.starting.sending import holding
+from tracker.starting import sending
+from tracker.starting.sending import HELD_FOR, holding
 from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.queries.starts import StartRow
+from tracker.store.queries.starts import NotStored, StartRow, StartState
 from tracker.workspaces import Service, Workspaces
 
 
@@ -81,3 +84,29 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
 
             await eventually(given_back)
     assert [line["event"] for line in lines] == ["start.hold_kept"]
+
+
+async def test_what_is_not_stored_is_stored_when_another_holder_is_done(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage, a worker that looks at open starts may be the first to hold it."""
+    monkeypatch.setattr(sending, "RELEASE_AGAIN_AFTER", 0.01)
+    async with await Database.open(database_url) as db, shared_clock(db) as clock:
+        row = await reserved(db, "key-1")
+        start, later = ("default", "key-1"), clock() + 2 * HELD_FOR
+        async with holding(service(db, clock), row) as held:
+            assert held is not None
+            sent = await starts.mark_sent(
+                db, *start, holder=held.holder, at=clock(), callback_url=None, request_body="{}"
+            )
+            assert sent is not None
+            refused = starts.outcome(StartState.REFUSED, {"message": "no credits"})
+            held.not_stored = NotStored(sent.sent_at, refused)
+            assert await starts.take(db, *start, "worker", later, HELD_FOR)
+        await starts.give_back(db, *start, "worker")
+
+        async def is_refused() -> bool:
+            found = await starts.get(db, *start)
+            return found is not None and found.state is StartState.REFUSED
+
+        await eventually(is_refused)

@@ -357,10 +357,10 @@ async def test_a_refusal_that_is_not_stored_is_not_told(
     async def mark(*given: Any, **named: Any) -> None:
         raise StoreUnavailable("the database does not answer")
 
-    async def give_back_later(*given: Any, **named: Any) -> None:
+    async def give_back_later(*given: Any, **named: Any) -> bool:
         if is_down:
             raise StoreUnavailable("the database does not answer")
-        await give_back(*given, **named)
+        return await give_back(*given, **named)
 
     monkeypatch.setattr(starts, "give_back", give_back_later)
     with monkeypatch.context() as patched:

@@ -360,6 +360,8 @@ class HeldStart:
             sent=SentClock(self.clock.boot, seconds, ahead),
         )
         self.is_marking = False
+        if row is None:
+            self.not_stored = None
         # Checked last: the machine may have been suspended after the database answered.
         if row is None or self.has_expired:
             raise StartPending(
@@ -459,18 +461,18 @@ async def _release(
     service: Service, start: tuple[str, str], holder: str, held: HeldStart | None
 ) -> None:
     """Release a lease, repeatedly until it expires: it would delay the caller's next attempt. What
-    is not stored is tried for longer: the start would stay in doubt."""
+    is not stored is tried for longer, and again once another holder is done: the start would stay
+    in doubt."""
     seconds = service.clock.seconds
     known = None if held is None else held.not_stored
     lasts = HELD_FOR if known is None else STORED_WITHIN
     give_up, logged = seconds() + lasts.total_seconds(), False
     while seconds() < give_up:
         try:
-            await starts.give_back(service.database, *start, holder, known)
+            if await starts.give_back(service.database, *start, holder, known) or known is None:
+                return
         except StoreError as failure:
             if not logged:
                 log.warning("start.hold_kept", key=start[1], error=str(failure))
             logged = True
-            await asyncio.sleep(RELEASE_AGAIN_AFTER)
-        else:
-            return
+        await asyncio.sleep(RELEASE_AGAIN_AFTER)

@@ -399,9 +399,9 @@ def as_before(row: StartRow, sent_at: datetime) -> NotStored:
 
 async def give_back(
     db: Database, workspace_id: str, key: str, holder: str, known: NotStored | None = None
-) -> None:
+) -> bool:
     """Release the lease if `holder` still has it, and store what is `known`, unless the start was
-    sent again or another holds it."""
+    sent again or another holds it; false if another does."""
     mine = starts.c.lease_holder == holder
     values: dict[str, Any] = {"lease_until": None, "lease_holder": None}
     if known is not None:
@@ -412,7 +412,7 @@ async def give_back(
             new = null() if value is None else literal(value, column.type)
             values[name] = case((applies, new), else_=column)
         mine = or_(mine, starts.c.lease_holder.is_(None))
-    await db.execute(_update(workspace_id, key, mine).values(values))
+    return await db.execute(_update(workspace_id, key, mine).values(values)) == 1
 
 
 _FIRST_SENT: Final = ("set_back", "in_use_since", "callback_url", "request_body", "error")
