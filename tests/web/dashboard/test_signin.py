@@ -241,14 +241,17 @@ async def test_a_session_ends_after_a_while_without_use(database: Database) -> N
 
 
 async def test_a_session_does_not_last_until_a_wrong_time_comes(database: Database) -> None:
-    """One of a clock that was ahead ends when that is corrected; a correction by an hour ends
-    none."""
+    """One of a clock that was ahead ends when that is corrected, and for good with the next
+    sign-in; a correction by an hour ends none."""
     token = _token("one")
     signed = _Signed(database, token)
     cookie = await signed.begin(token)
     signed.now -= timedelta(hours=1)
     assert await signed.holds(cookie)
     signed.now -= timedelta(days=730)
+    assert not await signed.holds(cookie)
+    await signed.begin(token)
+    signed.now += timedelta(days=730)
     assert not await signed.holds(cookie)
 
 

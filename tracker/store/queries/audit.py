@@ -288,11 +288,13 @@ class SessionRow:
 async def begin_session(
     db: Database, row: SessionRow, *, idle: timedelta, lasts: timedelta
 ) -> None:
-    """Store a session and delete expired ones. Raises `StoreUnavailable`."""
+    """Store a session and delete expired ones, those of a clock that was ahead too, before their
+    time comes. Raises `StoreUnavailable`."""
     now = row.started_at
     noted = entry(Action.SIGN_IN, now)
     over = delete(sessions).where(
-        (sessions.c.started_at <= now - lasts) | (sessions.c.last_used_at <= now - idle)
+        ~sessions.c.started_at.between(now - lasts, now + lasts)
+        | ~sessions.c.last_used_at.between(now - idle, now + idle)
     )
     values = {name: getattr(row, name) for name in SessionRow.__slots__}
 
