@@ -347,6 +347,14 @@ async def test_every_row_of_a_query_is_read_however_many_there_are(
     assert found == list(range(1, rows + 1))
 
 
+async def test_rows_are_read_in_parts_of_any_size(sqlite_url: str) -> None:
+    """Also one at a time, as drivers do where no size is given."""
+    async with await Database.open(sqlite_url) as db, db.read() as connection:
+        result = await connection.execute(text(f"{_COUNTING} LIMIT 6"))
+        parts = [result.fetchmany(), [result.fetchone()], result.fetchmany(2), result.fetchall()]
+    assert [[row[0] for row in part if row] for part in parts] == [[1], [2], [3, 4], [5, 6]]
+
+
 async def test_a_stream_reads_what_it_is_asked_for(sqlite_url: str) -> None:
     """Here there is no end of rows."""
     found: list[int] = []

@@ -312,6 +312,7 @@ class _Cursor:
         self._cursor: sqlite3.Cursor | None = None  # where rows are left to read
         self._rows: list[Any] = []
         self.description: Any = None
+        self.arraysize = 1
         self.rowcount = -1
         self.lastrowid: int | None = None
 
