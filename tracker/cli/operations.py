@@ -1,6 +1,6 @@
-"""For who operates a deployment: `tracker doctor`, `reconcile`, `poll`, `verify`, `db` and `audit`.
+"""For operators: `tracker doctor`, `reconcile`, `poll`, `verify`, `db` and `audit`.
 
-The second to fourth are the worker's jobs once, for cron.
+`reconcile`, `poll` and `verify` do one round each, for cron.
 """
 
 import asyncio
