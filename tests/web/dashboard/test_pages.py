@@ -74,6 +74,8 @@ async def test_an_unknown_value_is_not_zero(small_site: Site) -> None:
     run = await _text(small_site, "/runs/run_1")
     assert "$0" not in run
     assert re.search(r"Cost</dt><dd><span class=\"muted\">not yet", run)
+    summary = run.split('aria-label="Summary"')[1].split("</section>")[0]
+    assert "not yet" not in summary, "of what, only a label says"
 
 
 async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -> None:
