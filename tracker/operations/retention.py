@@ -117,10 +117,11 @@ def _refused(name: str, message: str) -> InvalidRequest:
 
 @dataclass(kw_only=True, eq=False)
 class Pruner:
-    """Deletes old data."""
+    """Deletes old data. `page` is how many rows one read finds."""
 
     database: Database
     clock: Clock
+    page: int = PAGE
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class Pruner:
         for kind in await self._kinds(ages):
             end: PruneKey | None = None
             while True:
-                page = await kind.find(after=end, limit=PAGE)
+                page = await kind.find(after=end, limit=self.page)
                 total += await (self._count if dry else self._delete)(kind, page.found)
                 if (end := page.end) is None:
                     break
