@@ -14,6 +14,7 @@ from tracker.store.clock import SharedClock, shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import NotStored, StartRow, StartState
+from tracker.store.url import DatabaseTimes
 from tracker.workspaces import Service, Workspaces
 
 
@@ -86,12 +87,29 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
     assert [line["event"] for line in lines] == ["start.hold_kept"]
 
 
+async def test_nothing_is_tried_once_the_database_is_closed(database_url: str) -> None:
+    """An application that has closed its tracker keeps no task of it."""
+    before = asyncio.all_tasks()
+    db = await Database.open(database_url)
+    async with shared_clock(db) as clock:
+        row = await reserved(db, "key")
+        async with holding(service(db, clock), row) as held:
+            assert held is not None
+            held.not_stored = starts.as_before(row, clock())
+            await db.close()
+    assert asyncio.all_tasks() == before
+
+
 async def test_what_is_not_stored_is_stored_when_another_holder_is_done(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an outage, a worker that looks at open starts may be the first to hold it."""
     monkeypatch.setattr(sending, "RELEASE_AGAIN_AFTER", 0.01)
-    async with await Database.open(database_url) as db, shared_clock(db) as clock:
+    times = DatabaseTimes(release=0.1)
+    async with (
+        await Database.open(database_url, times=times) as db,
+        shared_clock(db) as clock,
+    ):
         row = await reserved(db, "key-1")
         start, later = ("default", "key-1"), clock() + 2 * HELD_FOR
         async with holding(service(db, clock), row) as held:

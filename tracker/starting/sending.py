@@ -34,6 +34,7 @@ from tracker.core.waiting import repeat
 from tracker.flora.client import FloraClient, start_body
 from tracker.store.clock import SharedClock
 from tracker.store.engine import Database
+from tracker.store.errors import StoreClosed
 from tracker.store.queries import starts
 from tracker.store.queries.starts import NotStored, SentClock, StartRow, StartState
 from tracker.store.writing.writer import Writer
@@ -471,6 +472,8 @@ async def _release(
         try:
             if await starts.give_back(service.database, *start, holder, known) or known is None:
                 return
+        except StoreClosed:
+            return
         except StoreError as failure:
             if not logged:
                 log.warning("start.hold_kept", key=start[1], error=str(failure))
