@@ -36,7 +36,7 @@ from tracker.store.errors import (
     postgres_errors,
     translate,
 )
-from tracker.store.postgres import connect_postgres
+from tracker.store.postgres import connect_postgres, is_standby_connection
 from tracker.store.sqlite import (
     ONE_QUERY,
     SqliteFile,
@@ -407,11 +407,15 @@ def _postgres_engine(
     )
 
     # asyncpg notices when the server closes a connection. Asking it costs nothing, and SQLAlchemy's
-    # own pre-ping costs three round trips.
-    def is_open(adapter: Any, _: object) -> bool:
-        return not adapter.driver_connection.is_closed()
+    # own pre-ping costs three round trips. One to a standby is used once, since its data is older,
+    # and there may be a primary again.
+    def is_usable(adapter: Any, record: Any) -> bool:
+        connection = adapter.driver_connection
+        was_used = record.info.setdefault("was_used", False)
+        record.info["was_used"] = True
+        return not (connection.is_closed() or (was_used and is_standby_connection(connection)))
 
-    check_connections(engine.sync_engine, is_open, "the server closes its connections")
+    check_connections(engine.sync_engine, is_usable, "the server closes its connections")
     return engine
 
 

@@ -5,12 +5,15 @@ asyncpg would send it to any server. So where TLS is not demanded (`sslmode=pref
 and `allow`) it is tried first, and on a connection without TLS the server's messages are inspected
 before asyncpg gets them, until the server is ready. Other ways to prove a password (SCRAM) do not
 show it.
+
+If the URL names several hosts, each gets a connection attempt of its own: one that is silent, as a
+machine that is gone, holds up no other.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 from tracker.core.net import is_loopback
@@ -18,6 +21,8 @@ from tracker.store.url import DatabaseUrl
 
 CLOSE_SECONDS: Final = 0.5
 """How long a server may take to close a connection; then it is cut off."""
+NEXT_HOST_SECONDS: Final = 1.0
+"""How long a host may stay silent before the next one is tried as well."""
 _HEADER: Final = 5
 """Bytes of a message's type (a letter) and its length, which counts all but the letter."""
 _MAX_MESSAGE: Final = 64 * 1024
@@ -47,21 +52,12 @@ async def connect_postgres(
 
     Plans avoid the methods `avoiding`, as PostgreSQL's settings name them.
 
-    asyncpg parses the URL itself, so that several hosts, `sslmode` and the rest mean the same as
-    everywhere. Raises what asyncpg raises, and `PasswordNotSent`.
+    asyncpg parses the URL itself, so that `sslmode` and the rest mean the same as everywhere.
+    Raises what asyncpg raises, and `PasswordNotSent`.
     """
-    if not url.is_remote:
-        connection = await _connect(url, application_name, is_limited)
-    else:
-        loop = _GuardedLoop(asyncio.get_running_loop())
-        # asyncpg implements `prefer` without the given loop.
-        ssl = "require" if url.sslmode in ("prefer", "allow") else url.sslmode
-        try:
-            connection = await _connect(url, application_name, is_limited, ssl=ssl, loop=loop)
-        except ConnectionError as error:
-            if ssl == url.sslmode or "rejected SSL upgrade" not in str(error):
-                raise
-            connection = await _connect(url, application_name, is_limited, ssl="disable", loop=loop)
+    attempt = partial(_connect_to, application_name=application_name, is_limited=is_limited)
+    hosts = url.each_host
+    connection = await (_connect_to_any(url, hosts, attempt) if len(hosts) > 1 else attempt(url))
     if avoiding:
         # Not a start-up setting, which a pooler might not accept.
         try:
@@ -70,6 +66,87 @@ async def connect_postgres(
             connection.terminate()
             raise
     return connection
+
+
+def is_standby_connection(connection: Any) -> bool:
+    """Whether a connection of asyncpg leads to a standby now. A server tells that unasked, from
+    PostgreSQL 14 on."""
+    return getattr(connection.get_settings(), "in_hot_standby", "off") == "on"
+
+
+_reached: Final[dict[str, DatabaseUrl]] = {}
+"""The host of each URL that was reached last, which is tried first."""
+
+
+async def _connect_to_any(
+    url: DatabaseUrl,
+    hosts: Sequence[DatabaseUrl],
+    attempt: Callable[[DatabaseUrl], Awaitable[Any]],
+) -> Any:
+    """A connection to the first of these hosts that accepts one.
+
+    A standby counts only if no other host does, unless `target_session_attrs` asks for one. The
+    next host is tried as soon as one fails, or after `NEXT_HOST_SECONDS`.
+    """
+    waiting = sorted(hosts, key=lambda host: host != _reached.get(url.dsn))
+    attempts: dict[asyncio.Future[Any], DatabaseUrl] = {}
+    under_way: set[asyncio.Future[Any]] = set()
+    standby: asyncio.Future[Any] | None = None
+    chosen: asyncio.Future[Any] | None = None
+    errors: list[BaseException] = []
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(url.times.connect):
+                while chosen is None and (waiting or under_way):
+                    if waiting:
+                        host = waiting.pop(0)
+                        begun = asyncio.ensure_future(attempt(host))
+                        attempts[begun] = host
+                        under_way.add(begun)
+                    done, under_way = await asyncio.wait(
+                        under_way,
+                        timeout=NEXT_HOST_SECONDS if waiting else None,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    for each in done:
+                        if (error := each.exception()) is not None:
+                            errors.append(error)
+                        elif not url.chooses_server and is_standby_connection(each.result()):
+                            standby = standby or each
+                        else:
+                            chosen = chosen or each
+        chosen = chosen or standby
+        if chosen is not None:
+            _reached[url.dsn] = attempts[chosen]
+            return chosen.result()
+    finally:
+        for each in attempts:
+            if each is not chosen:
+                each.cancel()
+                each.add_done_callback(_drop)
+    # What a server says tells more than that another one was not reached.
+    raise min(errors, key=lambda error: isinstance(error, OSError), default=TimeoutError())
+
+
+def _drop(attempt: asyncio.Future[Any]) -> None:
+    """Close the connection of an attempt that came too late, if it made one."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().terminate()
+
+
+async def _connect_to(url: DatabaseUrl, *, application_name: str, is_limited: bool) -> Any:
+    """A connection to one host."""
+    if not url.is_remote:
+        return await _connect(url, application_name, is_limited)
+    loop = _GuardedLoop(asyncio.get_running_loop())
+    # asyncpg implements `prefer` without the given loop.
+    ssl = "require" if url.sslmode in ("prefer", "allow") else url.sslmode
+    try:
+        return await _connect(url, application_name, is_limited, ssl=ssl, loop=loop)
+    except ConnectionError as error:
+        if ssl == url.sslmode or "rejected SSL upgrade" not in str(error):
+            raise
+        return await _connect(url, application_name, is_limited, ssl="disable", loop=loop)
 
 
 async def _connect(url: DatabaseUrl, application_name: str, is_limited: bool, **how: Any) -> Any:

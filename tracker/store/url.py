@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, Self
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
@@ -131,6 +131,24 @@ class DatabaseUrl:
             one and not unquote(one).startswith("/") and not is_loopback(one)
             for one in hosts.split(",")
         )
+
+    @property
+    def each_host(self) -> list[Self]:
+        """A URL for each host that it names, in their order; itself if their ports are listed
+        apart from them, or they are not in it."""
+        parts = urlsplit(self.dsn)
+        user, at, hosts = parts.netloc.rpartition("@")
+        if "," in self._option("port", "PGPORT"):
+            return [self]
+        return [
+            replace(self, dsn=parts._replace(netloc=f"{user}{at}{host}").geturl())
+            for host in hosts.split(",")
+        ]
+
+    @property
+    def chooses_server(self) -> bool:
+        """Whether it says what kind of server is wanted, of several."""
+        return bool(self._option("target_session_attrs", "PGTARGETSESSIONATTRS"))
 
     @property
     def sslmode(self) -> str:
