@@ -183,14 +183,15 @@ def _png(output_id: bytes, size: int = 96) -> bytes:
     """A square that runs from one colour to another."""
     seed = hashlib.sha256(output_id).digest()
     first, last = seed[:3], seed[3:6]
-    rows = bytearray()
-    for y in range(size):
-        rows.append(0)  # the row's filter: none
-        for x in range(size):
-            at = (x + y) / (2 * size - 2)
-            rows += bytes(round(a + (b - a) * at) for a, b in zip(first, last, strict=True))
+    steps = 2 * size - 2
+    diagonals = b"".join(
+        bytes(round(a + (b - a) * step / steps) for a, b in zip(first, last, strict=True))
+        for step in range(steps + 1)
+    )
+    no_filter = b"\0"
+    rows = b"".join(no_filter + diagonals[3 * y : 3 * (y + size)] for y in range(size))
     header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(rows))), (b"IEND", b""))
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
