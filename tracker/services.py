@@ -5,7 +5,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from typing import Final, TypedDict
 from uuid import uuid4
 
@@ -184,7 +184,7 @@ class Services:
         )
         self.replayer = Replayer(**shared, applier=applier)
         self.budgets = BudgetReader(**shared, budgets=settings.all_budgets)
-        self.sweep_seconds = cache(partial(longest_wait, settings.tracker_reconcile_cron, clock()))
+        self.sweep_seconds = partial(longest_wait, settings.tracker_reconcile_cron, clock())
         metrics.create_series(workspaces, receivers)
         metrics.watch(
             ProcessGauges(

@@ -7,6 +7,7 @@ follows the setting's name and never repeats a value that could be secret.
 import math
 import re
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from itertools import islice, pairwise, takewhile
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -139,7 +140,13 @@ def check_cron(expression: str) -> str:
 
 def longest_wait(expression: str, after: datetime) -> float:
     """The longest time between two of the next times of a cron expression, in seconds."""
+    midnight = after.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return _longest_wait(expression, midnight)
+
+
+@lru_cache(16)  # it takes tens of milliseconds
+def _longest_wait(expression: str, after: datetime) -> float:
     end = after + _CRON_AHEAD
-    times = takewhile(lambda time: time < end, CronSim(expression, after.astimezone(UTC)))
+    times = takewhile(lambda time: time < end, CronSim(expression, after))
     waits = (later - time for time, later in pairwise(islice(times, _CRON_TIMES)))
     return max((wait.total_seconds() for wait in waits), default=0.0)
