@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.clocks import HandClock, server_clock
+from tests.support.clocks import HandClock, PassedTime, server_clock
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.waiting import assert_takes_less, eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
@@ -400,14 +400,20 @@ async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(
     """The lease is checked last of all, by a clock that goes on while the machine sleeps."""
     services = await open_on(flora)
     mark_sent = start_log.mark_sent
+    marked: list[Any] = []
 
     async def mark_and_sleep(*given: Any, **named: Any) -> Any:
-        row = await mark_sent(*given, **named)
+        marked.append(await mark_sent(*given, **named))
         clock.move(HOUR)
-        return row
+        return marked[-1]
 
     monkeypatch.setattr(start_log, "mark_sent", mark_and_sleep)
+    monkeypatch.setattr(services.starter, "monotonic", passed := PassedTime())
+    monkeypatch.setattr(services.starter, "sleep", passed.sleep)
+    services.starter.deadline = 5
     assert await attempt(services) is None
+    assert len(marked) > 1
+    assert None not in marked
     assert not flora.world.runs
 
 

@@ -363,8 +363,12 @@ async def test_a_refusal_that_is_not_stored_is_not_told(
         return await give_back(*given, **named)
 
     monkeypatch.setattr(starts, "give_back", give_back_later)
+    database = services.database
     with monkeypatch.context() as patched:
         patched.setattr(starts, "mark", mark)
+        # It waits for the release no longer than this, and for its answer as long as it takes.
+        times = replace(database.url.times, release=0.1)
+        patched.setattr(database, "url", replace(database.url, times=times))
         patched.setattr(services.starter, "monotonic", passed := PassedTime())
         patched.setattr(services.starter, "sleep", passed.sleep)
         with pytest.raises(StartPending):
