@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,7 +30,6 @@ from tests.support.contexts import share_context
 from tests.support.databases import (
     Background,
     PostgresDatabases,
-    copy_sqlite,
     migrate,
     sqlite_url_of,
 )
@@ -298,16 +298,19 @@ def own_postgres(_postgres_data: Path) -> Iterator[PostgresServer]:
 @pytest.fixture(scope="session")
 def _sqlite_template(background: Background, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file with the tracker's schema: made once for all processes of the suite."""
-    return made_once(
-        tmp_path_factory, "tracker.db", lambda path: background.run(migrate(sqlite_url_of(path)))
-    )
+
+    def make(path: Path) -> None:
+        background.run(migrate(sqlite_url_of(path)))
+        assert not Path(f"{path}-wal").exists(), "all of it has to be in the one file"
+
+    return made_once(tmp_path_factory, "tracker.db", make)
 
 
 @pytest.fixture
 def sqlite_url(_sqlite_template: Path, tmp_path: Path) -> str:
     """A SQLite file with the tracker's schema, for this test alone."""
     path = tmp_path / "tracker.db"
-    copy_sqlite(_sqlite_template, path)
+    shutil.copyfile(_sqlite_template, path)
     return sqlite_url_of(path)
 
 

@@ -1,13 +1,15 @@
-"""SQLAlchemy's statements and Jinja's templates, compiled once in a process.
+"""SQLAlchemy's statements, Jinja's templates and Starlette's paths, compiled once in a process.
 
-Each engine and each dashboard would compile its own. Here both are opened by the thousand, each for
-the little that one test needs, and to compile that takes far longer than to use it.
+Each engine and each application would compile its own. Here both are opened by the thousand, each
+for the little that one test needs, and to compile that takes far longer than to use it.
 """
 
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment
 from sqlalchemy import Engine
+from starlette import routing
 
 _compile = Environment.compile
 
@@ -43,7 +45,8 @@ def _compiled(self: Environment, *template: Any, **options: Any) -> Any:
 
 
 def share_compiled() -> None:
-    """Let all engines and templates use them from now on."""
+    """Let all engines, templates and routes use them from now on."""
     shared = property(lambda _: _statements, lambda _, own: None)
     Engine._compiled_cache = shared  # type: ignore[assignment]
     Environment.compile = _compiled  # type: ignore[method-assign]
+    routing.compile_path = cache(routing.compile_path)

@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -141,11 +142,16 @@ class Assets:
         )
 
 
+@cache
+def _assets() -> Assets:
+    return Assets()
+
+
 class Renderer:
     """Renders pages. `media_origin` may serve images by plain http, besides every https origin."""
 
     def __init__(self, services: Services) -> None:
-        self.assets = Assets()
+        self.assets = _assets()
         self.media_origin = plain_http_origin(services.settings.flora_base_url)
         self._clock = services.clock
         self._left = 0
