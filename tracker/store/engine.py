@@ -49,6 +49,7 @@ from tracker.store.url import DatabaseTimes, DatabaseUrl
 
 T = TypeVar("T")
 AnyRow = Row[*tuple[Any, ...]]
+Values = Mapping[str, Any] | None
 
 ATTEMPTS: Final = 6
 """How often a transaction with a conflict is run before the database counts as unavailable."""
@@ -163,24 +164,24 @@ class Database:
                 if self._closed:  # its pool is gone, which closes only what it holds
                     await connection.invalidate()
 
-    async def fetch(self, query: Executable) -> Sequence[AnyRow]:
-        """The rows of one query. Raises as `read` does."""
+    async def fetch(self, query: Executable, values: Values = None) -> Sequence[AnyRow]:
+        """The rows of one query; `values` are of its parameters. Raises as `read` does."""
         async with self._read(self._one_query) as connection:
-            return (await connection.execute(query)).all()
+            return (await connection.execute(query, values)).all()
 
-    async def fetchrow(self, query: Executable) -> AnyRow | None:
+    async def fetchrow(self, query: Executable, values: Values = None) -> AnyRow | None:
         """The first row of one query, if any. Raises as `read` does."""
         async with self._read(self._one_query) as connection:
-            return (await connection.execute(query)).first()
+            return (await connection.execute(query, values)).first()
 
     async def fetchcol(self, query: Executable) -> list[Any]:
         """The first value of each row of one query. Raises as `read` does."""
         return [row[0] for row in await self.fetch(query)]
 
-    async def fetchval(self, query: Executable) -> Any | None:
+    async def fetchval(self, query: Executable, values: Values = None) -> Any | None:
         """The first value of the first row of one query, if any. Raises as `read` does."""
         async with self._read(self._one_query) as connection:
-            return (await connection.execute(query)).scalar()
+            return (await connection.execute(query, values)).scalar()
 
     async def write(self, work: Callable[[Connection], T], *, seconds: float | None = None) -> T:
         """Run `work` over a connection, in one transaction, and return its result. On PostgreSQL
@@ -195,14 +196,14 @@ class Database:
             work = partial(_at_length, seconds, work)
         return await self._retry(partial(self._transactions.run, work), seconds)
 
-    async def execute(self, statement: Executable) -> int:
+    async def execute(self, statement: Executable, values: Values = None) -> int:
         """Execute one statement in a transaction of its own; how many rows it changed. Raises as
         `read` does."""
-        return await self.write(lambda connection: connection.execute(statement).rowcount)
+        return await self.write(lambda connection: connection.execute(statement, values).rowcount)
 
-    async def execute_row(self, statement: Executable) -> AnyRow | None:
+    async def execute_row(self, statement: Executable, values: Values = None) -> AnyRow | None:
         """As `execute`; the first row that the statement returns, if any."""
-        return await self.write(lambda connection: connection.execute(statement).first())
+        return await self.write(lambda connection: connection.execute(statement, values).first())
 
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
         """Send one statement, which is a transaction by itself, and return its rows.

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    FromClause,
     Identity,
     Index,
     Integer,
@@ -230,6 +231,15 @@ def is_any_of(column: ColumnElement[str], texts: str | Sequence[str]) -> ColumnE
     if isinstance(texts, str):
         return _AnyOf(column, bindparam(texts, type_=_TextList()))
     return _AnyOf(column, literal(texts, _TextList()))
+
+
+def each_of(texts: str, dialect: str) -> FromClause:
+    """The texts in the parameter of that name as a table, one in each row, in the column `value`:
+    any number of them, in one statement that is planned once."""
+    given = bindparam(texts, type_=_TextList())
+    if dialect == "postgresql":
+        return func.unnest(given).table_valued("value").render_derived(name="each_text")
+    return func.json_each(given).table_valued("value", name="each_text")
 
 
 LONGEST_LEASE: Final = timedelta(minutes=5)

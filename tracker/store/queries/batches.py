@@ -11,12 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
+    Select,
     Update,
     and_,
     bindparam,
@@ -363,6 +365,22 @@ _IS_CALLED_BACK: Final = starts.c.callback_url.like("%/" + starts.c.callback_tok
 
 async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
+    found = {batch_id: BatchCounts() for batch_id in batch_ids}
+    async with db.read() as connection:
+        for row in await connection.execute(_counts(), {"ids": batch_ids}):
+            found[row.batch_id] = BatchCounts(**_numbers(row))
+        if having := [batch_id for batch_id, counts in found.items() if counts.several]:
+            for of_runs in of_several_runs(having):
+                amounts = (amount.label(name) for name, amount in _AMOUNTS.items())
+                summed = of_runs.add_columns(*amounts).group_by(of_runs.selected_columns.batch_id)
+                for row in await connection.execute(summed):
+                    found[row.batch_id].add(BatchCounts(**_numbers(row)))
+    return found
+
+
+@cache
+def _counts() -> Select[Any]:
+    """The query of `batch_counts`, with the ids as a parameter."""
     has_one = func.coalesce(starts.c.run_count, 1) <= literal_column("1")
     of, missing = batch_rows.c, func.sum(starts.c.reserved_runs - 1)
     called_back = missing.filter(_LACKS_RUNS, _IS_CALLED_BACK)
@@ -375,18 +393,8 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
         func.coalesce(called_back, 0).label("called_back"),
         *(amount.filter(has_one).label(name) for name, amount in _AMOUNTS.items()),
     )
-    rows = with_outcomes(counted).where(of.batch_id.in_(batch_ids)).group_by(of.batch_id)
-    found = {batch_id: BatchCounts() for batch_id in batch_ids}
-    async with db.read() as connection:
-        for row in await connection.execute(rows):
-            found[row.batch_id] = BatchCounts(**_numbers(row))
-        if having := [batch_id for batch_id, counts in found.items() if counts.several]:
-            for of_runs in of_several_runs(having):
-                amounts = (amount.label(name) for name, amount in _AMOUNTS.items())
-                summed = of_runs.add_columns(*amounts).group_by(of_runs.selected_columns.batch_id)
-                for row in await connection.execute(summed):
-                    found[row.batch_id].add(BatchCounts(**_numbers(row)))
-    return found
+    of_these = of.batch_id.in_(bindparam("ids", expanding=True))
+    return with_outcomes(counted).where(of_these).group_by(of.batch_id)
 
 
 def _numbers(row: Row[Any]) -> dict[str, Any]:

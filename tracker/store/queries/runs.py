@@ -7,7 +7,7 @@ its events.
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -20,14 +20,13 @@ from sqlalchemy import (
     Select,
     Text,
     and_,
+    bindparam,
     cast,
-    column,
     extract,
     func,
     select,
     true,
     type_coerce,
-    values,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -51,10 +50,11 @@ from tracker.core.run import (
     status_of,
 )
 from tracker.core.schedule import Durations, NextPoll, PollReason
-from tracker.store.engine import Database
+from tracker.store.engine import Database, Values
 from tracker.store.queries.paging import newest_first, unindexed
 from tracker.store.schema import (
     CleanText,
+    each_of,
     is_any_of,
     is_rare,
     run_duration,
@@ -175,10 +175,11 @@ async def read_records(connection: AsyncConnection, rows: Sequence[Row[Any]]) ->
     return await connection.run_sync(records, rows)
 
 
-async def fetch_records(db: Database, query: Select[Any]) -> list[Record]:
-    """The records of a query of `RUN_COLUMNS`, with their outputs in the same snapshot."""
+async def fetch_records(db: Database, query: Select[Any], values: Values = None) -> list[Record]:
+    """The records of a query of `RUN_COLUMNS`, with their outputs in the same snapshot; `values`
+    are of its parameters."""
     async with db.read() as connection:
-        return await read_records(connection, (await connection.execute(query)).all())
+        return await read_records(connection, (await connection.execute(query, values)).all())
 
 
 # Conditions on runs, and queries of them.
@@ -234,16 +235,20 @@ class TimelineEvent(NamedTuple):
     detail: dict[str, Any]
 
 
+_ONE_RUN: Final = select(*RUN_COLUMNS).where(runs.c.run_id == bindparam("id"))
+_SOME_RUNS: Final = select(*RUN_COLUMNS).where(is_any_of(runs.c.run_id, "ids"))
+
+
 async def get_run(db: Database, run_id: str) -> Record | None:
     """The run with its outputs, if known."""
-    found = await fetch_records(db, select(*RUN_COLUMNS).where(runs.c.run_id == run_id))
+    found = await fetch_records(db, _ONE_RUN, {"id": run_id})
     return found[0] if found else None
 
 
 async def get_runs(db: Database, run_ids: Iterable[str]) -> dict[str, Record]:
     """The known runs with their outputs, by id."""
-    wanted = select(*RUN_COLUMNS).where(is_any_of(runs.c.run_id, [*run_ids]))
-    return {record.run.run_id: record for record in await fetch_records(db, wanted)}
+    found = await fetch_records(db, _SOME_RUNS, {"ids": [*run_ids]})
+    return {record.run.run_id: record for record in found}
 
 
 async def has_generations(db: Database, workspaces: WorkspaceScope) -> bool:
@@ -341,14 +346,22 @@ def _known(event: _Event) -> _Event:
 async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, Durations]:
     """Seconds from creation to end of each technique's last completed runs that have both, with one
     statement."""
-    ids = [(technique_id,) for technique_id in technique_ids]
+    ids = list(dict.fromkeys(technique_ids))
     if not ids:
         return {}
-    wanted = values(column("technique_id", CleanText), name="wanted").data(ids).cte()
+    found = await db.fetch(_durations(db.dialect), {"ids": ids})
+    return {row[0]: Durations.of(map(float, row[1] or ())) for row in found}
+
+
+@cache
+def _durations(dialect: str) -> Select[Any]:
+    """The query of `durations_of`, with the ids as a parameter."""
+    wanted = each_of("ids", dialect)
+    technique_id = type_coerce(wanted.c.value, CleanText)
     last = (
-        select(run_duration(db.dialect).label("took"))
+        select(run_duration(dialect).label("took"))
         .where(
-            runs.c.technique_id == wanted.c.technique_id,
+            runs.c.technique_id == technique_id,
             runs.c.status == word("completed"),
             runs.c.created_at_known,
             runs.c.completed_at.is_not(None),
@@ -358,13 +371,12 @@ async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, 
         .correlate(wanted)
         .subquery()
     )
-    if db.dialect == "postgresql":
+    if dialect == "postgresql":
         took: Any = func.array_agg(extract("epoch", last.c.took))
     else:  # a day as a double has more digits than are right
         seconds = func.round(last.c.took * SECONDS_OF_A_DAY, 3)
         took = type_coerce(func.json_group_array(seconds), JSON)
-    statement = select(wanted.c.technique_id, select(took).correlate(wanted).scalar_subquery())
-    return {row[0]: Durations.of(map(float, row[1] or ())) for row in await db.fetch(statement)}
+    return select(technique_id, select(took).correlate(wanted).scalar_subquery())
 
 
 # The timeline of all runs as numbered events, to follow changes.

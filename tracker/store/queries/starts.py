@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -32,6 +33,7 @@ from sqlalchemy import (
     FromClause,
     Row,
     and_,
+    bindparam,
     case,
     func,
     literal,
@@ -233,14 +235,14 @@ async def reserve(db: Database, new: StartRow, budgets: Sequence[Budget] = ()) -
     insert = db.insert(starts).values(stored | {"workspace_slot": new.workspace_id})
     on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
     statement = insert.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
-    existing = select(starts).where(_is(*key))
+    this = {"slot": key[0], "key": key[1]}
     held = {name: values[name] for name in ("state", "tags", *_RESERVED)}
     again = _update(*key, _IS_FRESH, is_free(starts, at)).values(held).returning(*starts.c)
 
     def work(connection: Connection) -> StartRow:
         # Before the key is read, so that a concurrent request has stored it by then.
         spending.lock(connection, budgets)
-        row = _found(connection.execute(existing).first())
+        row = _found(connection.execute(_BY_KEY, this).first())
         if row is not None:
             is_same = row.fingerprint == new.fingerprint
             is_free = row.is_fresh and not row.is_held(at) and not row.is_known_to_flora
@@ -251,16 +253,22 @@ async def reserve(db: Database, new: StartRow, budgets: Sequence[Budget] = ()) -
         spending.check_room(connection, budgets, price=price, now=at)
         made = connection.execute(statement if row is None else again).first()
         if made is None:  # a concurrent request stored it first
-            return _row(connection.execute(existing).one())
+            return _row(connection.execute(_BY_KEY, this).one())
         audit.note(connection, entry)
         return _row(made)
 
     return await db.write(work)
 
 
+_IS_THE_ONE: Final = and_(
+    starts.c.workspace_slot == bindparam("slot"), starts.c.idempotency_key == bindparam("key")
+)
+_BY_KEY: Final = select(starts).where(_IS_THE_ONE)
+
+
 async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
     """The start with this key, if any."""
-    return _found(await db.fetchrow(select(starts).where(_is(workspace_id, key))))
+    return _found(await db.fetchrow(_BY_KEY, {"slot": workspace_id, "key": key}))
 
 
 # The runs of a start: one, or several if an input has several values. The first that was known is
@@ -436,15 +444,34 @@ async def mark_sent(
     callback address and the body are stored with the first request of a key; a repetition changes
     neither, and leaves a start in doubt. `sent` is `at` by a clock that only runs forward.
     """
-    sent_clock = sent and {"sent_at": at.isoformat(), **asdict(sent)}
-    news = (null(), at, callback_url, request_body, null())
+    values = {
+        "slot": workspace_id,
+        "key": key,
+        "holder": holder,
+        "at": at,
+        "url": callback_url,
+        "body": request_body,
+        "clock": sent and {"sent_at": at.isoformat(), **asdict(sent)},
+    }
+    return _found(await db.execute_row(_mark_sent(), values))
+
+
+@cache
+def _mark_sent() -> Any:
+    """The statement of `mark_sent`, with parameters."""
+
+    def given(name: str, column: str) -> ColumnElement[Any]:
+        return bindparam(name, type_=starts.c[column].type)
+
+    at = given("at", "sent_at")
+    news = (null(), at, given("url", "callback_url"), given("body", "request_body"), null())
     first = {"state": word("sent"), **dict(zip(_FIRST_SENT, news, strict=True))}
     values = {name: case((_IS_FRESH, new), else_=starts.c[name]) for name, new in first.items()}
     is_open = or_(_IS_FRESH, starts.c.state.in_([word("sent"), word("in_doubt")]))
-    held = and_(starts.c.lease_holder == holder, starts.c.lease_until > at)
-    statement = _update(workspace_id, key, is_open, held)
-    statement = statement.values(sent_at=at, sent_clock=sent_clock, **values)
-    return _found(await db.execute_row(statement.returning(*starts.c)))
+    held = and_(starts.c.lease_holder == bindparam("holder"), starts.c.lease_until > at)
+    statement = update(starts).where(_IS_THE_ONE, is_open, held)
+    statement = statement.values(sent_at=at, sent_clock=given("clock", "sent_clock"), **values)
+    return statement.returning(*starts.c)
 
 
 async def mark(

@@ -7,10 +7,11 @@ A wait is a row of the leases, shared by all processes with the same key; the la
 import json
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final
 
 from pydantic import TypeAdapter
-from sqlalchemy import Connection, Row, exists, or_, select, tuple_, update
+from sqlalchemy import Connection, Row, Update, bindparam, exists, or_, select, tuple_, update
 
 from tracker.core.contact import ContactState, Trouble, joined
 from tracker.core.run import known
@@ -27,12 +28,14 @@ _AT_ONCE: Final = 5000
 """Rows moved in one transaction."""
 
 
+_BY_KEY: Final = select(workspace_keys.c.workspace_id).where(
+    workspace_keys.c.key_fingerprint == bindparam("key")
+)
+
+
 async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
     """The id of the key's workspace, if known."""
-    statement = select(workspace_keys.c.workspace_id).where(
-        workspace_keys.c.key_fingerprint == key_fingerprint
-    )
-    return await db.fetchval(statement)
+    return await db.fetchval(_BY_KEY, {"key": key_fingerprint})
 
 
 async def last_workspace_at(db: Database, place: str) -> str | None:
@@ -66,6 +69,16 @@ async def give_ids(db: Database, workspace_id: str) -> None:
     A start belongs to the workspace of its run, or to the calling workspace, whose key is at the
     top of the settings. An idempotency key that exists under both names is left alone.
     """
+    name_starts, name_batches = _naming()
+    while await db.execute(name_starts, {"named": workspace_id}):
+        pass
+    await db.execute(name_batches, {"named": workspace_id})
+
+
+@cache
+def _naming() -> tuple[Update, Update]:
+    """The statements of `give_ids`, with the id as a parameter."""
+    workspace_id = bindparam("named", type_=starts.c.workspace_id.type)
     other = starts.alias()
     taken = exists().where(
         other.c.workspace_slot == workspace_id, other.c.idempotency_key == starts.c.idempotency_key
@@ -83,10 +96,11 @@ async def give_ids(db: Database, workspace_id: str) -> None:
         or_(slot == workspace_id, ~or_(taken, elsewhere)),
     )
     named = update(starts).where(key.in_(some.limit(_AT_ONCE)))
-    while await db.execute(named.values(workspace_slot=workspace_id, workspace_id=workspace_id)):
-        pass
     batched = update(batches).where(batches.c.workspace_slot == BEFORE_IDS)
-    await db.execute(batched.values(workspace_slot=workspace_id))
+    return (
+        named.values(workspace_slot=workspace_id, workspace_id=workspace_id),
+        batched.values(workspace_slot=workspace_id),
+    )
 
 
 async def keep_wait(
@@ -101,10 +115,12 @@ async def keep_wait(
     await db.execute(db.upsert(leases, key, values, replaced))
 
 
+_WAITS_UNTIL: Final = select(leases.c.until).where(leases.c.name == bindparam("name"))
+
+
 async def waits_until(db: Database, place: str) -> datetime | None:
     """Until when the workspace in `place` was last asked to wait, if ever."""
-    statement = select(leases.c.until).where(leases.c.name == _WAIT + place)
-    return await db.fetchval(statement)
+    return await db.fetchval(_WAITS_UNTIL, {"name": _WAIT + place})
 
 
 # Whether FLORA answers, as the processes on one database have seen it.
