@@ -105,6 +105,7 @@ async def test_a_standby_is_read_as_long_as_there_is_no_primary(
 async def test_a_standby_that_is_asked_for_is_used(
     own_postgres: PostgresServer, standby: PostgresServer
 ) -> None:
+    """Where the URL says so, the primary before it is passed over."""
     url = url_of(own_postgres.port, standby.port, options="?target_session_attrs=standby")
     async with await Database.open(url) as database:
         assert await database.fetchval(IN_RECOVERY) is True
@@ -113,6 +114,7 @@ async def test_a_standby_that_is_asked_for_is_used(
 async def test_what_a_server_says_is_reported_before_that_another_is_not_reached(
     own_postgres: PostgresServer,
 ) -> None:
+    """The answer of the one that is there says what to change."""
     url = url_of(own_postgres.port, free_port()).replace("/tracker", "/missing")
     async with await Database.open(url) as database:
         with pytest.raises(StoreUnavailable, match='"missing" does not exist'):
