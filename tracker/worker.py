@@ -115,7 +115,7 @@ class Worker:
             ("catalogue", self._sync_catalogue, CHECK_CATALOGUE_EVERY, at_once),
         ):
             if keyed:
-                trigger = IntervalTrigger(seconds=every.total_seconds())
+                trigger = IntervalTrigger(seconds=every.total_seconds(), timezone=UTC)
                 self._scheduler.add_job(self._job(name, work), trigger, id=name, **more)
         if not keyed:
             log.warning("worker.no_key", advice="set FLORA_API_KEY; until then nothing is polled")
