@@ -196,12 +196,12 @@ class SimulatedApi:
             if gateway.strikes:
                 await request.body()  # read in full: the peer may be gone while the work goes on
                 response = await gateway.answer(
-                    lambda: self._answer(request, handler, fault),
+                    lambda: self._answer(request, name, handler, fault),
                     self._sender.run_in_background,
                     world.true_ms(),
                 )
             else:
-                response = await self._answer(request, handler, fault)
+                response = await self._answer(request, name, handler, fault)
                 request_id = digest(world.options.seed, "request", number)
                 response.headers["request-id"] = f"req_{request_id}"
                 # By FLORA's clock, not the server's: clients measure their offset from it.
@@ -215,7 +215,9 @@ class SimulatedApi:
 
         return Route(path, endpoint, methods=[method], name=name)
 
-    async def _answer(self, request: Request, handler: Handler, fault: RequestFault) -> Response:
+    async def _answer(
+        self, request: Request, route: str, handler: Handler, fault: RequestFault
+    ) -> Response:
         try:
             workspace = self._authenticate(request)
             if fault.name == "cut_before":
@@ -224,7 +226,7 @@ class SimulatedApi:
                 return fault.too_many(self._world.now_ms())
             if fault.name == "error":
                 return fault.server_error()
-            self._check_refusal(request)
+            self._check_refusal(request, route)
             response = await handler(request, workspace)
         except ErrorAnswer as error:
             response = error.response(details=self._world.options.field_details)
@@ -234,10 +236,10 @@ class SimulatedApi:
             return CutConnection(response)
         return response
 
-    def _check_refusal(self, request: Request) -> None:
+    def _check_refusal(self, request: Request, route: str) -> None:
         """Raises `ErrorAnswer` for the routes that `refuse` names."""
         options = self._world.options
-        code = options.refuse.get(request.scope["route"].name)
+        code = options.refuse.get(route)
         if code is None and any(map(request.query_params.get, FILTERS)):
             code = options.refuse.get("filtered")
         if code is None:
