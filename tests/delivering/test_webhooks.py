@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -308,6 +309,52 @@ async def test_many_endpoints_are_ready_at_once(
     assert len(made) == 1
 
 
+async def test_an_idle_worker_reads_no_more_for_many_endpoints(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two reads for each tick: whether there are events, and which endpoints have something due."""
+    reads, fetch, fetchrow = [0], Database.fetch, Database.fetchrow
+
+    def counted(real: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def read(db: Database, query: Any) -> Any:
+            reads[0] += 1
+            return await real(db, query)
+
+        return read
+
+    async with Receiver() as receiver:
+        points = [endpoint(receiver, f"shop-{number}") for number in range(20)]
+        worker: Worker = await open_worker(*points, times=replace(PATIENT, tick=0.1))
+        await asyncio.sleep(0.5)
+        monkeypatch.setattr(Database, "fetch", counted(fetch))
+        monkeypatch.setattr(Database, "fetchrow", counted(fetchrow))
+        await asyncio.sleep(1)
+        assert 0 < reads[0] <= 2 * 11
+        await worker.writer.submit(settled("run_1"))
+        await eventually(lambda: receiver.runs["run_1"] == 20)
+
+
+async def test_signals_and_schedules_wake_without_a_tick(open_worker: OpenWorker) -> None:
+    """What is due again is sent when it is due, and what another process makes due at once."""
+    times = replace(PATIENT, tick=3600.0)
+    async with Receiver(script=[503, 503]) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), times=times, waits=50 * SHORT[:1])
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("run_1"))
+        await eventually(lambda: delivered(worker.db, 1))
+        (message,) = await messages_of(worker.db)
+        await worker.webhooks.resend(message.message_id)
+        await eventually(lambda: receiver.runs["run_1"] == 2)
+        if worker.db.dialect == "postgresql":  # SQLite has one long-running process
+            await open_worker(endpoint(receiver, "other"), times=times)
+            await configured(worker, "other")
+            await worker.writer.submit(settled("run_2"))
+            await eventually(lambda: receiver.runs["run_2"] == 2)
+            command: Worker = await open_worker(deliver=False)
+            await command.webhooks.resend(message.message_id)
+            await eventually(lambda: receiver.runs["run_1"] == 3)
+
+
 async def test_gone_disables_until_it_is_enabled(open_worker: OpenWorker) -> None:
     """410 disables an endpoint: messages wait, none is sent. Enabling sends all of them."""
     async with Receiver(status=410) as receiver:
@@ -440,11 +487,11 @@ async def die(worker: Worker) -> None:
     """Leave the claims of a worker as a process that is killed does."""
     webhooks = worker.webhooks
     senders, webhooks._senders = webhooks._senders, {}
-    await cancel(webhooks._task, *(one._task for one in senders.values()))
+    await cancel(*webhooks._tasks, *(one._task for one in senders.values()))
     for one in senders.values():
         await cancel(*one._open)
         await one.target.aclose()
-    webhooks._task = None
+    webhooks._tasks = []
 
 
 async def failed_once(db: Database, run_id: str) -> bool:

@@ -36,8 +36,8 @@ from tracker.store.writing.messages import (
     Attempt,
     Claimed,
     Sending,
+    due_times,
     enable,
-    next_due_at,
     record_and_claim,
     recover,
 )
@@ -247,6 +247,42 @@ async def test_claims_are_bounded_and_exclusive(db: Database) -> None:
     assert len(later.claims) == MOST_OPEN
 
 
+async def test_one_query_finds_what_is_due_for_every_endpoint(db: Database) -> None:
+    """When the first free message of each is due; none of a disabled endpoint, of another process's
+    or of one whose messages are all claimed, as long as its leases last."""
+    later = NOW + timedelta(hours=1)
+    await known(db, "later", "due", "claimed", "long", "caught up", "empty", "disabled", "other")
+    for name in ("later", "due", "claimed", "long", "caught up", "disabled", "other"):
+        await add_message(db, f"msg_{name}", name, next_attempt_at=later)
+    await add_message(db, "msg_sent", "due", 200)
+    await add_message(db, "msg_now", "due", next_attempt_at=NOW)
+    held = {"lease_holder": "two", "next_attempt_at": NOW}
+    minutes = timedelta(minutes=10)
+    await add_message(db, "msg_held", "claimed", **held, lease_until=NOW + SECOND)
+    await add_message(db, "msg_old", "later", **held, lease_until=NOW + minutes)
+    await add_message(db, "msg_slow", "long", **held, lease_until=NOW + minutes)
+    outage = {"catch_up_from": NOW - 2 * SECOND, "catch_up_to": NOW - SECOND}
+    for name, values in (
+        ("caught up", outage),
+        ("disabled", {"state": "disabled", "disabled_at": NOW}),
+    ):
+        await db.execute(update(endpoints).where(endpoints.c.endpoint_id == name).values(values))
+    own = ("later", "due", "claimed", "long", "caught up", "empty", "disabled", "unknown")
+    sendings = [
+        replace(SENDING, endpoint_id=name, lease=minutes if name == "long" else SENDING.lease)
+        for name in own
+    ]
+    assert await due_times(db, sendings, now=NOW) == {
+        "later": NOW,  # its lease was taken before the clock was set back
+        "due": NOW,
+        "claimed": later,
+        "long": later,
+        "caught up": NOW - 2 * SECOND,
+    }
+    assert (await due_times(db, sendings, now=NOW + minutes))["long"] == NOW
+    assert await due_times(db, [], now=NOW) == {}
+
+
 async def test_the_last_failure_is_final(db: Database) -> None:
     """After ten attempts in three days a message is failed. Its endpoint, which took nothing
     meanwhile, is disabled: what is pending waits, until enabling begins a new schedule."""
@@ -267,7 +303,7 @@ async def test_the_last_failure_is_final(db: Database) -> None:
         count += 1
     assert count == 10
     assert last.disabled == "every attempt failed for 3 days; last: it answered HTTP 500"
-    assert await next_due_at(db, SENDING, now=now + 30 * FAILING_FOR) is None
+    assert await due_times(db, [SENDING], now=now + 30 * FAILING_FOR) == {}
     assert (await turn(db, now=now + FAILING_FOR)).claims == []
     again = now + 2 * FAILING_FOR
     assert await enable(db, "a", now=again)
@@ -402,9 +438,7 @@ async def test_an_outage_is_over_whenever_the_clock_is_set(
     if when == "catching up":
         clock.set(jump)
         await shared.check()
-    due = await next_due_at(db, SENDING, now=clock())
-    assert due is not None
-    assert due <= clock()
+    assert (await due_times(db, [SENDING], now=clock()))["a"] <= clock()
     claims = (await turn(db, now=clock())).claims
     assert {claim.message_id for claim in claims} == {"msg_1", "msg_2"}
     clock.move(1)
@@ -425,9 +459,7 @@ async def test_an_outage_by_an_unknown_clock_holds_nothing_back(db: Database) ->
     await turn(db, now=later, outcomes=[("msg_2", success(later))], most=0)
     await add_message(db, "msg_3", "a", next_attempt_at=NOW)
     await known(db, "a")
-    due = await next_due_at(db, SENDING, now=NOW)
-    assert due is not None
-    assert due <= NOW
+    assert (await due_times(db, [SENDING], now=NOW))["a"] <= NOW
     assert [claim.message_id for claim in (await turn(db, now=NOW)).claims] == ["msg_3"]
     assert (await turn(db, now=NOW)).claims == []
 

@@ -43,8 +43,8 @@ from tracker.store.url import DatabaseUrl
 from tracker.store.writing.messages import (
     Attempt,
     Sending,
+    due_times,
     enable,
-    next_due_at,
     record_and_claim,
 )
 from tracker.store.writing.statements import LOCK_RUNS, postgres_statements
@@ -268,8 +268,8 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         lambda db: delays(db, "point_1", since=NOW - timedelta(days=1)),
         "ix_messages_newest_of_endpoint",
     ),
-    "when a message is due": (
-        lambda db: next_due_at(db, SENDING, now=NOW),
+    "when messages are due": (
+        lambda db: due_times(db, [SENDING], now=NOW),
         "ix_messages_due",
     ),
     "open starts": (starts.open_starts, "ix_starts_open"),

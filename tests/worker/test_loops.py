@@ -27,7 +27,8 @@ from tracker.store.queries.audit import Refusals
 LOOPS: dict[str, tuple[Any, str]] = {
     "applier": (Applier, "_apply_group"),
     "outbox": (Webhooks, "drain"),
-    "endpoint hook": (webhooks, "next_due_at"),
+    "due messages": (webhooks, "due_times"),
+    "endpoint hook": (webhooks, "record_and_claim"),
     "batches": (BatchWorker, "launch_due"),
     "poll": (Poller, "next_due_at"),
     "changes": (Broadcaster, "_send_new"),
@@ -58,6 +59,8 @@ async def following(services: Services) -> AsyncIterator[None]:
     reader = await services.changes.subscribe(RunFilter())
     services.applier.wake()
     services.webhooks.wake()
+    for sender in services.webhooks._senders.values():
+        sender.wake()
     yield
     reader.close()
 

@@ -5,7 +5,7 @@ Everything that has to survive is in the database: the outbox, the messages, the
 they are sent. So any number of workers may run, and one that dies leaves only leases, which expire.
 
 Every endpoint has a task of its own, so that a slow or dead one delays no other. Commits wake the
-tasks within milliseconds; what a signal missed is found every few seconds.
+tasks within milliseconds; one query for all endpoints finds what is due later, or a signal missed.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ from tracker.store.queries.audit import Action
 from tracker.store.queries.endpoints import Shown, configure, fan_out, get_endpoint, outbox_waits
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
-from tracker.store.writing.messages import Attempt, Claim, Sending, next_due_at, record_and_claim
+from tracker.store.writing.messages import Attempt, Claim, Sending, due_times, record_and_claim
 
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""
 RETRY_SECONDS: Final = 1.0
-"""How long to wait before a claim of nothing is tried again."""
+"""How long to wait before an endpoint is woken again for what is due, and could not be claimed."""
 
 OnAttempt = Callable[[str, Claim, Attempt], None]
 """Called with the endpoint's id and the outcome of an attempt, once it is committed."""
@@ -109,8 +109,10 @@ class Webhooks:
         self._clients: dict[str, EndpointClient] = {}
         self._senders: dict[str, _Sender] = {}
         self._woken = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = False
+        self.rescheduled = asyncio.Event()
+        """Messages may be due before the time that was found."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self.stopping = False
         self._limit = GROUP
         self._configured_at = float("-inf")
         self._configured_by: datetime | None = None
@@ -128,18 +130,18 @@ class Webhooks:
 
     def wake(self) -> None:
         self._woken.set()
-        for sender in self._senders.values():
-            sender.wake()
+        self.rescheduled.set()
 
     async def start(self) -> None:
-        self._stopping = False
+        self.stopping = False
         try:
             async with asyncio.timeout(self.times.last_commits):
                 await self._configure()  # runs that end from now on are sent
         except (StoreError, TimeoutError) as error:
             log.warning("outbox.not_configured", error=str(error), advice="it is tried again")
-        draining = repeat("outbox", self._drain_next, is_over=lambda: self._stopping)
-        self._task = asyncio.create_task(draining, name="outbox")
+        for name, step in (("outbox", self._drain_next), ("due messages", self._wake_due)):
+            work = repeat(name, step, is_over=lambda: self.stopping)
+            self._tasks.append(asyncio.create_task(work, name=name))
         tls = httpx.create_ssl_context() if self._endpoints else None
         for endpoint_id, endpoint in self._endpoints.items():
             client = self._clients[endpoint_id] = EndpointClient(
@@ -152,13 +154,13 @@ class Webhooks:
 
     async def stop(self) -> None:
         """Finish or interrupt the open requests, and release their messages."""
-        task, self._task = self._task, None
+        tasks, self._tasks = self._tasks, []
         senders, self._senders = self._senders, {}
-        if task is not None:
-            self._stopping = True
-            self._woken.set()
+        if tasks:
+            self.stopping = True
+            self.wake()
             await asyncio.gather(
-                _end(task, self.times.last_commits),
+                *(_end(task, self.times.last_commits) for task in tasks),
                 *(sender.stop() for sender in senders.values()),
             )
 
@@ -256,6 +258,17 @@ class Webhooks:
             raise
         await wait_for(self._woken, self.times.tick)
 
+    async def _wake_due(self) -> None:
+        """Wake the endpoints that have something due, and wait until another may have."""
+        self.rescheduled.clear()
+        senders, now, wait = self._senders, self.clock(), self.times.tick
+        sendings = [sender.sending for sender in senders.values()]
+        for endpoint_id, at in (await due_times(self.database, sendings, now=now)).items():
+            if at <= now:
+                senders[endpoint_id].wake()
+            wait = min(wait, RETRY_SECONDS if at <= now else (at - now).total_seconds())
+        await wait_for(self.rescheduled, wait)
+
     async def _configure(self) -> None:
         """Note the endpoints of this process in the database, once a minute.
 
@@ -297,7 +310,7 @@ class _Sender:
         self._webhooks = webhooks
         self._endpoint_id = endpoint_id
         self.target = target
-        self._sending = Sending(
+        self.sending = Sending(
             endpoint_id=endpoint_id,
             holder=webhooks.process,
             lease=lease,
@@ -305,26 +318,18 @@ class _Sender:
             waits=webhooks.waits,
         )
         self._woken = asyncio.Event()
-        self._stopping = False
         self._open: dict[asyncio.Task[None], str] = {}
         self._outcomes: list[tuple[Claim, Attempt]] = []
         name = f"endpoint {endpoint_id}"
-        sending = repeat(name, self._send_next, is_over=lambda: self._stopping)
+        sending = repeat(name, self._send_next, is_over=lambda: webhooks.stopping)
         self._task = asyncio.create_task(sending, name=name)
 
     def wake(self) -> None:
         self._woken.set()
 
-    async def _send_next(self) -> None:
-        """Store outcomes, begin attempts, and wait until there may be more."""
-        self._woken.clear()
-        wait = await self._record_and_claim(self.target.most_open - len(self._open))
-        await wait_for(self._woken, wait)
-
     async def stop(self) -> None:
         """Let open requests end for a moment, interrupt the rest, and store what came of them."""
         times, database = self._webhooks.times, self._webhooks.database
-        self._stopping = True
         self.wake()
         await _end(self._task, times.last_commits)
         if self._open:
@@ -335,10 +340,10 @@ class _Sender:
         interrupted = sorted({*cancelled.values()} - ended)
         try:
             async with asyncio.timeout(times.last_commits):
-                if self._outcomes:
-                    await self._record_and_claim(0)
+                self.wake()
+                await self._send_next()
                 if interrupted:
-                    holder = self._sending.holder
+                    holder = self.sending.holder
                     work = partial(messages.release, holder=holder, message_ids=interrupted)
                     await database.write(work)
         except (StoreError, TimeoutError):
@@ -347,29 +352,29 @@ class _Sender:
             )
         await self.target.aclose()
 
-    async def _record_and_claim(self, free: int) -> float:
-        """Store outcomes and claim up to `free` messages; returns how long to wait then."""
-        now, database = self._webhooks.clock(), self._webhooks.database
-        if not self._outcomes:
-            due = None
-            if free > 0:
-                due = await next_due_at(database, self._sending, now=now)
-            if due is None or due > now:
-                tick = self._webhooks.times.tick
-                return tick if due is None else min(tick, (due - now).total_seconds())
+    async def _send_next(self) -> None:
+        """Wait until woken; then store outcomes, and begin attempts unless the process stops."""
+        await self._woken.wait()
+        self._woken.clear()
+        free = 0 if self._webhooks.stopping else self.target.most_open - len(self._open)
+        if not self._outcomes and free <= 0:
+            return
         outcomes, self._outcomes = self._outcomes, []
         work = partial(
             record_and_claim,
-            sending=self._sending,
+            sending=self.sending,
             outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
             most=free,
-            now=now,
+            now=self._webhooks.clock(),
         )
         try:
-            claimed = await database.write(work)
+            claimed = await self._webhooks.database.write(work)
         except BaseException:
             self._outcomes = outcomes + self._outcomes
+            self.wake()
             raise
+        if any(not attempt.delivered for _, attempt in outcomes):
+            self._webhooks.rescheduled.set()
         for claim in claimed.claims:
             task = asyncio.create_task(self._attempt(claim), name=f"message {claim.message_id}")
             self._open[task] = claim.message_id
@@ -384,8 +389,6 @@ class _Sender:
                 reason=claimed.disabled,
                 advice=f"correct it, then run `tracker endpoints enable {self._endpoint_id}`",
             )
-        # Without a claim, other processes have all requests open, or lock the rows.
-        return 0.0 if claimed.claims or outcomes else RETRY_SECONDS
 
     async def _attempt(self, claim: Claim) -> None:
         try:

@@ -246,10 +246,10 @@ LONGEST_LEASE: Final = timedelta(minutes=5)
 """A lease on a row that lasts longer was taken before the clock was set back: it has expired."""
 
 
-def is_free(table: Table, now: datetime, longest: timedelta = LONGEST_LEASE) -> ColumnElement[bool]:
-    """No process has a lease on the row, where none lasts longer than `longest`."""
+def is_free(table: Table, now: datetime, lease: timedelta = LONGEST_LEASE) -> ColumnElement[bool]:
+    """No process has a lease on the row, where they last for `lease`."""
     until = table.c.lease_until
-    return or_(until.is_(None), until <= now, until > now + longest)
+    return or_(until.is_(None), until <= now, until > now + max(lease, LONGEST_LEASE))
 
 
 def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     Select,
     Update,
@@ -30,7 +29,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.endpoints import CONFIGURED_WITHIN, message_is_in
-from tracker.store.schema import LONGEST_LEASE, endpoints, is_free, message_attempts, messages, word
+from tracker.store.schema import endpoints, is_free, message_attempts, messages, word
 
 FAILING_FOR: Final = timedelta(days=3)
 """An endpoint that failed for this long, without a success in between, is disabled."""
@@ -105,17 +104,23 @@ class Sending:
     waits: tuple[timedelta, ...] = WAITS
 
 
-async def next_due_at(db: Database, sending: Sending, *, now: datetime) -> datetime | None:
-    """When a message of the endpoint can be claimed, in the past if one is due; `None` if there is
-    none, or the endpoint is disabled."""
-    first = select(func.min(messages.c.next_attempt_at)).where(
-        messages.c.endpoint_id == sending.endpoint_id, _PENDING, _free(now, sending.lease)
-    )
-    statement = select(endpoints.c.catch_up_from, first.scalar_subquery()).where(
-        endpoints.c.endpoint_id == sending.endpoint_id, endpoints.c.state == "enabled"
-    )
-    row = await db.fetchrow(statement)
-    return None if row is None else row[0] or row[1]
+async def due_times(
+    db: Database, sendings: Sequence[Sending], *, now: datetime
+) -> dict[str, datetime]:
+    """When each endpoint has a message to claim, in the past if one is due; without endpoints that
+    have none, or are disabled. One query for all with the same lease."""
+    found: dict[str, datetime] = {}
+    for lease in {one.lease for one in sendings}:
+        mine = messages.c.endpoint_id == endpoints.c.endpoint_id
+        waiting = mine, _PENDING, is_free(messages, now, lease)
+        first = select(func.min(messages.c.next_attempt_at)).where(*waiting).scalar_subquery()
+        due = func.coalesce(endpoints.c.catch_up_from, first)
+        ids = [one.endpoint_id for one in sendings if one.lease == lease]
+        statement = select(endpoints.c.endpoint_id, due).where(
+            endpoints.c.endpoint_id.in_(ids), endpoints.c.state == "enabled"
+        )
+        found |= {row[0]: row[1] for row in await db.fetch(statement) if row[1] is not None}
+    return found
 
 
 def record_and_claim(
@@ -264,7 +269,7 @@ def _claim(
     """Claim due messages, then those that failed during an outage that is over; whether none of
     the latter is left."""
     mine = messages.c.endpoint_id == sending.endpoint_id
-    free = _free(now, sending.lease)
+    free = is_free(messages, now, sending.lease)
     is_open = and_(mine, messages.c.lease_holder.is_not(None), not_(free))
     count = select(func.count()).select_from(messages).where(is_open)
     room = min(most, sending.most_open - connection.execute(count).scalar_one())
@@ -296,10 +301,6 @@ def _take(
     )
     claims = [Claim(*row) for row in connection.execute(statement)]
     return sorted(claims, key=lambda claim: claim.event_at)
-
-
-def _free(now: datetime, lease: timedelta) -> ColumnElement[bool]:
-    return is_free(messages, now, max(lease, LONGEST_LEASE))
 
 
 async def resend(db: Database, message_id: str, *, now: datetime) -> bool:
