@@ -21,7 +21,7 @@ import orjson
 from sqlalchemy import ColumnElement, Connection, Engine, Executable, Row, Table, event, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, NullPool
 
 from tracker.core.errors import StoreUnavailable
 from tracker.core.formatting import clean
@@ -400,6 +400,7 @@ def _postgres_engine(
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=partial(connect_postgres, url, application_name, avoiding=avoiding),
+        poolclass=_OpenFirstPool,
         pool_size=connections // 2,
         max_overflow=connections - connections // 2,
         pool_timeout=url.times.statement,
@@ -418,6 +419,24 @@ def _postgres_engine(
 
     check_connections(engine.sync_engine, is_usable, "the server closes its connections")
     return engine
+
+
+class _OpenFirstPool(AsyncAdaptedQueuePool):
+    """Hands out open connections before it makes one in the place of one that was lost.
+
+    While the server accepts no others (all that it has are in use, the role's password was
+    changed), those that are open are used.
+    """
+
+    # SQLAlchemy names the pool's log by it, and what is logged under `tracker` is shown.
+    __module__ = AsyncAdaptedQueuePool.__module__
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        idle = []
+        if record.dbapi_connection is None and not self._pool.full():
+            idle = [self._pool.get(block=False) for _ in range(self._pool.qsize())]
+        for each in (record, *reversed(idle)):
+            super()._do_return_conn(each)
 
 
 def _drop_standbys(engine: Engine) -> None:
