@@ -39,6 +39,7 @@ def test_what_the_driver_alone_reports_is_a_lost_connection() -> None:
     wrapped = AsyncAdapt_asyncpg_dbapi.InternalClientError(message, driver)
     for error in (driver, wrapped, DBAPIError("connect", None, wrapped)):
         assert isinstance(translate(error), StoreUnavailable)
+        assert str(translate(error)) == "the connection to the database is lost"
 
 
 @pytest.mark.parametrize(

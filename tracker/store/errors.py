@@ -150,6 +150,8 @@ def _without_code(error: BaseException, what: str) -> StoreError:
     """The error for one that SQLAlchemy or the driver itself raised."""
     driver = type(_driver_error(error))
     is_drivers = isinstance(error, InterfaceError) or driver.__module__.startswith("asyncpg.")
+    if driver.__name__ == "InternalClientError":  # about asyncpg's own states
+        return StoreUnavailable("the connection to the database is lost")
     if is_drivers or getattr(error, "connection_invalidated", False):
         return StoreUnavailable(f"the connection to the database is lost: {what}")
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
