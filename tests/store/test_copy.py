@@ -184,6 +184,7 @@ async def test_another_revision_is_refused(
 ) -> None:
     """Rows of an older or a later schema are not guessed at, on either side; which one is said."""
     urls = {"source": sqlite_url, "target": sqlite_target_url}
+    await fill(sqlite_target_url, every_value())
     set_to = text(f"UPDATE alembic_version SET version_num = '{revision}'")
     await on(urls[which], lambda connection: connection.execute(set_to))
     with pytest.raises(error) as caught:
@@ -192,6 +193,16 @@ async def test_another_revision_is_refused(
         f"the {which} {DatabaseUrl.parse(urls[which])}: it is at revision {revision}"
     )
     assert str(caught.value).endswith(said)
+
+
+async def test_a_target_that_was_migrated_in_part_is_migrated_further(
+    sqlite_url: str, empty_database_url: str
+) -> None:
+    """A copy that was killed while it made the tables is simply repeated."""
+    await migrate.upgrade(empty_database_url, migrate.known()[-3])
+    copied = await copy(sqlite_url, empty_database_url)
+    assert (copied.migrated, copied.revision) == (True, migrate.head())
+    assert await migrate.current(empty_database_url) == migrate.head()
 
 
 async def test_what_cannot_be_a_source_is_said(sqlite_url: str, tmp_path: Path) -> None:

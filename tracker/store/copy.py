@@ -12,7 +12,19 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Dialect, Row, Select, Table, func, insert, select, text
+from sqlalchemy import (
+    Connection,
+    Dialect,
+    Row,
+    Select,
+    Table,
+    func,
+    insert,
+    inspect,
+    literal,
+    select,
+    text,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError
@@ -52,7 +64,7 @@ class Step:
 class Copied:
     """The result: the number of rows of each table, and of those `compared` column by column.
 
-    `migrated` is true if the target had no tables before.
+    `migrated` is true if the target lacked tables before.
     """
 
     revision: str
@@ -88,7 +100,7 @@ async def copy(
             lacking = "is no such file" if origin.missing else "are no tables of the tracker"
             raise StoreError(f"there {lacking}, so there is nothing to copy")
     with _naming(to):
-        if migrated := await _revision(target) is None:
+        if migrated := await _lacks_tables(target):
             await migrate.upgrade(target)
     async with AsyncExitStack() as stack:
         with _naming(from_):
@@ -144,6 +156,24 @@ async def _revision(url: str) -> str | None:
     if migrate.is_known(found):
         raise SchemaOutdated(f"{needed}: run `tracker db upgrade` with it as TRACKER_DATABASE_URL")
     raise StoreError(f"{needed}: copy with the version that made it")
+
+
+async def _lacks_tables(target: str) -> bool:
+    """Whether the target has to be migrated: there are no tables, or only some and no rows, as
+    where a copy was killed while it migrated. Raises as `_revision` does."""
+    try:
+        return await _revision(target) is None
+    except SchemaOutdated:
+        if await migrate.connected(target, _has_rows):
+            raise
+        return True
+
+
+def _has_rows(connection: Connection) -> bool:
+    there = inspect(connection).get_table_names()
+    tables = (one for one in metadata.sorted_tables if one.name in there)
+    first = (select(literal(1)).select_from(one).limit(1) for one in tables)
+    return any(connection.scalar(row) is not None for row in first)
 
 
 @asynccontextmanager

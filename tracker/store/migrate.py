@@ -92,7 +92,7 @@ async def upgrade(
     while not _ALEMBIC.acquire(blocking=False):  # noqa: ASYNC110 - no event reaches across loops
         await asyncio.sleep(0.02)
     try:
-        await _connected(url, work)
+        await connected(url, work)
     finally:
         _ALEMBIC.release()
 
@@ -121,7 +121,7 @@ async def current(url: str) -> str | None:
     """The revision of the database at `url`; `None` for one without the tracker's tables."""
     if DatabaseUrl.parse(url).missing:
         return None  # checking must not create it
-    return await _connected(url, _revision)
+    return await connected(url, _revision)
 
 
 async def revision(db: Database) -> str | None:
@@ -150,10 +150,11 @@ async def check(db: Database) -> None:
 def run_from_command_line(migrate: Callable[[Connection], None]) -> None:
     """For Alembic's own command line: run `migrate` over the database of TRACKER_DATABASE_URL."""
     url = os.environ.get("TRACKER_DATABASE_URL", "sqlite:///tracker.db")
-    asyncio.run(_connected(url, migrate))
+    asyncio.run(connected(url, migrate))
 
 
-async def _connected(url: str, work: Callable[[Connection], T]) -> T:
+async def connected(url: str, work: Callable[[Connection], T]) -> T:
+    """Run `work` over a connection of its own, without time-outs. Raises as `upgrade` does."""
     place = DatabaseUrl.parse(url)
     engine = migration_engine(place)
     try:
