@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -206,6 +207,26 @@ def test_a_database_that_does_not_answer_is_status_1(tracker: Commands) -> None:
     assert done.returncode == 1
     assert "database" in one_line(done).lower()
     assert "hunter2" not in done.stderr
+
+
+def test_a_database_file_may_have_any_name(tracker: Commands) -> None:
+    """Its bytes may be no UTF-8, as an older system's or another locale's are not."""
+    url = f"sqlite:///{tracker.folder}/\udcff.db"
+    assert tracker("runs", "list", TRACKER_DATABASE_URL=url).returncode == 0
+    assert f"{tracker.folder}/\\udcff.db" in tracker("doctor", TRACKER_DATABASE_URL=url).stdout
+    assert Path(tracker.folder, "\udcff.db").exists()
+
+
+def _hide_temporary_folders() -> None:
+    tempfile.tempdir = "/nonexistent"
+
+
+def test_without_a_temporary_folder_is_status_1(tracker: Commands) -> None:
+    """As in a container whose file system is read-only: the line says what to set."""
+    for command in (["demo"], ["serve", "--simulate", "--port", str(free_port())]):
+        done = tracker(*command, prepare=_hide_temporary_folders)
+        assert done.returncode == 1
+        assert "set TMPDIR" in done.stderr.splitlines()[-1]
 
 
 def test_an_unknown_run_is_status_1(tracker: Commands) -> None:

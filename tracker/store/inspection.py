@@ -61,7 +61,7 @@ def _inspect_sqlite(file: str, patience: float) -> SqliteInspection:
     if not inspection.exists:
         return inspection
     # Not `rwc`, which creates. A file that is write-protected is opened for reading.
-    address = f"file:{quote(str(path))}?mode=rw"
+    address = f"file:{quote(os.fsencode(path))}?mode=rw"
     try:
         with closing(
             sqlite3.connect(address, uri=True, isolation_level=None, timeout=patience)

@@ -433,9 +433,8 @@ def _write_engine(url: DatabaseUrl, file: SqliteFile, **options: Any) -> Engine:
 
 def _file_url(driver: str, url: DatabaseUrl) -> URL:
     """The address of the file, which is not created."""
-    return URL.create(
-        driver, database=f"file:{quote(url.path)}", query={"mode": "rw", "uri": "true"}
-    )
+    path = quote(os.fsencode(url.path))  # its bytes: they may be no UTF-8
+    return URL.create(driver, database=f"file:{path}", query={"mode": "rw", "uri": "true"})
 
 
 def _set_up(connection: sqlite3.Connection, busy_seconds: float, pragmas: Sequence[str]) -> None:
