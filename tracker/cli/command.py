@@ -13,11 +13,13 @@ import typer
 
 from tracker.cli.output import note, print_json, print_table, showing_waits
 from tracker.core.clock import utc_now
-from tracker.core.errors import FloraUnreachable
+from tracker.core.errors import FloraUnreachable, TrackerError
 from tracker.core.formatting import money
 from tracker.core.starts import parse_tags
 
 if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
+
     from tracker.services import Services
     from tracker.settings import Rotation, Settings
     from tracker.store.engine import Database
@@ -253,6 +255,17 @@ def print_list(
     if next_cursor is not None:
         note(f"There are more: --cursor {next_cursor}")
     return len(rows)
+
+
+def temporary_folder(prefix: str) -> "TemporaryDirectory[str]":
+    """A new folder, removed with its `with` block. Raises `TrackerError` where none can be made."""
+    from tempfile import TemporaryDirectory
+
+    try:
+        return TemporaryDirectory(prefix=prefix)
+    except OSError as exc:
+        said = f"no temporary folder can be made: {exc.strerror}; set TMPDIR to another place"
+        raise TrackerError(said) from exc
 
 
 def _user() -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.command import configure_service, flag, option
+from tracker.cli.command import configure_service, flag, option, temporary_folder
 from tracker.core.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -166,13 +166,11 @@ def _simulation(
     The database is a temporary file, unless the settings name one. `dashboard` and `callbacks` are
     hosts and ports. Raises `SettingsError` where a key of the real FLORA is set.
     """
-    from tempfile import TemporaryDirectory
-
     from tracker.settings import read_settings
     from tracker.store.url import DatabaseUrl
 
     _check_apart(settings)
-    with TemporaryDirectory(prefix="tracker-simulate-") as folder:
+    with temporary_folder("tracker-simulate-") as folder:
         changes = {"tracker_public_url": _url(*callbacks)}
         if is_temporary := "TRACKER_DATABASE_URL" not in read_settings().sources:
             changes["tracker_database_url"] = f"sqlite:///{folder}/tracker.db"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from tracker.cli.command import AS_JSON, checked, flag, option, repeatable
+from tracker.cli.command import AS_JSON, checked, flag, option, repeatable, temporary_folder
 from tracker.cli.output import note, print_json, print_table, screen
 from tracker.cli.runs import RunScreen
 from tracker.core.errors import TrackerError
@@ -204,8 +204,6 @@ async def _demonstrate() -> "list[RunComparison]":
 @asynccontextmanager
 async def _open_environment() -> "AsyncIterator[tuple[Simulator, Services, httpx.AsyncClient]]":
     """A simulator, a tracker that uses it, and a client of the tracker's API."""
-    from tempfile import TemporaryDirectory
-
     import httpx
 
     from tracker.services import open_services
@@ -213,7 +211,7 @@ async def _open_environment() -> "AsyncIterator[tuple[Simulator, Services, httpx
     from tracker.simulator import Options, running
     from tracker.web.http.server import listen
 
-    with TemporaryDirectory(prefix="tracker-demo-") as folder:
+    with temporary_folder("tracker-demo-") as folder:
         # Two callbacks of five get lost; of the others some come twice, out of order, or after a
         # forged one.
         faults = {"drop": 0.4, "duplicate": 0.2, "reorder": 0.2, "bad_signature": 0.2}
