@@ -20,7 +20,9 @@ from tests.support.disk import CannotMount, SmallDisk
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
+from tracker.core.errors import StoreError
 from tracker.operations.doctor import Level, database
+from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.inspection import inspect_postgres
 from tracker.store.url import DatabaseUrl
@@ -282,6 +284,24 @@ async def test_the_limit_with_the_greatest_share_in_use_counts(postgres_url: str
         report = await _check(url, patience=2)
     assert report.level("database") is Level.WARNING
     assert "of 20 connections are in use" in report["database"].seen
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_database_that_cannot_hold_every_text_is_refused(
+    own_postgres: PostgresServer, encoding: str
+) -> None:
+    """An empty one gets no tables; one that has them from an earlier version works on, and the
+    advice says how to leave it."""
+    create = f"CREATE DATABASE other ENCODING '{encoding}' TEMPLATE template0"
+    await _execute(own_postgres.url(), create)
+    url = own_postgres.url("other")
+    with pytest.raises(StoreError, match=f"the encoding {encoding}: .* ENCODING 'UTF8'"):
+        await migrate.upgrade(url)
+    assert await migrate.current(url) is None
+    report = await _check(url, patience=2)
+    assert report.level("database") is Level.FAILED
+    assert f"has the encoding {encoding}" in report["database"].seen
+    assert "tracker db copy" in report["database"].advice
 
 
 async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) -> None:

@@ -118,6 +118,7 @@ class PostgresInspection:
     version: str
     major: int
     standby: bool
+    encoding: str
     revision: str | None
     refuses_writes: str | None
     lacking: tuple[str, ...]
@@ -146,6 +147,7 @@ WITH limits (connections, most_connections) AS (
 SELECT current_setting('server_version') AS version,
        current_setting('server_version_num')::int / 10000 AS major,
        pg_is_in_recovery() AS standby,
+       current_setting('server_encoding') AS encoding,
        to_regclass('alembic_version') IS NOT NULL AS has_tables,
        pg_database_size(current_database()) AS size,
        (SELECT count(*)::int FROM pg_stat_activity

@@ -29,6 +29,11 @@ T = TypeVar("T")
 PATIENCE_SECONDS: Final = 60.0
 """How long a migration waits for its locks."""
 
+ENCODING_ADVICE: Final = (
+    "what FLORA sends needs UTF8, so create another one with "
+    "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+)
+
 _ALEMBIC: Final = threading.Lock()
 _VERSION: Final = table("alembic_version", column("version_num", Text))
 _FILE: Final = re.compile(r"(\d{4})_\w+\.py")
@@ -79,11 +84,14 @@ async def upgrade(
     A missing SQLite file is created. Several processes may do this at the same time, and others may
     use the database: on PostgreSQL their locks are waited for, `patience` seconds in all.
     `history_since` is how far back a migration lets the history be read again. Raises
-    `StoreUnavailable` if the database does not answer, `StoreError` for the rest.
+    `StoreUnavailable` if the database does not answer, `StoreError` for the rest, as for an empty
+    database that cannot hold every text of FLORA.
     """
 
     def work(connection: Connection) -> None:
         found = _revision(connection)
+        if found is None:
+            _check_encoding(connection)
         connection.rollback()
         if found is None or (is_known(found) and found != head()):
             _migrate(connection, revision, patience=patience, history_since=history_since)
@@ -171,6 +179,15 @@ def _revision(connection: Connection) -> str | None:
     if not inspect(connection).has_table(_VERSION.name):
         return None
     return connection.execute(select(_VERSION.c.version_num)).scalar()
+
+
+def _check_encoding(connection: Connection) -> None:
+    """Raise `StoreError` unless the encoding is UTF-8: it cannot be changed later."""
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+    if encoding != "UTF8":
+        raise StoreError(f"the database has the encoding {encoding}: {ENCODING_ADVICE}")
 
 
 def _migrate(connection: Connection, revision: str, **attributes: Any) -> None:

@@ -163,6 +163,14 @@ def _server(url: DatabaseUrl, found: PostgresInspection) -> Finding:
             f"{server} is too old.",
             f"Upgrade to PostgreSQL {OLDEST_POSTGRES} or newer.",
         )
+    if found.encoding != "UTF8":
+        return failed(
+            "database",
+            f"{server} has the encoding {found.encoding}, in which texts of FLORA may be refused "
+            "or damaged.",
+            "Create another database with ENCODING 'UTF8' TEMPLATE template0, and carry the data "
+            "over with `tracker db copy --to`.",
+        )
     if found.lacking:
         return failed(
             "database",
