@@ -56,9 +56,9 @@ LONGEST: Final = 10_000
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Endpoint:
-    """An endpoint of this process's settings, with its secrets."""
+    """An endpoint of this process's settings, with its secrets, which may be replaced."""
 
     config: EndpointConfig
     url: str = field(repr=False)
@@ -100,7 +100,7 @@ class EndpointResolver:
 
 
 class EndpointClient:
-    """Sends messages to one endpoint, whose secrets may be replaced.
+    """Sends messages to one endpoint.
 
     Redirects are not followed, and the environment's proxies are not used. `answer_seconds` limits
     an attempt. Clients may share a `tls` context, which takes long to make.

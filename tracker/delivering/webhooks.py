@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
@@ -106,7 +106,6 @@ class Webhooks:
     def __post_init__(self, endpoints: Iterable[Endpoint], handlers: Iterable[Handler]) -> None:
         self._endpoints = {endpoint.config.endpoint_id: endpoint for endpoint in endpoints}
         self._handlers = {handler.config.endpoint_id: handler for handler in handlers}
-        self._clients: dict[str, EndpointClient] = {}
         self._senders: dict[str, _Sender] = {}
         self._woken = asyncio.Event()
         self.rescheduled = asyncio.Event()
@@ -123,10 +122,7 @@ class Webhooks:
     def rotate(self, secrets: Mapping[str, tuple[str, ...]]) -> None:
         """Sign with these secrets from now on, by endpoint."""
         for endpoint_id in self._endpoints.keys() & secrets.keys():
-            endpoint = replace(self._endpoints[endpoint_id], secrets=secrets[endpoint_id])
-            self._endpoints[endpoint_id] = endpoint
-            if client := self._clients.get(endpoint_id):
-                client.endpoint = endpoint
+            self._endpoints[endpoint_id].secrets = secrets[endpoint_id]
 
     def wake(self) -> None:
         self._woken.set()
@@ -144,7 +140,7 @@ class Webhooks:
             self._tasks.append(asyncio.create_task(work, name=name))
         tls = httpx.create_ssl_context() if self._endpoints else None
         for endpoint_id, endpoint in self._endpoints.items():
-            client = self._clients[endpoint_id] = EndpointClient(
+            client = EndpointClient(
                 endpoint, clock=self.clock, answer_seconds=self.times.answer, tls=tls
             )
             self._senders[endpoint_id] = _Sender(self, endpoint_id, client, self.times.lease)
