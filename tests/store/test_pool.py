@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from tests.support.postgres import PostgresServer
 from tracker.core.errors import StoreUnavailable
@@ -40,6 +40,22 @@ async def test_open_connections_are_used_while_no_other_can_be_made(
             for _ in range(8):
                 await (await stack.enter_async_context(database.read())).scalar(BACKEND)
     await superuser.close()
+
+
+@pytest.mark.parametrize("default", ["repeatable read", "serializable"])
+async def test_writes_see_what_others_committed_whatever_the_default_is(
+    own_postgres: PostgresServer, default: str
+) -> None:
+    """A transaction that waited for a budget's lock would else not see what was reserved
+    meanwhile, and spend it again."""
+    isolation = text("SHOW transaction_isolation")
+    async with await Database.open(own_postgres.url("tracker")) as database:
+        quoted = f"ALTER ROLE postgres SET default_transaction_isolation = '{default}'"
+        await database.execute(text(quoted))
+    async with await Database.open(own_postgres.url("tracker")) as database:
+        assert await database.write(lambda one: one.scalar(isolation)) == "read committed"
+        assert await database.send(isolation.text, ()) == [("read committed",)]
+        assert await database.fetchval(isolation) == "repeatable read"
 
 
 async def test_what_sqlalchemy_logs_of_its_pools_is_not_among_our_logs(postgres_url: str) -> None:

@@ -23,6 +23,9 @@ CLOSE_SECONDS: Final = 0.5
 """How long a server may take to close a connection; then it is cut off."""
 NEXT_HOST_SECONDS: Final = 1.0
 """How long a host may stay silent before the next one is tried as well."""
+_SET_ISOLATION: Final = "SET default_transaction_isolation = 'read committed'"
+"""What is read under a lock has to be what others committed before: a budget's reservations. The
+role or the database may have another default."""
 _HEADER: Final = 5
 """Bytes of a message's type (a letter) and its length, which counts all but the letter."""
 _MAX_MESSAGE: Final = 64 * 1024
@@ -58,13 +61,13 @@ async def connect_postgres(
     attempt = partial(_connect_to, application_name=application_name, is_limited=is_limited)
     hosts = url.each_host
     connection = await (_connect_to_any(url, hosts, attempt) if len(hosts) > 1 else attempt(url))
-    if avoiding:
-        # Not a start-up setting, which a pooler might not accept.
-        try:
-            await connection.execute("; ".join(f"SET enable_{one} = off" for one in avoiding))
-        except BaseException:
-            connection.terminate()
-            raise
+    # Not start-up settings, which a pooler might not accept.
+    try:
+        off = (f"SET enable_{one} = off" for one in avoiding)
+        await connection.execute("; ".join((_SET_ISOLATION, *off)))
+    except BaseException:
+        connection.terminate()
+        raise
     return connection
 
 
