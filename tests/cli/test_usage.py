@@ -213,7 +213,7 @@ def test_a_database_file_may_have_any_name(tracker: Commands) -> None:
     """Its bytes may be no UTF-8, as an older system's or another locale's are not."""
     url = f"sqlite:///{tracker.folder}/\udcff.db"
     assert tracker("runs", "list", TRACKER_DATABASE_URL=url).returncode == 0
-    assert f"{tracker.folder}/\\udcff.db" in tracker("doctor", TRACKER_DATABASE_URL=url).stdout
+    assert "accepts writes" in tracker("doctor", "--json", TRACKER_DATABASE_URL=url).stdout
     assert Path(tracker.folder, "\udcff.db").exists()
 
 
