@@ -1,6 +1,7 @@
 """Python handlers get events as endpoints do: claimed, repeated, limited and released."""
 
 import asyncio
+import inspect
 import threading
 import time
 from collections import Counter
@@ -38,7 +39,7 @@ def handler(call: Callable[[Claim], Any], name: str = "store", **options: Any) -
         events=tuple(EventType),
         filter=RunFilter(),
     )
-    given: dict[str, Any] = {"is_async": asyncio.iscoroutinefunction(call)} | options
+    given: dict[str, Any] = {"is_async": inspect.iscoroutinefunction(call)} | options
     return Handler(config=config, call=call, **given)
 
 
