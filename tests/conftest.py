@@ -162,15 +162,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave thorough cases to `--every-database`. Let every process of the suite begin with its
     part of the longest tests, so that none is left with one when all the others are done; what is
-    long says so with its `timeout`."""
+    long says so with its `timeout`. Those in the browser stay together, as each process would start
+    one."""
     if not config.getoption("every_database"):
         thorough = [item for item in items if item.get_closest_marker("thorough")]
         if thorough:
             config.hook.pytest_deselected(items=thorough)
             items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    long = [item for item in items if item.get_closest_marker("timeout")]
-    rest = [item for item in items if not item.get_closest_marker("timeout")]
+    long = [item for item in items if _is_long(item)]
+    rest = [item for item in items if not _is_long(item)]
     share = len(items) / processes
     items.clear()
     for number in range(processes):
@@ -179,6 +180,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items += rest[:wanted]
         del rest[:wanted]
     items += rest
+
+
+def _is_long(item: pytest.Item) -> bool:
+    return item.get_closest_marker("timeout") is not None and item.path.parent.name != "browser"
 
 
 def pytest_collection_finish() -> None:
@@ -247,6 +252,7 @@ def _postgres_data(background: Background, tmp_path_factory: pytest.TempPathFact
         with PostgresServer() as server:
             databases = PostgresDatabases(server.url(), background)
             databases.create("tracker")
+            databases.drop_original_template()
             databases.close()
             background.run(migrate(server.url("tracker")))
             server.keep(data)

@@ -93,8 +93,7 @@ class PostgresServer:
             self._settings |= {"fsync": "on", "full_page_writes": "on"}
         self._settings |= settings or {}
         if data is not None:
-            shutil.copytree(data, self.data)
-            self.hand_over(self.data)
+            _copy(data, self.data)
         self._shell: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -155,7 +154,7 @@ class PostgresServer:
     def keep(self, data: Path) -> None:
         """Stop the server and leave a copy of its data for others to begin with."""
         self.stop()
-        shutil.copytree(self.data, data)
+        _copy(self.data, data)
 
     def close(self) -> None:
         """End the server and remove everything of it."""
@@ -259,6 +258,12 @@ class PostgresServer:
     def _surroundings(self) -> dict[str, Any]:
         # Nothing of the caller's PG* variables or locale reaches the server.
         return {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C"}, **self._identity}
+
+
+def _copy(data: Path, to: Path) -> None:
+    """Copy a data directory, with its owner and modes. It has more than a thousand files, for which
+    `shutil` takes twice as long."""
+    subprocess.run(["cp", "-a", data, to], check=True)
 
 
 def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
