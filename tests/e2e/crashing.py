@@ -171,10 +171,10 @@ class Switch:
             self._die("after", name)
             return response
 
-        def watched_execute(finish: Callable[[Any], Any]) -> Callable[[Database, Any], Any]:
-            def execute(database: Database, statement: Any) -> Any:
+        def watched_execute(finish: Callable[[Any], Any]) -> Callable[..., Any]:
+            def execute(database: Database, statement: Any, values: Any = None) -> Any:
                 def work(connection: Connection) -> Any:
-                    return finish(connection.execute(statement))
+                    return finish(connection.execute(statement, values))
 
                 # The store's function that executes the statement.
                 caller = sys._getframe(1)
