@@ -252,7 +252,6 @@ def _postgres_data(background: Background, tmp_path_factory: pytest.TempPathFact
         with PostgresServer() as server:
             databases = PostgresDatabases(server.url(), background)
             databases.create("tracker")
-            databases.drop_original_template()
             databases.close()
             background.run(migrate(server.url("tracker")))
             server.keep(data)

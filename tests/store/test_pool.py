@@ -19,11 +19,13 @@ async def test_open_connections_are_used_while_no_other_can_be_made(
 ) -> None:
     """As where a role's password was changed, or all connections of the server are in use: one
     that is lost costs one answer, and the others go on."""
-    superuser = await asyncpg.connect(own_postgres.url("tracker"))
-    await superuser.execute("CREATE ROLE app LOGIN")
     url = urlsplit(own_postgres.url("tracker"))
     url = url._replace(netloc=url.netloc.replace("postgres@", "app@"))
-    async with await Database.open(url.geturl()) as database:
+    async with AsyncExitStack() as opened:
+        superuser = await asyncpg.connect(own_postgres.url("tracker"))
+        opened.push_async_callback(superuser.close)
+        await superuser.execute("CREATE ROLE app LOGIN")
+        database = await opened.enter_async_context(await Database.open(url.geturl()))
         async with AsyncExitStack() as stack:
             reading = [await stack.enter_async_context(database.read()) for _ in range(3)]
             backends = [await one.scalar(BACKEND) for one in reading]
@@ -31,7 +33,8 @@ async def test_open_connections_are_used_while_no_other_can_be_made(
         newest = await database.fetchval(BACKEND)
         assert newest in backends
         await superuser.fetchval("SELECT pg_terminate_backend($1, 5000)", newest)
-        with pytest.raises(StoreUnavailable, match="not permitted to log in"):
+        # By the kernel's timing, its end is seen before it is used again, or then.
+        with pytest.raises(StoreUnavailable, match=r"not permitted|connection .* is lost"):
             await database.fetchval(BACKEND)
         for _ in range(3):
             assert await database.fetchval(BACKEND) in backends
@@ -39,7 +42,6 @@ async def test_open_connections_are_used_while_no_other_can_be_made(
         async with AsyncExitStack() as stack:
             for _ in range(8):
                 await (await stack.enter_async_context(database.read())).scalar(BACKEND)
-    await superuser.close()
 
 
 @pytest.mark.parametrize("default", ["repeatable read", "serializable"])

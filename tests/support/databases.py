@@ -146,11 +146,6 @@ class PostgresDatabases:
         """Create an empty database of that very name, to go with the server."""
         self._execute(f'CREATE DATABASE "{name}"')
 
-    def drop_original_template(self) -> None:
-        """Drop `template0`, which no test uses: a fifth of the files of a server that is copied."""
-        self._execute("ALTER DATABASE template0 IS_TEMPLATE false")
-        self._execute("DROP DATABASE template0")
-
     def close(self) -> None:
         """Drop what is left and let go of the server."""
         for name, connection in self._clean:

@@ -14,6 +14,8 @@ from typing import Final
 
 import httpx
 
+from tracker.core.waiting import shielded
+
 CONNECTION_ERRORS: Final = (httpx.TransportError, ssl.SSLError)
 """What httpx raises where no answer comes, or only a part of it. It does not translate that a TLS
 record is damaged."""
@@ -107,7 +109,7 @@ class ReplaceableClient:
                 del self._requests[http]
                 if http is not self.current:
                     # Also if the caller is cancelled again: the rest would stay open.
-                    await asyncio.shield(http.aclose())
+                    await shielded(asyncio.create_task(http.aclose()))
 
     async def aclose(self) -> None:
         """Close all connections, those of requests under way too."""

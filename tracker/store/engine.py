@@ -107,7 +107,6 @@ class Database:
         # table would go on to read all of it when it is large. Reads join by keys alone: for a
         # batch of many rows, PostgreSQL would rather read all starts.
         writing = _postgres_engine(parsed, application_name, connections=6, avoiding=["seqscan"])
-        _drop_standbys(writing.sync_engine)
         reading = _postgres_engine(
             parsed, application_name, connections=8, avoiding=["hashjoin", "mergejoin"]
         ).execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
@@ -418,6 +417,17 @@ def _postgres_engine(
         return not (connection.is_closed() or (was_used and is_standby_connection(connection)))
 
     check_connections(engine.sync_engine, is_usable, "the server closes its connections")
+
+    @event.listens_for(engine.sync_engine, "handle_error")
+    def on_error(context: ExceptionContext) -> None:
+        # All are replaced if the server takes no writes, as after a failover the same address leads
+        # to another, and if it is silent. If one is lost, SQLAlchemy would replace open ones too.
+        error = context.original_exception
+        context.is_disconnect = context.is_disconnect or is_standby(error)
+        context.invalidate_pool_on_disconnect &= is_standby(error) or isinstance(
+            error, TimeoutError
+        )
+
     return engine
 
 
@@ -437,13 +447,3 @@ class _OpenFirstPool(AsyncAdaptedQueuePool):
             idle = [self._pool.get(block=False) for _ in range(self._pool.qsize())]
         for each in (record, *reversed(idle)):
             super()._do_return_conn(each)
-
-
-def _drop_standbys(engine: Engine) -> None:
-    """Close connections to a server that takes no writes: after a failover the same address leads
-    to another server, and the pool would keep the old one."""
-
-    @event.listens_for(engine, "handle_error")
-    def on_error(context: ExceptionContext) -> None:
-        if is_standby(context.original_exception):
-            context.is_disconnect = True
