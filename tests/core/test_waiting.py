@@ -1,17 +1,13 @@
-"""Parts that close one after the other share one time limit; a shielded task goes on."""
+"""Parts that close one after the other share one time limit."""
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
-
-import pytest
 
 from tests.support.logs import capture_logs
 from tests.support.waiting import let_pass
 from tracker.core.errors import StoreUnavailable
-from tracker.core.waiting import ClosingStack, cancel, shielded
+from tracker.core.waiting import ClosingStack
 
 
 async def test_parts_close_in_order_within_one_limit() -> None:
@@ -77,31 +73,3 @@ async def test_what_ends_the_block_is_raised() -> None:
     await asyncio.wait([task])
     assert task.cancelled()
     assert closed == ["part"]
-
-
-async def test_a_shielded_task_goes_on_and_may_fail_without_its_caller() -> None:
-    """It is not cancelled with the caller. Its result and its error are the caller's; asyncio logs
-    no error that nobody waits for any more."""
-    logged: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
-    begun, may_end = asyncio.Event(), asyncio.Event()
-
-    async def fail() -> None:
-        begun.set()
-        await may_end.wait()
-        raise StoreUnavailable("no answer")
-
-    task = asyncio.create_task(fail())
-    caller = asyncio.create_task(shielded(task))
-    await begun.wait()
-    await cancel(caller)
-    assert (caller.cancelled(), task.done()) == (True, False)
-    may_end.set()
-    with pytest.raises(StoreUnavailable):
-        await shielded(task)
-    assert task.done()
-    del task
-    gc.collect()
-    await asyncio.sleep(0)
-    assert logged == []
-    assert await shielded(asyncio.create_task(asyncio.sleep(0, "done"))) == "done"

@@ -42,6 +42,16 @@ def test_json_is_one_object_a_line_whoever_logs() -> None:
     assert str(ours["timestamp"]).endswith("Z")
 
 
+def test_what_fails_after_its_caller_was_cancelled_is_no_news() -> None:
+    """Python 3.14 logs it, before it was silent; whatever else asyncio reports is logged."""
+    stream = io.StringIO()
+    configure_logs(stream=stream)
+    loops = logging.getLogger("asyncio")
+    loops.error("TimeoutError exception in shielded future\nfuture: <Task finished>")
+    loops.error("Task exception was never retrieved")
+    assert [line["event"] for line in lines(stream)] == ["Task exception was never retrieved"]
+
+
 def test_the_format_follows_the_stream_unless_it_is_said() -> None:
     """A terminal gets lines for people, a file JSON; the setting decides where it is given."""
     for stream, given, is_json in [

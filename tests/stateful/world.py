@@ -88,8 +88,9 @@ class World:
         check(now, self.flora, self.memory, holder=self.process.holder)
 
     def close(self) -> None:
-        """Stop the process."""
-        self.run(self.process.stop())
+        """Stop the process. There is none if Hypothesis breaks the example off before `begin`."""
+        if "process" in vars(self):
+            self.run(self.process.stop())
         self._runner.close()
         self.figures["runs"] += len(self.flora.runs)
         self.figures["requests"] += self.flora.requests

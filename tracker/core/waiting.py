@@ -86,24 +86,12 @@ async def to_its_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
     The cancellation is raised when it has ended, or after so many seconds.
     """
     task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
-        return await shielded(task)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task], timeout=seconds)
         raise
-
-
-async def shielded(task: asyncio.Future[T]) -> T:
-    """The result of `task`, which goes on if the caller is cancelled.
-
-    Python's own `shield` logs an error if such a task fails then, from 3.14 on.
-    """
-    try:
-        await asyncio.wait([task])
-    except asyncio.CancelledError:
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        raise
-    return task.result()
 
 
 async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -24,7 +24,7 @@ from tracker.core.errors import DoNotRetry, TrackerError
 from tracker.core.events import HANDLER_SECONDS, LONGEST_RETRY_AFTER, MOST_OPEN, signed_headers
 from tracker.core.formatting import iso_time
 from tracker.core.log import get_logger, redact
-from tracker.core.waiting import in_thread, shielded
+from tracker.core.waiting import in_thread
 from tracker.delivering.addresses import (
     Address,
     GuardedTransport,
@@ -94,7 +94,7 @@ class EndpointResolver:
         if time.monotonic() >= self._until:
             if self._lookup is None or self._lookup.done():
                 self._lookup = asyncio.create_task(resolve(host, port), name=f"resolve {host}")
-            self._found = await shielded(self._lookup)
+            self._found = await asyncio.shield(self._lookup)
             self._until = time.monotonic() + RESOLVED_SECONDS
         return self._found
 
@@ -311,7 +311,7 @@ class HandlerClient:
         else:
             thread = in_thread(f"handler {self._handler.config.endpoint_id}", work)
             try:
-                result = await shielded(thread)
+                result = await asyncio.shield(thread)
             except asyncio.CancelledError:
                 if not thread.done():
                     self._late += 1

@@ -14,8 +14,6 @@ from typing import Final
 
 import httpx
 
-from tracker.core.waiting import shielded
-
 CONNECTION_ERRORS: Final = (httpx.TransportError, ssl.SSLError)
 """What httpx raises where no answer comes, or only a part of it. It does not translate that a TLS
 record is damaged."""
@@ -109,7 +107,7 @@ class ReplaceableClient:
                 del self._requests[http]
                 if http is not self.current:
                     # Also if the caller is cancelled again: the rest would stay open.
-                    await shielded(asyncio.create_task(http.aclose()))
+                    await asyncio.shield(http.aclose())
 
     async def aclose(self) -> None:
         """Close all connections, those of requests under way too."""

@@ -72,6 +72,7 @@ def configure_logs(
     redact_also(secrets)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_LineFormatter(format, colors=colors))
+    handler.addFilter(_is_shown)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -82,6 +83,12 @@ def configure_logs(
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.NOTSET)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether a record is news. Python 3.14 and newer report with a traceback what fails after its
+    caller was cancelled, as the end of a connection to a database that is gone does."""
+    return record.name != "asyncio" or "exception in shielded future" not in record.getMessage()
 
 
 _ATTRIBUTES: Final = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime"))

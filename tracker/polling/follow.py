@@ -18,7 +18,7 @@ from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Run, Tracking
-from tracker.core.waiting import cancel, shielded, wait_for
+from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
 from tracker.store.coordination import Signals
 from tracker.store.errors import StoreClosed
@@ -229,7 +229,7 @@ class _SharedCalls(Generic[T]):
         shared.run_ids |= dict.fromkeys(run_ids)
         shared.callers += 1
         try:
-            return await shielded(shared.task)
+            return await asyncio.shield(shared.task)
         finally:
             shared.callers -= 1
             if not shared.callers and not shared.task.done():  # all were cancelled

@@ -26,7 +26,7 @@ from tracker.core.errors import FloraRefusal, SchemaOutdated, StoreError
 from tracker.core.formatting import iso_time
 from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.core.net import hide_callback_token
-from tracker.core.waiting import shielded, wait_for
+from tracker.core.waiting import wait_for
 from tracker.operations.telemetry import untraced
 from tracker.services import Services
 from tracker.settings.tokens import Scope as TokenScope
@@ -267,7 +267,7 @@ class Health:
         if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(self._check())
         try:
-            await shielded(self._checking)
+            await asyncio.shield(self._checking)
         except TimeoutError:
             raise unavailable("The database does not answer.") from None
         except SchemaOutdated as error:
