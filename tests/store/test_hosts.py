@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
@@ -16,6 +16,7 @@ from tracker.core.errors import StoreUnavailable
 from tracker.store.engine import Database
 from tracker.store.url import DatabaseUrl
 
+BACKEND = select(func.pg_backend_pid())
 IN_RECOVERY = text("SELECT pg_is_in_recovery()")
 WRITE = text("CREATE TABLE written ()")
 
@@ -102,13 +103,15 @@ async def test_a_standby_is_read_as_long_as_there_is_no_primary(
         await database.execute(WRITE)
 
 
+@pytest.mark.parametrize("wanted", ["standby", "prefer-standby"])
 async def test_a_standby_that_is_asked_for_is_used(
-    own_postgres: PostgresServer, standby: PostgresServer
+    own_postgres: PostgresServer, standby: PostgresServer, wanted: str
 ) -> None:
-    """Where the URL says so, the primary before it is passed over."""
-    url = url_of(own_postgres.port, standby.port, options="?target_session_attrs=standby")
+    """Where the URL says so, the primary before it is passed over, and connections are kept."""
+    url = url_of(own_postgres.port, standby.port, options=f"?target_session_attrs={wanted}")
     async with await Database.open(url) as database:
         assert await database.fetchval(IN_RECOVERY) is True
+        assert await database.fetchval(BACKEND) == await database.fetchval(BACKEND)
 
 
 async def test_what_a_server_says_is_reported_before_that_another_is_not_reached(

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.logs import capture_logs
 from tests.support.postgres import PostgresServer
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, free_port
 from tracker.core.errors import StoreUnavailable
 from tracker.services import open_services
 from tracker.settings import Settings
@@ -63,6 +63,16 @@ async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
     assert b"someone" in b"".join(told)
     assert PASSWORD.encode() not in b"".join(told)
     assert PASSWORD not in str(refused.value)
+
+
+async def test_why_it_was_not_sent_is_reported_before_that_another_host_is_not_reached() -> None:
+    """With several hosts, the one that answers says what to change."""
+    async with impostor(ASKS_IN_CLEAR) as (port, told):
+        url = f"postgresql://someone:{PASSWORD}@0.0.0.0:{free_port()},0.0.0.0:{port}/tracker"
+        async with await Database.open(url) as db:
+            with pytest.raises(StoreUnavailable, match="in clear, so it was not sent"):
+                await db.ping()
+    assert PASSWORD.encode() not in b"".join(told)
 
 
 @pytest.mark.usefixtures("patient")

@@ -408,25 +408,24 @@ def _postgres_engine(
     )
 
     # asyncpg notices when the server closes a connection. Asking it costs nothing, and SQLAlchemy's
-    # own pre-ping costs three round trips. One to a standby is used once, since its data is older,
-    # and there may be a primary again.
+    # own pre-ping costs three round trips. One to a standby that was not asked for is used once,
+    # since its data is older, and there may be a primary again.
     def is_usable(adapter: Any, record: Any) -> bool:
         connection = adapter.driver_connection
         was_used = record.info.setdefault("was_used", False)
         record.info["was_used"] = True
-        return not (connection.is_closed() or (was_used and is_standby_connection(connection)))
+        is_stale = was_used and not url.wanted_server and is_standby_connection(connection)
+        return not (connection.is_closed() or is_stale)
 
     check_connections(engine.sync_engine, is_usable, "the server closes its connections")
 
     @event.listens_for(engine.sync_engine, "handle_error")
     def on_error(context: ExceptionContext) -> None:
         # All are replaced if the server takes no writes, as after a failover the same address leads
-        # to another, and if it is silent. If one is lost, SQLAlchemy would replace open ones too.
-        error = context.original_exception
-        context.is_disconnect = context.is_disconnect or is_standby(error)
-        context.invalidate_pool_on_disconnect &= is_standby(error) or isinstance(
-            error, TimeoutError
-        )
+        # to another. If one is lost, SQLAlchemy would replace open ones too.
+        takes_no_writes = is_standby(context.original_exception)
+        context.is_disconnect = context.is_disconnect or takes_no_writes
+        context.invalidate_pool_on_disconnect = takes_no_writes
 
     return engine
 

@@ -11,6 +11,7 @@ machine that is gone, holds up no other.
 """
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -88,13 +89,13 @@ async def _connect_to_any(
 ) -> Any:
     """A connection to the first of these hosts that accepts one.
 
-    A standby counts only if no other host does, unless `target_session_attrs` asks for one. The
-    next host is tried as soon as one fails, or after `NEXT_HOST_SECONDS`.
+    A standby counts only if no other host does, unless `target_session_attrs` is given. The next
+    host is tried as soon as one fails, or after `NEXT_HOST_SECONDS`.
     """
     waiting = sorted(hosts, key=lambda host: host != _reached.get(url.dsn))
     attempts: dict[asyncio.Future[Any], DatabaseUrl] = {}
     under_way: set[asyncio.Future[Any]] = set()
-    standby: asyncio.Future[Any] | None = None
+    second_choice: asyncio.Future[Any] | None = None
     chosen: asyncio.Future[Any] | None = None
     errors: list[BaseException] = []
     try:
@@ -114,11 +115,11 @@ async def _connect_to_any(
                     for each in done:
                         if (error := each.exception()) is not None:
                             errors.append(error)
-                        elif not url.chooses_server and is_standby_connection(each.result()):
-                            standby = standby or each
+                        elif _is_second_choice(url, each.result()):
+                            second_choice = second_choice or each
                         else:
                             chosen = chosen or each
-        chosen = chosen or standby
+        chosen = chosen or second_choice
         if chosen is not None:
             _reached[url.dsn] = attempts[chosen]
             return chosen.result()
@@ -128,7 +129,19 @@ async def _connect_to_any(
                 each.cancel()
                 each.add_done_callback(_drop)
     # What a server says tells more than that another one was not reached.
-    raise min(errors, key=lambda error: isinstance(error, OSError), default=TimeoutError())
+    raise min(errors, key=_is_unreached, default=TimeoutError())
+
+
+def _is_second_choice(url: DatabaseUrl, connection: Any) -> bool:
+    """Whether a connection is used only if there is no other."""
+    if url.wanted_server == "prefer-standby":
+        return not is_standby_connection(connection)
+    return not url.wanted_server and is_standby_connection(connection)
+
+
+def _is_unreached(error: BaseException) -> bool:
+    """Whether a host did not answer, rather than refuse."""
+    return isinstance(error, OSError) and not isinstance(error, PasswordNotSent | ssl.SSLError)
 
 
 def _drop(attempt: asyncio.Future[Any]) -> None:
@@ -143,11 +156,11 @@ async def _connect_to(url: DatabaseUrl, *, application_name: str, is_limited: bo
         return await _connect(url, application_name, is_limited)
     loop = _GuardedLoop(asyncio.get_running_loop())
     # asyncpg implements `prefer` without the given loop.
-    ssl = "require" if url.sslmode in ("prefer", "allow") else url.sslmode
+    mode = "require" if url.sslmode in ("prefer", "allow") else url.sslmode
     try:
-        return await _connect(url, application_name, is_limited, ssl=ssl, loop=loop)
+        return await _connect(url, application_name, is_limited, ssl=mode, loop=loop)
     except ConnectionError as error:
-        if ssl == url.sslmode or "rejected SSL upgrade" not in str(error):
+        if mode == url.sslmode or "rejected SSL upgrade" not in str(error):
             raise
         return await _connect(url, application_name, is_limited, ssl="disable", loop=loop)
 

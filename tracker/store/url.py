@@ -146,9 +146,10 @@ class DatabaseUrl:
         ]
 
     @property
-    def chooses_server(self) -> bool:
-        """Whether it says what kind of server is wanted, of several."""
-        return bool(self._option("target_session_attrs", "PGTARGETSESSIONATTRS"))
+    def wanted_server(self) -> str:
+        """What kind of server is wanted, of several, in libpq's words; nothing if it does not
+        say."""
+        return self._option("target_session_attrs", "PGTARGETSESSIONATTRS")
 
     @property
     def sslmode(self) -> str:
