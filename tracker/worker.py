@@ -85,7 +85,7 @@ class Worker:
         self._services = services
         self._times = times
         self._scheduler = AsyncIOScheduler(
-            timezone="UTC",
+            timezone=UTC,
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         self._running: set[asyncio.Task[object]] = set()

@@ -86,8 +86,9 @@ def configure_logs(
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Whether a record is news. Python 3.14 and newer report with a traceback what fails after its
-    caller was cancelled, as the end of a connection to a database that is gone does."""
+    """Whether a record is logged. Not so what Python 3.14 and newer report with a traceback: that a
+    shielded task failed whose caller was cancelled. Closing a connection to a database that is gone
+    is such a task."""
     return record.name != "asyncio" or "exception in shielded future" not in record.getMessage()
 
 

@@ -134,8 +134,8 @@ class DatabaseUrl:
 
     @property
     def each_host(self) -> list[Self]:
-        """A URL for each host that it names, in their order; itself if their ports are listed
-        apart from them, or they are not in it."""
+        """A URL for each host before the path, in their order; only this one if the hosts are an
+        option or libpq's variable, or several ports are."""
         parts = urlsplit(self.dsn)
         user, at, hosts = parts.netloc.rpartition("@")
         if "," in self._option("port", "PGPORT"):
