@@ -302,6 +302,11 @@ async def test_a_database_that_cannot_hold_every_text_is_refused(
     assert report.level("database") is Level.FAILED
     assert f"has the encoding {encoding}" in report["database"].seen
     assert "tracker db copy" in report["database"].advice
+    place = DatabaseUrl.parse(url)
+    found = await inspect_postgres(place, clock=utc_now, patience=2)
+    found = replace(found, refuses_writes="No space left on device")
+    acute = database.judge_postgres(place, found).findings[0]
+    assert "does not accept writes" in acute.seen, "what is urgent comes first"
 
 
 async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) -> None:

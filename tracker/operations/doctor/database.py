@@ -163,14 +163,6 @@ def _server(url: DatabaseUrl, found: PostgresInspection) -> Finding:
             f"{server} is too old.",
             f"Upgrade to PostgreSQL {OLDEST_POSTGRES} or newer.",
         )
-    if found.encoding != "UTF8":
-        return failed(
-            "database",
-            f"{server} has the encoding {found.encoding}, in which texts of FLORA may be refused "
-            "or damaged.",
-            "Create another database with ENCODING 'UTF8' TEMPLATE template0, and carry the data "
-            "over with `tracker db copy --to`.",
-        )
     if found.lacking:
         return failed(
             "database",
@@ -184,6 +176,14 @@ def _server(url: DatabaseUrl, found: PostgresInspection) -> Finding:
             f"{server} does not accept writes: {found.refuses_writes}.",
             "Fix that at the server: disk space, locks (pg_stat_activity), "
             "default_transaction_read_only.",
+        )
+    if found.encoding != "UTF8":
+        return failed(
+            "database",
+            f"{server} has the encoding {found.encoding}, in which texts of FLORA may be refused "
+            "or damaged.",
+            "Create another database with ENCODING 'UTF8' TEMPLATE template0, and carry the data "
+            "over with `tracker db copy --to`.",
         )
     in_use = f"{found.connections} of {found.most_connections} connections are in use"
     if found.connections >= CROWDED * found.most_connections:
