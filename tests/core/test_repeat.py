@@ -9,7 +9,7 @@ import pytest
 from tests.support.logs import capture_logs
 from tests.support.waiting import assert_takes_less, eventually
 from tracker.core.errors import StoreUnavailable
-from tracker.core.waiting import cancel, repeat
+from tracker.core.waiting import cancel, repeat, run_all
 
 PAUSES = (0.001, 0.004)
 
@@ -133,3 +133,48 @@ async def test_a_fault_of_a_step_that_is_cancelled_is_logged() -> None:
         await assert_takes_less(10, lambda: cancel(task, seconds=20))
     assert [(line["event"], line["loop"]) for line in lines] == [("loop.failed", "work")]
     assert task.cancelled()
+
+
+async def test_a_loop_goes_on_after_one_of_several_has_failed() -> None:
+    """The first error is raised and the others are cancelled; the caller is not."""
+    ended = []
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise StoreUnavailable("no answer")
+
+    async def last() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("last")
+
+    calls = 0
+
+    async def step() -> None:
+        nonlocal calls
+        calls += 1
+        with pytest.raises(StoreUnavailable):
+            await run_all([last(), fail()])
+
+    task = asyncio.create_task(repeat("work", step, pauses=PAUSES, is_over=lambda: calls == 3))
+    await assert_takes_less(5, lambda: task)
+    assert (calls, ended, task.cancelling()) == (3, ["last"] * 3, 0)
+
+
+async def test_several_end_with_their_caller() -> None:
+    """All are cancelled with it, and the results come in their order."""
+    ended = []
+
+    async def wait(number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(number)
+
+    task = asyncio.create_task(run_all([wait(1), wait(2)]))
+    await asyncio.sleep(0.01)
+    await cancel(task)
+    assert (task.cancelled(), ended) == (True, [1, 2])
+    assert await run_all([asyncio.sleep(0.01, 1), asyncio.sleep(0, 2)]) == [1, 2]
+    assert await run_all([]) == []

@@ -96,12 +96,21 @@ async def to_its_end(work: Coroutine[Any, Any, T], *, seconds: float) -> T:
 
 async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all, run concurrently. If one fails, the others are cancelled and its error
-    raised."""
+    raised.
+
+    A `TaskGroup` would leave its caller in a state of being cancelled on Python 3.11 and 3.12,
+    which ends `repeat`.
+    """
+    tasks = [asyncio.create_task(one) for one in work]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await cancel(*tasks)
+        errors = [task.exception() for task in tasks if not task.cancelled()]
+    for error in errors:
+        if error is not None:
+            raise error
     return [task.result() for task in tasks]
 
 

@@ -47,7 +47,7 @@ from tracker.core.errors import (
 from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.waiting import cancel
+from tracker.core.waiting import cancel, run_all
 from tracker.flora.parse import runs_of
 from tracker.polling.follow import CHECK_EVERY, OwnPolling
 from tracker.polling.poll import Poller
@@ -181,9 +181,8 @@ class BatchLaunch:
         """Start the missing rows; returns when no row is left that can be started now."""
         try:
             while True:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self.concurrency, len(self._queue))):
-                        group.create_task(self._work())
+                several = min(self.concurrency, len(self._queue))
+                await run_all([self._work() for _ in range(several)])
                 waits = self.wait and len(self._doubt) > 0
                 left = (self._later or self._queue) and not self._over
                 if self.broken_off or not (waits or left):
