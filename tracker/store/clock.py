@@ -89,7 +89,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Position:
+class _ClockPosition:
     """`start` is the clock's time when `boot_seconds` were 0, `total` the seconds that it was set
     by in all until then."""
 
@@ -104,7 +104,7 @@ class _Stored:
 
     total: float
     jumped_at: datetime | None
-    position: _Position | None
+    position: _ClockPosition | None
 
     @classmethod
     def of(cls, rows: Mapping[str, Any], name: str) -> "_Stored":
@@ -115,7 +115,7 @@ class _Stored:
         if not math.isfinite(total):
             raise ValueError(total)
         start = boot and boot.until + timedelta(seconds=total)
-        return cls(total, jumps and jumps.until, start and _Position(start, total))
+        return cls(total, jumps and jumps.until, start and _ClockPosition(start, total))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class _Agreed:
     """What the processes agree on: the position, what the clock was set by last, when, and how
     many rows were moved for that by this process."""
 
-    position: _Position
+    position: _ClockPosition
     jumped_at: datetime
     jump: timedelta | None = None
     moved: int | None = None
@@ -160,7 +160,7 @@ class SharedClock:
         """Whether what waits could not be moved yet: leases may end too early or too late."""
         self._name = _BOOT + self.boot
         self._start: datetime | None = None  # by which the time is told
-        self._at: _Position | None = None  # what was agreed on
+        self._at: _ClockPosition | None = None  # what was agreed on
         self._since = self.seconds()
         self._checking = asyncio.Lock()
         self._was_set = asyncio.Event()
@@ -208,7 +208,7 @@ class SharedClock:
             try:
                 stored = _Stored.of(rows, self._name)
             except ValueError:  # its processes move what waits
-                self._at, self._start = _Position(start, 0.0), start
+                self._at, self._start = _ClockPosition(start, 0.0), start
                 return None
             agreed = _compare(self._at, start, stored)
             if agreed is None:
@@ -268,7 +268,7 @@ class SharedClock:
             raise error
 
 
-def _compare(at: _Position | None, start: datetime, stored: _Stored) -> _Agreed | None:
+def _compare(at: _ClockPosition | None, start: datetime, stored: _Stored) -> _Agreed | None:
     """What is agreed on already; `None` if something is to be written."""
     known = at or stored.position
     kept = known if boot_id() is None else stored.position
@@ -276,13 +276,13 @@ def _compare(at: _Position | None, start: datetime, stored: _Stored) -> _Agreed 
         return None
     if abs(start - known.start) > JUMP or abs(start - kept.start) > DRIFT:
         return None
-    return _Agreed(_Position(start, known.total), stored.jumped_at)
+    return _Agreed(_ClockPosition(start, known.total), stored.jumped_at)
 
 
 def _agree(
     db: Database,
     name: str,
-    at: _Position | None,
+    at: _ClockPosition | None,
     start: datetime,
     seconds: float,
     connection: Connection,
@@ -311,7 +311,7 @@ def _agree(
     if boot_id() is not None:
         values = {"holder": socket.gethostname(), "until": start - timedelta(seconds=total)}
         connection.execute(db.upsert(leases, {"name": name}, values))
-    return _Agreed(_Position(start, total), jumped_at, jump, moved)
+    return _Agreed(_ClockPosition(start, total), jumped_at, jump, moved)
 
 
 @asynccontextmanager

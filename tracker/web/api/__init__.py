@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, create_model
-from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 from starlette.responses import Response
 
 from tracker import __version__
 from tracker.settings.tokens import Scope
 from tracker.web.api.requests import KeyHeader, PageQuery
-from tracker.web.api.responses import Error, Meta, ResponseModel
+from tracker.web.api.responses import Error, Meta, ResponseModel, schema_name
 from tracker.web.http.responses import Json
 
 H = TypeVar("H", bound=Callable[..., Awaitable[Response]])
@@ -41,7 +41,7 @@ def page_of(name: str, model: type[ResponseModel], description: str) -> Answer:
     """A page of a list that is called `name`; `description` says what it lists, in which order."""
     fields: Any = {name: (list[model], ...), "meta": (Meta, ...)}  # type: ignore[valid-type]
     page: type[ResponseModel] = create_model(
-        f"{model.__name__}Page", __base__=ResponseModel, __doc__=description, **fields
+        f"{schema_name(model)}Page", __base__=ResponseModel, __doc__=description, **fields
     )
     return Answer(f"{description.rstrip('.').partition(',')[0]}.", page)
 
@@ -173,6 +173,12 @@ _SECURITY: Final = {
 }
 
 
+class _SchemaGenerator(GenerateJsonSchema):
+    def normalize_name(self, name: str) -> str:
+        """The name under which others refer to the schema; see `schema_name`."""
+        return super().normalize_name(name).removesuffix("Response")
+
+
 def document(operations: Iterable[Operation], *, with_token: bool) -> _Json:
     """The OpenAPI document. `with_token`: whether requests need a token."""
     operations = list(operations)
@@ -183,7 +189,9 @@ def document(operations: Iterable[Operation], *, with_token: bool) -> _Json:
         for answer in one.answers.values():
             if answer.model is not None:
                 named[answer.model, "serialization"] = None
-    refs, definitions = models_json_schema(list(named), ref_template=_SCHEMAS)
+    refs, definitions = models_json_schema(
+        list(named), ref_template=_SCHEMAS, schema_generator=_SchemaGenerator
+    )
 
     def content(model: type[BaseModel], mode: JsonSchemaMode) -> _Json:
         return {"application/json": {"schema": dict(refs[model, mode])}}

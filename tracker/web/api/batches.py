@@ -66,7 +66,7 @@ _BATCH: Final[dict[str, Any]] = {
 }
 
 
-class Batch(ResponseModel):
+class BatchResponse(ResponseModel):
     """A batch, with the number of its rows in each state. Times are UTC, costs USD."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_BATCH]})
@@ -101,7 +101,7 @@ class Batch(ResponseModel):
     quoted: float = Field(ge=0, description="Quotes of runs without a bill.")
 
 
-class ErrorGroup(ResponseModel):
+class ErrorGroupResponse(ResponseModel):
     """Rows that failed for the same reason."""
 
     code: str = Field(description="FLORA's code, or `lost`, `unresolved` or `not_started`.")
@@ -111,12 +111,12 @@ class ErrorGroup(ResponseModel):
     retryable: int = Field(ge=0, description="Rows that a retry of `failed` starts again.")
 
 
-class ShownBatch(Batch):
+class ShownBatch(BatchResponse):
     """A batch with its errors."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{**_BATCH, "errors": []}]})
 
-    errors: list[ErrorGroup]
+    errors: list[ErrorGroupResponse]
 
 
 class BatchPrice(ResponseModel):
@@ -132,7 +132,7 @@ class BatchPrice(ResponseModel):
     )
 
 
-class PlacedBatch(RootModel[Batch | BatchPrice]):
+class PlacedBatch(RootModel[BatchResponse | BatchPrice]):
     """The batch, or the result of a dry run."""
 
 
@@ -144,7 +144,7 @@ class BatchOutput(ResponseModel):
     url: str
 
 
-class Row(ResponseModel):
+class RowResponse(ResponseModel):
     """One row of a batch. Costs are USD."""
 
     row: int = Field(ge=1)
@@ -178,7 +178,9 @@ class BatchOperations:
     _services: Services
     _database: Database
 
-    @Operation("GET /api/batches", page_of("batches", Batch, "A page of batches, newest first."))
+    @Operation(
+        "GET /api/batches", page_of("batches", BatchResponse, "A page of batches, newest first.")
+    )
     async def list_batches(self, request: Request, query: PageQuery) -> Response:
         """List batches, newest first."""
         rows, cursor = await batches.list_batches(self._database, **dict(query))
@@ -236,7 +238,8 @@ class BatchOperations:
         return Json(shown | {"errors": [error_group_json(one) for one in groups]})
 
     @Operation(
-        "GET /api/batches/{batch_id}/rows", page_of("rows", Row, "A page of rows, in their order.")
+        "GET /api/batches/{batch_id}/rows",
+        page_of("rows", RowResponse, "A page of rows, in their order."),
     )
     async def list_rows(self, request: Request, batch_id: str, query: RowsQuery) -> Response:
         """List the rows of a batch with their runs, in order."""

@@ -81,10 +81,15 @@ _TECHNIQUE: dict[str, Any] = {
 }
 
 
+def schema_name(model: type) -> str:
+    """The name of a model in the OpenAPI document: `Run` for `RunResponse`."""
+    return model.__name__.removesuffix("Response")
+
+
 class ResponseModel(BaseModel):
     """Exactly these fields, all of them present."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, model_title_generator=schema_name)
 
 
 class Meta(ResponseModel):
@@ -93,7 +98,7 @@ class Meta(ResponseModel):
     next_cursor: str | None = Field(description="`null` on the last page.")
 
 
-class Output(ResponseModel):
+class OutputResponse(ResponseModel):
     """One output of a run."""
 
     position: int = Field(ge=0)
@@ -110,7 +115,7 @@ class RunInput(BaseModel):
     value: str
 
 
-class Run(ResponseModel):
+class RunResponse(ResponseModel):
     """A tracked run. Times are UTC, costs USD."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_RUN]})
@@ -165,10 +170,10 @@ class Run(ResponseModel):
     next_check_at: datetime | None
     checks: int = Field(ge=0, description="API reads made for this run alone.")
     last_error: str | None
-    outputs: list[Output]
+    outputs: list[OutputResponse]
 
 
-class Event(ResponseModel):
+class EventResponse(ResponseModel):
     """One observation of a run."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EVENT]})
@@ -185,18 +190,20 @@ class Event(ResponseModel):
 class Timeline(ResponseModel):
     """A run's events, oldest first."""
 
-    events: list[Event]
+    events: list[EventResponse]
 
 
-class Port(BaseModel):
+class PortResponse(BaseModel):
     """An input or output of a technique: FLORA's own object, with all of its fields."""
+
+    model_config = ConfigDict(model_title_generator=schema_name)
 
     id: Any = Field(default=None, examples=["prompt"])
     name: Any = Field(default=None, examples=["Prompt"])
     type: Any = Field(default=None, examples=["text"])
 
 
-class Technique(ResponseModel):
+class TechniqueResponse(ResponseModel):
     """A technique of FLORA's catalogue. Times are UTC, costs USD."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_TECHNIQUE]})
@@ -206,8 +213,8 @@ class Technique(ResponseModel):
     name: str
     description: str | None
     run_cost: float | None = Field(ge=0, description="Per run.")
-    inputs: list[Port] = Field(description="Empty until its definition has been read.")
-    outputs: list[Port]
+    inputs: list[PortResponse] = Field(description="Empty until its definition has been read.")
+    outputs: list[PortResponse]
     obstacle: str | None = Field(
         description="Why the tracker cannot start it: an input is audio or a document."
     )
@@ -216,7 +223,7 @@ class Technique(ResponseModel):
     gone_at: datetime | None = Field(description="Since when FLORA does not list it.")
 
 
-class Start(ResponseModel):
+class StartResponse(ResponseModel):
     """A start under one idempotency key. Times are UTC."""
 
     idempotency_key: str
@@ -241,7 +248,7 @@ class Start(ResponseModel):
     )
 
 
-class Attempt(ResponseModel):
+class AttemptResponse(ResponseModel):
     """One attempt to deliver a message."""
 
     number: int = Field(description="From 1.")
@@ -252,7 +259,7 @@ class Attempt(ResponseModel):
     error: str | None = Field(description="Why it failed.")
 
 
-class Delivery(ResponseModel):
+class DeliveryResponse(ResponseModel):
     """A callback as it was received. Times are UTC."""
 
     delivery_id: str
@@ -283,7 +290,7 @@ class Replayed(ResponseModel):
     already: bool = Field(description="Whether it had been applied before.")
 
 
-class Message(ResponseModel):
+class MessageResponse(ResponseModel):
     """An event for one endpoint. Times are UTC."""
 
     message_id: str = Field(description="Sent as `webhook-id`, the same in all attempts.")
@@ -303,11 +310,11 @@ class Message(ResponseModel):
     last_error: str | None
 
 
-class MessageDetail(Message):
+class MessageDetail(MessageResponse):
     """A message with its body and its attempts."""
 
     body: dict[str, Any] = Field(description="The JSON as it is sent.")
-    attempt_log: list[Attempt] = Field(description="Oldest first.")
+    attempt_log: list[AttemptResponse] = Field(description="Oldest first.")
 
 
 class Spent(ResponseModel):

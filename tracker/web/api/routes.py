@@ -38,14 +38,14 @@ from tracker.web.api.requests import (
     validate_query,
 )
 from tracker.web.api.responses import (
-    Delivery,
-    Message,
+    DeliveryResponse,
     MessageDetail,
+    MessageResponse,
     Replayed,
-    Run,
+    RunResponse,
     SpendingReport,
-    Start,
-    Technique,
+    StartResponse,
+    TechniqueResponse,
     Timeline,
 )
 from tracker.web.auth import ScopedRoute, actor_of
@@ -106,7 +106,7 @@ class Api(BatchOperations):
     def _document(self) -> dict[str, Any]:  # takes 25 ms, so not at the start
         return document(OPERATIONS, with_token=len(self._services.settings.access_tokens) > 0)
 
-    @Operation("GET /api/runs", page_of("runs", Run, "A page of runs, newest first."))
+    @Operation("GET /api/runs", page_of("runs", RunResponse, "A page of runs, newest first."))
     async def list_runs(self, request: Request, query: RunsQuery) -> Response:
         """List runs, newest first."""
         technique_id = await techniques.id_of(self._database, query.technique_id)
@@ -117,8 +117,8 @@ class Api(BatchOperations):
     @Operation(
         "POST /api/runs",
         {
-            201: Answer("The run that was started.", Run),
-            200: Answer("The run that this key had started before.", Run, REPLAYED),
+            201: Answer("The run that was started.", RunResponse),
+            200: Answer("The run that this key had started before.", RunResponse, REPLAYED),
         },
         (402, 404, 409, 422, 502, 504),
         scope=Scope.START,
@@ -155,8 +155,8 @@ class Api(BatchOperations):
     @Operation(
         "POST /api/runs/track",
         {
-            201: Answer("The run, tracked from now on.", Run),
-            200: Answer("The run, which was tracked already.", Run),
+            201: Answer("The run, tracked from now on.", RunResponse),
+            200: Answer("The run, which was tracked already.", RunResponse),
         },
         (502, 504),
         scope=Scope.START,
@@ -174,7 +174,7 @@ class Api(BatchOperations):
         )
         return Json(views.run_json(tracked.record), status_code=200 if tracked.known else 201)
 
-    @Operation("GET /api/runs/{run_id}", Answer("The run.", Run))
+    @Operation("GET /api/runs/{run_id}", Answer("The run.", RunResponse))
     async def show_run(self, request: Request, run_id: str) -> Response:
         """Show a run with its outputs."""
         record = await runs.get_run(self._database, run_id)
@@ -190,7 +190,9 @@ class Api(BatchOperations):
             raise _unknown(run_id)
         return Json({"events": [views.event_json(event) for event in events]})
 
-    @Operation("GET /api/starts", page_of("starts", Start, "A page of starts, newest first."))
+    @Operation(
+        "GET /api/starts", page_of("starts", StartResponse, "A page of starts, newest first.")
+    )
     async def list_starts(self, request: Request, query: StartsQuery) -> Response:
         """List starts, newest first; by default those whose outcome is not known."""
         rows, cursor = await starts.list_starts(
@@ -203,7 +205,8 @@ class Api(BatchOperations):
         return page_json("starts", map(views.start_json, rows), cursor)
 
     @Operation(
-        "GET /api/deliveries", page_of("deliveries", Delivery, "A page of callbacks, newest first.")
+        "GET /api/deliveries",
+        page_of("deliveries", DeliveryResponse, "A page of callbacks, newest first."),
     )
     async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
         """List callbacks, newest first, without their bodies."""
@@ -219,7 +222,8 @@ class Api(BatchOperations):
             raise not_found(f"There is no delivery {delivery_id[:255]}.") from None
 
     @Operation(
-        "GET /api/messages", page_of("messages", Message, "A page of messages, newest first.")
+        "GET /api/messages",
+        page_of("messages", MessageResponse, "A page of messages, newest first."),
     )
     async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
         """List messages, the events sent to endpoints, newest first."""
@@ -252,14 +256,17 @@ class Api(BatchOperations):
         return Json(views.spending_json(query.by, since, rows, total, usages))
 
     @Operation(
-        "GET /api/techniques", page_of("techniques", Technique, "A page of techniques, by name.")
+        "GET /api/techniques",
+        page_of("techniques", TechniqueResponse, "A page of techniques, by name."),
     )
     async def list_techniques(self, request: Request, query: TechniquesQuery) -> Response:
         """Search the catalogue of techniques, sorted by name."""
         rows, cursor = await techniques.page(self._database, **dict(query))
         return page_json("techniques", map(views.technique_json, rows), cursor)
 
-    @Operation("GET /api/techniques/{technique}", Answer("The technique.", Technique), (502, 504))
+    @Operation(
+        "GET /api/techniques/{technique}", Answer("The technique.", TechniqueResponse), (502, 504)
+    )
     async def show_technique(self, request: Request, technique: str) -> Response:
         """Show a technique with its inputs and outputs.
 
