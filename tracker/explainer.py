@@ -4,32 +4,35 @@ Sentences contain other people's text (error messages, ids) unescaped: whatever 
 it.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from tracker.core.contact import Trouble
+from tracker.core.contact import ContactState, Trouble
 from tracker.core.formatting import counted, duration, moment, money
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, DeliveryOutcome, Record
 from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, PollReason
+from tracker.flora.http import LONGEST_WAIT
 from tracker.polling.poll import Contacts, DurationBook
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries.deliveries import DeliveryRow, list_deliveries
+from tracker.store.queries.overview import LATE_AFTER
 from tracker.store.queries.runs import TimelineEvent
 from tracker.store.queries.starts import StartRow
+from tracker.store.queries.workspaces import waits_until
 from tracker.workspaces import Service
 
 DELIVERIES: Final = 100
 """Callbacks of one run that are explained, the newest ones."""
-OVERDUE: Final = timedelta(seconds=30)
-"""When a run has been due for longer, no worker runs: one needs less than half of it."""
 LATE: Final = timedelta(seconds=10)
 """A callback that was applied this long after its receipt was quarantined first, or had to wait."""
+_LONGEST_PAUSE: Final = timedelta(seconds=LONGEST_WAIT)
+"""A pause that lasts longer was stored by another clock."""
 
 _SOURCE_NAMES: Final[dict[str, str]] = {
     Source.START: "FLORA's answer to the start",
@@ -124,39 +127,53 @@ class Explainer(Service):
             *_state(record),
         ]
         sentences.sort(key=lambda sentence: sentence.at or now)
-        if not record.run.settled and (obstacle := await self._obstacle(record)):
-            sentences.append(Sentence(SentenceKind.TROUBLE, obstacle))
+        if not record.run.settled:
+            troubles = [text async for text in self._troubles(record, now)]
+            sentences += [Sentence(SentenceKind.TROUBLE, text) for text in troubles]
+        if record.lease_until is not None and record.lease_until > now:
+            until = moment(record.lease_until)
+            text = f"Worker {record.lease_holder} is polling it now; its lease ends at {until}."
+            sentences.append(Sentence(SentenceKind.CLAIM, text))
         following = _next_poll(record, policy, self.durations.of(technique_id), now)
-        sentences += [*_worker(record, now), Sentence(SentenceKind.NEXT, following)]
+        sentences.append(Sentence(SentenceKind.NEXT, following))
         return Explanation(record=record, sentences=tuple(sentences))
 
-    async def _obstacle(self, record: Record) -> str | None:
-        """What keeps a run from being polled, as far as FLORA's answers and the sweeps show."""
+    async def _troubles(self, record: Record, now: datetime) -> AsyncIterator[str]:
+        """What keeps a run from being polled, as far as the database and FLORA's answers show."""
         workspace = self.workspaces.reader_of(record.run.workspace_id)
         if workspace is None:
-            return (
+            yield (
                 f"Its workspace, {record.run.workspace_id}, is not configured here: no API key can "
                 "read the run."
             )
+            return
         if workspace.client is None:
-            return "No API key is set here: this process cannot poll the run."
+            yield "No API key is set here: this process cannot poll the run."
         await self.contacts.read()
-        state = self.contacts.of(workspace)
-        if state is not None and state.is_current(self.clock()) and (found := state.trouble):
+        contact = self.contacts.of(workspace)
+        if contact is not None and contact.is_current(now) and (found := contact.trouble):
             since = moment(found.since)
             if found.trouble is Trouble.KEY_REFUSED:
-                return f"FLORA has refused the workspace's API key since {since}: {found.reason}."
-            if found.silent:
-                return f"FLORA has not answered since {since}: {found.reason}."
-            return f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
+                yield f"FLORA has refused the workspace's API key since {since}: {found.reason}."
+            elif found.silent:
+                yield f"FLORA has not answered since {since}: {found.reason}."
+            else:
+                yield f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
+            return
         names = {workspace.workspace_id, record.run.workspace_id}
-        for sweep in await sweeps.list_sweeps(self.database):
-            if sweep.workspace_id in names and sweep.finished_at is not None:
-                if sweep.error is None:
-                    return None
-                at, error = moment(sweep.finished_at), sweep.error.rstrip(".")
-                return f"The workspace's last history sweep, at {at}, failed: {error}."
-        return None
+        ended = (one for one in await sweeps.list_sweeps(self.database) if one.finished_at)
+        last = next((one for one in ended if one.workspace_id in names), None)
+        if last is not None and last.finished_at is not None and last.error is not None:
+            at, error = moment(last.finished_at), last.error.rstrip(".")
+            yield f"The workspace's last history sweep, at {at}, failed: {error}."
+        due_at, lease_until = record.next_check_at, record.lease_until
+        if due_at is None or due_at > now or (lease_until is not None and lease_until > now):
+            return
+        paused_until = await waits_until(self.database, workspace.place)
+        if paused_until is not None and now < paused_until <= now + _LONGEST_PAUSE:
+            yield f"FLORA has asked for a pause until {moment(paused_until)}; polls wait for it."
+        elif now - due_at > LATE_AFTER:
+            yield f"Overdue for {duration(now - due_at)}{_cause(contact, now)}"
 
 
 # What happened, oldest first.
@@ -378,11 +395,19 @@ def _callback(record: Record, policy: Policy, now: datetime) -> Iterator[Sentenc
         text = "No callback was requested with the start."
     elif record.run.precedence.ended:
         text = "The callback was missed. No results lost: another source showed the end."
-    elif now > record.first_seen_at + policy.grace:
-        text = f"No callback after {duration(now - record.first_seen_at)}: the run is polled."
-    else:
+    elif _awaits_callback(record, now):
         text = "Waiting for the callback."
+    else:
+        text = f"No callback after {duration(now - record.first_seen_at)}: the run is polled."
     yield Sentence(SentenceKind.CALLBACK, text, record.callback_at, Source.CALLBACK)
+
+
+def _awaits_callback(record: Record, now: datetime) -> bool:
+    """Whether the run is not polled yet because its callback may still come."""
+    if record.next_poll is None:
+        return False
+    at, why = record.next_poll
+    return at > now and why in (PollReason.GRACE, PollReason.LEARNED_GRACE)
 
 
 def _lag(record: Record, received: datetime, policy: Policy) -> str:
@@ -441,18 +466,19 @@ def _bill(record: Record) -> str:
     return ""
 
 
-def _worker(record: Record, now: datetime) -> Iterator[Sentence]:
-    """Which worker polls the run now, or that none does although it is due."""
-    if record.lease_until is not None and record.lease_until > now:
-        until = moment(record.lease_until)
-        text = f"Worker {record.lease_holder} is polling it now; its lease ends at {until}."
-        yield Sentence(SentenceKind.CLAIM, text)
-    elif record.next_check_at is not None and now - record.next_check_at > OVERDUE:
-        text = (
-            f"Overdue for {duration(now - record.next_check_at)}: no worker seems to be running. "
-            "`tracker serve` and `tracker worker` poll all the time, `tracker poll` polls once."
+def _cause(contact: ContactState | None, now: datetime) -> str:
+    """Why nothing reads a due run, by the last request of any process to FLORA. A worker that runs
+    asks FLORA more often than a contact stays current."""
+    if contact is None or not contact.is_current(now):
+        asked = "never" if contact is None else f"last at {moment(contact.asked_at)}"
+        return (
+            f", and FLORA was asked {asked}: no worker seems to be running. `tracker serve` and "
+            "`tracker worker` poll all the time, `tracker poll` polls once."
         )
-        yield Sentence(SentenceKind.TROUBLE, text)
+    return (
+        f", although FLORA was asked at {moment(contact.asked_at)}: polling is behind, or the "
+        "process that asked has no worker. `tracker doctor` checks the work."
+    )
 
 
 def _next_poll(record: Record, policy: Policy, durations: Durations | None, now: datetime) -> str:

@@ -21,6 +21,7 @@ from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
 from tracker.store import coordination
+from tracker.store.queries.workspaces import keep_wait
 from tracker.views import explanation_json
 
 PUBLIC_URL = "http://127.0.0.1:9"
@@ -303,12 +304,19 @@ async def test_a_run_that_flora_does_not_find(
 async def test_the_polling_worker_or_that_there_is_none(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
-    """A lease is shown with its end; a run that stays due says that no worker runs."""
+    """A lease is shown with its end. Only when FLORA has not been asked for two minutes, no worker
+    seems to run."""
     run_id = await start(services)
+    asked = "FLORA was asked at 2026-07-01 12:00:00 UTC"
     clock.move(60)
-    assert "Overdue for 55 s: no worker seems to be running" in text_of(
-        await explained(services, run_id), SentenceKind.TROUBLE
-    )
+    assert text_of(await explained(services, run_id), SentenceKind.TROUBLE) == ""
+    clock.move(10)
+    trouble = text_of(await explained(services, run_id), SentenceKind.TROUBLE)
+    assert trouble.startswith(f"Overdue for 1 min 5 s, although {asked}: polling is behind")
+    assert "no worker seems" not in trouble
+    clock.move(60)
+    trouble = text_of(await explained(services, run_id), SentenceKind.TROUBLE)
+    assert "last at 2026-07-01 12:00:00 UTC: no worker seems to be running" in trouble
     await coordination.claim_due(
         services.database,
         holder="worker-7",
@@ -320,6 +328,26 @@ async def test_the_polling_worker_or_that_there_is_none(
     explanation = await explained(services, run_id)
     assert "Worker worker-7 is polling it now" in text_of(explanation, SentenceKind.CLAIM)
     assert text_of(explanation, SentenceKind.TROUBLE) == ""
+
+
+async def test_a_pause_is_no_missing_worker(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """While FLORA has asked for a pause, a due run waits for its end, whoever was told."""
+    run_id = await start(services)
+    [workspace] = services.workspaces
+    clock.move(60)
+    now = clock()
+    until = now + timedelta(seconds=50)
+    await keep_wait(services.database, workspace.place, until, process="other", latest=until)
+    clock.move(45)
+    trouble = text_of(await explained(services, run_id), SentenceKind.TROUBLE)
+    assert trouble == (
+        "FLORA has asked for a pause until 2026-07-01 12:01:50 UTC; polls wait for it."
+    )
+    clock.move(10)
+    trouble = text_of(await explained(services, run_id), SentenceKind.TROUBLE)
+    assert trouble.startswith("Overdue for 1 min 50 s")
 
 
 async def test_a_refused_key_is_explained(
@@ -355,6 +383,37 @@ async def test_learned_durations_are_explained(reached: Services, clock: HandClo
     explanation = await explained(reached, run_id)
     assert why(explanation) is PollReason.LEARNED_GRACE
     assert "(learned from 20 runs)" in text_of(explanation, SentenceKind.NEXT)
+
+
+async def test_a_callback_is_awaited_for_as_long_as_was_learned(
+    reached: Services, clock: HandClock
+) -> None:
+    """Whether the run is polled by now goes by its next poll, and not by the configured grace."""
+    technique_id = (await the_run(reached, await start(reached))).run.technique_id
+    ended = {"technique_id": technique_id, "created_at": clock()}
+    clock.move(200)
+    for number in range(20):
+        entry = Observed(
+            observation=Observation(
+                run_id=f"run_{number}",
+                source=Source.HISTORY,
+                at=clock(),
+                status=RunStatus.COMPLETED,
+                completed_at=clock(),
+                **ended,  # type: ignore[arg-type]
+            )
+        )
+        await reached.writer.submit(entry)
+    clock.move(10)
+    run_id = await start(reached, "key-last")
+    clock.move(60)
+    waiting = await explained(reached, run_id)
+    assert why(waiting) is PollReason.LEARNED_GRACE
+    assert text_of(waiting, SentenceKind.CALLBACK) == "Waiting for the callback."
+    clock.move(150)
+    late = await explained(reached, run_id)
+    assert "No callback after 3 min 30 s" in text_of(late, SentenceKind.CALLBACK)
+    assert "Next poll due now" in text_of(late, SentenceKind.NEXT)
 
 
 async def test_a_replayed_callback_is_shown_with_both_times(
