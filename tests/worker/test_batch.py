@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -652,6 +653,45 @@ async def test_a_new_input_of_no_column_changes_nothing(
     await start(services, await columns(services, "prompt\na\n"))
     flora.world.options = replace(flora.world.options, new_inputs={"icon-pack": "style:text?"})
     assert (await columns(services, "prompt\na\n")).missing == []
+
+
+async def test_a_skipped_row_starts_nothing_anew(services: Services, flora: Simulator) -> None:
+    """A row that a new input spoils is not started, so that its earlier run refuses no plan."""
+    sheet = "prompt,style\na,\nb,flat\n"
+    await start(services, await columns(services, sheet))
+    flora.world.options = replace(flora.world.options, new_inputs={"icon-pack": "style:imageUrl?"})
+    planned = await columns(services, sheet, skip_bad_rows=True)
+    assert [row.entry.line for row in planned.rows] == [2]
+    assert planned.missing == []
+
+
+async def test_comparing_earlier_mappings_leaves_the_loop_free(
+    services: Services, flora: Simulator
+) -> None:
+    """Rows are read, and digested for each earlier mapping, in a thread: callbacks go on."""
+    sheet = "prompt,style\n" + "".join(f"{n:04} {'icon ' * 100},flat\n" for n in range(2000))
+    planned = await columns(services, "prompt\na\n")
+    earlier = [
+        {
+            "batch_id": f"bat_{number}",
+            "workspace_slot": planned.batch.workspace_id,
+            "technique_id": planned.technique.technique_id,
+            "name": "icons.csv",
+            "created_at": services.clock(),
+            "mapping": [[f"input_{number}", "prompt", "text"]],
+        }
+        for number in range(20)
+    ]
+
+    def work(connection: sa.Connection) -> None:
+        connection.execute(sa.insert(tables.batches), earlier)
+
+    await services.database.write(work)
+    in_loop, in_all = time.thread_time(), time.process_time()
+    planned = await columns(services, sheet)
+    in_loop, in_all = time.thread_time() - in_loop, time.process_time() - in_all
+    assert len(planned.missing) == 2000
+    assert in_loop < in_all / 3
 
 
 async def test_an_interrupted_batch_finishes_what_it_was_sending(

@@ -105,16 +105,22 @@ class BatchPlanner(Service):
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
         # In a thread: many rows would hold up what else the process does.
         reading = await asyncio.to_thread(read_rows, sheet, needed, explicit)
-        tagged, wrong = _row_tags(sheet, tag_columns or {}, tags or {})
+        tagged, wrong = await asyncio.to_thread(_row_tags, sheet, tag_columns or {}, tags or {})
         problems = sorted([*reading.problems, *wrong])
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
         inputs = [row.inputs for _, row in rows]
         digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
         latest = await sheet_rows.latest_run_numbers(self.database, workspace_id, digests)
-        if not accept_changes:
-            await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
+        unknown = {
+            position: row.line
+            for (position, row), digest in zip(rows, digests, strict=True)
+            if digest not in latest
+        }
+        if unknown and not accept_changes:
+            technique_id, mapping = definition.technique_id, reading.mapping
+            await self._check_mapping(workspace_id, technique_id, sheet, mapping, unknown)
         columns = [name for name in reading.unmapped if name]
-        carried = frozenset(columns)
+        carried = await asyncio.to_thread(_carried, sheet, frozenset(columns))
         entries = [
             BatchEntry(
                 position=position,
@@ -123,7 +129,7 @@ class BatchPlanner(Service):
                 run_number=run_number_of(latest.get(digest), again=again),
                 inputs=row.inputs,
                 tags=tagged[row.line],
-                carried=_carried(sheet.rows[position - 1], carried),
+                carried=carried[position - 1],
             )
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
@@ -227,41 +233,40 @@ class BatchPlanner(Service):
         workspace_id: str,
         technique_id: str,
         sheet: Sheet,
-        reading: SheetReading,
-        latest: Container[str],
+        mapping: Sequence[ColumnMapping],
+        unknown: Mapping[int, int],
     ) -> None:
         """Raise `DefinitionChanged` if rows that were started with another mapping of columns would
-        start anew with this one."""
-        now = {one.stored for one in reading.mapping}
-        digests = row_digests(technique_id, [row.inputs for row in reading.rows])
-        if all(digest in latest for digest in digests):
-            return
-        mappings = await sheet_rows.mappings(self.database, workspace_id, technique_id)
+        start anew with this one. `unknown` are the lines, by position, of the rows that no batch
+        has with this one."""
+        now = {one.stored for one in mapping}
+        earlier = await sheet_rows.mappings(self.database, workspace_id, technique_id)
         # Batches of versions without mappings: the inputs of their rows show it.
         asked = await sheet_rows.asked_without_mapping(self.database, workspace_id, technique_id)
         for inputs in asked:
-            derived = _mapping_of(sheet, reading.mapping, inputs)
-            mappings.append(tuple(one.stored for one in derived))
-        for before in mappings:
+            derived = await asyncio.to_thread(_mapping_of, sheet, mapping, inputs)
+            earlier.append(tuple(one.stored for one in derived))
+        for before in earlier:
             if set(before) == now or any(column not in sheet.columns for _, column, _ in before):
                 continue
-            rows = _rows_by(sheet, [ColumnMapping(*one) for one in before])
-            old = row_digests(technique_id, rows)
-            known = await sheet_rows.latest_run_numbers(self.database, workspace_id, old)
-            anew = [
-                row.line
-                for row, was, is_now in zip(reading.rows, old, digests, strict=True)
-                if was in known and is_now not in latest
-            ]
-            if anew:
+            read = [ColumnMapping(*one) for one in before]
+            digests = await asyncio.to_thread(_digests_by, technique_id, sheet, read)
+            old = [(line, digests[position - 1]) for position, line in unknown.items()]
+            known = await sheet_rows.latest_run_numbers(
+                self.database, workspace_id, [digest for _, digest in old]
+            )
+            if anew := [line for line, digest in old if digest in known]:
                 raise DefinitionChanged(
                     new=sorted(now - set(before)), gone=sorted(set(before) - now), lines=anew
                 )
 
 
-def _carried(row: SheetRow, columns: Container[str]) -> dict[str, str]:
-    """The cells of a row that are no input, by column."""
-    return {name: ", ".join(values) for name, values in row.cells.items() if name in columns}
+def _carried(sheet: Sheet, columns: Container[str]) -> list[dict[str, str]]:
+    """The cells of each row that are no input, by column."""
+    return [
+        {name: ", ".join(values) for name, values in row.cells.items() if name in columns}
+        for row in sheet.rows
+    ]
 
 
 def _fit_rows(
@@ -338,12 +343,13 @@ def _row_tags(
     return found, problems
 
 
-def _rows_by(sheet: Sheet, mapping: Sequence[ColumnMapping]) -> list[list[Input]]:
-    """The inputs of each row by a complete mapping, unchecked."""
-    return [
-        canonical(_input(one, value) for one in mapping for value in row.cells.get(one.column, ()))
+def _digests_by(technique_id: str, sheet: Sheet, mapping: Sequence[ColumnMapping]) -> list[str]:
+    """The digest of each row by a complete mapping, unchecked."""
+    rows = (
+        [_input(one, value) for one in mapping for value in row.cells.get(one.column, ())]
         for row in sheet.rows
-    ]
+    )
+    return row_digests(technique_id, rows)
 
 
 def _mapping_of(
