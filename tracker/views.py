@@ -24,7 +24,7 @@ from tracker.core.events import EventType
 from tracker.core.formatting import iso_time, unturned
 from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, RunError
-from tracker.core.starts import obstacle
+from tracker.core.starts import fits, obstacle
 from tracker.flora.parse import ports
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
@@ -332,24 +332,25 @@ class OutputView(NamedTuple):
 
 def output_views(
     outputs: Sequence[Output] | None,
-    ports: Sequence[Mapping[str, Any]] = (),
+    definition: Sequence[dict[str, Any]] = (),
     *,
     media_origin: str | None,
 ) -> list[OutputView]:
-    """Outputs in order; `ports` are the outputs that their technique defines."""
+    """Outputs in order; `definition` has the outputs of their technique."""
     outputs = outputs or ()
-    names = output_names(outputs, ports)
+    names = output_names(outputs, definition)
     return [
         OutputView(one, name, *presentation(one, media_origin=media_origin))
         for one, name in zip(outputs, names, strict=True)
     ]
 
 
-def output_names(outputs: Sequence[Output], ports: Sequence[Mapping[str, Any]]) -> list[str]:
+def output_names(outputs: Sequence[Output], definition: Sequence[dict[str, Any]]) -> list[str]:
     """The technique's names for its outputs; where these are not as it defines them, their types,
     numbered."""
-    if [one.type for one in outputs] == [port.get("type") for port in ports]:
-        return [str(port.get("name") or port.get("id")) for port in ports]
+    defined = ports(definition)
+    if fits(defined, outputs):
+        return [port.name or port.id for port in defined]
     types, seen = Counter(one.type for one in outputs), Counter[str]()
     names = []
     for one in outputs:

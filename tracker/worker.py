@@ -53,8 +53,9 @@ class WorkerTimes:
     """After this long the database is read for due runs without a notification: the cost of a lost
     one."""
     round_every: float = 1.0
-    """At least, between two rounds of polling. A single callback is followed at once;
-    `tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
+    """At least, from the beginning of a round of polling to the next, unless the first has left due
+    runs to read at once. `tracker.polling.poll.Coalescer` decides how long due runs wait to share
+    their pages."""
     recover_every: timedelta = timedelta(seconds=30)
     """How often starts are recovered whose caller is gone."""
     watch_clock_every: float = 2.0

@@ -2,11 +2,13 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracker import views
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import Output
 from tracker.core.starts import Port
@@ -18,6 +20,7 @@ from tracker.delivering.saving import (
     row_names,
     row_numbers,
 )
+from tracker.flora.parse import ports
 from tracker.starting.rows import RowState
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
@@ -115,6 +118,17 @@ def test_outputs_are_named_and_numbered_in_order() -> None:
     assert output_names(images, named) == ["Front_view_1", "image_2"]
     assert output_names([Output("o", "hologram", "x")], ()) == ["output_1"]
     assert output_names(images * 5, ())[:2] == ["image_01", "image_02"]
+
+
+def test_pages_name_an_output_as_files_do() -> None:
+    """Both take the names of a definition that leaves out a type, and of none without ids."""
+    images = [Output(f"o{n}", "imageUrl", "https://a") for n in range(2)]
+    definition = [{"id": "front", "name": "Front view"}, {"id": "back", "type": "imageUrl"}]
+    assert views.output_names(images, definition) == ["Front view", "back"]
+    assert output_names(images, ports(definition)) == ["front_1", "back_2"]
+    nameless: list[dict[str, Any]] = [{"type": "imageUrl"}, {"type": "imageUrl"}]
+    assert views.output_names(images, nameless) == ["Image 1", "Image 2"]
+    assert output_names(images, ports(nameless)) == ["image_1", "image_2"]
 
 
 @pytest.mark.parametrize(

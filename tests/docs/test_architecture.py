@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tomllib
 from operator import attrgetter
 
 from tests.docs.pages import DOCS, ROOT
@@ -23,3 +24,14 @@ def test_its_functions_are_in_the_files_it_says() -> None:
     for function, file in named:
         module = importlib.import_module(f"tracker.{file.replace('/', '.')}")
         assert attrgetter(function)(module)
+
+
+def test_its_layers_are_those_that_are_checked() -> None:
+    """From the first sentence about imports, in order; "and" joins those that are independent."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    [contract] = [
+        one for one in settings["tool"]["importlinter"]["contracts"] if one["id"] == "layers"
+    ]
+    sentence = PAGE.partition("Imports point down: ")[2].partition(".")[0]
+    shown = [" | ".join(re.findall(r"`(\w+)`", one)) for one in sentence.split(",")]
+    assert shown == contract["layers"]

@@ -173,7 +173,7 @@ async def test_runs_are_sorted_by_cost_and_duration(db: Database, writer: TestWr
         newest = await _pages(db, SearchFilters(sort=sort, workspace_id="ws_1"), limit=2, window=5)
         assert newest == [one for one in pages if one in ("run_8", "run_7", "run_6", "run_5")]
     with pytest.raises(InvalidRequest):
-        await search_runs(db, SearchFilters(sort=Sort.COST), cursor=paging.at(NOW, "run_1"))
+        await search_runs(db, SearchFilters(sort=Sort.COST), cursor=paging.cursor_at(NOW, "run_1"))
 
 
 async def _of_various_costs(writer: TestWriter, count: int) -> None:

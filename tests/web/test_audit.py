@@ -250,7 +250,7 @@ async def test_the_log_is_read_page_by_page(database_url: str) -> None:
         assert len((await audit.list_audit(db, since=now + timedelta(seconds=2), limit=9))[0]) == 3
         for last in ("x", str(2**70)):
             with pytest.raises(InvalidRequest):
-                await audit.list_audit(db, cursor=paging.at(now, last), limit=3)
+                await audit.list_audit(db, cursor=paging.cursor_at(now, last), limit=3)
 
 
 async def test_the_page_is_for_administrators(serve: Serve, sqlite_url: str) -> None:

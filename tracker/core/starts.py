@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.core.net import is_loopback
+from tracker.core.run import Output
 
 # Inputs, which are validated against the definition of a technique before a start is paid for.
 #
@@ -59,6 +60,13 @@ class Port:
     def startable(self) -> bool:
         """Whether a start accepts this type."""
         return self.type not in NOT_STARTABLE
+
+
+def fits(defined: Sequence[Port], outputs: Sequence[Output]) -> bool:
+    """Whether a run has the outputs that its technique defines, so that they bear its names."""
+    return len(defined) == len(outputs) and all(
+        port.type in ("", output.type) for port, output in zip(defined, outputs, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import InvalidRequest
 from tracker.core.record import Record
 from tracker.core.run import OUTPUT_KINDS, Output, Tracking
-from tracker.core.starts import Port
+from tracker.core.starts import Port, fits
 from tracker.delivering.addresses import MediaError
 from tracker.delivering.fetch import FetchedFile, Fetcher, LinkExpired
 from tracker.delivering.files import DownloadDirectory, FileKey, ManifestEntry, PartialFile
@@ -283,11 +283,8 @@ def output_names(outputs: Sequence[Output], ports: Sequence[Port]) -> list[str]:
     What it is comes from the technique's definition (`ports`) where that has an output for each,
     else from the type.
     """
-    fits = len(ports) == len(outputs) and all(
-        port.type in ("", output.type) for port, output in zip(ports, outputs, strict=True)
-    )
     width = len(str(len(outputs)))
-    words = [_word(port) for port in ports] if fits else [""] * len(outputs)
+    words = [_word(port) for port in ports] if fits(ports, outputs) else [""] * len(outputs)
     return [
         f"{word or OUTPUT_KINDS.get(one.type, 'output')}_{number:0{width}}"
         for number, (word, one) in enumerate(zip(words, outputs, strict=True), start=1)

@@ -76,9 +76,9 @@ _HELP: Final[dict[tuple[str, ...], dict[str, str]]] = {
         "flora_requests_in_flight": "Requests to FLORA in flight.",
         "flora_requests_waiting": "Queued requests to FLORA.",
         "flora_paused_seconds": "Rest of a wait set by FLORA.",
-        "flora_budget_rate": "Allowed requests per second, if limited.",
+        "flora_budget_rate": "Requests to FLORA per second that the request limit allows.",
         "flora_rate_limited": "Requests that FLORA answered 429.",
-        "flora_budget_wait_seconds": "Time in the request queue.",
+        "flora_budget_wait_seconds": "Time that requests to FLORA waited for the request limit.",
         "flora_breaker_open": "1 while FLORA refuses the API key.",
         "flora_up": "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks "
         "it.",

@@ -69,7 +69,7 @@ def decode(cursor: str) -> tuple[str, str]:
     return first, second
 
 
-def at(value: datetime | timedelta | Decimal | float, last: str) -> str:
+def cursor_at(value: datetime | timedelta | Decimal | float, last: str) -> str:
     """The cursor of a list sorted by a value and an id."""
     if isinstance(value, datetime):
         return encode(value.isoformat(), last)
@@ -95,7 +95,7 @@ async def newest_first(
     if len(rows) <= limit:
         return rows, None
     last = rows[limit - 1]._mapping
-    return rows[:limit], at(last[key[0].name], str(last[key[1].name]))
+    return rows[:limit], cursor_at(last[key[0].name], str(last[key[1].name]))
 
 
 def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:

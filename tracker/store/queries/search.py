@@ -146,7 +146,7 @@ async def search_runs(
         return FoundRuns(records=page)
     return FoundRuns(
         records=page,
-        next_cursor=paging.at(*key),
+        next_cursor=paging.cursor_at(*key),
         searched_to=None if len(rows) > limit else key[0],
     )
 

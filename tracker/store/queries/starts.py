@@ -5,9 +5,9 @@ The states of a start::
     stored       the key is stored, nothing was sent. While a lease is held, the price is reserved
                  in the budgets                                   → sent
     sent         the first request is about to be sent or was sent; the holder of the lease waits
-                 for the answer                           → started, refused, in_doubt, stored
+                 for the answer, or has died              → started, refused, in_doubt, stored
     in_doubt     a request may have reached FLORA without an answer; only evidence or a person
-                 removes the doubt                                → started, unresolved
+                 removes the doubt                                → started, refused, unresolved
     started      it became the run that the row names; set by the writer, together with the run
     refused      FLORA refused it without doubt, or a person decided that nothing was started; the
                  key may be used again                            → stored
@@ -350,7 +350,7 @@ async def list_starts(
     page, more = found[:limit], len(found) > limit
     last = page[-1] if page else None
     page = [await with_runs_left(db, row) for row in page]
-    return page, paging.at(last.created_at, last.idempotency_key) if more and last else None
+    return page, paging.cursor_at(last.created_at, last.idempotency_key) if more and last else None
 
 
 async def of_key(db: Database, key: str) -> list[StartRow]:

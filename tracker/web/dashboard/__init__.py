@@ -229,8 +229,8 @@ async def read_form(request: Request) -> ImmutableMultiDict[str, str]:
 async def check_csrf(request: Request) -> None:
     """Raise `Fault` 403 where a page of the dashboard did not send this request.
 
-    The origin was checked at the gate. Within a session its token is required as well, in a header
-    or a form field; a bearer token, or a local request where no token is set, needs none.
+    `AuthMiddleware` has checked the origin. Within a session its token is required as well, in a
+    header or a form field; a bearer token, or a local request where no token is set, needs none.
     """
     session = session_of(request.scope)
     if session is None:
