@@ -156,7 +156,7 @@ class BatchPages(PageGroup):
             return RedirectResponse(f"{query(address, after=begin, **filters)}#row-{row}", 303)
         after = query_position(request, "after") or 0
         rows = await kept_rows(database, batch, after=after, limit=ROWS, **chosen)
-        counts = (await batches.batch_counts(database, [batch.batch_id]))[batch.batch_id]
+        counts = await self._services.batches.counts(batch)
         errors = await sheet_rows.error_groups(database, batch.batch_id)
         technique = await techniques.get(database, batch.technique_id)
         ports = technique.outputs if technique else ()
