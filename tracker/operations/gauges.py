@@ -42,7 +42,7 @@ _HELP: Final[dict[tuple[str, ...], dict[str, str]]] = {
         "database_up": "1 if the database answered this process in time, and takes its writes.",
         "state_read_seconds": "Time to read the database's metrics.",
         "runs_due": "Runs due to be polled.",
-        "runs_overdue": "Runs due for over a minute.",
+        "runs_overdue": "Runs due for over a minute, or whose last read is to be repeated.",
         "oldest_due_seconds": "How long the oldest of them is due.",
         "runs_awaiting_callback": "Open runs whose callback has not arrived.",
         "starts_open": "Starts with no known outcome yet.",

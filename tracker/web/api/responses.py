@@ -237,7 +237,7 @@ class StartResponse(ResponseModel):
     created_at: datetime
     first_sent_at: datetime | None
     sent_at: datetime | None = Field(description="When it was last sent.")
-    started_by: str | None = Field(description="The token's name, `cli` or `batch`.")
+    started_by: str | None = Field(description="The token's name, or `cli`, `batch`, `python`.")
     tags: dict[str, str]
     reserved_at: datetime | None = Field(description="Decides in which budget period it counts.")
     reserved_cost: float | None = Field(description="The amount reserved in the budgets.")
