@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from tracker.core.run import Run
 
 LEARNED_FROM: Final = 20
-"""Ended runs of a technique that are needed before its durations are used."""
+"""Completed runs of a technique that are needed before its durations are used."""
 LEARNED_FACTOR: Final = 10
 """Durations move the first poll by this factor at most."""
 CALLBACK_MARGIN: Final = timedelta(seconds=5)

@@ -17,6 +17,7 @@ from tracker.core.errors import KeyRefused
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, FailedRead, Observed
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.store import coordination
 from tracker.store.queries import batches, sweeps
 from tracker.store.queries import sweeps as coverage
 from tracker.store.queries.batches import BatchEntry, BatchRow
@@ -76,6 +77,23 @@ async def test_an_unknown_value_is_not_zero(small_site: Site) -> None:
     assert re.search(r"Cost</dt><dd><span class=\"muted\">not yet", run)
     summary = run.split('aria-label="Summary"')[1].split("</section>")[0]
     assert "not yet" not in summary, "of what, only a label says"
+
+
+async def test_a_dead_worker_polls_no_run(small_site: Site) -> None:
+    """A worker is named until its lease has expired."""
+    services = small_site.services
+    await services.writer.submit(_seen("run_1"))
+    for left, is_shown in ((timedelta(minutes=1), True), (timedelta(0), False)):
+        due_at, until = services.clock() + timedelta(hours=1), services.clock() + left
+        await coordination.claim_due(
+            services.database,
+            holder="worker-7",
+            now=due_at,
+            lease=until - due_at,
+            limit=1,
+            workspaces=None,
+        )
+        assert ("Polled by worker" in await _text(small_site, "/runs/run_1")) is is_shown
 
 
 async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -> None:
