@@ -69,6 +69,17 @@ async def test_how_a_launch_ended_is_stored_by_its_holder(db: Database) -> None:
     assert await claim(db) == []
 
 
+async def test_a_holder_releases_one_launch(db: Database) -> None:
+    """Its other launches stay its own; and it releases none of another holder."""
+    await batches.keep(db, ORDERED, entries("a"))
+    await batches.keep(db, replace(ORDERED, batch_id="bat_2"), entries("b"))
+    released, _ = await claim(db)
+    await batches.release_launch(db, released, holder="other")
+    assert await claim(db, "other") == []
+    await batches.release_launch(db, released, holder="h")
+    assert await claim(db, "other") == [released]
+
+
 async def test_a_new_order_or_a_stop_is_not_overwritten(db: Database) -> None:
     """The launch before notices that it is not its order any more, and releases the lease."""
     await batches.keep(db, ORDERED, entries("a"))

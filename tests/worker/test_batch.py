@@ -450,6 +450,22 @@ async def test_without_a_price_nothing_is_started(
     assert begun(flora) == []
 
 
+async def test_a_maximum_cost_needs_a_price(
+    services: Services, flora: Simulator
+) -> None:
+    """Neither a plan nor a launch takes a technique without a price for one that costs nothing."""
+    planned = await plan(services, "a", "b")
+    planned = replace(planned, technique=replace(planned.technique, run_cost=None))
+    assert planned.cost is None
+    with pytest.raises(MaxCostReached, match="shows no price"):
+        planned.check_cost(Decimal(100), name="--max-cost")
+    outcome = await services.batches.run(
+        planned, concurrency=2, wait=False, on_progress=silent, max_cost=Decimal(100)
+    )
+    assert isinstance(outcome.stopped, MaxCostReached)
+    assert begun(flora) == []
+
+
 @pytest.mark.parametrize("quote", [1.0, 4.0])
 async def test_a_batch_stops_where_quotes_reach_the_most_it_may_cost(
     services: Services, flora: Simulator, quote: float
