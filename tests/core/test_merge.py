@@ -132,12 +132,22 @@ def test_a_status_that_is_not_known_is_kept_as_it_is() -> None:
     listed = observe(Source.HISTORY, "cancelled", completed_at=START)
     assert (merged([queued]).status, merged([queued]).precedence) == ("queued", Precedence.RUNNING)
     assert merged([running, queued]).status is merged([queued, running]).status is RunStatus.RUNNING
+    assert merged([cancelled, running]).status == merged([running, cancelled]).status == "cancelled"
     run = merged([queued, cancelled])
     assert (run.status, run.error, run.settled, run.conflict) == ("cancelled", error, True, False)
     assert not merged([listed]).settled
     failed = merged([cancelled, observe(Source.POLL, RunStatus.FAILED)])
     assert (failed.status, failed.conflict) == (RunStatus.FAILED, True)
     assert Observation.from_json(cancelled.to_json()) == cancelled
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [(Source.POLL, RunStatus.RUNNING), (Source.CALLBACK, RunStatus.COMPLETED)],
+)
+def test_only_a_failed_run_has_an_error(source: Source, status: RunStatus) -> None:
+    """FLORA's examples carry error fields on runs that have not failed."""
+    assert merged([observe(source, status, error=RunError("provider_error"))]).error is None
 
 
 QUOTE, BILL, LATER_BILL = Decimal("0.253"), Decimal("0.873"), Decimal("0.5")
@@ -238,6 +248,18 @@ def test_links_signed_anew_replace_older_ones() -> None:
     for order in ([one, two], [two, one]):
         run = merged(order)
         assert (run.outputs, run.outputs_read_at, run.conflict) == ((newer,), LATE, False)
+
+
+def test_of_two_reads_at_once_the_single_one_has_the_outputs() -> None:
+    """However they compare; and of runs in progress those that are further."""
+    greater = (replace(PICTURE, url=PICTURE.url + "?sig=9"),)
+    for less, more in [
+        ((Source.HISTORY, RunStatus.COMPLETED), (Source.POLL, RunStatus.COMPLETED)),
+        ((Source.START, RunStatus.PENDING), (Source.POLL, RunStatus.RUNNING)),
+    ]:
+        one, two = observe(*less, outputs=greater), observe(*more, outputs=(PICTURE,))
+        for order in ([one, two], [two, one]):
+            assert merged(order).outputs == (PICTURE,)
 
 
 def test_a_stale_page_empties_nothing() -> None:

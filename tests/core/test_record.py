@@ -299,6 +299,23 @@ def test_a_cost_is_final_once_it_was_read_long_enough_after_the_end() -> None:
     assert record.run.charged_cost == Decimal(2)
 
 
+def test_a_read_without_a_cost_makes_no_earlier_cost_final() -> None:
+    """FLORA may leave it out: only a read that shows the cost, late enough, is the last."""
+    record = after([started(), billed(Source.POLL, 10, reads=1, charged_cost=Decimal(1))])
+    record = after([billed(Source.POLL, 100, reads=1)], record)
+    assert (record.cost_final, record.run.charged_cost) == (False, Decimal(1))
+    assert record.recheck_at is not None
+
+
+def test_a_cost_that_was_read_again_outdates_what_was_read_in_between() -> None:
+    """A page that was asked for before the second read, and came after it."""
+    reads = [billed(Source.POLL, at, reads=1, charged_cost=Decimal(1)) for at in (10, 30)]
+    asked = START + timedelta(seconds=20)
+    between = billed(Source.HISTORY, 40, charged_cost=Decimal(2), sent_at=asked)
+    record = after([started(), *reads, between])
+    assert (record.run.charged_cost, seconds(record.run.cost_read_at)) == (Decimal(1), 30)
+
+
 def test_a_callback_that_came_before_the_end_makes_no_cost_final() -> None:
     """The wait counts from FLORA's time of the end: a failed run still shows its quote then."""
     failed = {"charged_cost": Decimal(1), "completed_at": START + timedelta(seconds=70)}

@@ -69,15 +69,18 @@ async def test_how_a_launch_ended_is_stored_by_its_holder(db: Database) -> None:
     assert await claim(db) == []
 
 
-async def test_a_holder_releases_one_launch(db: Database) -> None:
-    """Its other launches stay its own; and it releases none of another holder."""
-    await batches.keep(db, ORDERED, entries("a"))
-    await batches.keep(db, replace(ORDERED, batch_id="bat_2"), entries("b"))
-    released, _ = await claim(db)
-    await batches.release_launch(db, released, holder="other")
+async def test_each_launch_is_released_and_ended_by_itself(db: Database) -> None:
+    """The other launches of its holder stay as they are."""
+    for name in ("released", "ended", "kept"):
+        await batches.keep(db, replace(ORDERED, batch_id=name), entries(name))
+    by_id = {one.batch_id: one for one in await claim(db)}
+    await batches.release_launch(db, by_id["released"], holder="other")
     assert await claim(db, "other") == []
-    await batches.release_launch(db, released, holder="h")
-    assert await claim(db, "other") == [released]
+    await batches.release_launch(db, by_id["released"], holder="h")
+    assert await end(db, by_id["ended"])
+    assert await claim(db, "other") == [by_id["released"]]
+    late = await claim(db, "other", later=batches.LEASE + 2 * SECOND)
+    assert {one.batch_id for one in late} == {"released", "kept"}
 
 
 async def test_a_new_order_or_a_stop_is_not_overwritten(db: Database) -> None:

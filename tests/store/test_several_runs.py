@@ -141,9 +141,13 @@ async def test_a_row_has_the_costs_and_outputs_of_all_its_runs(
     await batches.keep(db, OF_BATCH, [entry])
     await start_row(db, writer, entry, "run_2", "run_1", "run_3")
     made = {n: (Output(f"o{n}", "imageUrl", f"https://media.example/{n}"),) for n in range(1, 4)}
+    for run_id, quote in (("run_1", Decimal("0.4")), ("run_3", Decimal("0.1"))):
+        await writer.submit(seen(run_id, RunStatus.PENDING, facts={"charged_cost": quote}))
+    assert (await counts_of(db)).quoted == Decimal("0.5")
     await writer.submit(ended("run_2", "completed", outputs=made[2]))
     assert (await only_row(db)).cost is None
-    await writer.submit(ended("run_1", "completed", outputs=made[1], charged_cost=Decimal("0.5")))
+    last = {"charged_cost": Decimal("0.5"), "completed_at": NOW + timedelta(minutes=1)}
+    await writer.submit(ended("run_1", "completed", outputs=made[1], **last))
     row = await only_row(db)
     assert (row.cost, row.cost_final, row.status) == (None, False, "pending")
     await writer.submit(ended("run_3", "failed"))
@@ -153,6 +157,7 @@ async def test_a_row_has_the_costs_and_outputs_of_all_its_runs(
     assert [output.output_id for output in row.outputs] == ["o2", "o1"]
     counts = await counts_of(db)
     assert (counts.cost, counts.cost_final, counts.several) == (Decimal("0.75"), True, 1)
+    assert (counts.quoted, counts.last_end_at) == (0, NOW + timedelta(minutes=1))
     header, line = (text.strip().split(",") for text in csv_lines([row]))
     shown = dict(zip(header, line, strict=True))
     assert (shown["run_id"], shown["run_id.2"], shown["run_id.3"]) == ("run_2", "run_1", "run_3")

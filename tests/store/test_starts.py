@@ -252,6 +252,19 @@ async def test_runs_of_known_origin_are_of_no_other_start(writer: TestWriter, db
     assert await starts.possible(db, row, []) == set()
 
 
+async def test_starts_without_an_outcome_are_listed_newest_first(db: Database) -> None:
+    """Whatever their states, page by page."""
+    states = {1: StartState.UNRESOLVED, 2: StartState.SENT, 3: StartState.IN_DOUBT}
+    for number, state in states.items():
+        await reserve(db, f"key-{number}", at=NOW + timedelta(seconds=number))
+        await mark(db, f"key-{number}", state)
+    await reserve(db, "key-4")
+    page, cursor = await starts.list_starts(db, limit=2)
+    assert [row.idempotency_key for row in page] == ["key-3", "key-2"]
+    page, cursor = await starts.list_starts(db, cursor=cursor, limit=2)
+    assert ([row.idempotency_key for row in page], cursor) == (["key-1"], None)
+
+
 async def test_the_newest_run_that_was_known_before(writer: TestWriter, db: Database) -> None:
     """By FLORA's clock, whichever day it has, but not by a time that one run alone has."""
 

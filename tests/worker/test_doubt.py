@@ -107,6 +107,20 @@ async def _has(listing: Awaitable[tuple[Sequence[object], object]], count: int) 
     return len((await listing)[0]) == count
 
 
+async def test_who_asks_again_ends_the_doubt(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """No worker is needed for that: `runs start` and a batch have none."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        clock.move(200)
+        started = await services.starter.start(request())
+        assert [started.record.run.run_id] == [*flora.world.runs]
+        assert posts(flora) == 2
+
+
 async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServices) -> None:
     """Its answer is waited for after the caller has been told that the start is pending."""
     async with make_flora(slow_starts=1.0, slow_seconds=1.5, slow_run="last") as flora:

@@ -226,15 +226,14 @@ def merge(run: Run | None, observation: Observation) -> Run:
     conflict = run.conflict or (
         run.precedence.ended and precedence.ended and run.status != observation.status
     )
+    # The reference's examples carry error fields even on pending runs.
+    has_failed = precedence.ended and observation.status is not RunStatus.COMPLETED
     new: dict[str, Any] = {}
     precedences: dict[str, int] = {}
     for name, value in zip(_BY_PRECEDENCE, _SHOWN(observation), strict=True):
         if value is None:
             continue
-        if name == "error" and (
-            # The reference's examples carry error fields even on pending runs.
-            not precedence.ended or observation.status is RunStatus.COMPLETED or value == RunError()
-        ):
+        if name == "error" and not has_failed:
             continue
         its_precedence: int = precedence
         if name == "workspace_id" and observation.source not in _CLAIMS:
