@@ -77,8 +77,10 @@ async def test_each_launch_is_released_and_ended_by_itself(db: Database) -> None
     await batches.release_launch(db, by_id["released"], holder="other")
     assert await claim(db, "other") == []
     await batches.release_launch(db, by_id["released"], holder="h")
-    assert await end(db, by_id["ended"])
+    done = LaunchEnd(launch_at=None, stopped=None, errors={})
+    assert await batches.end_launch(db, by_id["ended"], done, holder="h")
     assert await claim(db, "other") == [by_id["released"]]
+    assert await batches.finish_ended(db, NOW) == 1
     late = await claim(db, "other", later=batches.LEASE + 2 * SECOND)
     assert {one.batch_id for one in late} == {"released", "kept"}
 

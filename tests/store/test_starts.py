@@ -9,7 +9,7 @@ from tests.store.making import NOW, TestWriter, callback, seen, started
 from tracker.core.observation import Source
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.queries.starts import StartRow, StartState
+from tracker.store.queries.starts import NotStored, StartRow, StartState
 
 LEASE = timedelta(seconds=60)
 
@@ -250,6 +250,30 @@ async def test_runs_of_known_origin_are_of_no_other_start(writer: TestWriter, db
     asked += ["run_before", "run_other"]
     assert await starts.possible(db, row, asked) == {"run_swept", "run_called", "run_unknown"}
     assert await starts.possible(db, row, []) == set()
+
+
+async def test_an_outcome_that_comes_late_is_not_of_a_later_request(db: Database) -> None:
+    """What a process could not store at once is stored only if the key was not sent again since:
+    else it would free a key whose last request may have started a run."""
+    await reserve(db, "key")
+    row = await mark(db, "key", StartState.IN_DOUBT)
+    refused = NotStored(row.sent_at, starts.outcome(StartState.REFUSED, {"message": "no credits"}))
+    assert await starts.take(db, "default", "key", "x", NOW, LEASE)
+    again = NOW + timedelta(seconds=30)
+    await starts.mark_sent(
+        db, "default", "key", holder="x", at=again, callback_url=None, request_body="{}"
+    )
+    assert await starts.give_back(db, "default", "key", "x")
+    assert await starts.give_back(db, "default", "key", "h", refused)
+    found = await starts.get(db, "default", "key")
+    assert found is not None
+    assert (found.state, found.sent_at) == (StartState.IN_DOUBT, again)
+    doubt = NotStored(again, starts.outcome(StartState.IN_DOUBT, None))
+    for known in (replace(refused, sent_at=again), doubt):  # the first outcome is the last
+        assert await starts.give_back(db, "default", "key", "h", known)
+        found = await starts.get(db, "default", "key")
+        assert found is not None
+        assert found.state is StartState.REFUSED
 
 
 async def test_starts_without_an_outcome_are_listed_newest_first(db: Database) -> None:

@@ -450,9 +450,7 @@ async def test_without_a_price_nothing_is_started(
     assert begun(flora) == []
 
 
-async def test_a_maximum_cost_needs_a_price(
-    services: Services, flora: Simulator
-) -> None:
+async def test_a_maximum_cost_needs_a_price(services: Services, flora: Simulator) -> None:
     """Neither a plan nor a launch takes a technique without a price for one that costs nothing."""
     planned = await plan(services, "a", "b")
     planned = replace(planned, technique=replace(planned.technique, run_cost=None))

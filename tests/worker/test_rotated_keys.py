@@ -159,3 +159,15 @@ async def test_a_callback_does_not_tell_whose_the_new_key_is(
     assert (await services.poller.poll_due()).trouble is None
     assert (await the_run(services, run.run_id)).run.settled
     assert workspace.workspace_id == "ws_other"
+
+
+async def test_a_new_signing_secret_leaves_the_workspace_known(
+    services: Services, flora: Simulator
+) -> None:
+    """Its API key is the same, so FLORA is not asked again whose it is."""
+    [workspace] = services.workspaces
+    known = await services.workspaces.id_of(workspace)
+    services.workspaces.rotate(
+        workspace.place, api_key=flora.world.options.api_key, secrets=("whsec_new",)
+    )
+    assert (workspace.workspace_id, [*services.workspaces.signers]) == (known, ["whsec_new"])

@@ -96,14 +96,16 @@ async def test_five_at_the_same_moment_start_one(open_on: OpenServices, flora: S
 async def test_a_refusal_starts_nothing_and_the_key_may_be_used_again(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:
-    """What FLORA refuses comes through as it said it; once corrected, the same key starts a run."""
+    """What FLORA refuses comes through as it said it; once corrected, the same key starts a run,
+    with other tags if these are asked for now."""
     async with make_flora(credits=0.0) as flora:
         services = await open_on(flora)
         with pytest.raises(FloraRefusal) as refused:
             await services.starter.start(request())
         assert (refused.value.status, refused.value.code) == (402, "insufficient_credits")
         flora.world.options = replace(flora.world.options, credits=100.0)
-        await services.starter.start(request())
+        started = await services.starter.start(request(tags={"campaign": "spring"}))
+        assert started.record.tags == {"campaign": "spring"}
         assert len(flora.world.runs) == 1
 
 

@@ -17,6 +17,7 @@ from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.sheet import sheet_of_objects
 from tracker.store.queries import starts as start_log
+from tracker.store.queries.runs import get_run
 from tracker.store.schema import runs, starts
 
 
@@ -53,6 +54,18 @@ async def test_another_workspaces_key_in_the_same_place_has_keys_of_its_own(
         assert None not in (first, second)
         assert first != second
         assert flora.world.runs[second or ""].workspace.workspace_id == "ws_other"
+
+
+async def test_a_key_of_another_workspace_than_the_settings_say_tracks_nothing(
+    flora: Simulator, open_on: OpenServices
+) -> None:
+    """A page of the history that it reads is reported, and not taken for this workspace's."""
+    services = await open_on(flora, flora_workspace_id="ws_elsewhere")
+    run = flora.start()
+    [workspace] = services.workspaces
+    report = await services.sweeper.sweep(workspace)
+    assert "reads workspace ws_simulator" in (report.error or "")
+    assert await get_run(services.database, run.run_id) is None
 
 
 async def test_a_key_of_another_workspace_than_the_settings_say_starts_nothing(
