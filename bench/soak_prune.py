@@ -56,7 +56,7 @@ async def receive(db: Database, name: str, done: asyncio.Event) -> list[float]:
     ):
         while not done.is_set():
             began = time.perf_counter()
-            await inbox.enqueue(delivery(f"{name}_{len(took)}", at=utc_now()))
+            await inbox.store(delivery(f"{name}_{len(took)}", at=utc_now()))
             took.append(time.perf_counter() - began)
             await asyncio.sleep(0.005)
     return took

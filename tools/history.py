@@ -16,6 +16,7 @@ from typing import Any, Final
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, Entry, Observed
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.receiving.receive import SignedDelivery
 from tracker.services import Services
 from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
 from tracker.store.queries import sweeps
@@ -57,12 +58,12 @@ async def store_a_day(services: Services, *, now: datetime, seed: int) -> int:
     for life in lives:
         for entry in _entries(life):
             if isinstance(entry, Delivery):
-                await services.inbox.enqueue(entry)
+                await services.inbox.enqueue(SignedDelivery(entry, "default", 1))
                 await services.applier.drain()
             else:
                 await services.writer.submit(entry)
     for delivery in _strange(now):
-        await services.inbox.enqueue(delivery)
+        await services.inbox.enqueue(SignedDelivery(delivery, "default", 1))
     await services.applier.drain()
     for minutes in range(240, 2, -5):
         at = now - timedelta(minutes=minutes)

@@ -140,7 +140,7 @@ class Services:
             body=message_body,
             process=process,
             clock=clock,
-            on_attempt=[metrics.attempted],
+            on_attempt=metrics.attempted,
             handlers=handlers,
         )
         stack.on_close("webhooks", webhooks.aclose)
@@ -152,7 +152,6 @@ class Services:
         compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
         on_commit = [signals.committed, compactor.committed, metrics.committed]
-        on_write = [metrics.written]
         self.applier = applier = Applier(
             database,
             workspaces=workspaces,
@@ -160,8 +159,8 @@ class Services:
             clock=clock,
             background=background,
             on_commit=on_commit,
-            on_applied=[metrics.applied],
-            on_write=on_write,
+            on_applied=metrics.applied,
+            on_write=metrics.written,
         )
         signals.when_notified(INBOX, applier.wake)
         if background:
@@ -169,11 +168,11 @@ class Services:
         await stack.open("compactor", compactor)
         on_commit = [*on_commit, applier.committed]
         self.writer = writer = await stack.open(
-            "writer", Writer(database, rules=rules, on_commit=on_commit, on_write=on_write)
+            "writer", Writer(database, rules=rules, on_commit=on_commit, on_write=metrics.written)
         )
         await stack.open("applier", applier)
         self.inbox = inbox = await stack.open(
-            "inbox", Inbox(database, on_stored=applier.stored, on_write=on_write)
+            "inbox", Inbox(database, on_stored=applier.stored, on_write=metrics.written)
         )
         self.receiver = Receiver(
             inbox=inbox,

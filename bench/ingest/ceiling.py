@@ -7,13 +7,23 @@ answers. What a callback costs beyond this is the price of storing and applying 
 import asyncio
 
 from tracker.cli import main
-from tracker.core.record import Delivery, DeliveryOutcome
-from tracker.receiving.receive import Inbox, Stored
+from tracker.core.record import DeliveryOutcome
+from tracker.receiving.receive import Inbox, Received, SignedDelivery
 
 
-def _store_nothing(_inbox: Inbox, delivery: Delivery) -> "asyncio.Future[Stored]":
-    stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
-    stored.set_result(Stored(delivery.delivery_id, DeliveryOutcome.WAITING, repeated=False))
+def _store_nothing(_inbox: Inbox, item: SignedDelivery) -> "asyncio.Future[Received]":
+    delivery, workspace, secret = item
+    stored: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
+    stored.set_result(
+        Received(
+            delivery_id=delivery.delivery_id,
+            run_id=delivery.run_id,
+            outcome=DeliveryOutcome.WAITING,
+            repeated=False,
+            workspace=workspace,
+            secret=secret,
+        )
+    )
     return stored
 
 

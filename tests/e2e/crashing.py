@@ -220,7 +220,7 @@ class Switch:
 
 def _applies(work: Callable[[Any], Any]) -> bool:
     function = work.func if isinstance(work, partial) else work
-    return function.__qualname__ == "apply_waiting"
+    return function.__qualname__ == "Applier.apply_waiting"
 
 
 def names_of(work: Callable[[Any], Any]) -> set[str]:

@@ -105,7 +105,7 @@ async def _called(services: Services, run_id: str, poll_url: str) -> None:
     body = json.loads(event(run_id))
     body["data"] |= {"poll_url": poll_url, "url": poll_url, "callback_url": poll_url}
     raw = json.dumps(body).encode()
-    await services.receiver.receive(raw, signature=signature(raw), webhook_id=poll_url)
+    await services.receiver.receive(raw, signature=signature(raw), webhook_id=poll_url)[1]
     await services.applier.drain()
 
 

@@ -1,5 +1,6 @@
 """Entries, observations and writers for the store's tests."""
 
+import asyncio
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,12 +18,13 @@ from tracker.core.record import Delivery, DeliveryOutcome, Entry, Observed
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
 from tracker.flora.callback import observation_of
-from tracker.receiving.apply import ParsedDelivery, apply_waiting
-from tracker.receiving.receive import Inbox
+from tracker.receiving.apply import Applier, ParsedDelivery
+from tracker.receiving.receive import Inbox, Received, SignedDelivery
 from tracker.store.engine import Database
 from tracker.store.queries.runs import events
 from tracker.store.schema import deliveries
 from tracker.store.writing.writer import MergeRules, Writer, WriteResult
+from tracker.workspaces import Workspaces
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 POLICY = Policy()
@@ -40,7 +42,7 @@ class TestWriter(Writer):
     async def submit(self, entry: Entry | Delivered) -> WriteResult:
         if not isinstance(entry, Delivered):
             return await super().submit(entry)
-        await keep(self._db, entry)
+        await keep(self.database, entry)
         if entry.observation is None:
             return WriteResult(before=None, after=None)
         return await super().submit(Observed(observation=entry.observation))
@@ -51,7 +53,7 @@ class TestWriter(Writer):
             if not isinstance(entry, Delivered):
                 seen.append(entry)
                 continue
-            await keep(self._db, entry)
+            await keep(self.database, entry)
             if entry.observation is not None:
                 seen.append(Observed(observation=entry.observation))
         return await super().submit_all(seen)
@@ -185,35 +187,52 @@ def delivery(run_id: str, *, at: datetime = NOW, body: bytes | None = None) -> D
     )
 
 
-def parsed(one: Delivery) -> ParsedDelivery:
-    """A delivery, parsed without any settings."""
-    seen = observation_of(one.body, at=one.received_at)
-    return ParsedDelivery(None, seen) if isinstance(seen, str) else ParsedDelivery(seen)
+class TestInbox(Inbox):
+    """An inbox that is told nothing of secrets."""
+
+    __test__ = False
+
+    def store(self, one: Delivery) -> asyncio.Future[Received]:
+        return self.enqueue(SignedDelivery(one, "default", 1))
 
 
-def open_inbox(db: Database, **options: Any) -> Inbox:
+def open_inbox(db: Database, **options: Any) -> TestInbox:
     """An inbox of the database."""
-    return Inbox(db, **{**PATIENCE, **options})
+    return TestInbox(db, **{**PATIENCE, **options})
+
+
+class TestApplier(Applier):
+    """An applier without any settings: these workspaces may have signed all deliveries."""
+
+    __test__ = False
+    signers: frozenset[str] | None = None
+
+    def parse(self, delivery: Delivery) -> ParsedDelivery:
+        seen = observation_of(delivery.body, at=delivery.received_at)
+        if isinstance(seen, str):
+            return ParsedDelivery(None, seen)
+        return ParsedDelivery(seen, signers=self.signers)
+
+
+def applier_of(
+    db: Database, *, at: datetime = NOW, limit: int = 500, signers: frozenset[str] | None = None
+) -> TestApplier:
+    """An applier that only applies when it is told to."""
+    applier = TestApplier(
+        db,
+        workspaces=Workspaces([], database=db, clock=lambda: at),
+        rules=RULES,
+        clock=lambda: at,
+        background=False,
+        max_group=limit,
+    )
+    applier.signers = signers
+    return applier
 
 
 async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> int:
     """Apply all deliveries that wait; how many that were."""
-    count = 0
-    while True:
-        done = await db.write(
-            lambda connection: apply_waiting(
-                connection,
-                limit=limit,
-                parse=parsed,
-                taken=[],
-                clock=lambda: at,
-                rules=RULES,
-                origin=db.origin,
-            )
-        )
-        if not done.taken:
-            return count
-        count += done.taken
+    return await applier_of(db, at=at, limit=limit).drain()
 
 
 _texts = st.sampled_from(["a", "b", "Größe", "nul \0 in it", "half \ud83d of one"])

@@ -29,7 +29,7 @@ async def test_what_waits_to_be_applied_is_counted(db: Database) -> None:
     """With the time of the first; nothing is left once it is applied."""
     async with open_inbox(db) as inbox:
         for seconds, run in ((5, "run_2"), (0, "run_1"), (9, "run_3")):
-            await inbox.enqueue(delivery(run, at=NOW + timedelta(seconds=seconds)))
+            await inbox.store(delivery(run, at=NOW + timedelta(seconds=seconds)))
     found = await read_gauges(db, now=NOW)
     assert (found.waiting, found.oldest_waiting_at) == (3, NOW)
     counted = await counts(db, now=NOW)

@@ -1,7 +1,9 @@
 """Group commit: in order, in bounded groups, and never more than there is room for."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -33,8 +35,22 @@ class Committed:
         return [len(item) for item in group]
 
 
-def group_commit(committed: Committed, **options: object) -> GroupCommit[bytes, int]:
-    return GroupCommit(committed.commit, name="test", size=len, **options)  # type: ignore[arg-type]
+@dataclass(eq=False)
+class Lengths(GroupCommit[bytes, int]):
+    """Commits with `commit`."""
+
+    name = "test"
+    commit: Callable[[list[bytes]], Awaitable[Sequence[int]]]
+
+    async def _commit(self, items: list[bytes]) -> Sequence[int]:
+        return await self.commit(items)
+
+    def _size(self, item: bytes) -> int:
+        return len(item)
+
+
+def group_commit(committed: Committed, **options: Any) -> Lengths:
+    return Lengths(committed.commit, **options)
 
 
 async def test_what_comes_during_a_commit_shares_the_next() -> None:
@@ -141,7 +157,7 @@ async def test_a_fault_ends_no_group_commit() -> None:
         return next(answers)
 
     with capture_logs() as lines:
-        async with GroupCommit(commit, name="test", size=len) as group:
+        async with Lengths(commit) as group:
             with pytest.raises(StoreUnavailable):
                 await group.enqueue(b"a")
             assert await group.enqueue(b"b") == 7

@@ -1,7 +1,7 @@
 """The inbox: what is acknowledged is stored, and what is stored is applied, once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -16,7 +16,9 @@ from sqlalchemy import event, func, select, text
 from tests.store.making import (
     NOW,
     RULES,
+    TestInbox,
     TestWriter,
+    applier_of,
     apply_all,
     body_of,
     callback,
@@ -25,7 +27,6 @@ from tests.store.making import (
     merge_timeline,
     open_inbox,
     open_writer,
-    parsed,
     receipts,
     seen,
     started,
@@ -39,8 +40,7 @@ from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.waiting import cancel
 from tracker.flora.callback import digest_id
-from tracker.receiving.apply import SAMPLES, Applier, ParsedDelivery, apply_waiting
-from tracker.receiving.receive import Inbox
+from tracker.receiving.apply import SAMPLES, Applier
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries.deliveries import MAX_LARGE, SMALL_BODY, get_delivery, requeue
@@ -53,7 +53,7 @@ LATER = NOW + timedelta(hours=2)
 
 
 @pytest.fixture
-async def inbox(db: Database) -> AsyncIterator[Inbox]:
+async def inbox(db: Database) -> AsyncIterator[TestInbox]:
     """An inbox of the database."""
     async with open_inbox(db) as inbox:
         yield inbox
@@ -104,11 +104,14 @@ async def how_many(db: Database, table: Any) -> int:
 # Storing
 
 
-async def test_what_is_stored_waits_and_touches_no_run(inbox: Inbox, other_db: Database) -> None:
+async def test_what_is_stored_waits_and_touches_no_run(
+    inbox: TestInbox, other_db: Database
+) -> None:
     """The bytes and what the row needs are on disk when the caller is told; nothing else is."""
     came = replace(delivery("run_1"), api_version="2026-06-11", created_at=NOW, workspace_id="ws")
-    stored = await inbox.enqueue(came)
-    assert stored == ("whd_run_1", DeliveryOutcome.WAITING, False)
+    stored = await inbox.store(came)
+    assert (stored.delivery_id, stored.outcome) == ("whd_run_1", DeliveryOutcome.WAITING)
+    assert not stored.repeated
     row = await get_delivery(other_db, "whd_run_1")
     assert row is not None
     assert (row.outcome, row.receipts, row.body) == (DeliveryOutcome.WAITING, 1, came.body)
@@ -124,8 +127,8 @@ async def test_many_share_a_commit(db: Database) -> None:
     def count(items: int, *_: object) -> None:
         commits.append(items)
 
-    async with open_inbox(db, on_write=[count]) as inbox:
-        stored = await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 200)))
+    async with open_inbox(db, on_write=count) as inbox:
+        stored = await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 200)))
     assert (sum(commits), len(commits)) == (200, 1)
     assert not any(one.repeated for one in stored)
     assert len(await receipts(db)) == 200
@@ -146,21 +149,22 @@ async def test_groups_of_any_size_need_few_statements(db: Database) -> None:
     db.send = heard  # type: ignore[method-assign]
     async with open_inbox(db) as inbox:
         for size in sizes:
-            came = [inbox.enqueue(delivery(f"run_{size}_{number}")) for number in range(size)]
+            came = [inbox.store(delivery(f"run_{size}_{number}")) for number in range(size)]
             assert {one.repeated for one in await asyncio.gather(*came)} == {False}
     assert await how_many(db, deliveries) == sum(sizes)
     assert 0 < len(texts) < 14
 
 
-async def test_a_repeated_delivery_only_counts(inbox: Inbox, db: Database) -> None:
+async def test_a_repeated_delivery_only_counts(inbox: TestInbox, db: Database) -> None:
     """In one group or in several; and what became of it is told."""
     later = NOW + timedelta(seconds=10)
     came = [delivery("run_1"), delivery("run_2"), delivery("run_1", at=later), delivery("run_1")]
-    together = await asyncio.gather(*map(inbox.enqueue, came))
+    together = await asyncio.gather(*map(inbox.store, came))
     assert [one.repeated for one in together] == [False, False, True, True]
     assert await apply_all(db) == 2
-    again = await inbox.enqueue(delivery("run_1", at=later + timedelta(seconds=1)))
-    assert again == ("whd_run_1", DeliveryOutcome.APPLIED, True)
+    again = await inbox.store(delivery("run_1", at=later + timedelta(seconds=1)))
+    assert (again.delivery_id, again.outcome) == ("whd_run_1", DeliveryOutcome.APPLIED)
+    assert again.repeated
     assert await receipts(db) == {"whd_run_1": 4, "whd_run_2": 1}
     row = await get_delivery(db, "whd_run_1")
     assert row is not None
@@ -171,14 +175,14 @@ async def test_a_repeated_delivery_only_counts(inbox: Inbox, db: Database) -> No
 
 @pytest.mark.parametrize("together", [True, False])
 async def test_another_body_under_a_known_id_is_stored_beside_it(
-    inbox: Inbox, db: Database, together: bool
+    inbox: TestInbox, db: Database, together: bool
 ) -> None:
     """Both were signed: each is kept as it came and counted once, however they came."""
     one, other = delivery("run_1"), delivery("run_1", body=body_of("run_2", "whd_run_1"))
     if together:
-        stored = list(await asyncio.gather(*map(inbox.enqueue, (one, other, one, other))))
+        stored = list(await asyncio.gather(*map(inbox.store, (one, other, one, other))))
     else:
-        stored = [await inbox.enqueue(each) for each in (one, other, one, other)]
+        stored = [await inbox.store(each) for each in (one, other, one, other)]
     key = digest_id(other.body)
     assert [each.delivery_id for each in stored] == ["whd_run_1", key, "whd_run_1", key]
     assert [each.repeated for each in stored] == [False, False, True, True]
@@ -191,13 +195,13 @@ async def test_another_body_under_a_known_id_is_stored_beside_it(
 
 
 async def test_an_id_that_looks_like_anothers_digest_loses_nothing(
-    inbox: Inbox, db: Database
+    inbox: TestInbox, db: Database
 ) -> None:
     """Whatever ids someone makes up, every body is kept."""
     other = delivery("run_1", body=b"other")
     forged = replace(delivery("run_2", body=b"forged"), delivery_id=digest_id(b"other"))
     came = [delivery("run_1"), forged, other]
-    stored = [await inbox.enqueue(each) for each in came]
+    stored = [await inbox.store(each) for each in came]
     assert len({each.delivery_id for each in stored}) == 3
     for each, delivered in zip(stored, came, strict=True):
         row = await get_delivery(db, each.delivery_id)
@@ -205,13 +209,13 @@ async def test_an_id_that_looks_like_anothers_digest_loses_nothing(
         assert row.body == delivered.body
 
 
-async def test_a_removed_body_still_recognises_a_repetition(inbox: Inbox, db: Database) -> None:
+async def test_a_removed_body_still_recognises_a_repetition(inbox: TestInbox, db: Database) -> None:
     """What retention emptied cannot be compared, and is no other delivery."""
-    await inbox.enqueue(delivery("run_1"))
+    await inbox.store(delivery("run_1"))
     await apply_all(db)
     emptied = deliveries.update().values(body=b"", body_removed_at=NOW)
     await db.write(lambda connection: connection.execute(emptied).rowcount)
-    assert (await inbox.enqueue(delivery("run_1"))).repeated
+    assert (await inbox.store(delivery("run_1"))).repeated
     assert await receipts(db) == {"whd_run_1": 2}
 
 
@@ -220,8 +224,8 @@ async def test_two_processes_store_the_same(db: Database, other_db: Database) ->
     wanted = [delivery(run) for run in ids("run", 60)]
     async with open_inbox(db, max_group=7) as one, open_inbox(other_db, max_group=11) as other:
         first, second = await asyncio.gather(
-            asyncio.gather(*map(one.enqueue, wanted)),
-            asyncio.gather(*map(other.enqueue, reversed(wanted))),
+            asyncio.gather(*map(one.store, wanted)),
+            asyncio.gather(*map(other.store, reversed(wanted))),
         )
     repeated = [(a.repeated, b.repeated) for a, b in zip(first, reversed(second), strict=True)]
     assert all(sorted(pair) == [False, True] for pair in repeated)
@@ -231,9 +235,9 @@ async def test_two_processes_store_the_same(db: Database, other_db: Database) ->
 # Applying
 
 
-async def test_applying_ends_the_run_and_makes_it_due(inbox: Inbox, db: Database) -> None:
+async def test_applying_ends_the_run_and_makes_it_due(inbox: TestInbox, db: Database) -> None:
     """A run that nobody registered is created, ended, and to be read at once."""
-    await inbox.enqueue(delivery("run_1"))
+    await inbox.store(delivery("run_1"))
     assert await apply_all(db, at=LATER) == 1
     record = await read.get_run(db, "run_1")
     assert record is not None
@@ -248,23 +252,25 @@ async def test_applying_ends_the_run_and_makes_it_due(inbox: Inbox, db: Database
 
 
 async def test_the_first_receipt_stays_the_first(
-    inbox: Inbox, writer: TestWriter, db: Database
+    inbox: TestInbox, writer: TestWriter, db: Database
 ) -> None:
     """`callback_at` is the earliest receipt, in whichever order deliveries are applied."""
     await writer.submit(started("run_1"))
     early, late = NOW + timedelta(seconds=5), NOW + timedelta(seconds=9)
-    await inbox.enqueue(replace(delivery("run_1", at=late), delivery_id="whd_late"))
+    await inbox.store(replace(delivery("run_1", at=late), delivery_id="whd_late"))
     await apply_all(db)
-    await inbox.enqueue(replace(delivery("run_1", at=early), delivery_id="whd_early"))
+    await inbox.store(replace(delivery("run_1", at=early), delivery_id="whd_early"))
     await apply_all(db)
     record = await read.get_run(db, "run_1")
     assert record is not None
     assert (record.source, record.callback_at) == (Source.START, early)
 
 
-async def test_a_settled_run_stays_as_it_is(inbox: Inbox, writer: TestWriter, db: Database) -> None:
+async def test_a_settled_run_stays_as_it_is(
+    inbox: TestInbox, writer: TestWriter, db: Database
+) -> None:
     """What the API said stands; the callback is only noted."""
-    await inbox.enqueue(delivery("run_1"))
+    await inbox.store(delivery("run_1"))
     await writer.submit(seen("run_1", RunStatus.COMPLETED))
     await apply_all(db)
     record = await read.get_run(db, "run_1")
@@ -284,11 +290,11 @@ ODD_BODIES = (
 )
 
 
-async def test_what_is_not_understood_is_quarantined_alone(inbox: Inbox, db: Database) -> None:
+async def test_what_is_not_understood_is_quarantined_alone(inbox: TestInbox, db: Database) -> None:
     """Each says why, its bytes stay, and its neighbours are applied."""
     odd = [Delivery(delivery_id=digest_id(body), received_at=NOW, body=body) for body in ODD_BODIES]
     good = [delivery(run) for run in ids("run", 20)]
-    await asyncio.gather(*map(inbox.enqueue, [*good[:7], *odd, *good[7:]]))
+    await asyncio.gather(*map(inbox.store, [*good[:7], *odd, *good[7:]]))
     assert await apply_all(db) == 20 + len(odd)
     for one in odd:
         row = await get_delivery(db, one.delivery_id)
@@ -298,13 +304,13 @@ async def test_what_is_not_understood_is_quarantined_alone(inbox: Inbox, db: Dat
     assert await how_many(db, runs) == 20
 
 
-async def test_text_that_no_database_holds_is_made_fit(inbox: Inbox, db: Database) -> None:
+async def test_text_that_no_database_holds_is_made_fit(inbox: TestInbox, db: Database) -> None:
     """NUL and halves of surrogate pairs are replaced in what is read of a body; bytes stay."""
     body = (
         b'{"id": "whd_1", "type": "run.failed", "data": {"run_id": "run_\\u0000\\ud800", '
         b'"status": "failed", "error_code": "a\\u0000", "error_message": "\\udfff"}}'
     )
-    await inbox.enqueue(Delivery(delivery_id="whd_1", received_at=NOW, body=body))
+    await inbox.store(Delivery(delivery_id="whd_1", received_at=NOW, body=body))
     assert await apply_all(db) == 1
     record = await read.get_run(db, "run_\ufffd\ufffd")
     assert record is not None
@@ -320,19 +326,21 @@ async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Da
         for again in range(3):
             await asyncio.gather(
                 *(
-                    inbox.enqueue(replace(delivery(run), delivery_id=f"whd_{run}_{again}"))
+                    inbox.store(replace(delivery(run), delivery_id=f"whd_{run}_{again}"))
                     for run in names
                 )
             )
     counted: list[int] = []
+
+    def count(good: int, _: int) -> None:
+        counted.append(good)
 
     async def none() -> bool:
         return await waiting(db) == 0
 
     async with AsyncExitStack() as stack:
         for one, limit in ((db, 7), (other_db, 11), (db, 13)):
-            hooks = [lambda good, _: counted.append(good)]
-            applier = open_applier(one, on_applied=hooks, max_group=limit)
+            applier = open_applier(one, on_applied=count, max_group=limit)
             await stack.enter_async_context(applier)
             applier.wake()
         await eventually(none)
@@ -345,7 +353,7 @@ async def test_two_processes_need_no_turns_on_postgres(postgres_url: str) -> Non
     """What one has taken the other passes over; what a transaction took that came to nothing is
     applied by the next."""
     async with await Database.open(postgres_url) as db, open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 4)))
+        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 4)))
         holder: Any = await asyncpg.connect(postgres_url)
         transaction = holder.transaction()
         await transaction.start()
@@ -365,13 +373,13 @@ async def test_what_an_older_receiver_wrote_is_done(db: Database) -> None:
     await keep(db, Delivered(delivery=delivery("run_2"), outcome=DeliveryOutcome.QUARANTINED))
     assert await apply_all(db) == 0
     async with open_inbox(db) as inbox:
-        stored = await inbox.enqueue(delivery("run_1", body=b"{}"))
+        stored = await inbox.store(delivery("run_1", body=b"{}"))
     assert (stored.outcome, stored.repeated) == (DeliveryOutcome.APPLIED, True)
     assert await apply_all(db) == 0
 
 
 async def test_only_its_own_workspace_may_end_a_run(
-    inbox: Inbox, writer: TestWriter, db: Database
+    inbox: TestInbox, writer: TestWriter, db: Database
 ) -> None:
     """A callback that another workspace signed is quarantined; where several signed it, it is not;
     and the first one of a new run makes it its own, within one group too."""
@@ -379,31 +387,19 @@ async def test_only_its_own_workspace_may_end_a_run(
     for number, run in enumerate(("run_1", "run_2", "run_2")):
         one = delivery(run, body=body_of(run, workspace_id=f"ws_{'ab'[number % 2]}"))
         at = NOW + timedelta(seconds=number)
-        await inbox.enqueue(replace(one, delivery_id=f"whd_{number}", received_at=at))
+        await inbox.store(replace(one, delivery_id=f"whd_{number}", received_at=at))
 
-    def parse_for(signers: set[str]) -> Callable[[Delivery], ParsedDelivery]:
-        return lambda one: parsed(one)._replace(signers=signers)
-
-    async def apply(signers: set[str]) -> Sequence[tuple[str, str]]:
-        done = await db.write(
-            lambda connection: apply_waiting(
-                connection,
-                limit=10,
-                parse=parse_for(signers),
-                taken=[],
-                clock=lambda: NOW,
-                rules=RULES,
-                origin=db.origin,
-            )
-        )
+    async def apply(*signers: str) -> Sequence[tuple[str, str]]:
+        applier = applier_of(db, signers=frozenset(signers))
+        done = await db.write(partial(applier.apply_waiting, 10, []))
         return done.quarantined
 
-    quarantined = await apply({"ws_b"})
+    quarantined = await apply("ws_b")
     assert [key for key, _ in quarantined] == ["whd_0"]
     assert "its run is of workspace ws_a" in quarantined[0][1]
     assert await outcomes(db) == {"whd_0": "quarantined", "whd_1": "applied", "whd_2": "applied"}
     await db.write(lambda connection: requeue(connection, delivery_of("whd_0", "run_1")))
-    assert await apply({"ws_b", "ws_a"}) == []
+    assert await apply("ws_b", "ws_a") == []
 
 
 def delivery_of(delivery_id: str, run_id: str) -> Delivery:
@@ -422,12 +418,12 @@ async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
             db,
             check_seconds=60.0,
             on_commit=[told.append],
-            on_applied=[lambda good, bad: counted.append((good, bad))],
+            on_applied=lambda good, bad: counted.append((good, bad)),
         ) as applier,
         open_inbox(db, on_stored=applier.stored) as inbox,
     ):
-        await inbox.enqueue(delivery("run_1"))
-        await inbox.enqueue(Delivery(delivery_id="whd_odd", received_at=NOW, body=b"?"))
+        await inbox.store(delivery("run_1"))
+        await inbox.store(Delivery(delivery_id="whd_odd", received_at=NOW, body=b"?"))
 
         async def both() -> bool:
             return await waiting(db) == 0
@@ -440,14 +436,14 @@ async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
 async def test_what_a_dead_process_stored_is_found(db: Database) -> None:
     """At the start, and every second while others may die."""
     async with open_inbox(db) as inbox:
-        await inbox.enqueue(delivery("run_1"))
+        await inbox.store(delivery("run_1"))
         async with open_applier(db, background=True):
 
             async def none() -> bool:
                 return await waiting(db) == 0
 
             await eventually(none)
-            await inbox.enqueue(delivery("run_2"))
+            await inbox.store(delivery("run_2"))
             await assert_takes_less(3, partial(eventually, none))
 
 
@@ -469,7 +465,7 @@ async def test_what_cannot_be_applied_is_quarantined_alone(db: Database) -> None
         bodies = {run: body_of(run) for run in ids("run", 40)}
         bodies["run_0003"] = body_of("run_0003", workspace_id="ws_bad")
         await asyncio.gather(
-            *(inbox.enqueue(delivery(run, body=body)) for run, body in bodies.items())
+            *(inbox.store(delivery(run, body=body)) for run, body in bodies.items())
         )
     workspaces = BrokenWorkspaces([Workspace(place="default")], database=db, clock=lambda: NOW)
     applier = open_applier(db, workspaces=workspaces)
@@ -489,7 +485,7 @@ async def test_a_database_that_is_away_blames_no_delivery(
 ) -> None:
     """It is tried again, and nothing is quarantined."""
     async with open_inbox(db) as inbox:
-        await inbox.enqueue(delivery("run_1"))
+        await inbox.store(delivery("run_1"))
     faulty_db.faults = repeat(StoreUnavailable("the database is away"), 3)
     async with open_applier(faulty_db) as applier:
         applier.wake()
@@ -509,7 +505,7 @@ async def test_a_slow_database_applies_smaller_groups(postgres_url: str) -> None
         await Database.open(postgres_url, times=times) as db,
         open_inbox(db) as inbox,
     ):
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 100)))
+        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 100)))
         admin: Any = await asyncpg.connect(postgres_url)
         await admin.execute(
             """
@@ -538,7 +534,7 @@ async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -
         open_writer(db) as writer,
     ):
         await writer.submit(seen("run_0002"))
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 5)))
+        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 5)))
         holder: Any = await asyncpg.connect(postgres_url)
         transaction = holder.transaction()
         await transaction.start()
@@ -603,14 +599,14 @@ async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
         monotonic=monotonic,
         max_group=30,
         busy_group=10,
-        on_applied=[lambda good, _: groups.append(good)],
+        on_applied=lambda good, _: groups.append(good),
     )
 
     async def none() -> bool:
         return await waiting(db) == 0
 
     async with open_inbox(db) as inbox, applier:
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 100)))
+        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 100)))
         async with many_waiting(applier):
             for second in (1, 2, 3):
                 await eventually(lambda second=second: len(groups) == second)
@@ -633,7 +629,7 @@ async def test_a_busy_process_notifies_others(postgres_url: str) -> None:
     await listener.add_listener("tracker_inbox", lambda *notice: heard.append(notice[3]))
     async with await Database.open(postgres_url) as db:
         async with open_inbox(db) as inbox:
-            await inbox.enqueue(delivery("run_1"))
+            await inbox.store(delivery("run_1"))
         async with open_applier(db, monotonic=monotonic) as applier, many_waiting(applier):
             for tenth in (1, 2, 3):
                 await eventually(lambda tenth=tenth: len(heard) == tenth)
@@ -645,7 +641,7 @@ async def test_a_busy_process_notifies_others(postgres_url: str) -> None:
     await listener.close()
 
 
-async def test_no_run_is_read_to_store(db: Database, inbox: Inbox) -> None:
+async def test_no_run_is_read_to_store(db: Database, inbox: TestInbox) -> None:
     """One statement, or a look and an insert, about deliveries alone."""
     sent: list[str] = []
 
@@ -654,7 +650,7 @@ async def test_no_run_is_read_to_store(db: Database, inbox: Inbox) -> None:
 
     for engine in db.engines:
         event.listen(engine, "before_cursor_execute", note)
-    await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 3)))
+    await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 3)))
     for engine in db.engines:
         event.remove(engine, "before_cursor_execute", note)
     told = [one for one in sent if not one.startswith(("BEGIN", "PRAGMA"))]
@@ -668,9 +664,9 @@ async def test_large_bodies_are_applied_a_few_at_a_time(db: Database) -> None:
     groups: list[int] = []
     async with open_inbox(db) as inbox:
         for run in ids("run", MAX_LARGE + 8):
-            await inbox.enqueue(delivery(run, body=body_of(run) + large))
-        await inbox.enqueue(delivery("small"))
-    applier = open_applier(db, on_applied=[lambda good, _: groups.append(good)])
+            await inbox.store(delivery(run, body=body_of(run) + large))
+        await inbox.store(delivery("small"))
+    applier = open_applier(db, on_applied=lambda good, _: groups.append(good))
     assert await applier.drain() == MAX_LARGE + 9
     assert groups == [MAX_LARGE + 1, 8]
     assert set((await outcomes(db)).values()) == {"applied"}
@@ -682,7 +678,7 @@ async def test_a_database_that_lets_nobody_write_blames_no_delivery(
     """Whatever it says to everyone, a missing privilege for one, is reported and tried again; what
     it waits for stays whole."""
     async with open_inbox(db) as inbox:
-        await inbox.enqueue(delivery("run_1"))
+        await inbox.store(delivery("run_1"))
     faulty_db.faults = repeat(StoreError("the database refuses this: permission denied"))
     async with open_applier(faulty_db) as applier:
         applier.wake()

@@ -117,15 +117,13 @@ async def test_terminated_connections_cost_no_callback(postgres_url: str) -> Non
     ):
         administrator = await asyncpg.connect(postgres_url)
         stack.push_async_callback(administrator.close)
-        await inbox.enqueue(delivery("run_0"))
+        await inbox.store(delivery("run_0"))
         for number in range(1, 4):
             await administrator.execute(
                 "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
-            await asyncio.gather(
-                *(inbox.enqueue(delivery(run)) for run in ids(f"run_{number}", 20))
-            )
+            await asyncio.gather(*(inbox.store(delivery(run)) for run in ids(f"run_{number}", 20)))
             assert await apply_all(db) == (21 if number == 1 else 20)
             assert await get_run(db, f"run_{number}_0007")
         assert set((await receipts(db)).values()) == {1}
@@ -156,7 +154,7 @@ async def test_acknowledged_means_on_disk(own_postgres: PostgresServer) -> None:
     """What was answered before the server crashed is there when it has recovered."""
     async with await Database.open(own_postgres.url("tracker")) as db:
         async with open_inbox(db, deadline=60, max_group=3) as inbox:
-            calls = [asyncio.ensure_future(inbox.enqueue(delivery(run))) for run in ids("run", 300)]
+            calls = [asyncio.ensure_future(inbox.store(delivery(run))) for run in ids("run", 300)]
             await asyncio.wait(calls[:30])
             await asyncio.to_thread(own_postgres.crash)
             let_pass(60)
@@ -203,7 +201,7 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
     setting = f'ALTER DATABASE "{name}" SET default_transaction_read_only ='
     await administrator.execute(f"{setting} on")
     async with await Database.open(postgres_url) as db, open_inbox(db, deadline=60) as inbox:
-        meanwhile = inbox.enqueue(delivery("run_meanwhile"))
+        meanwhile = inbox.store(delivery("run_meanwhile"))
         await eventually(lambda: inbox.trouble)
         let_pass(60)
         with pytest.raises(StoreUnavailable, match="read-only"):
@@ -213,7 +211,7 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
 
         async def stored() -> bool:
             with suppress(StoreUnavailable):
-                return bool(await inbox.enqueue(delivery("run_after")))
+                return bool(await inbox.store(delivery("run_after")))
             return False
 
         await eventually(stored)
@@ -251,7 +249,7 @@ async def test_a_role_that_may_not_write_waits_until_it_may(postgres_url: str) -
     try:
         url = postgres_url.replace(f"{parts.username}@", f"{role}@", 1)
         async with await Database.open(url) as db, open_inbox(db, deadline=60) as inbox:
-            waiting = inbox.enqueue(delivery("run_1"))
+            waiting = inbox.store(delivery("run_1"))
             await eventually(lambda: inbox.trouble)
             with pytest.raises(StoreUnavailable, match="permission denied"):
                 await check_writes(db)

@@ -461,7 +461,7 @@ async def test_applying_finds_what_waits(full: Database) -> None:
 
     async def apply(db: Database) -> None:
         async with open_inbox(db) as inbox:
-            await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ("run_5", "run_new")))
+            await asyncio.gather(*(inbox.store(delivery(run)) for run in ("run_5", "run_new")))
         assert await apply_all(db) == 2
 
     told = await plans(full, apply)

@@ -203,7 +203,7 @@ async def test_a_callback_without_its_body_is_still_recognised(
     assert other is not None
     assert (other.body, other.body_removed_at) == (b"as it came", None)
     async with open_inbox(db) as inbox:
-        stored = await inbox.enqueue(callback("run_1", at=NOW, body=b"as it came").delivery)
+        stored = await inbox.store(callback("run_1", at=NOW, body=b"as it came").delivery)
     assert stored.repeated
     assert await apply_all(db) == 0
     assert (await receipts(db))["whd_run_1"] == 2
@@ -232,7 +232,7 @@ async def test_a_callback_that_came_again_lately_outlives_its_run(
     assert (await pruner(db).prune(AGES))["deliveries"] == 0
     assert await kept(db) == set()
     async with open_inbox(db) as inbox:
-        assert (await inbox.enqueue(callback("run_1", at=NOW).delivery)).repeated
+        assert (await inbox.store(callback("run_1", at=NOW).delivery)).repeated
     much_later = pruner(db, clock=lambda: NOW + 91 * DAY)
     expected = NOTHING | {"deliveries": 1}
     assert await much_later.prune(AGES, dry=True) == expected

@@ -63,7 +63,7 @@ async def call_back(
         }
     ).encode()
     header = sign(body, "whsec_simulator", at=services.clock())
-    await services.receiver.receive(body, signature=header, webhook_id=None)
+    await services.receiver.receive(body, signature=header, webhook_id=None)[1]
     await services.applier.drain()
 
 

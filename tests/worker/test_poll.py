@@ -193,7 +193,7 @@ async def test_a_backlog_does_not_keep_fresh_ends_waiting(
             callback.body,
             signature=callback.headers["Flora-Signature"],
             webhook_id=callback.delivery_id,
-        )
+        )[1]
         await services.applier.drain()
         assert (await services.poller.poll_due()).settled < 30
         assert (await the_run(services, last.run_id)).run.settled

@@ -112,7 +112,7 @@ async def test_a_replay_does_not_let_one_workspace_speak_for_another(sqlite_url:
     async with open_services(settings(sqlite_url, "ws_a", "ws_b")) as services:
         forged = body(workspace_id="ws_b")
         header = sign(forged, f"{SECRET}_ws_a", at=utc_now())
-        await services.receiver.receive(forged, signature=header, webhook_id=None)
+        await services.receiver.receive(forged, signature=header, webhook_id=None)[1]
         await services.applier.drain()
         assert await outcome(services) is DeliveryOutcome.QUARANTINED
         done = await services.replayer.replay("whd_1")
@@ -126,7 +126,7 @@ async def test_a_corrected_workspace_id_makes_a_replay_work(sqlite_url: str) -> 
     async with open_services(settings(sqlite_url, "ws_mistyped")) as services:
         content = body(workspace_id="ws_right")
         header = sign(content, SECRET, at=utc_now())
-        await services.receiver.receive(content, signature=header, webhook_id=None)
+        await services.receiver.receive(content, signature=header, webhook_id=None)[1]
         await services.applier.drain()
         assert await outcome(services) is DeliveryOutcome.QUARANTINED
     async with open_services(settings(sqlite_url, "ws_right")) as services:

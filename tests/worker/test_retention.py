@@ -190,7 +190,7 @@ async def test_a_callback_of_long_ago_leaves_nothing_that_never_ends(
         signed = [sign(one, secret, at=clock()) for one in bodies]
         await prune(services, clock)
         for one, signature in zip(bodies, signed, strict=True):
-            await services.receiver.receive(one, signature=signature, webhook_id=None)
+            await services.receiver.receive(one, signature=signature, webhook_id=None)[1]
         await services.applier.drain()
         await poll_to_the_end(services, clock, within=86_400)
         assert (await the_run(services, run_id)).tracking is Tracking.SETTLED
@@ -251,7 +251,7 @@ async def test_a_replay_of_what_retention_went_over_says_so(
 
     async def comes() -> None:
         signature = sign(content, secret, at=clock())
-        await services.receiver.receive(content, signature=signature, webhook_id=None)
+        await services.receiver.receive(content, signature=signature, webhook_id=None)[1]
 
     await comes()
     await poll_to_the_end(services, clock, within=120)

@@ -151,7 +151,7 @@ async def test_a_callback_does_not_tell_whose_the_new_key_is(
     rotated.rotation.check()
     body = event("run_of_the_first", data=DATA | {"workspace_id": "ws_simulator"})
     signed = signature(body, flora.world.options.webhook_secret, at=clock())
-    await services.receiver.receive(body, signature=signed, webhook_id=None)
+    await services.receiver.receive(body, signature=signed, webhook_id=None)[1]
     await services.applier.drain()
     run = flora.start(workspace=flora.world.options.workspaces[1])
     clock.move(100)

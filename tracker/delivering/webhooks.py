@@ -10,7 +10,7 @@ tasks within milliseconds; one query for all endpoints finds what is due later, 
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import InitVar, dataclass
 from datetime import datetime, timedelta
@@ -100,7 +100,7 @@ class Webhooks:
     clock: Clock
     waits: tuple[timedelta, ...] = WAITS
     times: DeliveryTimes = DeliveryTimes()
-    on_attempt: Sequence[OnAttempt] = ()
+    on_attempt: OnAttempt = lambda *_: None
     handlers: InitVar[Iterable[Handler]] = ()
 
     def __post_init__(self, endpoints: Iterable[Endpoint], handlers: Iterable[Handler]) -> None:
@@ -376,8 +376,7 @@ class _Sender:
             self._open[task] = claim.message_id
             task.add_done_callback(self._ended)
         for claim, attempt in outcomes:
-            for hook in self._webhooks.on_attempt:
-                call_hook(hook, self._endpoint_id, claim, attempt)
+            call_hook(self._webhooks.on_attempt, self._endpoint_id, claim, attempt)
         if claimed.disabled:
             log.error(
                 "endpoint.disabled",

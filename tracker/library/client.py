@@ -306,9 +306,10 @@ class Tracker(BatchCalls):
         address that was called. Raises `SignatureError` and `SettingsError` as `verify_callback`.
         """
         signature, webhook_id = _signature_headers(body, headers)
-        return await self._services().receiver.receive(
+        _, received = self._services().receiver.receive(
             body, signature=signature, webhook_id=webhook_id, token=token
         )
+        return await received
 
     async def techniques(
         self, text: str = "", *, gone: bool = False

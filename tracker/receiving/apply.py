@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import KW_ONLY, InitVar, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
@@ -102,41 +102,6 @@ class ParsedDelivery(NamedTuple):
         return f"its run is of workspace {owner}, but {signed_by}", False
 
 
-def parse_stored(workspaces: Workspaces, delivery: Delivery) -> ParsedDelivery:
-    """The observation, or why the delivery is quarantined, by the settings that this process has.
-
-    Never raises, whatever the body. If no workspace of the id that is stored as the signer is
-    configured, that id was a mistake in the settings, or was not known when it was received.
-    """
-    if delivery.event_type == TEST_DELIVERY:
-        return ParsedDelivery(None)
-    seen = observation_of(delivery.body, at=delivery.received_at)
-    if isinstance(seen, str):
-        return ParsedDelivery(None, seen)
-    if (signer := delivery.workspace_id) and workspaces.has(signer):
-        if seen.workspace_id and seen.workspace_id != signer:
-            return ParsedDelivery(
-                None,
-                f"it names workspace {seen.workspace_id}, but the secret of {signer} signed it",
-            )
-        if not seen.workspace_id:
-            seen = replace(seen, workspace_id=signer)
-    workspace = workspaces.of(seen.workspace_id)
-    if workspace is None and seen.workspace_id is not None:
-        return ParsedDelivery(
-            None, f"it names workspace {seen.workspace_id}, which is not configured here"
-        )
-    if len(workspaces) == 1:
-        if workspace is not None:
-            # The secret may be of another workspace than the key, as after a rotation.
-            workspace.learn(seen.workspace_id, is_assumed=True)
-        return ParsedDelivery(seen)
-    # That workspace, and those that share a secret with it.
-    secrets = set(workspace.secrets) if workspace is not None else set()
-    sharing = {one.workspace_id for one in workspaces if not secrets.isdisjoint(one.secrets)}
-    return ParsedDelivery(seen, signers=sharing | {seen.workspace_id})
-
-
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
     """What applying a group did: how many deliveries it took, which were quarantined and why, and
@@ -146,59 +111,6 @@ class ApplyResult:
     more: bool
     quarantined: list[tuple[str, str]]
     outcome: WriteOutcome
-
-
-def apply_waiting(
-    connection: Connection,
-    *,
-    limit: int,
-    held_up: Sequence[str] = (),
-    parse: Callable[[Delivery], ParsedDelivery],
-    taken: list[str],
-    clock: Clock,
-    rules: MergeRules,
-    origin: str,
-) -> ApplyResult:
-    """Apply the oldest waiting deliveries, `limit` at most, without those `held_up`.
-
-    Nothing is committed here. `taken` receives their ids before anything can fail, so that the
-    caller can find the one that cannot be applied.
-    """
-    waiting, found = take_waiting(connection, limit, held_up)
-    taken[:] = [delivery.delivery_id for delivery in waiting]
-    more = found == limit or len(taken) < found
-    if not waiting:
-        return ApplyResult(0, more, [], NO_CHANGE)
-    parsed = [parse(delivery) for delivery in waiting]
-    tokens = {one.callback_token for one in waiting if one.callback_token is not None}
-    starts_by_token = starts.of_tokens(connection, sorted(tokens)) if tokens else {}
-    run_ids = {one.observation.run_id for one in parsed if one.observation is not None}
-    batch = WriteBatch(connection, run_ids, rules, origin)
-    applied: list[str] = []
-    quarantined: list[tuple[str, str]] = []
-    for delivery, one in zip(waiting, parsed, strict=True):
-        reason, seen = one.reason, one.observation
-        if seen is not None:
-            reason, is_disputed = one.owner_conflict(batch.record(seen.run_id))
-            if is_disputed:  # read the run at once: FLORA shows whose it is
-                tracked = Observation(
-                    run_id=seen.run_id, source=Source.TRACK, at=delivery.received_at
-                )
-                batch.add(Observed(observation=tracked))
-            if reason is None:
-                start = starts_by_token.get(delivery.callback_token or "")
-                if start is not None and one.is_signed_for(start):
-                    # Its callback came to the start's own address.
-                    own = Observation(run_id=seen.run_id, source=Source.START, at=seen.at)
-                    batch.add(start.became(own, callback_expected=True))
-                batch.add(Observed(observation=seen))
-        if reason is None:
-            applied.append(delivery.delivery_id)
-        else:
-            quarantined.append((delivery.delivery_id, reason))
-    outcome = batch.write()
-    finish(connection, applied, quarantined, clock())
-    return ApplyResult(len(taken), more, quarantined, outcome)
 
 
 @dataclass(eq=False)
@@ -215,7 +127,7 @@ class Applier:
 
     database: Database
     _: KW_ONLY
-    workspaces: InitVar[Workspaces]
+    workspaces: Workspaces
     rules: MergeRules
     clock: Clock
     background: bool
@@ -225,11 +137,10 @@ class Applier:
     check_seconds: float = 1.0
     held_up_seconds: float = 5.0
     on_commit: Sequence[OnCommit] = ()
-    on_applied: Sequence[Callable[[int, int], None]] = ()
-    on_write: Sequence[OnWrite] = ()
+    on_applied: Callable[[int, int], None] = lambda *_: None
+    on_write: OnWrite = lambda *_: None
 
-    def __post_init__(self, workspaces: Workspaces) -> None:
-        self._parse = partial(parse_stored, workspaces)
+    def __post_init__(self) -> None:
         self._woken = asyncio.Event()
         self._queue_lengths: deque[int] = deque(maxlen=SAMPLES)
         """How many callbacks waited at each commit of the inbox, since the last pause."""
@@ -338,18 +249,8 @@ class Applier:
             try:
                 limit = min(self._limit, self.busy_group) if is_busy else self._limit
                 with reported(self.on_write, taken, self.monotonic):
-                    result = await self.database.write(
-                        partial(
-                            apply_waiting,
-                            limit=limit,
-                            held_up=[*self._held_up],
-                            parse=self._parse,
-                            taken=taken,
-                            clock=self.clock,
-                            rules=self.rules,
-                            origin=self.database.origin,
-                        )
-                    )
+                    work = partial(self.apply_waiting, limit, taken)
+                    result = await self.database.write(work)
             except Exception as error:
                 if taken:  # also where all together are too much for a slow database
                     self._limit = max(len(taken) // 2, 1)
@@ -367,6 +268,83 @@ class Applier:
                 self._report(result)
             return result.taken, result.more or result.outcome.requeued
 
+    def apply_waiting(self, limit: int, taken: list[str], connection: Connection) -> ApplyResult:
+        """Apply the oldest waiting deliveries, `limit` at most, without those held up.
+
+        Nothing is committed here. `taken` receives their ids before anything can fail, so that the
+        caller can find the one that cannot be applied.
+        """
+        waiting, found = take_waiting(connection, limit, [*self._held_up])
+        taken[:] = [delivery.delivery_id for delivery in waiting]
+        more = found == limit or len(taken) < found
+        if not waiting:
+            return ApplyResult(0, more, [], NO_CHANGE)
+        parsed = [self.parse(delivery) for delivery in waiting]
+        tokens = {one.callback_token for one in waiting if one.callback_token is not None}
+        starts_by_token = starts.of_tokens(connection, sorted(tokens)) if tokens else {}
+        run_ids = {one.observation.run_id for one in parsed if one.observation is not None}
+        batch = WriteBatch(connection, run_ids, self.rules, self.database.origin)
+        applied: list[str] = []
+        quarantined: list[tuple[str, str]] = []
+        for delivery, one in zip(waiting, parsed, strict=True):
+            reason, seen = one.reason, one.observation
+            if seen is not None:
+                reason, is_disputed = one.owner_conflict(batch.record(seen.run_id))
+                if is_disputed:  # read the run at once: FLORA shows whose it is
+                    tracked = Observation(
+                        run_id=seen.run_id, source=Source.TRACK, at=delivery.received_at
+                    )
+                    batch.add(Observed(observation=tracked))
+                if reason is None:
+                    start = starts_by_token.get(delivery.callback_token or "")
+                    if start is not None and one.is_signed_for(start):
+                        # Its callback came to the start's own address.
+                        own = Observation(run_id=seen.run_id, source=Source.START, at=seen.at)
+                        batch.add(start.became(own, callback_expected=True))
+                    batch.add(Observed(observation=seen))
+            if reason is None:
+                applied.append(delivery.delivery_id)
+            else:
+                quarantined.append((delivery.delivery_id, reason))
+        outcome = batch.write()
+        finish(connection, applied, quarantined, self.clock())
+        return ApplyResult(len(taken), more, quarantined, outcome)
+
+    def parse(self, delivery: Delivery) -> ParsedDelivery:
+        """The observation, or why the delivery is quarantined, by the settings of this process.
+
+        Never raises, whatever the body. If no workspace of the id that is stored as the signer is
+        configured, that id was a mistake in the settings, or was not known when it was received.
+        """
+        workspaces = self.workspaces
+        if delivery.event_type == TEST_DELIVERY:
+            return ParsedDelivery(None)
+        seen = observation_of(delivery.body, at=delivery.received_at)
+        if isinstance(seen, str):
+            return ParsedDelivery(None, seen)
+        if (signer := delivery.workspace_id) and workspaces.has(signer):
+            if seen.workspace_id and seen.workspace_id != signer:
+                return ParsedDelivery(
+                    None,
+                    f"it names workspace {seen.workspace_id}, but the secret of {signer} signed it",
+                )
+            if not seen.workspace_id:
+                seen = replace(seen, workspace_id=signer)
+        workspace = workspaces.of(seen.workspace_id)
+        if workspace is None and seen.workspace_id is not None:
+            return ParsedDelivery(
+                None, f"it names workspace {seen.workspace_id}, which is not configured here"
+            )
+        if len(workspaces) == 1:
+            if workspace is not None:
+                # The secret may be of another workspace than the key, as after a rotation.
+                workspace.learn(seen.workspace_id, is_assumed=True)
+            return ParsedDelivery(seen)
+        # That workspace, and those that share a secret with it.
+        secrets = set(workspace.secrets) if workspace is not None else set()
+        sharing = {one.workspace_id for one in workspaces if not secrets.isdisjoint(one.secrets)}
+        return ParsedDelivery(seen, signers=sharing | {seen.workspace_id})
+
     async def _quarantine(self, delivery_id: str, error: Exception) -> ApplyResult:
         kind = "" if isinstance(error, StoreError) else f"{type(error).__name__}: "
         quarantined = [(delivery_id, f"it cannot be applied: {kind}{error}")]
@@ -377,8 +355,7 @@ class Applier:
         for on_commit in self.on_commit:
             call_hook(on_commit, result.outcome)
         bad = len(result.quarantined)
-        for on_applied in self.on_applied:
-            call_hook(on_applied, result.taken - bad, bad)
+        call_hook(self.on_applied, result.taken - bad, bad)
         reasons: dict[str, list[str]] = {}
         for delivery_id, reason in result.quarantined:
             reasons.setdefault(reason, []).append(delivery_id)
@@ -506,7 +483,7 @@ class Replayer(Service):
 
     async def _why_not(self, delivery: Delivery) -> str | None:
         """Why it would be quarantined again, or may not be applied."""
-        seen, reason, _ = parse_stored(self.workspaces, delivery)
+        seen, reason, _ = self.applier.parse(delivery)
         if seen is None:
             return reason
         # A callback comes when its run ends, or soon after.

@@ -6,14 +6,13 @@ A sender waits for storing alone: one statement for a group, which reads no run 
 
 import asyncio
 import re
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
-from tracker.core.log import add_log_context
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.core.run import fast_dataclass, known
 from tracker.flora.callback import SignatureError, delivery_of, digest_id, verify
@@ -28,43 +27,60 @@ _TOKEN: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
 """A start's token; an address that ends in anything else counts as the bare one."""
 
 
-class Stored(NamedTuple):
-    """A delivery that is on disk.
+@fast_dataclass
+class Received:
+    """A callback that is on disk.
 
-    `delivery_id` differs from the delivery's own id if another body is stored under that.
-    `repeated` is true if it was stored before, so that only its receipts changed.
+    `delivery_id` differs from the callback's own id if another body is stored under that. `outcome`
+    is that of the stored delivery: `waiting`, unless it was received before, which is `repeated`.
+    `workspace` signed it with its secret number `secret`, counted from 1. `is_test` marks a test
+    delivery of `tracker doctor`.
     """
 
     delivery_id: str
+    run_id: str | None
     outcome: DeliveryOutcome | str
     repeated: bool
+    workspace: str
+    secret: int
+    is_test: bool = False
 
 
-class Inbox(GroupCommit[Delivery, Stored]):
+class SignedDelivery(NamedTuple):
+    """A delivery to store; `workspace` and `secret` are those of `Received`."""
+
+    delivery: Delivery
+    workspace: str
+    secret: int
+
+
+Receiving = tuple[Delivery, asyncio.Future[Received]]
+"""A callback that is queued for its commit, and its result."""
+
+
+@dataclass(eq=False)
+class Inbox(GroupCommit[SignedDelivery, Received]):
     """Stores deliveries in groups: `enqueue` a delivery and await its future.
 
     `on_stored` is called after each commit with the number of deliveries that wait for one, those
-    just stored among them. `options` are those of `GroupCommit`.
+    just stored among them.
     """
 
-    def __init__(
-        self,
-        db: Database,
-        *,
-        on_stored: Callable[[int], None] = lambda _: None,
-        **options: Any,
-    ) -> None:
-        super().__init__(self._store, name="inbox", size=lambda one: len(one.body), **options)
-        self._db = db
-        self._on_stored = on_stored
+    name = "inbox"
+    database: Database
+    _: KW_ONLY
+    on_stored: Callable[[int], None] = lambda _: None
 
-    async def _store(self, group: list[Delivery]) -> list[Stored]:
-        stored: dict[int, Stored] = {}
-        left: Positions = list(enumerate(group))
+    def _size(self, item: SignedDelivery) -> int:
+        return len(item.delivery.body)
+
+    async def _commit(self, items: list[SignedDelivery]) -> list[Received]:
+        stored: dict[int, Received] = {}
+        left: Positions = [(position, one.delivery) for position, one in enumerate(items)]
         while left:
             receipts, left = _by_id(left)
             rows = [receipts[key] for key in sorted(receipts)]
-            before = await store_deliveries(self._db, rows)
+            before = await store_deliveries(self.database, rows)
             for key, receipt in receipts.items():
                 outcome: DeliveryOutcome | str = DeliveryOutcome.WAITING
                 if repeated := key in before:
@@ -74,10 +90,19 @@ class Inbox(GroupCommit[Delivery, Stored]):
                         continue
                     outcome = known(DeliveryOutcome, stored_as)
                 for position in receipt.positions:
-                    stored[position] = Stored(key, outcome, repeated)
+                    delivery, workspace, secret = items[position]
+                    stored[position] = Received(
+                        delivery_id=key,
+                        run_id=delivery.run_id,
+                        outcome=outcome,
+                        repeated=repeated,
+                        workspace=workspace,
+                        secret=secret,
+                        is_test=delivery.event_type == TEST_DELIVERY,
+                    )
                     repeated = True
-        self._on_stored(self.waiting)
-        return [stored[position] for position in range(len(group))]
+        self.on_stored(self.waiting)
+        return [stored[position] for position in range(len(items))]
 
 
 def _by_id(deliveries: Iterable[tuple[int, Delivery]]) -> tuple[dict[str, Receipt], Positions]:
@@ -109,60 +134,6 @@ class NoSecrets(SettingsError):
     """No signing secret is configured, so no callback can be verified."""
 
 
-@fast_dataclass
-class Received:
-    """A callback that is on disk.
-
-    `outcome` is that of the stored delivery: `waiting`, unless it was received before. `workspace`
-    signed it with its secret number `secret`, counted from 1. `is_test` marks a test delivery of
-    `tracker doctor`.
-    """
-
-    delivery_id: str
-    run_id: str | None
-    outcome: DeliveryOutcome | str
-    repeated: bool
-    workspace: str
-    secret: int
-    is_test: bool = False
-
-
-@dataclass(slots=True)
-class Receiving:
-    """An authentic callback that is queued for its commit; awaiting it waits for that.
-
-    Raises `StoreUnavailable` if it was not committed in time, and `StoreError` if the database
-    refuses it. `workspace` and `secret` are those of `Received`.
-    """
-
-    delivery: Delivery
-    workspace: str
-    secret: int
-    stored: asyncio.Future[Stored]
-
-    def __await__(self) -> Generator[object, None, Received]:
-        try:
-            yield from self.stored.__await__()
-        except BaseException:
-            delivery = self.delivery
-            add_log_context(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
-            raise
-        return self.received()
-
-    def received(self) -> Received:
-        """The callback, once it is committed."""
-        stored = self.stored.result()
-        return Received(
-            delivery_id=stored.delivery_id,
-            run_id=self.delivery.run_id,
-            outcome=stored.outcome,
-            repeated=stored.repeated,
-            workspace=self.workspace,
-            secret=self.secret,
-            is_test=self.delivery.event_type == TEST_DELIVERY,
-        )
-
-
 @dataclass(kw_only=True, eq=False)
 class Receiver:
     """Receives callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked.
@@ -186,6 +157,9 @@ class Receiver:
     ) -> Receiving:
         """Verify one callback and queue it for its commit. It is applied to its run later.
 
+        The result raises `StoreUnavailable` if it was not committed in time, and `StoreError` if
+        the database refuses it.
+
         `body` is the raw bytes, `signature` and `webhook_id` are the `Flora-Signature` and
         `Flora-Webhook-Id` headers, `token` is what follows the callback address, if anything.
         Raises `SignatureError` and `NoSecrets`, and `StoreUnavailable` if the queue is full; then
@@ -205,7 +179,7 @@ class Receiver:
             (one for one in signers if one.workspace_id == delivery.workspace_id), signers[0]
         )
         position = signer.secrets.index(secret) + 1  # before the commit: secrets are rotated
-        return Receiving(delivery, signer.name, position, self.inbox.enqueue(delivery))
+        return delivery, self.inbox.enqueue(SignedDelivery(delivery, signer.name, position))
 
     def _verify(self, body: bytes, signature: str | bytes | None, now: datetime) -> str:
         """The secret that signed the body; new secrets are looked up before it is refused."""

@@ -9,12 +9,12 @@ ASGI application.
 import asyncio
 import logging
 from functools import lru_cache, partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
-from tracker.core.log import LogRateLimit, get_logger
+from tracker.core.log import LogRateLimit, add_log_context, get_logger
 from tracker.core.net import CALLBACK_PATH
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.callback import SignatureError
@@ -62,10 +62,12 @@ class Callbacks:
         try:
             async with asyncio.timeout(self._seconds):
                 body = await read_body(scope, receive, limit=self._limit, seconds=None)
-                receiving = scope.pop(_RECEIVING, None)
+                receiving = scope.pop(_RECEIVING, None) or self._receive(scope, body)
                 if isinstance(receiving, Exception):
                     raise receiving
-                received = await (receiving or self._receive(scope, body))
+                delivery, stored = receiving
+                add_log_context(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+                received = await stored
         except TimeoutError:
             if body is None:
                 raise self._refused("too slow", too_slow()) from None
@@ -106,17 +108,16 @@ class Callbacks:
             scope[_RECEIVING] = error  # `__call__` answers it
             return False
         scope[_RECEIVING] = receiving
-        receiving.stored.add_done_callback(partial(self._answer, scope, started, answer))
+        receiving[1].add_done_callback(partial(self._answer, scope, started, answer))
         return True
 
     def _answer(
-        self, scope: Scope, started: float, answer: Answer, stored: asyncio.Future[Any]
+        self, scope: Scope, started: float, answer: Answer, stored: asyncio.Future[Received]
     ) -> None:
         if stored.cancelled() or stored.exception() is not None:
             answer(None)
             return
-        received = scope.pop(_RECEIVING).received()
-        answer(self._taken(received, started).encode(assign_request_id(scope)))
+        answer(self._taken(stored.result(), started).encode(assign_request_id(scope)))
 
     def _receive(self, scope: Scope, body: bytes) -> Receiving:
         signature = webhook_id = None

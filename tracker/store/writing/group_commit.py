@@ -6,11 +6,12 @@ is bounded in items and in bytes: while the database is down, what does not fit 
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 from tracker.core.log import LogRateLimit, get_logger
@@ -47,35 +48,25 @@ class _Waiting(Generic[T, R]):
     expires: float
 
 
-class GroupCommit(Generic[T, R]):
-    """Commits items in groups. Used as `async with GroupCommit(…) as group`.
+@dataclass(kw_only=True, eq=False)
+class GroupCommit(ABC, Generic[T, R]):
+    """Commits items in groups. Used as `async with` block of a subclass, which says how.
 
     Leaving the block commits what waits; later items are refused with `StoreUnavailable`, and so is
-    what still waits if that is cancelled. `commit` writes a group and returns the result of each
-    item, in order. `deadline` is how many seconds an item waits until its caller gets an error.
-    `trouble` is why the last attempt to commit failed.
+    what still waits if that is cancelled. `deadline` is how many seconds an item waits until its
+    caller gets an error. `on_write` is called after each attempt to commit. `trouble` is why the
+    last one failed.
     """
 
-    def __init__(
-        self,
-        commit: Callable[[list[T]], Awaitable[Sequence[R]]],
-        *,
-        name: str,
-        size: Callable[[T], int] = lambda _: 0,
-        max_group: int = MAX_GROUP,
-        max_waiting: int = MAX_WAITING,
-        max_waiting_bytes: int = MAX_WAITING_BYTES,
-        deadline: float = DEADLINE,
-        on_write: Sequence[OnWrite] = (),
-    ) -> None:
-        self._commit = commit
-        self._name = name
-        self._size = size
-        self._max_group = max_group
-        self._max_waiting = max_waiting
-        self._max_waiting_bytes = max_waiting_bytes
-        self._deadline = deadline
-        self._on_write = on_write
+    name: ClassVar[str]
+    """The name of task and loop in the log."""
+    max_group: int = MAX_GROUP
+    max_waiting: int = MAX_WAITING
+    max_waiting_bytes: int = MAX_WAITING_BYTES
+    deadline: float = DEADLINE
+    on_write: OnWrite = lambda *_: None
+
+    def __post_init__(self) -> None:
         self._queue: deque[_Waiting[T, R]] = deque()
         self._bytes = 0
         self._writing: list[_Waiting[T, R]] = []
@@ -87,11 +78,19 @@ class GroupCommit(Generic[T, R]):
         self._is_reported = False
         self.trouble: Exception | None = None
 
+    @abstractmethod
+    async def _commit(self, items: list[T]) -> Sequence[R]:
+        """Commit a group; the result of each item, in order."""
+
+    def _size(self, item: T) -> int:
+        """The bytes of an item, as they count in a group and in the queue."""
+        return 0
+
     async def __aenter__(self) -> Self:
         committing = repeat(
-            self._name, self._commit_next, is_over=lambda: self._closing and not self._queue
+            self.name, self._commit_next, is_over=lambda: self._closing and not self._queue
         )
-        self._task = asyncio.create_task(committing, name=self._name)
+        self._task = asyncio.create_task(committing, name=self.name)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -123,7 +122,7 @@ class GroupCommit(Generic[T, R]):
         size = self._size(item)
         self._check_space(1, size)
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(item, size, loop.create_future(), loop.time() + self._deadline)
+        waiting = _Waiting(item, size, loop.create_future(), loop.time() + self.deadline)
         self._queue.append(waiting)
         self._bytes += size
         self._arrived.set()
@@ -140,7 +139,7 @@ class GroupCommit(Generic[T, R]):
         if self._closing or self._task is None or self._task.done():
             raise StoreUnavailable("the tracker is not running, or is shutting down")
         count, size = count + len(self._queue), size + self._bytes
-        if count > self._max_waiting or size > self._max_waiting_bytes:
+        if count > self.max_waiting or size > self.max_waiting_bytes:
             raise StoreUnavailable("too many writes wait for the database") from self.trouble
 
     def _pop(self) -> _Waiting[T, R]:
@@ -173,7 +172,7 @@ class GroupCommit(Generic[T, R]):
         """Commit a group of what waits, or wait until something does."""
         group: list[_Waiting[T, R]] = []
         size = 0
-        while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
+        while self._queue and len(group) < self.max_group and size < MAX_GROUP_BYTES:
             group.append(self._pop())
             size += group[-1].size
         if not group:
@@ -203,7 +202,7 @@ class GroupCommit(Generic[T, R]):
                 continue
             items = [waiting.item for waiting in part]
             try:
-                with reported(self._on_write, items, loop.time):
+                with reported(self.on_write, items, loop.time):
                     results = await self._commit(items)
             except Exception as exc:
                 is_down = isinstance(exc, StoreUnavailable | SchemaOutdated)
@@ -228,9 +227,9 @@ class GroupCommit(Generic[T, R]):
             now = asyncio.get_running_loop().time()
             self._is_reported = bool(self._log_limit.count("unavailable", now=now))
             if self._is_reported:
-                log.warning("writer.unavailable", writer=self._name, error=str(trouble))
+                log.warning("writer.unavailable", writer=self.name, error=str(trouble))
         elif trouble is None and self._is_reported:
-            log.info("writer.recovered", writer=self._name)
+            log.info("writer.recovered", writer=self.name)
             self._is_reported = False
         self.trouble = trouble
 
@@ -248,16 +247,14 @@ class GroupCommit(Generic[T, R]):
             refused = StoreError(f"this cannot be stored: {type(error).__name__}: {error}")
             refused.__cause__ = error
         kind = type(waiting.item).__name__
-        log.error("writer.refused", writer=self._name, error=str(refused), item=kind)
+        log.error("writer.refused", writer=self.name, error=str(refused), item=kind)
         if not waiting.answer.done():
             waiting.answer.set_exception(refused)
 
 
 @contextmanager
-def reported(
-    on_write: Sequence[OnWrite], items: Sized, monotonic: Callable[[], float]
-) -> Iterator[None]:
-    """Call the hooks after an attempt to commit these items, which failed or found any."""
+def reported(on_write: OnWrite, items: Sized, monotonic: Callable[[], float]) -> Iterator[None]:
+    """Call the hook after an attempt to commit these items, which failed or found any."""
     began = monotonic()
     error: Exception | None = None
     try:
@@ -267,8 +264,7 @@ def reported(
         raise
     finally:
         if items or error is not None:
-            for hook in on_write:
-                call_hook(hook, len(items), monotonic() - began, error)
+            call_hook(on_write, len(items), monotonic() - began, error)
 
 
 def call_hook(hook: Callable[..., None], *args: Any) -> None:

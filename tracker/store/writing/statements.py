@@ -114,15 +114,6 @@ class BatchChanges:
             )
 
 
-def write_changes(connection: Connection, changes: BatchChanges, origin: str) -> None:
-    """Write all changes. On PostgreSQL, `origin` marks the notices of this process, and
-    `WriteConflict` is raised if another process has added a new run."""
-    if connection.dialect.name == "sqlite":
-        _write_sqlite(connection, changes)
-    else:
-        _write_postgres(connection, changes, origin)
-
-
 LOCK_RUNS: Final = (
     select(*RUN_COLUMNS)
     .where(is_any_of(runs.c.run_id, "run_ids"))
@@ -297,7 +288,8 @@ _INSERT_OUTPUTS: Final = RowInsert(run_outputs, _OUTPUT_COLUMNS)
 _CLOSE_STARTS: Final = _close_starts(*(bindparam(name) for name in _STARTED_COLUMNS))
 
 
-def _write_sqlite(connection: Connection, changes: BatchChanges) -> None:
+def write_sqlite(connection: Connection, changes: BatchChanges) -> None:
+    """Write all changes."""
     _UPSERT_RUNS(connection, [run_row(record) for record in (*changes.added, *changes.updated)])
     _INSERT_EVENTS(connection, changes.events)
     _INSERT_ROLLUPS(connection, changes.rollups)
@@ -389,7 +381,9 @@ def postgres_statements() -> PostgresStatements:
     )
 
 
-def _write_postgres(connection: Connection, changes: BatchChanges, origin: str) -> None:
+def write_postgres(connection: Connection, changes: BatchChanges, origin: str) -> None:
+    """Write all changes; `origin` marks the notices of this process. Raises `WriteConflict` if
+    another process has added a new run."""
     notices = run_notices(origin, changes.changed_runs)
     if changes.due:
         notices.append((DUE, origin))

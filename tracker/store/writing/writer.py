@@ -5,7 +5,7 @@ Callbacks are stored first, and reach the same merge when they are applied: see 
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -22,11 +22,14 @@ from tracker.core.schedule import Policy
 from tracker.store.engine import Database, dump_json
 from tracker.store.queries.deliveries import requeue_runs
 from tracker.store.writing.group_commit import GroupCommit, call_hook
-from tracker.store.writing.statements import BatchChanges, lock_runs, write_changes
+from tracker.store.writing.statements import (
+    BatchChanges,
+    lock_runs,
+    write_postgres,
+    write_sqlite,
+)
 
 T = TypeVar("T")
-
-NAME: Final = "writer"
 
 
 @fast_dataclass
@@ -87,19 +90,15 @@ class MergeRules:
     durations_of: DurationsOf
 
 
+@dataclass(eq=False)
 class Writer(GroupCommit[Entry, WriteResult]):
-    """Commits entries in groups. Used as `async with Writer(database, …) as writer`.
+    """Commits entries in groups. Used as `async with Writer(database, …) as writer`."""
 
-    `options` are those of `GroupCommit`.
-    """
-
-    def __init__(
-        self, db: Database, *, rules: MergeRules, on_commit: Sequence[OnCommit] = (), **options: Any
-    ) -> None:
-        super().__init__(self._commit_entries, name=NAME, **options)
-        self._db = db
-        self._rules = rules
-        self._on_commit = on_commit
+    name = "writer"
+    database: Database
+    _: KW_ONLY
+    rules: MergeRules
+    on_commit: Sequence[OnCommit] = ()
 
     async def submit(self, entry: Entry) -> WriteResult:
         """Commit an entry, and return what it did.
@@ -123,30 +122,27 @@ class Writer(GroupCommit[Entry, WriteResult]):
             results.append(each)
         return results
 
-    async def _commit_entries(self, entries: list[Entry]) -> list[WriteResult]:
-        work = partial(write_batch, entries, rules=self._rules, origin=self._db.origin)
-        outcome = await self._db.write(work)
-        for hook in self._on_commit:
+    async def _commit(self, items: list[Entry]) -> list[WriteResult]:
+        outcome = await self.database.write(partial(self._write, items))
+        for hook in self.on_commit:
             call_hook(hook, outcome)
         return outcome.results
 
-
-def write_batch(
-    entries: Sequence[Entry], connection: Connection, *, rules: MergeRules, origin: str
-) -> WriteOutcome:
-    """Merge and write entries, in their order. Several may be about one run; nothing is committed
-    here."""
-    batch = WriteBatch(connection, {entry.run_id for entry in entries}, rules, origin)
-    for entry in entries:
-        batch.add(entry)
-    return batch.write()
+    def _write(self, entries: list[Entry], connection: Connection) -> WriteOutcome:
+        """Merge and write entries, in their order; several may be about one run."""
+        run_ids = {entry.run_id for entry in entries}
+        batch = WriteBatch(connection, run_ids, self.rules, self.database.origin)
+        for entry in entries:
+            batch.add(entry)
+        return batch.write()
 
 
 class WriteBatch:
     """Entries about the runs with these ids, which are locked from the start. On PostgreSQL,
     `origin` marks the notices of this process.
 
-    Runs are always locked in the order of their ids, so that no two processes deadlock.
+    Runs are always locked in the order of their ids, so that no two processes deadlock. Nothing is
+    committed here.
     """
 
     def __init__(
@@ -195,7 +191,10 @@ class WriteBatch:
             changes.due = True
 
     def write(self) -> WriteOutcome:
-        """Write the differences between the stored and the merged records."""
+        """Write the differences between the stored and the merged records.
+
+        On PostgreSQL, raises `WriteConflict` if another process has added a new run.
+        """
         changes = self._changes
         rollups: dict[RollupKey, list[int]] = {}
         for run_id, new in sorted(self._now.items()):
@@ -215,7 +214,10 @@ class WriteBatch:
             for key, (run_id, shown) in sorted(self._started.items())
         ]
         if changes.added or changes.updated or changes.started:
-            write_changes(self._connection, changes, self._origin)
+            if self._connection.dialect.name == "sqlite":
+                write_sqlite(self._connection, changes)
+            else:
+                write_postgres(self._connection, changes, self._origin)
         requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
         return WriteOutcome(
             self._results, changes.due, changes.changed_runs, requeued, bool(changes.outbox)
