@@ -40,7 +40,7 @@ from tracker.starting.sending import StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
 from tracker.store.clock import SharedClock, shared_clock
-from tracker.store.coordination import INBOX, Signals
+from tracker.store.coordination import INBOX, OUTBOX, Signals
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
 from tracker.store.url import TLS_ADVICE
@@ -135,7 +135,6 @@ class Services:
         # These two before the writers, so that they are closed after them and see the last commits.
         self.webhooks = webhooks = Webhooks(
             database=database,
-            signals=signals,
             endpoints=map(endpoint_of, settings.endpoints),
             body=message_body,
             process=process,
@@ -144,6 +143,7 @@ class Services:
             handlers=handlers,
         )
         stack.on_close("webhooks", webhooks.aclose)
+        signals.when_notified(OUTBOX, webhooks.wake)
         # Each on its own: a secret that one of them refuses does not keep the other from its own.
         rotation.follow(partial(_rotate, workspaces))
         rotation.follow(
@@ -151,7 +151,12 @@ class Services:
         )
         compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
-        on_commit = [signals.committed, compactor.committed, metrics.committed]
+        on_commit = [
+            signals.committed,
+            webhooks.committed,
+            compactor.committed,
+            metrics.committed,
+        ]
         self.applier = applier = Applier(
             database,
             workspaces=workspaces,

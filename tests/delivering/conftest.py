@@ -13,7 +13,7 @@ from tracker.core.clock import utc_now
 from tracker.core.events import EventType, RunFilter
 from tracker.delivering.endpoints import Endpoint
 from tracker.delivering.webhooks import DeliveryTimes, Webhooks
-from tracker.store.coordination import Signals
+from tracker.store.coordination import OUTBOX, Signals
 from tracker.store.engine import Database
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.views import message_body
@@ -78,13 +78,14 @@ async def open_worker(database_url: str) -> AsyncIterator[OpenWorker]:
             }
             webhooks = Webhooks(
                 database=db,
-                signals=signals,
                 endpoints=endpoints,
                 body=message_body,
                 **given | options,
             )
             stack.push_async_callback(webhooks.aclose)
-            writer = await stack.enter_async_context(open_writer(db, on_commit=[signals.committed]))
+            signals.when_notified(OUTBOX, webhooks.wake)
+            hooks = [signals.committed, webhooks.committed]
+            writer = await stack.enter_async_context(open_writer(db, on_commit=hooks))
             if deliver:
                 await webhooks.start()
                 stack.push_async_callback(webhooks.stop)

@@ -30,7 +30,6 @@ from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.waiting import cancel
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage, Webhooks
 from tracker.store.clock import SharedClock
-from tracker.store.coordination import Signals
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
@@ -196,13 +195,11 @@ async def test_a_slow_database_makes_fewer_messages_at_a_time(postgres_url: str)
     times = DatabaseTimes(statement=5.0, answer=1.0)
     async with (
         await Database.open(postgres_url, times=times) as db,
-        Signals(db) as signals,
         open_writer(db) as writer,
         Receiver() as receiver,
     ):
         webhooks = Webhooks(
             database=db,
-            signals=signals,
             endpoints=[endpoint(receiver)],
             body=message_body,
             process="worker",

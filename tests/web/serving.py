@@ -20,7 +20,13 @@ async def serving(
     """Serves `app` on a port of 127.0.0.1 (0: a free one) in this loop, and says where."""
     ready = asyncio.Event()
     with listen("127.0.0.1", port, local_only=True, limits=limits) as sockets:
-        server = Server(app, on_ready=ready.set, limits=limits)
+        server = Server(
+            app,
+            on_ready=ready.set,
+            on_stop=getattr(app, "stop", lambda: None),
+            take=getattr(app, "take", None),
+            limits=limits,
+        )
         task = asyncio.create_task(server.serve(sockets=sockets))
         try:
             await ready.wait()

@@ -240,7 +240,8 @@ async def _serving(services: "Services", sockets: "list[socket]") -> AsyncIterat
     from tracker.worker import Worker
 
     ready = asyncio.Event()
-    server = Server(build_app(services), on_ready=ready.set)
+    app = build_app(services)
+    server = Server(app, on_ready=ready.set, on_stop=app.stop, take=app.take)
     serving = asyncio.create_task(server.serve(sockets=sockets))
     worker = Worker(services)
     try:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import InitVar, dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import httpx
 
@@ -32,7 +32,7 @@ from tracker.delivering.endpoints import (
     HandlerClient,
     send_test,
 )
-from tracker.store.coordination import OUTBOX, Signals, notify
+from tracker.store.coordination import OUTBOX, notify
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
@@ -40,6 +40,9 @@ from tracker.store.queries.endpoints import Shown, configure, fan_out, get_endpo
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import Attempt, Claim, Sending, due_times, record_and_claim
+
+if TYPE_CHECKING:
+    from tracker.store.writing.writer import WriteOutcome
 
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""
@@ -93,7 +96,6 @@ class Webhooks:
     """
 
     database: Database
-    signals: Signals
     endpoints: InitVar[Iterable[Endpoint]]
     body: Shown
     process: str
@@ -115,16 +117,19 @@ class Webhooks:
         self._limit = GROUP
         self._configured_at = float("-inf")
         self._configured_by: datetime | None = None
-        # An event of this process has no message yet: the endpoints are woken when it has.
-        self.signals.on_event = self._woken.set
-        self.signals.when_notified(OUTBOX, self.wake)
 
     def rotate(self, secrets: Mapping[str, tuple[str, ...]]) -> None:
         """Sign with these secrets from now on, by endpoint."""
         for endpoint_id in self._endpoints.keys() & secrets.keys():
             self._endpoints[endpoint_id].secrets = secrets[endpoint_id]
 
+    def committed(self, outcome: "WriteOutcome") -> None:
+        """Hook of the writer: make messages of the events of this process."""
+        if outcome.outbox:
+            self._woken.set()  # the endpoints are woken when there are messages
+
     def wake(self) -> None:
+        """Check for events and for messages that are due; another process may have caused them."""
         self._woken.set()
         self.rescheduled.set()
 

@@ -357,8 +357,6 @@ class Signals:
         self._retry_seconds = retry_seconds
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
-        self.on_event: Callable[[], None] = lambda: None
-        """Called whenever this process has committed events."""
         self._when_notified: dict[str, Callable[[], None]] = {
             DUE: self._due.set,
             INBOX: lambda: None,
@@ -414,8 +412,6 @@ class Signals:
             self._due.set()
         if outcome.changed_runs:
             self._publish(outcome.changed_runs)
-        if outcome.outbox:
-            self.on_event()
 
     def _publish(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):

@@ -24,7 +24,7 @@ from contextlib import (
 from dataclasses import dataclass
 from errno import EADDRINUSE, EADDRNOTAVAIL
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,6 +39,9 @@ from tracker.web.http import Limits
 from tracker.web.http.connection import Connection, ConnectionPool
 from tracker.web.http.responses import Answer, Take
 from tracker.worker import Worker
+
+if TYPE_CHECKING:
+    from tracker.web.app import Application
 
 GRACE_SECONDS: Final = 10
 """How long open requests may take once the process stops: no callback takes longer."""
@@ -58,7 +61,7 @@ class Listener:
 
     host: str
     port: int
-    build: Callable[[Services], ASGIApp]
+    build: Callable[[Services], "Application"]
     is_open: bool = False
 
 
@@ -87,7 +90,7 @@ def serve(
             raise TrackerError("callbacks and everything else need different ports")
 
         @asynccontextmanager
-        async def application(stopping: asyncio.Event) -> AsyncIterator[ASGIApp]:
+        async def application(stopping: asyncio.Event) -> AsyncIterator[_Served]:
             async with open_services() as services:
                 apps = [one.build(services) for one in listeners]
                 app = apps[0] if len(apps) == 1 else _AppsByPort(zip(ports, apps, strict=True))
@@ -127,25 +130,22 @@ def _log_closed(*, is_public: bool) -> None:
 class _AppsByPort:
     """Passes each request to the application of the port on which it arrived."""
 
-    def __init__(self, apps: Iterable[tuple[int, ASGIApp]]) -> None:
+    def __init__(self, apps: Iterable[tuple[int, "Application"]]) -> None:
         self._apps = dict(apps)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._apps[scope["server"][1]](scope, receive, send)
 
     def take(self, scope: Scope, body: bytes, answer: Answer) -> bool:
-        take: Take | None = getattr(self._apps[scope["server"][1]], "take", None)
+        take = self._apps[scope["server"][1]].take
         return take is not None and take(scope, body, answer)
 
     def stop(self) -> None:
         for app in self._apps.values():
-            _stop(app)
+            app.stop()
 
 
-def _stop(app: ASGIApp) -> None:
-    """Stop what an application has that does not end by itself, such as event streams."""
-    if (stop := getattr(app, "stop", None)) is not None:
-        stop()
+_Served: TypeAlias = "Application | _AppsByPort"
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def listen(
 
 
 async def _run(
-    application: Callable[[asyncio.Event], AbstractAsyncContextManager[ASGIApp]],
+    application: Callable[[asyncio.Event], AbstractAsyncContextManager[_Served]],
     sockets: list[socket.socket],
     on_ready: Callable[[], None],
 ) -> None:
@@ -213,7 +213,7 @@ async def _run(
     try:
         with suppress(asyncio.CancelledError):
             async with application(stopping) as app:
-                server = Server(app, on_ready=ready)
+                server = Server(app, on_ready=ready, on_stop=app.stop, take=app.take)
                 await server.serve(sockets=sockets)
     finally:
         for number in _SIGNALS:
@@ -223,14 +223,20 @@ async def _run(
 class Server(uvicorn.Server):
     """A uvicorn server that calls `on_ready`, stops when told, and leaves signals alone.
 
-    If the application has a method `stop`, it is called when the server begins to stop; if it has a
-    method `take`, that is its `Take`.
+    `on_stop` is called when it begins to stop, and ends what does not end by itself, such as event
+    streams. `take` is what the application offers to take requests directly.
     """
 
     def __init__(
-        self, app: ASGIApp, *, on_ready: Callable[[], None], limits: Limits | None = None
+        self,
+        app: ASGIApp,
+        *,
+        on_ready: Callable[[], None],
+        on_stop: Callable[[], None] = lambda: None,
+        take: Take | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        self._pool = ConnectionPool(limits or Limits(), getattr(app, "take", None))
+        self._pool = ConnectionPool(limits or Limits(), take)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -245,8 +251,8 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )
-        self._app = app
         self._on_ready = on_ready
+        self._on_stop = on_stop
         self._stopping = asyncio.Event()
 
     def stop(self, *, force: bool = False) -> None:
@@ -254,7 +260,7 @@ class Server(uvicorn.Server):
         self.force_exit = force
         self.should_exit = self._pool.is_stopping = True
         self._stopping.set()
-        _stop(self._app)
+        self._on_stop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
