@@ -16,7 +16,7 @@ from tracker import services, worker
 from tracker.cli import main
 from tracker.delivering.webhooks import DeliveryTimes
 from tracker.polling import poll
-from tracker.polling.poll import Backoff
+from tracker.polling.reading import Backoff
 from tracker.starting import recover, sending
 from tracker.store.queries import batches, starts
 from tracker.web.http import server

@@ -15,7 +15,7 @@ from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
 from tracker.core.run import Precedence, Run, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries.runs import RUN_COLUMNS, read_records
+from tracker.store.queries.runs import RUN_COLUMNS, records
 from tracker.store.schema import deliveries, run_events, runs, starts
 from tracker.store.writing.rollups import ROLLUPS
 
@@ -61,10 +61,8 @@ async def snapshot(db: Database) -> Snapshot:
     key = [ROLLUPS.c[name] for name in RollupKey._fields]
     sums = [func.sum(ROLLUPS.c.runs), func.sum(ROLLUPS.c.amount)]
     async with db.read() as connection:
-        records = await read_records(
-            connection,
-            (await connection.execute(select(*RUN_COLUMNS).order_by(runs.c.run_id))).all(),
-        )
+        query = select(*RUN_COLUMNS).order_by(runs.c.run_id)
+        stored = await connection.run_sync(records, (await connection.execute(query)).all())
         timeline = select(run_events.c.run_id, run_events.c.detail).order_by(run_events.c.id)
         observations: dict[str, list[Observation]] = {}
         for run_id, detail in await connection.execute(timeline):
@@ -73,7 +71,7 @@ async def snapshot(db: Database) -> Snapshot:
         start_rows = (await connection.execute(select(starts))).all()
         counts = (await connection.execute(select(*key, *sums).group_by(*key))).all()
     return Snapshot(
-        records={record.run.run_id: record for record in records},
+        records={record.run.run_id: record for record in stored},
         events=observations,
         deliveries={row.delivery_id: row for row in delivery_rows},
         starts={row.idempotency_key: row for row in start_rows},

@@ -39,7 +39,7 @@ from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.queries.runs import RUN_COLUMNS, read_records
+from tracker.store.queries.runs import RUN_COLUMNS, records
 from tracker.store.schema import audit as audit_table
 from tracker.store.schema import (
     deliveries,
@@ -102,7 +102,7 @@ async def all_records(db: Database) -> list[Record]:
     """Every run."""
     async with db.read() as connection:
         rows = (await connection.execute(select(*RUN_COLUMNS))).all()
-        return await read_records(connection, rows)
+        return await connection.run_sync(records, rows)
 
 
 async def assert_exact(db: Database) -> Counts:

@@ -46,7 +46,6 @@ from tracker.core.run import (
     Status,
     fast_dataclass,
     known,
-    status_of,
 )
 
 
@@ -187,7 +186,7 @@ _VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
 _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(_TIMES, lambda text: datetime.fromisoformat(text).astimezone(UTC)),
     "source": lambda text: known(Source, text),
-    "status": status_of,
+    "status": lambda text: known(RunStatus, text),
     "charged_cost": Decimal,
     "error": lambda error: RunError(error.get("code", ""), error.get("message", "")),
     "outputs": lambda outputs: tuple(Output(*output[:3]) for output in outputs),

@@ -67,11 +67,6 @@ Status = RunStatus | str
 """A run's status as FLORA shows it: a `RunStatus`, or the text of an unknown one."""
 
 
-def status_of(text: str) -> Status:
-    """The status of that name."""
-    return known(RunStatus, text)
-
-
 class Precedence(OpenNumber):
     """A status together with who reported it, in ascending order."""
 

@@ -33,7 +33,7 @@ from tracker.core.errors import (
 )
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Output, RunError, RunStatus, status_of
+from tracker.core.run import Output, RunError, RunStatus, known
 from tracker.core.starts import Port, Technique, is_empty_text
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
@@ -226,7 +226,7 @@ def run(
         run_id=run_id,
         source=source,
         at=at,
-        status=RunStatus.PENDING if name is None else status_of(name),
+        status=RunStatus.PENDING if name is None else known(RunStatus, name),
         progress=None if progress is None else float(min(max(progress, 0), 100)),
         run_type=as_id(fields.get("run_type")) or run_type,
         workspace_id=as_id(fields.get("workspace_id")),

@@ -14,7 +14,7 @@ that brings a fresh end.
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -31,7 +31,7 @@ from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import cancel, repeat, run_all
 from tracker.polling.history import attributed_page
-from tracker.polling.reading import PollReport, PollRound, RunReader, SingleRead
+from tracker.polling.reading import Backoff, PollReport, PollRound, RunReader, SingleRead
 from tracker.store import coordination
 from tracker.store.coordination import Due
 from tracker.store.engine import Database
@@ -56,10 +56,6 @@ KEPT_FOR: Final = 300.0
 """For how many seconds learned durations are used without reading them again."""
 FEW_KEPT_FOR: Final = 5.0
 """The same if too few runs are known to learn from: a sweep may bring the rest at any moment."""
-BACKOFF: Final = 1.0
-LONGEST_BACKOFF: Final = 30.0
-"""The pause of a workspace in which FLORA failed, in seconds: doubling from the first to the
-second."""
 SECONDS_A_READ: Final = 1.0
 """Seconds of pause after each shared read."""
 LONGEST_PAUSE: Final = 10.0
@@ -153,7 +149,7 @@ class Poller(Service):
         if workspace is None or workspace.client is None:
             return record
         try:
-            found = await RunReader(self, workspace).read(record)
+            found = await self._reader(workspace).read(record)
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
         results = await self.writer.submit_all(found.entries)
@@ -166,11 +162,21 @@ class Poller(Service):
         """
         workspace = await self.workspaces.pick(run.workspace_id)
         record = Record(run=run, source=Source.TRACK, first_seen_at=self.clock())
-        return await RunReader(self, workspace).read(record)
+        return await self._reader(workspace).read(record)
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""
         await coordination.release(self.database, self.process)
+
+    def _reader(self, workspace: Workspace) -> RunReader:
+        return RunReader(
+            database=self.database,
+            workspaces=self.workspaces,
+            clock=self.clock,
+            process=self.process,
+            workspace=workspace,
+            readable=self.readable,
+        )
 
     async def _in_each(
         self, poll: Callable[[Workspace], Coroutine[Any, Any, PollReport]]
@@ -189,8 +195,8 @@ class Poller(Service):
         due, full = await self._claim_in_order(workspace, Due.ENDS if pausing else Due.POLLS)
         if not due:
             return PollReport()
-        poll_round = PollRound(self, workspace, due=due)
-        report = await self._read(workspace, poll_round, full=full)
+        poll_round = await self._read(workspace, due, full=full)
+        report = poll_round.report
         if not pausing:
             complete = not poll_round.remaining or poll_round.broken_off
             self.coalescer.add(
@@ -210,11 +216,20 @@ class Poller(Service):
         ):
             return PollReport()
         due = await self._claim(workspace, Due.BILLS, limit=RECHECK_CLAIM)
-        poll_round = PollRound(self, workspace, due=due, recheck=True)
-        return await self._read(workspace, poll_round, full=len(due) == RECHECK_CLAIM)
+        full = len(due) == RECHECK_CLAIM
+        return (await self._read(workspace, due, full=full, recheck=True)).report
 
-    async def _read(self, workspace: Workspace, poll_round: PollRound, *, full: bool) -> PollReport:
-        """Read what a round has claimed, and give back the rest. `full`: more may be due."""
+    async def _read(
+        self, workspace: Workspace, due: Sequence[Record], *, full: bool, recheck: bool = False
+    ) -> PollRound:
+        """Read what was claimed, in a round, and give back the rest. `full`: more may be due."""
+        poll_round = PollRound(
+            reader=self._reader(workspace),
+            writer=self.writer,
+            page_backoff=self.page_backoff,
+            due=due,
+            recheck=recheck,
+        )
 
         async def renew() -> None:
             await asyncio.sleep(self.renew_after)
@@ -223,8 +238,7 @@ class Poller(Service):
 
         renewing = asyncio.create_task(repeat("poll claims", renew))
         try:
-            claimed = poll_round.remaining.values()
-            await self.durations.learn(record.run.technique_id for record in claimed)
+            await self.durations.learn(record.run.technique_id for record in due)
             await poll_round.read_pages()
             await poll_round.read_singly()
         finally:
@@ -236,7 +250,7 @@ class Poller(Service):
         if not poll_round.broken_off:
             self.backoff.succeeded(workspace.place)
             report.more = full or bool(poll_round.remaining)
-            return report
+            return poll_round
         report.trouble = poll_round.error
         paused = workspace.require_client().request_limit.state().paused
         log.warning(
@@ -245,7 +259,7 @@ class Poller(Service):
             error=poll_round.error,
             rest_seconds=self.backoff.failed(workspace.place, least=paused),
         )
-        return report
+        return poll_round
 
     async def _claim(self, workspace: Workspace, which: Due, *, limit: int) -> list[Record]:
         return await coordination.claim_due(
@@ -298,33 +312,6 @@ class DurationBook:
         for technique_id, found in (await runs.durations_of(self._database, wanted)).items():
             kept_for = KEPT_FOR if found.count >= LEARNED_FROM else FEW_KEPT_FOR
             self._known[technique_id], self._kept_until[technique_id] = found, now + kept_for
-
-
-class Backoff:
-    """Pauses by name, which grow with each failure in a row. All times are in `seconds`."""
-
-    def __init__(self, seconds: Callable[[], float]) -> None:
-        self._seconds = seconds
-        self._pauses: dict[str, tuple[int, float]] = {}
-
-    def left(self, name: str) -> float:
-        """The seconds that are left of the pause, if any."""
-        _, until = self._pauses.get(name, (0, -math.inf))
-        return max(0.0, until - self._seconds())
-
-    def failed(self, name: str, *, least: float = 0.0) -> float:
-        """Count a failure; the seconds of pause that follow, at least `least`."""
-        failures = self._pauses.get(name, (0, 0.0))[0] + 1
-        length = min(BACKOFF * 2.0 ** min(failures - 1, 10), LONGEST_BACKOFF)
-        length = max(length, least)
-        self._pauses[name] = failures, self._seconds() + length
-        return length
-
-    def succeeded(self, name: str) -> None:
-        self._pauses.pop(name, None)
-
-    def clear(self) -> None:
-        self._pauses.clear()
 
 
 class Coalescer:

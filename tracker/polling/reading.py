@@ -10,9 +10,9 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
 from tracker.core.log import get_logger, log_context
@@ -30,10 +30,8 @@ from tracker.polling.history import (
     without_removed,
 )
 from tracker.store import coordination
-from tracker.workspaces import Workspace
-
-if TYPE_CHECKING:
-    from tracker.polling.poll import Poller
+from tracker.store.writing.writer import Writer
+from tracker.workspaces import Service, Workspace
 
 CALL_SECONDS: Final = 20.0
 """How long a single read may take, repetitions included; what fails is tried at the next poll."""
@@ -48,6 +46,10 @@ PAGE_SECONDS: Final = 10.0
 hundred runs within a second."""
 FAILURES: Final = 2
 """Failures without a single answer that end a round: FLORA is down, and no run is to blame."""
+BACKOFF: Final = 1.0
+LONGEST_BACKOFF: Final = 30.0
+"""The pause of a workspace in which FLORA failed, in seconds: doubling from the first to the
+second."""
 
 log = get_logger(__name__)
 
@@ -100,17 +102,20 @@ class SingleRead:
     entries: list[Entry] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class RunReader:
-    """Reads runs with the key of a workspace, under the claims of the poller's process.
+@dataclass(kw_only=True, eq=False)
+class RunReader(Service):
+    """Reads runs with the key of a workspace, under the claims of this process.
 
-    `is_readable` is whether FLORA can be read with that key, once that is known.
+    `is_readable` is whether FLORA can be read with that key, once that is known; `readable` gives
+    the workspaces whose keys FLORA takes, as far as is known.
     """
 
-    poller: "Poller"
     workspace: Workspace
+    readable: Callable[[], list[Workspace]]
     is_readable: bool | None = None
-    _checking: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        self._checking = asyncio.Lock()
 
     async def read(self, record: Record, *, fresh: bool = False) -> SingleRead:
         """Read a run, before others if its end is `fresh`; the result, with what to write.
@@ -121,7 +126,7 @@ class RunReader:
         workspace, and of a run whose workspace is not known, in all of them.
         Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
         """
-        run, workspace, poller = record.run, self.workspace, self.poller
+        run, workspace = record.run, self.workspace
         with log_context(run_id=run.run_id, workspace_id=workspace.name):
             found = await _read_run(workspace.require_client(), run, fresh=fresh)
             if found.missing and not run.workspace_is_confirmed:
@@ -130,7 +135,7 @@ class RunReader:
                 self.is_readable = True
             if found.others:
                 others = attributed_page(workspace, found.others)
-                others, stored = await without_removed(poller.database, others)
+                others, stored = await without_removed(self.database, others)
                 found.entries += [
                     Observed(observation=item, incidental=True, only_stored=item.run_id in stored)
                     for item in others
@@ -139,20 +144,20 @@ class RunReader:
                 found.missing = found.missing and await self._can_read()
                 failure = FailedRead(
                     run_id=run.run_id,
-                    at=poller.clock(),
+                    at=self.clock(),
                     error=found.error,
                     missing=found.missing,
                     reads=found.reads,
-                    claim=poller.process,
+                    claim=self.process,
                 )
                 found.entries.append(failure)
             else:
                 seen = attributed(workspace, found.observation)
-                again = await counted_before(poller.database, {seen.run_id: record}, [seen])
+                again = await counted_before(self.database, {seen.run_id: record}, [seen])
                 entry = Observed(
                     observation=seen,
                     reads=found.reads,
-                    claim=poller.process,
+                    claim=self.process,
                     counted_before=bool(again),
                     only_stored=run.settled,
                 )
@@ -161,8 +166,8 @@ class RunReader:
 
     async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
         """Read a run with the keys of the other workspaces; `denied` if none shows it."""
-        readable, is_known = self.poller.readable(), run.workspace_id is not None
-        for other in self.poller.workspaces:
+        readable, is_known = self.readable(), run.workspace_id is not None
+        for other in self.workspaces:
             if other is self.workspace:
                 continue
             if other not in readable:
@@ -171,7 +176,8 @@ class RunReader:
             try:
                 found = await _read_run(other.require_client(), run, fresh=True)
                 if found.missing and not is_known:
-                    found.missing = await RunReader(self.poller, other)._can_read()
+                    reader = replace(self, workspace=other, is_readable=None)
+                    found.missing = await reader._can_read()
             except (KeyRefused, RateLimited, OtherWorkspace):
                 denied.missing = False  # it may be there
                 continue
@@ -260,22 +266,52 @@ async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead
     return found
 
 
-@dataclass(eq=False)
-class PollRound(RunReader):
-    """Reads the runs that are `due`: those that were claimed in the workspace.
+class Backoff:
+    """Pauses by name, which grow with each failure in a row. All times are in `seconds`."""
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._pauses: dict[str, tuple[int, float]] = {}
+
+    def left(self, name: str) -> float:
+        """The seconds that are left of the pause, if any."""
+        _, until = self._pauses.get(name, (0, -math.inf))
+        return max(0.0, until - self._seconds())
+
+    def failed(self, name: str, *, least: float = 0.0) -> float:
+        """Count a failure; the seconds of pause that follow, at least `least`."""
+        failures = self._pauses.get(name, (0, 0.0))[0] + 1
+        length = min(BACKOFF * 2.0 ** min(failures - 1, 10), LONGEST_BACKOFF)
+        length = max(length, least)
+        self._pauses[name] = failures, self._seconds() + length
+        return length
+
+    def succeeded(self, name: str) -> None:
+        self._pauses.pop(name, None)
+
+    def clear(self) -> None:
+        self._pauses.clear()
+
+
+@dataclass(kw_only=True, eq=False)
+class PollRound:
+    """Reads the runs that are `due`: those that were claimed in the workspace of `reader`.
 
     `remaining` are those not read yet, by id. `shared_reads` counts the requests that several due
     runs shared, or could have. With `recheck`, settled runs are read again for cost and outputs.
     """
 
-    _: KW_ONLY
-    due: InitVar[Sequence[Record]]
+    reader: RunReader
+    writer: Writer
+    page_backoff: Backoff
+    due: Sequence[Record]
     recheck: bool = False
 
-    def __post_init__(self, due: Sequence[Record]) -> None:
-        self.remaining = {record.run.run_id: record for record in due}
+    def __post_init__(self) -> None:
+        self.workspace = self.reader.workspace
+        self.remaining = {record.run.run_id: record for record in self.due}
         self.shared_reads = 0
-        self.report = PollReport(claimed=len(due))
+        self.report = PollReport(claimed=len(self.due))
         self.error = ""
         self._places: Mapping[str, int] | None = None  # in FLORA's list, by run id, once needed
         self._cost_probe: str | None = None
@@ -305,16 +341,16 @@ class PollRound(RunReader):
 
         Failures of FLORA are noted. Raises `StoreUnavailable`.
         """
-        place, backoff = self.workspace.place, self.poller.page_backoff
+        place, backoff = self.workspace.place, self.page_backoff
         wanted = self._listable()
         if len(wanted) < 2 or backoff.left(place):
             return
         self._places = await coordination.list_positions(
-            self.poller.database,
+            self.reader.database,
             [record.run.run_id for record in wanted],
-            self.poller.workspaces.claimable(self.workspace),
+            self.reader.workspaces.claimable(self.workspace),
             # Runs further down are fewer than the pages above them.
-            among=len(wanted) * PAGE_SIZE * len(self.poller.workspaces),
+            among=len(wanted) * PAGE_SIZE * len(self.reader.workspaces),
         )
         if not self._pages_pay(wanted):
             return
@@ -383,17 +419,17 @@ class PollRound(RunReader):
     async def _take_page(self, items: Sequence[Observation]) -> None:
         """Write a page; runs that it shows ended without details remain, and stay claimed."""
         page = attributed_page(self.workspace, items)
-        kept, stored = await without_removed(self.poller.database, page)
+        kept, stored = await without_removed(self.reader.database, page)
         if items:
-            self.is_readable = True
+            self.reader.is_readable = True
         lean = {item.run_id for item in kept if self._lacks_details(item)}
         answered = self.remaining.keys() - lean
-        again = await counted_before(self.poller.database, self.remaining, kept)
-        results = await self.poller.writer.submit_all(
+        again = await counted_before(self.reader.database, self.remaining, kept)
+        results = await self.writer.submit_all(
             [
                 Observed(
                     observation=item,
-                    claim=self.poller.process if item.run_id in answered else None,
+                    claim=self.reader.process if item.run_id in answered else None,
                     counted_before=item.run_id in again,
                     incidental=item.run_id not in self.remaining,
                     only_stored=item.run_id in stored,
@@ -460,7 +496,7 @@ class PollRound(RunReader):
                 if self.broken_off or time.monotonic() > until:
                     return  # it remains, and is released
                 try:
-                    found = await self.read(record, fresh=fresh)
+                    found = await self.reader.read(record, fresh=fresh)
                 except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
                     self._refuse(refusal)
                     return
@@ -474,7 +510,7 @@ class PollRound(RunReader):
                 self.workspace.lists_carry_costs = False
             if run_id in shareable:
                 self.shared_reads += found.reads
-            results = await self.poller.writer.submit_all(found.entries)
+            results = await self.writer.submit_all(found.entries)
             self.report.settled += sum(result.settles for result in results)
             if seen is None and not found.missing:
                 self.report.failed += 1

@@ -29,7 +29,6 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.core.observation import Source
@@ -47,7 +46,6 @@ from tracker.core.run import (
     Status,
     Tracking,
     known,
-    status_of,
 )
 from tracker.core.schedule import Durations, NextPoll, PollReason
 from tracker.store.engine import Database, Values
@@ -170,16 +168,12 @@ def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[Record]:
     ]
 
 
-async def read_records(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[Record]:
-    """As `records`, over an asynchronous connection."""
-    return await connection.run_sync(records, rows)
-
-
 async def fetch_records(db: Database, query: Select[Any], values: Values = None) -> list[Record]:
     """The records of a query of `RUN_COLUMNS`, with their outputs in the same snapshot; `values`
     are of its parameters."""
     async with db.read() as connection:
-        return await read_records(connection, (await connection.execute(query, values)).all())
+        rows = (await connection.execute(query, values)).all()
+        return await connection.run_sync(records, rows)
 
 
 # Conditions on runs, and queries of them.
@@ -204,7 +198,7 @@ def within(
 
 def has_status(status: Status) -> ColumnElement[bool]:
     """The run has this status, documented or not."""
-    named = status_of(status)
+    named = known(RunStatus, status)
     if isinstance(named, RunStatus):
         return is_rare(runs.c.status, named, RunStatus.COMPLETED)
     return and_(runs.c.status == named, runs.c.status != word(RunStatus.COMPLETED))
@@ -310,7 +304,7 @@ async def list_runs(
     if tag is not None:
         wanted.append(is_tagged(db, tag))
     async with db.read() as connection:
-        if status is not None and not isinstance(status_of(status), RunStatus):
+        if status is not None and not isinstance(known(RunStatus, status), RunStatus):
             some = select(runs.c.run_id).where(has_status(status)).limit(1)
             if (await connection.execute(some)).first() is None:
                 must = f"must be one of {', '.join(RunStatus)}, or another that a run has"
@@ -320,7 +314,7 @@ async def list_runs(
         rows, following = await newest_first(
             connection, statement, NEWEST_FIRST, cursor=cursor, limit=limit
         )
-        return await read_records(connection, rows), following
+        return await connection.run_sync(records, rows), following
 
 
 def is_tagged(db: Database, tag: str) -> ColumnElement[bool]:
@@ -340,7 +334,7 @@ async def events(db: Database, run_id: str) -> list[TimelineEvent]:
 
 def _known(event: _Event) -> _Event:
     """The event with the words of this version, where it knows them."""
-    return event._replace(source=known(Source, event.source), status=status_of(event.status))
+    return event._replace(source=known(Source, event.source), status=known(RunStatus, event.status))
 
 
 async def durations_of(db: Database, technique_ids: Iterable[str]) -> dict[str, Durations]:

@@ -19,7 +19,7 @@ from tracker.core.run import Precedence, RetryAdvice, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.queries import runs as read
-from tracker.store.queries.runs import RUN_COLUMNS, has_status, is_tracked_as, read_records
+from tracker.store.queries.runs import RUN_COLUMNS, has_status, is_tracked_as, records
 from tracker.store.queries.sheet_rows import has_value, run_ids_of
 from tracker.store.schema import run_duration, runs, word
 
@@ -133,7 +133,7 @@ async def search_runs(
     inside, outside = search.conditions(cursor)
     async with db.read() as connection:
         rows = (await connection.execute(search.page(inside, outside, limit + 1, window))).all()
-        page = await read_records(connection, rows[:limit])
+        page = await connection.run_sync(records, rows[:limit])
         last: Any = None
         keys = select(*search.key)
         if len(rows) > limit:
