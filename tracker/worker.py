@@ -6,10 +6,9 @@ and one that dies leaves only leases, which expire. A task of its own polls when
 """
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -305,18 +304,3 @@ class Worker:
 
 def _fields(report: object, *names: str) -> dict[str, object]:
     return {name: getattr(report, name) for name in names}
-
-
-async def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> None:
-    """Run a worker without an HTTP port until SIGTERM or SIGINT.
-
-    Raises what `open_services` raises.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with open_services() as services, Worker(services).running(stop):
-        log.info("working", workspaces=len(services.workspaces))
-        await stop.wait()
-        log.info("stopping")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from tests.support.forked import ForkedPython
+from tests.support.forked import TRACKER, ForkedPython
 from tests.support.waiting import START_SECONDS, eventually, free_port
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.serving import post, wire
@@ -134,6 +134,25 @@ async def test_a_signal_ends_it_after_what_is_in_flight(
     assert '"callback_url"' in logged
 
 
+async def test_a_second_ctrl_c_waits_for_no_client(tmp_path: Path) -> None:
+    """A callback that does not arrive is answered at once, and not when its time is over."""
+    body = event("run_1")
+    head = f"Flora-Signature: {signature(body)}"
+    async with _process(tmp_path) as (base_url, process):
+        async with wire(base_url) as connection, wire(base_url) as idle:
+            await connection.send(post(PATH, body[:10], head, length=len(body)))
+            async with httpx.AsyncClient(base_url=base_url) as client:
+                assert (await client.get("/healthz")).status_code == 200  # it has arrived
+            process.send_signal(signal.SIGINT)
+            assert await idle.hung_up()
+            process.send_signal(signal.SIGINT)
+            answer = await connection.answer()
+            assert answer.status == 503
+            assert b"The tracker is stopping" in answer.body
+        status, logged = await _end(process)
+    assert (status, "Traceback" in logged) == (0, False), logged
+
+
 async def test_a_signal_ends_it_after_what_waits_for_its_commit(tmp_path: Path) -> None:
     """While the database is blocked a callback waits; it is stored and answered before the end."""
     body = event("run_1")
@@ -156,7 +175,19 @@ async def test_a_signal_ends_it_after_what_waits_for_its_commit(tmp_path: Path) 
     assert (status, stored) == (0, 1), logged
 
 
-async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None:
+async def test_a_worker_needs_no_port(sqlite_url: str) -> None:
+    """It works until a signal, which ends it well."""
+    env = {"PATH": os.environ["PATH"], "TRACKER_DATABASE_URL": sqlite_url}
+    with ForkedPython(*TRACKER, "worker", env=env) as process:
+        while "working" not in (line := await asyncio.to_thread(process.stderr.readline)):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        status, logged = await _end(process)
+    assert (status, "Traceback" in logged) == (0, False), logged
+
+
+@pytest.mark.parametrize("command", [("-c", PROGRAM, "0"), (*TRACKER, "worker")])
+async def test_a_signal_while_it_still_opens_ends_it_too(command: tuple[str, ...]) -> None:
     """Nothing is waited for that nobody needs any more."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host, port = silent.getsockname()[:2]
@@ -164,7 +195,7 @@ async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None
             "PATH": os.environ["PATH"],
             "TRACKER_DATABASE_URL": f"postgresql://postgres@{host}:{port}/tracker",
         }
-        with ForkedPython("-c", PROGRAM, str(free_port()), env=env) as process:
+        with ForkedPython(*command, env=env) as process:
             silent.settimeout(START_SECONDS)
             connection, _ = await asyncio.to_thread(silent.accept)
             with connection:

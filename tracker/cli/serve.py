@@ -107,18 +107,13 @@ def worker(
     Any number of workers may share one PostgreSQL database.
     """
     rotation = _configure()
-    opened = partial(_opened, rotation)
-    import asyncio
-
     from tracker.web.app import build_health_app
     from tracker.web.http import server
-    from tracker.worker import Worker, run
+    from tracker.worker import Worker
 
-    if port is None:
-        asyncio.run(run(opened))
-        return 0
-    listener = server.Listener(host=host, port=port, build=build_health_app)
-    return server.serve(rotation.settings, opened, listener, worker=Worker)
+    health = partial(server.Listener, host=host, build=build_health_app)
+    listeners = [] if port is None else [health(port=port)]
+    return server.serve(rotation.settings, partial(_opened, rotation), *listeners, worker=Worker)
 
 
 def _configure() -> "Rotation":

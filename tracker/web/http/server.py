@@ -71,7 +71,8 @@ def serve(
     *listeners: Listener,
     worker: Callable[[Services], Worker] | None = None,
 ) -> int:
-    """Serve the listeners' applications until SIGTERM or SIGINT, then return 0.
+    """Serve the listeners' applications, or without any run the worker alone, until SIGTERM or
+    SIGINT; then return 0.
 
     Raises `SettingsError` if an address may not be served without a token, `TrackerError` if one
     cannot be bound, and what `open_services` raises.
@@ -99,8 +100,8 @@ def serve(
 
         def log_ready() -> None:
             log.info(
-                "serving",
-                address=" ".join(map(_url, sockets)),
+                "serving" if sockets else "working",
+                address=" ".join(map(_url, sockets)) or None,
                 callback_url=settings.callback_url,
                 worker=worker is not None,
             )
