@@ -97,18 +97,16 @@ def parse_value(text: str, form: str, option: str) -> tuple[str, str | None, str
     return input_id, type_ or None, value
 
 
-def parse_age(text: str | timedelta) -> timedelta:
+def parse_age(text: str) -> timedelta:
     """A duration, as the parser of an option. Raises `BadParameter`."""
     from tracker.settings.values import parse_duration
 
     return checked(parse_duration, text)
 
 
-def parse_time(text: str | datetime) -> datetime:
+def parse_time(text: str) -> datetime:
     """An age such as `24h`, or a time such as `2026-11-28T03:00Z` (UTC without an offset), as the
     parser of an option. Raises `BadParameter`."""
-    if isinstance(text, datetime):
-        return text
     try:
         at = datetime.fromisoformat(text)
     except ValueError:

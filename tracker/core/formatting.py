@@ -56,10 +56,8 @@ def moment(at: datetime) -> str:
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def money(value: Decimal | float | None) -> str:
+def money(value: Decimal | float) -> str:
     """USD to the cent, with up to nine digits where there are any: `$0.25`, `$0.0125`."""
-    if value is None:
-        return UNKNOWN
     exact = Decimal(str(value))
     cents = exact.quantize(Decimal("0.01"), context=_ANY_AMOUNT)
     if exact == cents:
@@ -83,17 +81,13 @@ def parse_usd(value: str | float | Decimal) -> Decimal:
     return amount
 
 
-def number(value: int | float | None) -> str:
+def number(value: int | float) -> str:
     """A number with thousands separators."""
-    if value is None:
-        return UNKNOWN
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
-def percent(value: float | None) -> str:
+def percent(value: float) -> str:
     """A share of 1 as a percentage; 0 % and 100 % only where it is exactly that."""
-    if value is None:
-        return UNKNOWN
     if 0 < value < 0.001:
         return "< 0.1 %"
     if 0.999 < value < 1:
@@ -101,10 +95,8 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.1f} %" if value not in (0, 1) else f"{100 * value:.0f} %"
 
 
-def duration(value: timedelta | float | None) -> str:
+def duration(value: timedelta | float) -> str:
     """A duration, in seconds or as a timedelta, in its two largest units: `3 h 12 min`, `1.4 s`."""
-    if value is None:
-        return UNKNOWN
     seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
     if seconds < 0:
         return f"-{duration(-seconds)}"

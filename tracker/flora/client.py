@@ -43,7 +43,7 @@ from tracker.core.starts import Technique, is_empty_text
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies
-from tracker.flora.parse import LONGEST_ID, Page, as_text, circular, cursor_at, offset_of, technique
+from tracker.flora.parse import LONGEST_ID, Page, circular, cursor_at, offset_of, technique
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0
@@ -161,15 +161,11 @@ class FloraClient(Caller):
         return replace(state, trouble=refused)
 
     async def list_techniques(
-        self, *, query: str | None = None, cursor: str | None = None, limit: int = 100
+        self, *, cursor: str | None = None, limit: int = 100
     ) -> Page[Technique]:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
         url = self._urls.of(
-            "techniques",
-            query=as_text(query),
-            workspace_id=self._only_workspace,
-            cursor=cursor,
-            limit=limit,
+            "techniques", workspace_id=self._only_workspace, cursor=cursor, limit=limit
         )
         answer = await self.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
         return answer.read(partial(parse.page, key="techniques", read=technique, limit=limit))

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -129,7 +129,6 @@ class Simulator:
     def start(
         self,
         technique: str = "icon-pack",
-        inputs: Sequence[Mapping[str, Any]] | None = None,
         *,
         callback_url: str | None = None,
         workspace: SimulatedWorkspace | None = None,
@@ -138,10 +137,7 @@ class Simulator:
 
         Raises `LookupError` for a technique that is not in the catalogue.
         """
-        request = self.world.sample_request(technique)
-        if inputs is not None:
-            request = replace(request, inputs=tuple(inputs))
-        return self._start(request, callback_url, workspace)
+        return self._start(self.world.sample_request(technique), callback_url, workspace)
 
     def start_generation(
         self, kind: str = "image", *, callback_url: str | None = None

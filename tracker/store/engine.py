@@ -144,9 +144,6 @@ class Database:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def __repr__(self) -> str:
-        return f"<Database {self.url}>"
-
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A connection in a transaction that cannot write; the block reads one snapshot.
 

@@ -51,25 +51,16 @@ def is_known(revision: str) -> bool:
 
 @cache
 def known() -> tuple[str, ...]:
-    """All revisions, oldest first. Raises `StoreError` if the installation lacks them."""
+    """All revisions, oldest first."""
     names = (each.name for each in (directory() / "versions").iterdir())
-    found = sorted(match[1] for match in map(_FILE.fullmatch, names) if match)
-    if not found:
-        raise _missing()
-    return tuple(found)
+    return tuple(sorted(match[1] for match in map(_FILE.fullmatch, names) if match))
 
 
 def directory() -> Path:
-    """The directory of Alembic's environment. Raises `StoreError` as `known` does."""
+    """The directory of Alembic's environment: in a wheel inside the package, else beside it."""
     package = Path(__file__).resolve().parent.parent
-    for candidate in (package / "migrations", package.parent / "migrations"):
-        if (candidate / "env.py").is_file():
-            return candidate
-    raise _missing()
-
-
-def _missing() -> StoreError:
-    return StoreError("the tracker's migrations are missing from this installation")
+    inside = package / "migrations"
+    return inside if inside.is_dir() else package.parent / "migrations"
 
 
 async def upgrade(

@@ -209,11 +209,7 @@ def _schema(revision: str | None, *, migrates_at_start: bool) -> tuple[Finding, 
 
     `migrates_at_start`: whether a process that starts upgrades the schema.
     """
-    try:
-        head = migrate.head()
-        known = revision is not None and migrate.is_known(revision)
-    except StoreError as error:
-        return failed("migrations", f"{error}.".capitalize(), "Reinstall the tracker."), False
+    head = migrate.head()
     if revision is None:
         start = "Start `tracker serve`, which creates them, or run" if migrates_at_start else "Run"
         return failed(
@@ -221,7 +217,7 @@ def _schema(revision: str | None, *, migrates_at_start: bool) -> tuple[Finding, 
         ), False
     if revision == head:
         return ok("migrations", f"The database is at {head}, the newest known revision."), True
-    if not known:
+    if not migrate.is_known(revision):
         return warning(
             "migrations",
             f"The database is at {revision}, later than this version, whose newest is {head}.",

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import orjson
 from sqlalchemy import (
     ColumnElement,
-    DateTime,
     Double,
     Integer,
     Interval,
@@ -26,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.store.engine import dump_json
+from tracker.store.schema import UtcDateTime
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ def _from_text(text: str, column: ColumnElement[Any]) -> datetime | timedelta | 
     kind = column.type
     if isinstance(kind, Interval):
         return timedelta(microseconds=int(text))
-    if isinstance(kind, DateTime) or isinstance(getattr(kind, "impl", None), DateTime):
+    if isinstance(kind, UtcDateTime):
         return datetime.fromisoformat(text).astimezone(UTC)
     number = Decimal(text)
     if not number.is_finite():
