@@ -68,6 +68,19 @@ Call = Callable[[Tracker], Awaitable[Any]]
         ),
         *(
             (
+                lambda tracker, rows=rows: tracker.start_batch("icon-pack", rows),
+                errors.InvalidRequest,
+                words,
+            )
+            for rows, words in (
+                ([], "rows: must not be empty"),
+                ([INPUTS, 5], "nothing was started: rows.2: must be a mapping, not int"),
+                ([{"prompt": ["a", object()]}], "rows.1.prompt: must be a text, a number"),
+                ([{"prompt": ["a", "b"]}], "rows.1.prompt: prompt takes one value only"),
+            )
+        ),
+        *(
+            (
                 lambda tracker, more=more: tracker.start_batch("icon-pack", [INPUTS], **more),
                 errors.InvalidRequest,
                 words,

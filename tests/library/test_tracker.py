@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 import tracker.errors
 from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually
 from tests.web.callbacks import event, signed
 from tracker import Tracker, errors
 from tracker.settings import Settings
@@ -147,6 +148,27 @@ async def test_a_batch_is_launched_from_a_script(
         await done.retry("unstarted", only_failed=True)
     assert (await (await done.retry(only_failed=True)).wait(timeout=40)).completed == 3
     assert len(flora.world.runs) == 3
+
+
+async def test_a_batch_is_stopped_from_a_script(small_tracker: Tracker, flora: Simulator) -> None:
+    """No further row is started, and a wait ends with the runs that were; one with a limit tells
+    how far it has come."""
+    flora.world.change({"slow_starts": 1.0, "slow_seconds": 0.3})
+    small_tracker._services().batch_worker.renew_after = 0.05
+    rows = [{"prompt": f"icon {n}"} for n in range(40)]
+    batch = await small_tracker.start_batch("icon-pack", rows)
+    waiting = asyncio.create_task(batch.wait(timeout=30))
+    await eventually(lambda: bool(flora.world.runs))
+    with pytest.raises(errors.WaitTimeout, match="has not ended after 0 s: .* of 40 rows have"):
+        await batch.wait(timeout=0)
+    assert not (stopped := await batch.stop()).launching
+    done = await waiting
+    assert done.stopped == stopped.stopped == "stopped by python"
+    assert 0 < done.completed == len(flora.world.runs) < 40
+    assert done.ended
+    shown = f"<Batch {done.batch_id} · tech_icon-pack · {done.completed} of 40 rows completed"
+    assert repr(done).startswith(shown)
+    assert {done, await done.refresh()} == {done}
 
 
 async def test_the_catalogue_is_read_and_searched(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import httpx
 import pytest
@@ -516,11 +517,18 @@ async def test_a_probe_that_is_answered_counts_as_no_refusal(serve: Serve, sqlit
         assert 'tracker_auth_refused_total{reason="not_local"} 0.0' in shown
 
 
-@pytest.mark.parametrize("by", ["token", "session"])
+@pytest.mark.parametrize(
+    ("by", "change", "status"),
+    [
+        ("token", {"scopes": frozenset({TokenScope.METRICS})}, 403),
+        ("session", {"scopes": frozenset({TokenScope.METRICS})}, 403),
+        ("token", {"expires": utc_now()}, 401),
+    ],
+)
 async def test_a_stream_ends_when_its_token_may_no_longer_read(
-    serve: Serve, sqlite_url: str, by: str
+    serve: Serve, sqlite_url: str, by: str, change: dict[str, Any], status: int
 ) -> None:
-    """Scopes are looked at again, not only whether the token is still there."""
+    """Its scopes and its end are looked at again, not only whether the token is still there."""
     limits = Limits(stream_heartbeat=0.1)
     one = TokenSettings(name="one", token=TOKEN, scopes={"read"})
     async with serve(sqlite_url, tokens=(one,), limits=limits) as site:
@@ -529,11 +537,11 @@ async def test_a_stream_ends_when_its_token_may_no_longer_read(
         else:
             await site.client.post("/login", data={"token": TOKEN})
         async with following(site.client) as events:
-            less = one.model_copy(update={"scopes": frozenset({TokenScope.METRICS})})
+            less = one.model_copy(update=change)
             settings = site.services.settings.model_copy(update={"tokens": (less,)})
             site.services.rotation.tokens = settings.access_tokens
             assert await events.ended()
-        assert (await site.client.get("/api/runs")).status_code == 403
+        assert (await site.client.get("/api/runs")).status_code == status
 
 
 async def test_a_stream_ends_when_its_token_is_taken_away(serve: Serve, sqlite_url: str) -> None:

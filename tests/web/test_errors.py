@@ -15,6 +15,7 @@ from tracker.core.errors import (
     SchemaOutdated,
     ServerFault,
     SettingsError,
+    StartNotStored,
     StartUnresolved,
     StoreError,
     StoreUnavailable,
@@ -65,6 +66,14 @@ def test_each_error_has_its_answer(
     assert fault is not None
     assert (fault.status, fault.code) == (status, code)
     assert fault.headers.get("Retry-After") == retry_after
+
+
+def test_a_run_that_could_not_be_stored_is_named() -> None:
+    """The caller learns which run is paid for, and asks again."""
+    fault = to_fault(StartNotStored("no", run_id="run_1"))
+    assert fault is not None
+    assert (fault.status, fault.code, fault.headers["Retry-After"]) == (503, "not_stored", "5")
+    assert fault.body()["error"]["run_id"] == "run_1"
 
 
 def test_what_flora_says_of_a_request_comes_through_as_it_is() -> None:

@@ -218,10 +218,13 @@ async def test_lists_without_details_are_not_asked_twice(
             assert_true_to(await the_run(services, run_id), flora)
 
 
+@pytest.mark.parametrize("history_outputs", [True, False])
 async def test_a_run_of_an_unknown_technique_is_found(
-    services: Services, flora: Simulator, clock: HandClock
+    services: Services, flora: Simulator, clock: HandClock, history_outputs: bool
 ) -> None:
-    """A tracked run whose technique nobody knows is read at once, through the history."""
+    """A tracked run whose technique nobody knows is read at once, through the history, which may
+    only name the technique."""
+    flora.world.change({"history_outputs": history_outputs})
     run = flora.start()
     clock.move(60)
     tracked = await services.tracker.track(run.run_id)

@@ -251,8 +251,8 @@ async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite
         cheap = await client.post(address, data=form | {"max_cost": "0.01"})
         assert cheap.status_code == 402
         assert "nothing was started" in cheap.text
-        for which in ("some", ""):
-            assert (await client.post(address, data=form | {"which": which})).status_code == 400
+        for wrong in ({"which": "some"}, {"which": ""}, {"max_cost": "much"}):
+            assert (await client.post(address, data=form | wrong)).status_code == 400
         assert len(found.flora.world.runs) == before
         answers = await asyncio.gather(*(client.post(address, data=form) for _ in range(2)))
         assert {answer.status_code for answer in answers} == {303}
@@ -262,6 +262,24 @@ async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite
 
         await eventually(started, timeout=30)
         assert shown_rows(await found.page()) == list(range(1, 11))
+
+
+async def test_a_batch_is_stopped_by_a_button(serve: Serve, sqlite_url: str) -> None:
+    """No row is started any more, and the page says who stopped it."""
+    async with with_flora(serve, sqlite_url) as (site, flora):
+        rows = [{"prompt": "garden tools"}, {"prompt": "beach toys"}]
+        ordered = {"technique": "icon-pack", "rows": rows}
+        made = (await site.client.post("/api/batches", json=ordered)).json()
+        address = f"/batches/{made['batch_id']}"
+        page = (await site.client.get(address, headers=HTML)).text
+        assert f'action="{address}/stop"' in page
+        answer = await site.client.post(f"{address}/stop", headers=HTML)
+        assert answer.status_code == 303
+        page = (await site.client.get(address, headers=HTML)).text
+        assert "Stopped: stopped by local" in page
+        assert "/stop" not in page
+        await site.services.batch_worker.launch_due()
+        assert not flora.world.runs
 
 
 async def test_only_the_failed_rows_of_an_interrupted_batch_are_retried(
