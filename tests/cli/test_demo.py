@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
 from tests.support.forked import run_python
+from tracker.cli import simulate
 from tracker.cli.simulate import compare_runs
+from tracker.web.http import server
 
 RECORD: dict[str, Any] = {
     "run_id": "run_1",
@@ -54,6 +57,19 @@ def assert_all_ended_as_the_simulator_says(told: dict[str, Any]) -> None:
     assert len(lost) >= 3
     assert all(run["ended_via"] in ("poll", "history") for run in lost)
     assert any(run["ended_via"] == "callback" for run in runs)
+
+
+async def test_it_is_interrupted_while_it_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is a moment after its start."""
+
+    def interrupting(app: ASGIApp, *, on_ready: object) -> server.Server:
+        return Server(app, on_ready=playing.cancel)
+
+    Server = server.Server
+    monkeypatch.setattr(server, "Server", interrupting)
+    playing = asyncio.create_task(simulate._demonstrate())
+    with pytest.raises(asyncio.CancelledError):
+        await playing
 
 
 @pytest.mark.timeout(120)

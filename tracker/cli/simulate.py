@@ -243,15 +243,13 @@ async def _serving(services: "Services", sockets: "list[socket]") -> AsyncIterat
     app = build_app(services)
     server = Server(app, on_ready=ready.set, on_stop=app.stop, take=app.take)
     serving = asyncio.create_task(server.serve(sockets=sockets))
-    worker = Worker(services)
     try:
         await ready.wait()
-        await worker.start()
-        yield
+        async with Worker(services).running(asyncio.Event()):
+            yield
     finally:
         server.stop()
         await serving
-        await worker.stop()
 
 
 async def _start_runs(simulator: "Simulator", api: "httpx.AsyncClient", started: list[str]) -> None:
