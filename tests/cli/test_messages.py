@@ -3,11 +3,13 @@
 import asyncio
 import json
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Commands
+from tests.support.endpoint import SECRET, Receiver
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.store.migrate import open_database
 
@@ -112,3 +114,32 @@ def test_messages_are_sent_again_and_endpoints_enabled(filled: Commands) -> None
     assert (early.returncode, "within the years 1 to 9999" in early.stderr) == (2, True)
     wrong = filled("messages", "recover", "--endpoint", "crm", "--since", "soon")
     assert wrong.returncode == 2
+    for arguments, said in (
+        (("endpoints", "enable", "crm"), "crm is enabled; workers send what waits for it"),
+        (("messages", "resend", "msg_1"), "1 message due now;"),
+        (("messages", "recover", "--endpoint", "crm", "--since", "1h"), "0 failed messages due"),
+    ):
+        assert said in filled(*arguments).stdout
+
+
+async def test_a_test_event_is_sent(tracker: Commands) -> None:
+    """It is signed; an answer that is not 2xx is status 1."""
+    async with Receiver() as receiver:
+        settings = (
+            f'[[endpoints]]\nid = "crm"\nurl = "{receiver.url}"\n'
+            f'secrets = ["{SECRET}"]\nallow_private = true\n'
+        )
+        (tracker.folder / "tracker.toml").write_text(settings)
+        send = partial(
+            asyncio.to_thread, tracker, "endpoints", "test", "crm", TRACKER_CONFIG="tracker.toml"
+        )
+        done = await send()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("crm answered 200 in ")
+        shown = json.loads((await send("--json")).stdout)
+        assert (shown["endpoint_id"], shown["status"], shown["error"]) == ("crm", 200, None)
+        receiver.status = 500
+        failed = await send()
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert failed.stderr.startswith("tracker: crm failed after ")
+    assert {(one.event, one.verified) for one in receiver.got} == {("tracker.test", True)}

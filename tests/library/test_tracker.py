@@ -159,7 +159,7 @@ async def test_a_batch_is_stopped_from_a_script(small_tracker: Tracker, flora: S
     batch = await small_tracker.start_batch("icon-pack", rows)
     waiting = asyncio.create_task(batch.wait(timeout=30))
     await eventually(lambda: bool(flora.world.runs))
-    with pytest.raises(errors.WaitTimeout, match="has not ended after 0 s: .* of 40 rows have"):
+    with pytest.raises(errors.WaitTimeout, match=r"has not ended after 0 s: .* of 40 rows have"):
         await batch.wait(timeout=0)
     assert not (stopped := await batch.stop()).launching
     done = await waiting

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -19,6 +20,7 @@ from tests.worker.test_poll import poll_to_the_end
 from tracker.core.errors import (
     DefinitionChanged,
     FloraRefusal,
+    FloraUnreadable,
     InvalidRequest,
     KeyRefused,
     MaxCostReached,
@@ -41,7 +43,7 @@ from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.batches import BatchOutcome, BatchProgress
 from tracker.starting.rows import BatchPlan, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv, sheet_of_objects
-from tracker.starting.start import Started
+from tracker.starting.start import Started, StartRequest
 from tracker.store import schema as tables
 from tracker.store.queries import batches, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow
@@ -424,6 +426,33 @@ async def test_few_starts_are_in_doubt_while_flora_is_down(
         outcome = await working
         assert outcome.stopped is None
         assert len(flora.world.runs) == 30 - outcome.counts.doubt > 20
+
+
+@pytest.mark.parametrize(("failing", "times"), [("b", 2), ("b", 99), ("abcde", 99)])
+async def test_a_row_without_a_usable_answer_is_tried_again(
+    services: Services, flora: Simulator, failing: str, times: int
+) -> None:
+    """Three times, and it holds up no other; where several in succession have none, the batch
+    ends."""
+    begin, tries = services.starter.start, Counter[str]()
+
+    async def begin_or_fail(request: StartRequest, **more: Any) -> Started:
+        prompt = str(request.inputs[0]["value"])
+        tries[prompt] += 1
+        if prompt in failing and tries[prompt] <= times:
+            raise FloraUnreadable("no technique")
+        return await begin(request, **more)
+
+    services.starter.start = begin_or_fail  # type: ignore[method-assign, assignment]
+    outcome = await start(services, await plan(services, *"abcde"))
+    if failing == "abcde":
+        assert isinstance(outcome.stopped, FloraUnreadable)
+        assert (outcome.counts.unstarted, max(tries.values())) == (5, 1)
+        return
+    assert (outcome.stopped, tries["b"]) == (None, 3)
+    started = {"a", "c", "d", "e"} | ({"b"} if times == 2 else set())
+    assert set(begun(flora)) == started
+    assert [row.why for row in outcome.rows if row.why] == ["no technique"] * (5 - len(started))
 
 
 async def test_the_price_is_read_freshly(services: Services, flora: Simulator) -> None:
