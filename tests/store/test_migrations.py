@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,19 @@ async def test_an_old_schema_is_refused_with_advice(bare_database_url: str) -> N
     async with await Database.open(bare_database_url) as db:
         with pytest.raises(SchemaOutdated, match="tracker db upgrade"):
             await migrate.check(db)
+
+
+async def test_an_older_file_is_migrated_when_it_is_opened(empty_database_url: str) -> None:
+    """A database on a server is not: other processes may use it."""
+    await migrate.upgrade(empty_database_url, migrate.known()[-2])
+    opening = migrate.open_database(empty_database_url, history_since=timedelta(days=7))
+    if "sqlite" in empty_database_url:
+        async with opening as db:
+            assert await migrate.revision(db) == migrate.head()
+    else:
+        with pytest.raises(SchemaOutdated, match=f"needs {migrate.head()}: run `tracker db up"):
+            async with opening:
+                pass
 
 
 async def test_a_later_schema_is_fine(database_url: str) -> None:

@@ -15,6 +15,7 @@ from tests.support.waiting import eventually, let_pass
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Wire, chunk, post, wire
+from tracker.core.errors import StoreError
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries
 from tracker.web.http import Limits
@@ -335,6 +336,24 @@ async def test_what_cannot_be_committed_in_time_is_a_503_and_is_taken_later(
 
         await eventually(taken)
         assert len(await stored(site.services.database)) == 1
+
+
+async def test_what_the_database_refuses_is_a_503(
+    small_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not stored, and may be when FLORA sends it again."""
+
+    def receive(*_: object, **__: object) -> None:
+        raise StoreError("no such column")
+
+    body = event()
+    with monkeypatch.context() as patched:
+        patched.setattr(small_site.services.receiver, "receive", receive)
+        answer = await small_site.client.post(PATH, content=body, headers=signed(body))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert answer.json()["error"]["message"] == "The callback could not be stored."
+    again = await small_site.client.post(PATH, content=body, headers=signed(body))
+    assert again.json() == {"outcome": "waiting", "repeated": False}
 
 
 async def test_a_callback_that_waits_too_long_for_its_commit_is_a_503(

@@ -18,6 +18,7 @@ from tracker.core.errors import (
     FloraRefusal,
     FloraUnreadable,
     IdempotencyConflict,
+    StartNotStored,
     StartPending,
     StartUnresolved,
     StoreUnavailable,
@@ -346,6 +347,53 @@ async def test_a_start_in_doubt_that_was_not_sent_again_keeps_its_times(
     clock.move(60)
     assert await services.recovery.recover() == 1
     assert len(flora.world.runs) == 1
+
+
+async def test_an_answer_that_cannot_be_stored_is_stored_later(
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller learns which run is paid for. A process that ends waits for it, and names what is
+    lost where it cannot."""
+
+    async def submit(*_: object) -> None:
+        raise StoreUnavailable("the database does not answer")
+
+    sender = services.starter.sender
+    with monkeypatch.context() as patched:
+        patched.setattr(services.writer, "submit", submit)
+        with pytest.raises(StartNotStored) as raised:
+            await services.starter.start(request())
+        (run_id,) = flora.world.runs
+        assert raised.value.run_id == run_id
+        with capture_logs() as lines, pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await sender.aclose()
+        assert [(line["event"], line["run_id"]) for line in lines] == [
+            ("start.answer_lost", run_id)
+        ]
+        with pytest.raises(StartNotStored):
+            await services.starter.start(request("key-2"))
+    await sender.aclose()
+    (_, second) = flora.world.runs
+    assert (await the_run(services, second)).source is Source.START
+
+
+async def test_a_refusal_that_names_a_run_is_evidence(
+    services: Services, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any answer of FLORA is that has a run's id."""
+
+    async def start_run(*_: object, **__: object) -> None:
+        raise FloraRefusal(status=409, code="conflict", message="it runs", run_id=run_id)
+
+    run_id = flora.start().run_id
+    (workspace,) = services.workspaces
+    monkeypatch.setattr(workspace.client, "start_run", start_run)
+    started = await services.starter.start(request())
+    assert started.record.run.run_id == run_id
+    row = await starts.get(services.database, "ws_simulator", "key-1")
+    assert row is not None
+    assert (row.state, row.run_id) == ("started", run_id)
 
 
 async def test_a_refusal_that_is_not_stored_is_not_told(
