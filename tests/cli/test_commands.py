@@ -308,8 +308,8 @@ def test_all_runs_of_a_start_are_waited_for(tracker: Commands, stack: ExitStack)
     _serve(tracker, stack)
     values = [f"image=https://a.example/{name}.png" for name in "abc"]
     inputs = [f"--input={value}" for value in (*values, "reference=https://a.example/r.png")]
-    start = ("runs", "start", "color-transfer", *inputs, "--wait", "--idempotency-key", "order-1")
-    done = tracker(*start, "--json")
+    start = ("runs", "start", "color-transfer", "--wait", "--idempotency-key", "order-1")
+    done = tracker(*start, *inputs, "--json")
     assert done.returncode == 0, done.stderr
     assert "further" not in done.stderr
     first = json.loads(done.stdout)
@@ -318,7 +318,7 @@ def test_all_runs_of_a_start_are_waited_for(tracker: Commands, stack: ExitStack)
     stored = tracker.json("runs", "list")["runs"]
     assert sorted(run["run_id"] for run in runs) == sorted(run["run_id"] for run in stored)
     assert len(runs) == 3
-    text = tracker(*start).stdout
+    text = tracker(*start, inputs[-1], *inputs[:-1]).stdout  # their order makes no other request
     assert all(run["run_id"] in text for run in runs)
 
 

@@ -13,7 +13,9 @@ FACE = Port(id="face", type="imageUrl", aspect_ratio="4:3")
 LINK = "https://example.com/a.png"
 
 
-def an_input(input_id: str = "face", type_: str = "imageUrl", value: Any = LINK) -> dict[str, Any]:
+def an_input(
+    input_id: str = "face", type_: str | None = "imageUrl", value: Any = LINK
+) -> dict[str, Any]:
     return {"id": input_id, "type": type_, "value": value}
 
 
@@ -167,15 +169,15 @@ def test_no_message_repeats_a_value() -> None:
 
 def test_types_come_from_the_definition() -> None:
     """What was not given is filled in; what was given stays, and an unknown id is left to check."""
-    some = [("face", None, LINK), ("face", "text", "x"), ("nose", None, "y")]
+    some = [an_input(type_=None), an_input("face", "text", "x"), an_input("nose", None, "y")]
     assert typed([FACE], some) == [
         an_input(),
         an_input("face", "text", "x"),
         an_input("nose", "", "y"),
     ]
-    assert typed([], [("a", "text", "x")]) == [an_input("a", "text", "x")]
+    assert typed([], [an_input("a", "text", "x")]) == [an_input("a", "text", "x")]
     with pytest.raises(InvalidRequest, match="the type has to be given") as refused:
-        typed([], [("a", "text", "x"), ("b", None, "y")])
+        typed([], [an_input("a", "text", "x"), an_input("b", None, "y")])
     assert [fault.field for fault in refused.value.fields] == ["inputs.1.type"]
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.waiting import assert_takes_less, eventually, let_pass
 from tracker import Run, Tracker, errors
 from tracker.core.record import FailedRead
 from tracker.simulator import Simulator
+from tracker.store.schema import techniques
 
 
 async def test_a_script_starts_and_waits(tracker: Tracker, flora: Simulator) -> None:
@@ -63,6 +65,21 @@ async def test_a_start_rides_out_a_doubt(tracker: Tracker, flora: Simulator) -> 
     flora.world.change({"failed_starts": 0.0})
     run = await tracker.start("icon-pack", INPUTS, idempotency_key="order-18", timeout=40)
     assert list(flora.world.runs) == [run.run_id]
+
+
+async def test_a_known_key_needs_neither_order_nor_definition(
+    small_tracker: Tracker, flora: Simulator
+) -> None:
+    """It returns its run for inputs in another order, and although the technique is gone."""
+    given = {"building": "https://example.com/a.png", "material": "brick"}
+    run = await small_tracker.start("facade-swap", given, idempotency_key="order-20")
+    await small_tracker._services().database.execute(update(techniques).values(defined_at=None))
+    flora.world.technique = lambda reference: None  # type: ignore[method-assign]
+    turned = dict(reversed(given.items()))
+    again = await small_tracker.start("facade-swap", turned, idempotency_key="order-20", timeout=3)
+    assert again.run_id == run.run_id
+    with pytest.raises(errors.IdempotencyConflict):
+        await small_tracker.start("facade-swap", {"material": "brick"}, idempotency_key="order-20")
 
 
 @pytest.mark.parametrize(

@@ -92,16 +92,15 @@ def start(
         from tracker.starting.start import StartRequest
         from tracker.store.queries import starts
 
-        async with flora_deadline(services):
-            request = StartRequest(
-                technique=technique,
-                inputs=await services.catalogue.typed_inputs(technique, values, workspace),
-                workspace_id=workspace,
-                # Made once: a second attempt has to use the first one's.
-                idempotency_key=f"trk-{uuid4()}" if idempotency_key is None else idempotency_key,
-                started_by="cli",
-                tags=tags,
-            )
+        request = StartRequest(
+            technique=technique,
+            inputs=[{"id": id_, "type": type_, "value": value} for id_, type_, value in values],
+            workspace_id=workspace,
+            # Made once: a second attempt has to use the first one's.
+            idempotency_key=f"trk-{uuid4()}" if idempotency_key is None else idempotency_key,
+            started_by="cli",
+            tags=tags,
+        )
         try:
             started = await services.starter.start(request)
         except StartPending as error:

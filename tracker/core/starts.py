@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from tracker.core.errors import FieldFault, InvalidRequest
@@ -132,23 +132,18 @@ def obstacle(ports: Iterable[Port]) -> str | None:
     return f"it needs {' and '.join(f'{port.id} ({port.type})' for port in needed)}, but {_TAKEN}"
 
 
-def typed(
-    ports: Sequence[Port], values: Iterable[tuple[str, str | None, str]]
-) -> list[dict[str, Any]]:
-    """Inputs as a start takes them, from (id, type or `None`, value) each.
+def typed(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`inputs` with the types of the definition where they have none.
 
-    A missing type comes from the definition; an unknown id gets none, and `check` reports it.
-    Raises `InvalidRequest` if a type is missing and the definition names no inputs.
+    An unknown id gets an empty type, and `check` reports it. Raises `InvalidRequest` if a type is
+    missing and the definition names no inputs.
     """
-    types = {port.id: port.type for port in ports}
-    values = list(values)
-    if not ports and (untyped := [n for n, (_, type_, _) in enumerate(values) if type_ is None]):
+    untyped = [number for number, one in enumerate(inputs) if not one.get("type")]
+    if untyped and not ports:
         message = "the technique's definition names no inputs, so the type has to be given"
         raise InvalidRequest(message, [FieldFault(f"inputs.{n}.type", message) for n in untyped])
-    return [
-        {"id": input_id, "type": type_ or types.get(input_id, ""), "value": value}
-        for input_id, type_, value in values
-    ]
+    types = {port.id: port.type for port in ports}
+    return [{**one, "type": one.get("type") or types.get(one["id"], "")} for one in inputs]
 
 
 def _missing(port: Port) -> FieldFault:
@@ -205,6 +200,8 @@ def _link_fault(value: str) -> str | None:
 Input = dict[str, str]
 """One input as FLORA takes it: `id`, `type` and `value`."""
 
+T = TypeVar("T", bound=Mapping[str, Any])
+
 _HEX_DIGITS: Final = 24
 """Enough to rule out accidental collisions; inputs are compared before anything is sent."""
 
@@ -230,9 +227,24 @@ class RunNumber:
         return replace(self, attempt=self.attempt - 1)
 
 
-def canonical(inputs: Iterable[Input]) -> list[Input]:
+def canonical(inputs: Iterable[T]) -> list[T]:
     """The inputs sorted by id; several values of one input keep their order."""
     return sorted(inputs, key=lambda one: one["id"])
+
+
+def same_values(one: Iterable[Mapping[str, Any]], other: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether both are the same ids with the same values, as `canonical` orders them."""
+    return _values(one) == _values(other)
+
+
+def same_types(stored: Iterable[Mapping[str, Any]], given: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether inputs of the same values have the stored types, or none."""
+    pairs = zip(canonical(stored), canonical(given), strict=True)
+    return all(its.get("type") in (None, "", kept.get("type")) for kept, its in pairs)
+
+
+def _values(inputs: Iterable[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(one["id"], one.get("value")) for one in canonical(inputs)]
 
 
 def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]:

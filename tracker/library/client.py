@@ -160,27 +160,18 @@ class Tracker(BatchCalls):
             key = valid("idempotency_key", check_text, idempotency_key)
         checked = valid("tags", check_tags, tags or {})
         give_up = time.monotonic() + (START_SECONDS if timeout is None else timeout)
-        typed: list[dict[str, str]] | None = None
+        request = StartRequest(
+            technique=technique,
+            inputs=given_inputs(inputs),
+            workspace_id=workspace_id,
+            idempotency_key=key,
+            started_by=ACTOR,
+            tags=checked,
+        )
         with acting_here():
             while True:
                 services = self._services()  # it may be closed meanwhile
                 try:
-                    if typed is None:
-                        typed = await given_inputs(
-                            services,
-                            technique,
-                            inputs,
-                            workspace_id,
-                            deadline=services.starter.reading_time(give_up),
-                        )
-                    request = StartRequest(
-                        technique=technique,
-                        inputs=typed,
-                        workspace_id=workspace_id,
-                        idempotency_key=key,
-                        started_by=ACTOR,
-                        tags=checked,
-                    )
                     wait = max(give_up - time.monotonic(), 0.0)
                     started = await services.starter.start(request, wait=wait)
                     return self._run(started.record)
@@ -189,7 +180,7 @@ class Tracker(BatchCalls):
                         raise TrackerNotOpen(CLOSED_MEANWHILE) from error
                     raise
                 except InvalidRequest as error:
-                    raise naming_fields(error, inputs, typed or ()) from error
+                    raise naming_fields(error, inputs, request.inputs) from error
                 except (
                     FloraUnreachable,
                     RateLimited,

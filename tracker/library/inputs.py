@@ -32,20 +32,13 @@ T = TypeVar("T")
 _POSITION: Final = re.compile(r"inputs\.(\d+)\.(id|type|value)")
 
 
-async def given_inputs(
-    services: "Services",
-    technique: str,
-    inputs: InputValues,
-    workspace_id: str | None,
-    *,
-    deadline: float,
-) -> list[dict[str, Any]]:
-    """The inputs as `{"id", "type", "value"}` each, with types from the technique's definition.
+def given_inputs(inputs: InputValues) -> list[dict[str, Any]]:
+    """The inputs as `{"id", "type", "value"}` each; the type is `None` where it is not given.
 
-    Raises `InvalidRequest`, which names each wrong field, and what reading the definition raises.
+    Raises `InvalidRequest`, which names each wrong field.
     """
     faults: list[FieldFault] = []
-    values: list[tuple[str, str | None, str]] = []
+    values: list[dict[str, Any]] = []
     for where, name, kind, value in _flat(inputs):
         text = _text_of(value)
         if not isinstance(name, str) or not isinstance(kind, str | None):
@@ -55,9 +48,9 @@ async def given_inputs(
             message = f"must be a text, a number, a boolean or a date, not {given}"
             faults.append(FieldFault(where, message))
         else:
-            values.append((name, kind, text))
+            values.append({"id": name, "type": kind, "value": text})
     _raise(faults)
-    return await services.catalogue.typed_inputs(technique, values, workspace_id, deadline=deadline)
+    return values
 
 
 def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:
@@ -158,7 +151,8 @@ def _text_of(value: object) -> str | None:
 
 def _raise(faults: Sequence[FieldFault]) -> None:
     if faults:
-        raise InvalidRequest("the inputs are not valid", faults)
+        named = "; ".join(map(str, faults[:FIELDS_NAMED]))
+        raise InvalidRequest(f"the inputs are not valid; {named}", faults)
 
 
 def valid(field: str, check: Callable[[S], T], value: S) -> T:

@@ -29,7 +29,7 @@ from tracker.core.errors import (
     StoreError,
 )
 from tracker.core.log import get_logger
-from tracker.core.starts import Port, Technique, check, typed
+from tracker.core.starts import Technique, check, typed
 from tracker.flora.client import pages as pages_of
 from tracker.flora.parse import ports
 from tracker.store import coordination
@@ -123,36 +123,19 @@ class Catalogue(Service):
         inputs: Sequence[Mapping[str, Any]],
         *,
         deadline: float | None = None,
-    ) -> Technique:
-        """The definition of a technique to start with these inputs, after checking them.
+    ) -> tuple[Technique, list[dict[str, Any]]]:
+        """The definition of a technique to start with these inputs, and the inputs with their
+        types, after checking them.
 
         Raises `InvalidRequest` with every wrong field, and else like `definition`.
         """
         definition = await self.definition(workspace, technique, deadline=deadline)
-        faults = check(ports(definition.inputs), inputs)
+        known = ports(definition.inputs)
+        inputs = typed(known, inputs)
+        faults = check(known, inputs)
         if faults:
             raise InvalidRequest(f"the inputs do not fit the technique {technique}", faults)
-        return definition
-
-    async def typed_inputs(
-        self,
-        technique: str,
-        values: Sequence[tuple[str, str | None, str]],
-        workspace_id: str | None,
-        *,
-        deadline: float | None = None,
-    ) -> list[dict[str, Any]]:
-        """Inputs as a start takes them, from (id, type or `None`, value) each; the definition is
-        read if it has to name a type.
-
-        Raises `InvalidRequest` if it does not, or for the workspace, and else like `definition`.
-        """
-        known: Sequence[Port] = ()
-        if any(type_ is None for _, type_, _ in values):
-            workspace = await self.workspaces.pick(workspace_id)
-            definition = await self.definition(workspace, technique, deadline=deadline)
-            known = ports(definition.inputs)
-        return typed(known, values)
+        return definition, inputs
 
     async def technique_id(
         self, workspace: Workspace, technique: str, *, deadline: float | None = None

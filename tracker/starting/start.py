@@ -14,13 +14,14 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 from uuid import uuid4
 
 from tracker.core.errors import (
     BudgetExceeded,
+    FloraError,
     FloraRefusal,
     IdempotencyConflict,
     StartPending,
@@ -30,15 +31,15 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.starts import Budgets, Tags, Technique, digest_of
+from tracker.core.starts import Budgets, Tags, Technique, digest_of, typed
 from tracker.core.waiting import cancel
 from tracker.flora.client import FloraClient, check_idempotency_key
-from tracker.flora.parse import runs_of
+from tracker.flora.parse import ports, runs_of
 from tracker.polling.poll import DurationBook
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
 from tracker.starting.sending import StartSender, held_by, known_to_flora, pending
-from tracker.store.queries import runs, spending, starts
+from tracker.store.queries import runs, spending, starts, techniques
 from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
 from tracker.store.queries.starts import StartRow, StartState
@@ -62,7 +63,8 @@ log = get_logger(__name__)
 class StartRequest:
     """What to start: a technique by id or slug, and inputs as `{"id", "type", "value"}` each.
 
-    `started_by` is a token's name, `cli` or `batch`; `tags` say what the run is for.
+    A type that is `None` comes from the technique's definition, or from the log if the key is
+    known. `started_by` is a token's name, `cli` or `batch`; `tags` say what the run is for.
     """
 
     technique: str
@@ -130,18 +132,38 @@ class Starter(Service):
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)
         workspace_id = await self.workspaces.id_of(
-            workspace, wanted=request.workspace_id, deadline=self.reading_time(give_up)
+            workspace, wanted=request.workspace_id, deadline=self._reading_time(give_up)
         )
         call = _Call(workspace, workspace_id, key, request, give_up)
         row = await starts.get(self.database, workspace_id, key)
         if row is not None and not row.is_fresh:
-            # Its inputs are not checked: its answer stands, whatever the definition is by now.
-            technique_id = await self.catalogue.technique_id(
-                workspace, request.technique, deadline=self.reading_time(give_up)
-            )
-            _compare(row, technique_id, request)
-            await self.durations.learn([technique_id])
+            await self._check_known(call, row)
         return await self._outcome(call, row, wait_in_doubt=wait_in_doubt)
+
+    async def _check_known(self, call: "_Call", row: StartRow) -> None:
+        """Check that a start that may have been sent is the one that is asked for.
+
+        Its answer stands, although FLORA may have changed or removed the technique since: the
+        inputs are not checked, and their types are the stored ones. Raises `IdempotencyConflict`,
+        `InvalidRequest`, `StoreUnavailable`, and `FloraError` if the technique is named by an
+        unknown slug.
+        """
+        request = call.request
+        try:
+            technique_id = await self.catalogue.technique_id(
+                call.workspace, request.technique, deadline=self._reading_time(call.give_up)
+            )
+        except FloraError:
+            stored = await techniques.get(self.database, row.technique_id)
+            if stored is None or stored.slug != request.technique:
+                raise
+            technique_id = row.technique_id
+        if not row.inputs:  # removed by retention; the fingerprint has their types
+            stored = await techniques.get(self.database, row.technique_id)
+            known = ports(stored.inputs) if stored else ()
+            request = replace(request, inputs=typed(known, request.inputs))
+        _compare(row, technique_id, request)
+        await self.durations.learn([technique_id])
 
     async def _outcome(
         self, call: "_Call", row: StartRow | None, *, wait_in_doubt: bool
@@ -184,18 +206,18 @@ class Starter(Service):
         whether this call sent it, or may have.
         """
         # Checked before the key is kept, so that wrong inputs can be corrected.
-        definition = await self.catalogue.checked(
+        definition, inputs = await self.catalogue.checked(
             call.workspace,
             call.request.technique,
             call.request.inputs,
-            deadline=self.reading_time(call.give_up),
+            deadline=self._reading_time(call.give_up),
         )
         await self.durations.learn([definition.technique_id])
         sent = True
         with suppress(StartPending):
-            record = await self._within(call, self._attempt(call, definition))
+            record = await self._within(call, self._attempt(call, definition, inputs))
             if record is not None:
-                if runs_of(definition, call.request.inputs) > 1:
+                if runs_of(definition, inputs) > 1:
                     record = await self._first_run(call, record)
                 return record, True
             sent = False
@@ -214,7 +236,7 @@ class Starter(Service):
                 return await runs.get_run(self.database, row.run_id) or answered
         return answered
 
-    def reading_time(self, give_up: float) -> float:
+    def _reading_time(self, give_up: float) -> float:
         """For how many seconds something may be read before a start is sent, for a caller who waits
         until `give_up`."""
         return min(max(give_up - self.monotonic(), LEAST_SECONDS), self.deadline)
@@ -236,9 +258,11 @@ class Starter(Service):
         if failure is not None and not isinstance(failure, TrackerError):
             log.exception("start.broken", exc_info=failure)
 
-    async def _attempt(self, call: "_Call", definition: Technique) -> Record | None:
+    async def _attempt(
+        self, call: "_Call", definition: Technique, inputs: list[dict[str, Any]]
+    ) -> Record | None:
         """Keep the key, reserve the price and send the start; `None` if another caller holds it, or
-        it is of another request."""
+        it is of another request. `inputs` are those of the call with their types."""
         workspace_id, key, request = call.workspace_id, call.key, call.request
         technique_id = definition.technique_id
 
@@ -248,8 +272,8 @@ class Starter(Service):
                 workspace_id=workspace_id,
                 idempotency_key=key,
                 technique_id=technique_id,
-                fingerprint=digest_of([technique_id, request.inputs]),
-                inputs=request.inputs,
+                fingerprint=digest_of([technique_id, inputs]),
+                inputs=inputs,
                 created_at=now,
                 callback_token=_callback_token(call.workspace.require_client(), workspace_id, key),
                 started_by=request.started_by,
@@ -258,7 +282,7 @@ class Starter(Service):
                 lease_until=now + lease,
                 reserved_at=now,
                 reserved_cost=definition.run_cost,
-                reserved_runs=runs_of(definition, request.inputs),
+                reserved_runs=runs_of(definition, inputs),
             )
             budgets = self.budgets.covering(workspace_id, technique_id, request.tags or {})
             row = await starts.reserve(self.database, new, budgets)
@@ -312,7 +336,7 @@ def _unresolved(row: StartRow) -> StartUnresolved:
 
 def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     """Raise `IdempotencyConflict` if the key was kept for another request."""
-    if row.fingerprint != digest_of([technique_id, request.inputs]):
+    if not row.is_for(technique_id, request.inputs):
         differs = "another technique or other inputs"
     elif not row.is_fresh and (row.tags or {}) != (request.tags or {}):
         differs = "a run with other tags"

@@ -19,7 +19,7 @@ process died. Evidence may set any state to `started`. Only the holder of the le
 and writes the state. Keys belong to a workspace id.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -27,6 +27,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Final
 
+import orjson
 from sqlalchemy import (
     ColumnElement,
     Connection,
@@ -45,11 +46,12 @@ from sqlalchemy import (
     update,
 )
 
+from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
 from tracker.core.run import Tracking, known
-from tracker.core.starts import Budget, Tags
-from tracker.store.engine import Database
+from tracker.core.starts import Budget, Tags, digest_of, same_types, same_values
+from tracker.store.engine import Database, dump_json
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
 from tracker.store.queries.runs import RUN_COLUMNS, fetch_records, get_runs
@@ -153,6 +155,30 @@ class StartRow:
         """Whether no request with this key can have taken effect."""
         return self.state in (StartState.STORED, StartState.REFUSED)
 
+    def is_for(self, technique_id: str, inputs: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether it is the start of this technique with these inputs, in whatever order.
+
+        Inputs may have no type. Types count once a request may have acted; until then they can be
+        corrected. If retention has removed the stored inputs, the fingerprint alone decides, which
+        includes order and types.
+        """
+        if self.fingerprint == digest_of([technique_id, inputs]):
+            return True
+        if self.technique_id != technique_id or not self.inputs:
+            return False
+        given = orjson.loads(dump_json(inputs))  # as a database returns them
+        is_same = same_values(self.inputs, given)
+        return is_same and (self.is_fresh or same_types(self.inputs, given))
+
+    def retyped(self, inputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """The columns with the types of `inputs`, which it is for.
+
+        The order stays: FLORA may know the key with it, and refuses it with another body.
+        """
+        types = {clean(one["id"]): one["type"] for one in inputs}
+        mine = [one | {"type": types[one["id"]]} for one in self.inputs]
+        return {"inputs": mine, "fingerprint": digest_of([self.technique_id, mine])}
+
     @property
     def is_known_to_flora(self) -> bool:
         """Whether FLORA answered 409 or 422: it has a request with this key."""
@@ -222,10 +248,10 @@ async def reserve(db: Database, new: StartRow, budgets: Sequence[Budget] = ()) -
     An existing row of its key is returned unchanged; the caller compares the request. A new one is
     written to the audit log.
 
-    A `new` one with a `lease_holder` also takes the lease of a fresh start, as by `take`, and
-    reserves its price, which must fit into the `budgets`. The reservation lasts while the lease is
-    held, and then for as long as the start may have been sent. Raises `BudgetExceeded`; then
-    nothing is stored.
+    A `new` one with a `lease_holder` also takes the lease of a fresh start, as by `take`, gives it
+    the types of its inputs, and reserves its price, which must fit into the `budgets`. The
+    reservation lasts while the lease is held, and then for as long as the start may have been sent.
+    Raises `BudgetExceeded`; then nothing is stored.
     """
     key, at = (new.workspace_id, new.idempotency_key), new.created_at
     names = ("technique_id", "workspace_id", "idempotency_key")
@@ -236,22 +262,23 @@ async def reserve(db: Database, new: StartRow, budgets: Sequence[Budget] = ()) -
     on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
     statement = insert.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
     this = {"slot": key[0], "key": key[1]}
-    held = {name: values[name] for name in ("state", "tags", *_RESERVED)}
-    again = _update(*key, _IS_FRESH, is_free(starts, at)).values(held).returning(*starts.c)
+    renewed = {name: values[name] for name in ("state", "tags", *_RESERVED)}
+    again = _update(*key, _IS_FRESH, is_free(starts, at)).values(renewed).returning(*starts.c)
 
     def work(connection: Connection) -> StartRow:
         # Before the key is read, so that a concurrent request has stored it by then.
         spending.lock(connection, budgets)
         row = _found(connection.execute(_BY_KEY, this).first())
         if row is not None:
-            is_same = row.fingerprint == new.fingerprint
+            is_same = row.is_for(new.technique_id, new.inputs)
             is_free = row.is_fresh and not row.is_held(at) and not row.is_known_to_flora
             if new.lease_holder is None or not (is_same and is_free):
                 return row
         cost = new.reserved_cost
         price = None if cost is None else cost * (new.reserved_runs or 1)
         spending.check_room(connection, budgets, price=price, now=at)
-        made = connection.execute(statement if row is None else again).first()
+        held = statement if row is None else again.values(row.retyped(new.inputs))
+        made = connection.execute(held).first()
         if made is None:  # a concurrent request stored it first
             return _row(connection.execute(_BY_KEY, this).one())
         audit.note(connection, entry)
