@@ -1,14 +1,17 @@
 """The page of runs: search, order, count and CSV; and starting a failed run again."""
 
+import asyncio
 import csv
 import io
 import re
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
@@ -203,8 +206,12 @@ async def test_a_failed_run_is_started_again_once(serve: Serve, sqlite_url: str)
         dearer = await site.client.post(address, data={"cost": "0.1"})
         assert "The price has changed. Nothing was started." in dearer.text
         assert len(flora.world.runs) == 1
-        answers = [await site.client.post(address, data={"cost": "0.25"}) for _ in range(2)]
-        assert [answer.status_code for answer in answers] == [303, 303]
+        flora.world.change({"slow_starts": 1.0, "slow_seconds": 300.0})  # 0.3 s at its speed
+        press = partial(site.client.post, address, data={"cost": "0.25"})
+        with capture_logs() as lines:
+            answers = [*await asyncio.gather(press(), press()), await press()]
+        assert [line["event"] for line in lines].count("run.started") == 1
+        assert [answer.status_code for answer in answers] == [303, 303, 303]
         assert len(flora.world.runs) == 2
         (new,) = set(flora.world.runs) - {run_id}
         assert {answer.headers["Location"] for answer in answers} == {f"/runs/{new}"}

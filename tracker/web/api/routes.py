@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from tracker import views
 from tracker.core.errors import FieldFault
-from tracker.core.log import get_logger
 from tracker.flora.parse import as_id, as_object
 from tracker.receiving.apply import UnknownDelivery
 from tracker.services import Services
@@ -50,11 +49,10 @@ from tracker.web.api.responses import (
 )
 from tracker.web.auth import ScopedRoute, actor_of
 from tracker.web.http import Limits
-from tracker.web.http.request import peer_of, prefix_of, read_json
+from tracker.web.http.request import prefix_of, read_json
 from tracker.web.http.responses import Fault, Json, invalid, not_found
+from tracker.web.starts import start_logged
 from tracker.web.stream import Stream, StreamQuery
-
-log = get_logger(__name__)
 
 
 class Api(BatchOperations):
@@ -133,23 +131,18 @@ class Api(BatchOperations):
         key = validate_key(request.headers.getlist("idempotency-key"))
         if key is not None and body.idempotency_key not in (None, key):
             raise invalid(FieldFault("idempotency_key", "differs from the header Idempotency-Key"))
-        token = actor_of(request.scope).name
         start = StartRequest(
             technique=body.technique,
             inputs=[one.model_dump() for one in body.inputs],
             workspace_id=body.workspace_id,
             idempotency_key=key or body.idempotency_key,
-            started_by=token,
+            started_by=actor_of(request.scope).name,
             tags=body.tags,
         )
-        by = {"token": token, "peer": peer_of(request.scope)}
-        # Before anything is sent: whatever becomes of it, the log has who asked for it.
-        log.info("run.start_requested", technique=start.technique, key=start.idempotency_key, **by)
-        started = await self._services.starter.start(start)
+        started = await start_logged(self._services, request.scope, start)
         run = views.run_json(started.record)
         if started.replayed:
             return Json(run, headers={"Idempotent-Replayed": "true"})
-        log.info("run.started", run_id=run["run_id"], technique_id=run["technique_id"], **by)
         return Json(run, status_code=201)
 
     @Operation(

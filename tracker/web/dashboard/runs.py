@@ -14,7 +14,6 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from tracker.core.errors import FieldFault
 from tracker.core.formatting import csv_text, money
-from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
 from tracker.core.starts import parse_tag
@@ -54,8 +53,8 @@ from tracker.web.dashboard import (
     read_form,
 )
 from tracker.web.dashboard.render import query
-from tracker.web.http.request import peer_of
 from tracker.web.http.responses import invalid
+from tracker.web.starts import start_logged
 
 BATCHES: Final = 50
 """The newest batches, which the filter names."""
@@ -96,8 +95,6 @@ _FILTERS: Final[Mapping[str, Iterable[str] | None]] = {
     **dict.fromkeys(("from", "to")),
     "sort": Sort,
 }
-
-log = get_logger(__name__)
 
 
 class RetryOffer(NamedTuple):
@@ -230,20 +227,16 @@ class RunPages(PageGroup):
         if form.get("cost", "") != ("" if again.cost is None else str(again.cost)):
             return FlashMessage("warn", "The price has changed. Nothing was started.")
         run = record.run
-        by = {"token": actor_of(request.scope).name, "peer": peer_of(request.scope)}
         start = StartRequest(
             technique=run.technique_id or "",
             inputs=record.inputs or [],
             workspace_id=run.workspace_id,
             idempotency_key=again.key,
-            started_by=by["token"],
+            started_by=actor_of(request.scope).name,
             tags=record.tags,
         )
-        # Before anything is sent: whatever becomes of it, the log has who asked for it.
-        log.info("run.start_requested", technique=start.technique, key=start.idempotency_key, **by)
-        started = (await self._services.starter.start(start)).record.run
-        log.info("run.started", run_id=started.run_id, technique_id=started.technique_id, **by)
-        return _to_run(started.run_id)
+        started = await start_logged(self._services, request.scope, start)
+        return _to_run(started.record.run.run_id)
 
     async def _csv_lines(self, wanted: SearchFilters) -> AsyncIterator[str]:
         yield BOM + csv_text([CSV_COLUMNS])
