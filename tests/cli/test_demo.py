@@ -34,6 +34,7 @@ RUN: dict[str, Any] = {
     "workspace_id": "ws_1",
     "technique_id": "tech_a",
     "tracking": "settled",
+    "ended_via": "poll",
     "status": "completed",
     "created_at": "2025-06-15T15:06:40.123000Z",
     "started_at": "2025-06-15T15:06:41.000000Z",
@@ -70,6 +71,18 @@ async def test_it_is_interrupted_while_it_opens(monkeypatch: pytest.MonkeyPatch)
     playing = asyncio.create_task(simulate._demonstrate())
     with pytest.raises(asyncio.CancelledError):
         await playing
+
+
+def test_the_comparison_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each run, and how many differ."""
+    simulate._print_result(compare_runs([RUN], [RECORD]))
+    shown = capsys.readouterr().out
+    assert "1 runs, 1 callbacks lost; ends known: 1 by poll." in shown
+    assert "of every run are those of the simulator's records" in shown
+    simulate._print_result(compare_runs([RUN | {"status": "failed"}], [RECORD]))
+    shown = capsys.readouterr().out
+    assert "no: status" in shown
+    assert "1 of them differ" in shown
 
 
 @pytest.mark.timeout(120)

@@ -1,5 +1,6 @@
 """Replaying stored callbacks: what is understood now is applied, what is not says why."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -76,6 +77,18 @@ async def test_what_is_understood_now_is_applied(database_url: str) -> None:
         again = await services.replayer.replay("whd_1")
         assert (again.already, again.outcome) == (True, "applied")
         assert await read.get_run(services.database, "run_1") is not None
+
+
+async def test_two_replays_at_once_apply_it_once(database_url: str) -> None:
+    """Both report that it is applied."""
+    async with open_services(settings(database_url)) as services:
+        await keep(services, body())
+        replay = services.replayer.replay
+        both = await asyncio.gather(replay("whd_1"), replay("whd_1"))
+        assert [one.outcome for one in both] == ["applied"] * 2
+        run = await read.get_run(services.database, "run_1")
+        assert run is not None
+        assert len(await read.events(services.database, "run_1")) == 1
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ async def test_where_all_is_the_same_nothing_is_found(
         assert (verdict.compared, verdict.good) == (243, True)
 
 
+async def test_a_history_that_cannot_be_read_makes_the_verdict_bad(
+    services: Services, flora: Simulator
+) -> None:
+    """It is said which, and why."""
+    flora.world.change({"api_key": "sk_test_another"})
+    verdict = await verify(services)
+    assert (verdict.good, verdict.differences) == (False, [])
+    assert verdict.error is not None
+    assert verdict.error.startswith("technique runs: FLORA answered 401")
+
+
 async def test_each_difference_is_named(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
