@@ -43,7 +43,7 @@ from tracker.core.starts import Technique, is_empty_text
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies
-from tracker.flora.parse import LONGEST_ID, Page, circular, cursor_at, offset_of, technique
+from tracker.flora.parse import LONGEST_ID, Page, circular, technique
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0
@@ -420,11 +420,8 @@ def check_idempotency_key(key: str) -> None:
 
 async def pages(
     read: Callable[[str | None], Awaitable[Page[T]]],
-    *,
-    overlap: Callable[[Page[T]], int] | None = None,
 ) -> AsyncGenerator[Page[T], None]:
-    """Every page of the list that `read(cursor)` reads. Where cursors are offsets, a page begins
-    with the last `overlap(page)` items of the page before.
+    """Every page of the list that `read(cursor)` reads.
 
     Raises `FloraUnreadable` if a cursor comes twice: in a circle the end of the list cannot be told
     from a gap in it.
@@ -440,5 +437,3 @@ async def pages(
         if cursor in seen:
             raise circular()
         seen.add(cursor)
-        if overlap is not None and (offset := offset_of(cursor)) is not None:
-            cursor = cursor_at(max(offset - overlap(page), 0))

@@ -10,7 +10,15 @@ An item that shows no run leaves a hole in its page.
 """
 
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -24,8 +32,8 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
-from tracker.core.run import RunStatus, RunType
-from tracker.flora.client import FloraClient, HistoryPage
+from tracker.core.run import RunStatus
+from tracker.flora.client import HistoryPage
 from tracker.flora.parse import circular, cursor_at, offset_of
 from tracker.store.engine import Database
 from tracker.store.writing import retention
@@ -44,26 +52,23 @@ FIRST_SKIPS: Final = 3
 """The same while nothing of the list could be read."""
 SHIFTS: Final = 8
 """Steps back in a row because the list shifted between two pages."""
-RETRY_SECONDS: Final = 10.0
-"""How long a read may take, repetitions included, at a place that has failed before."""
 _INSTANT: Final = timedelta(microseconds=1)
+_NOTHING: Final = HistoryPage(items=[], next_cursor=None, unreadable={})
+
+ReadPage = Callable[[str | None, int], Awaitable[HistoryPage]]
+"""Reads the page to which a cursor leads, of at most so many items. Raises `FloraError`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hole:
-    """Items that could not be read: the error, and the cursor of the first of them."""
+    """Items that could not be read: the error, and the cursor of the first of them.
 
-    error: str
+    Items of the time `end` and older are below the hole; `None` if none could be read.
+    """
+
+    error: FloraError
     cursor: str | None
-
-
-class PageUnreadable(FloraError):
-    """A page and everything below it could not be read: `hole`, because of `cause`."""
-
-    def __init__(self, hole: Hole, cause: FloraError) -> None:
-        super().__init__(hole.error)
-        self.hole = hole
-        self.cause = cause
+    end: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +76,18 @@ class WalkedPage:
     """A page, or the part of one above or below a hole in it, and how it joins what was read.
 
     Everything newer than `floor` has been read: from the top of the list if `from_top`; from the
-    time `ceiling` if there is a `hole` above the page; else from where the walk began. `cursor`
-    leads to what is below, if known. Times are FLORA's, in UTC.
+    end of the `hole` above the page if there is one; else from where the walk began. `cursor` leads
+    to what is below, if known; below the page that `is_last` is nothing, or nothing that can be
+    read. Times are FLORA's, in UTC.
     """
 
     items: list[Observation]
     unreadable: list[str]
     floor: datetime | None
+    from_top: bool
     is_last: bool
-    from_top: bool = False
-    ceiling: datetime | None = None
-    hole: Hole | None = None
-    cursor: str | None = None
+    hole: Hole | None
+    cursor: str | None
 
 
 def oldest(items: Sequence[Observation]) -> datetime | None:
@@ -118,9 +123,10 @@ class _Position:
 
     def may_have_expired(self, error: FloraError) -> bool:
         """Whether FLORA refuses the cursor itself; twice in one place, the page is bad."""
-        return (
-            self.offset is None
-            and len(self._passed) > self._passed_before
+        if self.offset is not None:
+            return False
+        return self.is_placed or (
+            len(self._passed) > self._passed_before
             and isinstance(error, FloraRefusal)
             and any(one.field == "cursor" for one in error.fields)
         )
@@ -131,12 +137,6 @@ class _Position:
         self.limit = PAGE_SIZE
         self._passed_before = len(self._passed)
         self._passed.clear()
-
-    def read_less(self) -> bool:
-        """Ask for half as many items; false where one alone was asked for."""
-        is_one = self.limit == 1
-        self.limit = max(1, self.limit // 2)
-        return not is_one
 
     def skip_items(self) -> bool:
         """Go past an unreadable item; false where there is no way, or after too many in a row."""
@@ -155,7 +155,9 @@ class _Position:
         self.move_to(max(0, (self.offset or 0) - PAGE_SIZE * 2 ** (self._shifts - 1)))
 
     def advance(self, page: HistoryPage, next_cursor: str) -> None:
-        """Go to what follows a page, or to its last items where the next page can overlap it."""
+        """Go to what follows a page, or to its last items where the next page can overlap it: all
+        of the last creation time, of which others may come first then, unless the page has no more.
+        """
         self._skips, self._shifts, self.shared = 0, 0, set()
         following = offset_of(next_cursor)
         if following is None or self.offset is None:
@@ -165,11 +167,15 @@ class _Position:
             self.follow(next_cursor)
         elif following <= self.offset:
             raise circular()
-        elif self.limit > 2 * OVERLAP and following - (overlap := overlap_of(page)) > self.offset:
-            self.shared = {item.run_id for item in page.items}
-            self.move_to(following - overlap)
-        else:
+        elif self.limit <= 2 * OVERLAP:
             self.move_to(following)
+        else:
+            tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
+            overlap = max(OVERLAP, tied if tied < len(page.items) else 0)
+            covered, shown = following - self.offset, len(page.items) + len(page.unreadable)
+            self.move_to(following - min(overlap, covered - 1))
+            if covered > 1 and shown >= min(covered, self.limit):  # else FLORA has left items out
+                self.shared = {item.run_id for item in page.items}
         self.limit = min(2 * self.limit, PAGE_SIZE)
 
 
@@ -177,58 +183,58 @@ class _Seam:
     """How the next items join what was read."""
 
     def __init__(self, *, from_top: bool) -> None:
+        self._from_top = from_top
         self._edge: deque[datetime] = deque(maxlen=EDGE)
         self._hole: Hole | None = None
         self._unreadable: list[str] = []
-        self.begin(from_top=from_top)
 
-    def begin(self, *, from_top: bool) -> None:
-        """What follows joins nothing that was read; at the top of the list nothing is above it."""
-        self._from_top = from_top
-        self._edge.clear()
-
-    def open_hole(self, error: str, cursor: str | None) -> Hole:
+    def open_hole(self, error: FloraError, cursor: str | None) -> None:
         """Something between what was read and what follows cannot be read."""
         self._hole = self._hole or Hole(error=error, cursor=cursor)
-        self.begin(from_top=False)
-        return self._hole
+        self._from_top = False
+        self._edge.clear()
 
     def join(self, page: HistoryPage, shared: set[str], cursor: str | None) -> Iterator[WalkedPage]:
         """The parts of the page to which `cursor` led, parted at what is unreadable."""
         for part, reason in _parts(page, shared):
             is_last = reason is None and page.next_cursor is None
             if part or is_last:
-                times = _times(part)
+                times, hole = _times(part), None
                 self._edge.extend(times)
+                if times or is_last:  # else a hole goes on, until a time is known
+                    hole, self._hole = self._hole, None
+                if hole is not None and times:
+                    hole = replace(hole, end=min(times[:EDGE]) - _INSTANT)
                 yield WalkedPage(
                     items=part,
                     unreadable=self._unreadable,
                     floor=max(self._edge, default=None),
-                    is_last=is_last,
                     from_top=self._from_top,
-                    ceiling=min(times[:EDGE]) - _INSTANT if self._hole and times else None,
-                    hole=self._hole,
+                    is_last=is_last,
+                    hole=hole,
                     cursor=cursor if reason else page.next_cursor,
                 )
-                self._hole, self._unreadable = None, []
+                self._unreadable = []
             if reason is not None:
                 self._unreadable.append(reason)
-                self.open_hole(f"an item of the list cannot be read: {reason}", cursor)
+                unreadable = FloraUnreadable(f"an item of the list cannot be read: {reason}")
+                self.open_hole(unreadable, cursor)
 
 
 class HistoryWalk:
-    """Walks down the history of one kind of runs. `pages_read` counts FLORA's answers.
+    """Walks down a list of runs of which `read` reads a page.
 
     `stubborn` treats a 5xx or a time-out like an unreadable page: for a place that has failed in
-    this way repeatedly while the top of the list could be read.
+    this way repeatedly while the top of the list could be read. `strict` reads around no error, and
+    leaves nothing out of a page because the one before may have shown it.
     """
 
-    def __init__(self, client: FloraClient, kind: RunType, *, stubborn: bool = False) -> None:
-        self.pages_read = 0
-        self._client = client
-        self._kind: RunType = kind
+    def __init__(self, read: ReadPage, *, stubborn: bool = False, strict: bool = False) -> None:
+        self._read = read
         self._stubborn = stubborn
-        self._at = _Position()
+        self._strict = strict
+        self._position = _Position()
+        self._seam = _Seam(from_top=True)
 
     async def pages(
         self, *, below: datetime | None = None, cursor: str | None = None
@@ -236,105 +242,103 @@ class HistoryWalk:
         """The pages from the top down, or from the newest run older than `below` down, to which
         `cursor` led at some time.
 
-        Raises `PageUnreadable` if neither a page nor anything below it can be read,
-        `FloraUnreadable` if cursors form a circle or the list changes faster than it is read, and
-        what the client raises.
+        Raises `FloraUnreadable` if cursors form a circle or the list changes faster than it is
+        read, what `read` raises, and its first error if nothing can be read from the top down.
         """
-        at = self._at
-        at.is_placed = below is not None and await self._go_to(below, cursor)
-        seam = _Seam(from_top=not at.is_placed)
+        position = self._position
+        if below is not None:
+            await self._go_to(below, cursor)
         while True:
             try:
-                page = await self._read(at.limit)
+                page = await self._read(position.cursor, position.limit)
             except FloraError as error:
                 if not self._concerns_page(error):
                     raise
-                self._get_past(error, seam)
-                continue
+                if self._get_past(error):
+                    continue
+                break
             first = _times(page.items)[:EDGE]
-            if at.is_placed and below and at.offset and first and min(first) < below:
-                at.move_to(0)  # it begins too far down after all
-                at.is_placed = False
-                seam.begin(from_top=True)
-            elif at.offset and at.shared and _lacks_all(at.shared, page):
-                at.step_back()  # the list has shifted
+            if position.is_placed and below and position.offset and first and min(first) < below:
+                self._restart()  # it begins too far down after all
+            elif position.offset and position.shared and _lacks_all(position.shared, page):
+                position.step_back()  # the list has shifted
             else:
-                at.is_placed, at.any_read = False, True
-                for part in seam.join(page, at.shared, at.cursor):
+                position.is_placed, position.any_read = False, True
+                seen = set[str]() if self._strict else position.shared
+                for part in self._seam.join(page, seen, position.cursor):
                     yield part
                 if page.next_cursor is None:
                     return
-                at.advance(page, page.next_cursor)
+                position.advance(page, page.next_cursor)
+        [end] = self._seam.join(_NOTHING, set(), None)
+        if end.hole is not None and below is None and not position.any_read:
+            raise end.hole.error
+        yield end
 
-    def _get_past(self, error: FloraError, seam: _Seam) -> None:
+    def _get_past(self, error: FloraError) -> bool:
         """Ask for less of what could not be read, or for what is below one item of it; begin at the
-        top if the cursor may be the fault. Raises `PageUnreadable` if nothing helps."""
-        at = self._at
-        if (at.is_placed and at.offset is None) or at.may_have_expired(error):
-            at.restart()
-            seam.begin(from_top=True)
-        elif not at.read_less():
-            hole = seam.open_hole(str(error), at.cursor)
-            if not at.skip_items():
-                raise PageUnreadable(hole, error) from error
+        top if the cursor may be the fault. False if nothing helps."""
+        position = self._position
+        if position.may_have_expired(error):
+            self._restart()
+        elif position.limit > 1:
+            position.limit //= 2
+        else:
+            self._seam.open_hole(error, position.cursor)
+            return position.skip_items()
+        return True
 
-    async def _go_to(self, below: datetime, cursor: str | None) -> bool:
-        """Go to the newest run older than `below`; false if the walk has to begin at the top.
+    def _restart(self) -> None:
+        self._position.restart()
+        self._seam = _Seam(from_top=True)
+
+    async def _go_to(self, below: datetime, cursor: str | None) -> None:
+        """Go to the newest run older than `below`, or to the top if it cannot be found.
 
         `cursor` led there when the list was shorter or longer.
         """
+        position = self._position
         guess = 0 if cursor is None else offset_of(cursor)
         if guess is None:
-            self._at.follow(cursor)
-            return True
+            position.follow(cursor)
+        else:
+            position.move_to(await self._offset_above(below, guess, cursor))
+        position.is_placed = position.cursor is not None
+        self._seam = _Seam(from_top=not position.is_placed)
+
+    async def _offset_above(self, below: datetime, guess: int, cursor: str | None) -> int:
+        """An offset at most a page above the newest run older than `below`, from a `guess` on."""
         low, high, step = 0, None, PAGE_SIZE
-        at = max(0, guess - 2 * EDGE)
+        offset = max(0, guess - 2 * EDGE)
         try:
             while high is None or high - low > PAGE_SIZE:
-                if at == 0 or await self._is_newer(at, below):
-                    low = at
-                    at = at + step if high is None else (low + high) // 2
+                if offset == 0 or await self._is_newer(offset, below):
+                    low = offset
+                    offset = offset + step if high is None else (low + high) // 2
                 else:
-                    high = at
-                    at = max(0, at - step) if low == 0 else (low + high) // 2
+                    high = offset
+                    offset = max(0, offset - step) if low == 0 else (low + high) // 2
                 step *= 2
         except FloraError as error:
             if not self._concerns_page(error):
                 raise
             if cursor is None:
                 low = 0  # FLORA's cursors may not be offsets
-        self._at.move_to(max(0, low - EDGE))
-        return self._at.offset != 0
+        return max(0, low - EDGE)
 
     async def _is_newer(self, offset: int, moment: datetime) -> bool:
-        self._at.move_to(offset)
-        page = await self._read(1)
+        page = await self._read(cursor_at(offset), 1)
         created_at = page.items[0].created_at if page.items else None
         return created_at is not None and created_at > moment
 
-    async def _read(self, limit: int) -> HistoryPage:
-        page = await self._client.history(
-            kind=self._kind,
-            cursor=self._at.cursor,
-            limit=limit,
-            deadline=RETRY_SECONDS if self._stubborn else None,
-        )
-        self.pages_read += 1
-        return page
-
     def _concerns_page(self, error: FloraError) -> bool:
         """Whether the error is about what was asked for, so that less of it may be readable."""
-        if isinstance(error, FloraRefusal) and error.status in (400, 413, 414, 422):
-            return True
-        stubborn = isinstance(error, ServerFault | FloraUnreachable) and self._stubborn
-        return isinstance(error, FloraUnreadable) or stubborn
-
-
-def overlap_of(page: HistoryPage) -> int:
-    """How many items the next page has in common with this one: all of the last creation time, of
-    which others may come first then, unless nothing else is on the page."""
-    tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
-    return max(OVERLAP, tied if tied < len(page.items) else 0)
+        if self._strict:
+            return False
+        if isinstance(error, ServerFault | FloraUnreachable):
+            return self._stubborn
+        is_refused = isinstance(error, FloraRefusal) and error.status in (400, 413, 414, 422)
+        return is_refused or isinstance(error, FloraUnreadable)
 
 
 def _lacks_all(shared: set[str], page: HistoryPage) -> bool:

@@ -1,9 +1,16 @@
 """Reconciling with the run history: every run that FLORA lists is known here afterwards.
 
-A sweep reads the newest page of each kind of runs, and then what `history_coverage` lacks below it,
-newest first; the writer takes every item. Coverage is recorded after the items are stored, so the
-next sweep resumes one that was interrupted. A page that cannot be read leaves a gap, which is
-recorded with its error and tried again after growing waits, and everything else is read.
+A sweep reads each kind of runs from the newest down (`_Sweep._sweep_kind`):
+
+1. The newest page shows what is to be read: the gap from the top of the list down to what
+   `history_coverage` has, then the gaps below, newest first.
+2. A gap is read page by page. The items of a page are stored; then all that is newer than its last
+   ones is recorded as covered. What is left is a smaller gap: a sweep that is interrupted there is
+   resumed by the next one.
+3. Items that cannot be read are a hole above a page. It is recorded with its error and stays a gap,
+   which is tried again after growing waits; the page below is read.
+4. A FLORA that does not answer ends the sweep. The place is recorded, and becomes a hole if it
+   fails repeatedly while what is above it can be read.
 
 Coverage is in FLORA's creation times. It ends two minutes before FLORA's now, because a run may be
 listed late, and never later than the newest run allows, whatever either clock says. FLORA's clock
@@ -13,7 +20,7 @@ page.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -38,14 +45,8 @@ from tracker.core.observation import Observation
 from tracker.core.record import Observed
 from tracker.core.run import RunType
 from tracker.core.waiting import cancel, repeat, to_its_end
-from tracker.polling.history import (
-    HistoryWalk,
-    Hole,
-    PageUnreadable,
-    WalkedPage,
-    attributed_page,
-    without_removed,
-)
+from tracker.flora.client import HistoryPage
+from tracker.polling.history import HistoryWalk, Hole, WalkedPage, attributed_page, without_removed
 from tracker.polling.poll import Coalescer, DurationBook
 from tracker.store import coordination
 from tracker.store.queries import runs, sweeps
@@ -62,6 +63,8 @@ RETRY_WITHIN: Final = timedelta(days=1)
 """The pause of an unreadable gap: doubling from the first to the second."""
 STUBBORN_AFTER: Final = 2
 """5xx or time-outs at one place after which it is treated as an unreadable page."""
+STUBBORN_SECONDS: Final = 10.0
+"""How long a read may take there, repetitions included."""
 GENERATIONS_EVERY: Final = timedelta(days=1)
 """How often the list of generations is read in a workspace that has shown none."""
 GENERATIONS_SECONDS: Final = 120.0
@@ -159,7 +162,6 @@ class _Sweep:
         self._since = since
         self._started_at = sweeper.clock()  # `run` sets it again, once the lease is held
         self._row: int | None = None  # in the log of sweeps
-        self._plans: dict[RunType, _Plan] = {}
         self._through: dict[RunType, datetime | None] = {}
 
     async def hold(self) -> bool:
@@ -239,80 +241,92 @@ class _Sweep:
 
     async def _sweep_kind(self, kind: RunType) -> None:
         """Read the newest page and the gaps below it; with `since`, everything."""
-        await self._read_down(kind, Gap(self._started_at, self._started_at))
-        plan = self._plans[kind]
-        tried: set[datetime] = set()
-        while self._since is None and (gap := plan.next_gap(self._clock(), tried)):
-            tried.add(gap.top)
-            await self._read_down(kind, gap)
+        async with aclosing(self._pages(kind)) as pages:
+            newest = await anext(pages)
+            plan = await self._plan(kind, newest.items)
+            await self._read_down(plan, await self._take(plan, plan.newest_gap(), newest), pages)
+        while gap := plan.next_gap(self._clock()):
+            async with aclosing(self._pages(kind, gap.above)) as pages:
+                await self._read_down(plan, gap, pages)
         self.report.gaps += [*plan.unread, *plan.resting()]
         # For the log of sweeps only; coverage decides what is read.
         since = plan.now - self._sweeper.first_since
         self._through[kind] = sweeps.verified(plan.covered, since=since)
 
-    async def _read_down(self, kind: RunType, gap: Gap) -> None:
-        """Read a gap of the plan. The first, at the top of the list, makes the plan.
+    def _pages(
+        self, kind: RunType, above: Interval | None = None
+    ) -> AsyncGenerator[WalkedPage, None]:
+        """The pages from the top of the list down, or from below an interval."""
+        client = self._workspace.require_client()
+        stubborn = above is not None and above.failures >= STUBBORN_AFTER
+        deadline = STUBBORN_SECONDS if stubborn else None
+
+        async def read(cursor: str | None, limit: int) -> HistoryPage:
+            page = await client.history(kind=kind, cursor=cursor, limit=limit, deadline=deadline)
+            self.report.pages += 1
+            return replace(page, items=attributed_page(self._workspace, page.items))
+
+        walk = HistoryWalk(read, stubborn=stubborn)
+        return walk.pages(below=above.from_at, cursor=above.cursor) if above else walk.pages()
+
+    async def _read_down(
+        self, plan: "_Plan", gap: Gap | None, pages: AsyncGenerator[WalkedPage, None]
+    ) -> None:
+        """Take pages until nothing is left of a gap.
 
         A failure below the top is recorded at its place, so that the next sweep can tell a broken
         page from a FLORA that is down.
         """
-        plan, at = self._plans.get(kind), _Descent(gap)
-        stubborn = gap.above is not None and gap.above.failures >= STUBBORN_AFTER
-        walk = HistoryWalk(self._workspace.require_client(), kind, stubborn=stubborn)
-        try:
-            async with aclosing(walk.pages(below=at.lowest, cursor=at.cursor)) as pages:
-                async for page in pages:
-                    items = attributed_page(self._workspace, page.items)
-                    if plan is None:
-                        await self._log_row()
-                        plan = self._plans[kind] = await self._plan(kind, items)
-                        at = _Descent(plan.newest_gap())
-                    is_late = await self._take_page(plan, items, page)
-                    is_over = await self._cover(plan, at, page, is_late=is_late)
-                    if not await self.hold():
-                        raise StoreError("it took so long that another process has begun one")
-                    if is_over:
-                        break
-        except PageUnreadable as error:
-            is_down = isinstance(error.cause, ServerFault | FloraUnreachable)
-            if plan is None or (is_down and plan.all_again):
-                raise error.cause from error
-            await self._note(plan, at.reached, error.hole, at.gap, end=at.gap.bottom)
-        except (ServerFault, FloraUnreachable) as error:
-            if plan is None or at.lowest is None:
-                raise
-            failed = Hole(error=str(error), cursor=at.cursor)
-            place = await self._note(plan, at.lowest, failed, at.gap, end=None)
-            if not (plan.all_again and isinstance(error, ServerFault)):
-                raise
-            # No later sweep goes on here: this one goes around the page at once.
-            around = replace(place, failures=STUBBORN_AFTER)
-            await self._read_down(kind, Gap(at.gap.bottom, at.lowest, around))
-        finally:
-            self.report.pages += walk.pages_read
+        while gap is not None:
+            try:
+                page = await anext(pages)
+            except (ServerFault, FloraUnreachable) as error:
+                if gap.above is None:
+                    raise
+                failed = Hole(error=error, cursor=gap.above.cursor)
+                place = await self._note(plan, gap.top, failed, end=None)
+                if not (plan.all_again and isinstance(error, ServerFault)):
+                    raise
+                # No later sweep goes on here: this one goes around the page at once.
+                around = replace(place, failures=STUBBORN_AFTER)
+                plan.around = Gap(gap.bottom, gap.top, around)
+                return
+            gap = await self._take(plan, gap, page)
+
+    async def _take(self, plan: "_Plan", gap: Gap, page: WalkedPage) -> Gap | None:
+        """Store a page and record what it covers of a gap; what is left of the gap."""
+        is_late = await self._store(plan, page)
+        left = await self._cover(plan, gap, page, is_late=is_late)
+        if not await self.hold():
+            raise StoreError("it took so long that another process has begun one")
+        return left
 
     async def _cover(
-        self, plan: "_Plan", at: "_Descent", page: WalkedPage, *, is_late: bool
-    ) -> bool:
-        """Record what is covered down to the end of a page, unless a run of it came late, and the
-        hole above it; whether the gap is read."""
-        floor = plan.bottom if page.is_last else None if is_late else page.floor
-        if page.from_top:
-            at.top = plan.until
-        if page.hole is not None:
-            end = page.ceiling or plan.bottom  # all of it if no time is known
+        self, plan: "_Plan", gap: Gap, page: WalkedPage, *, is_late: bool
+    ) -> Gap | None:
+        """Record the hole above a page, and what is covered down to the end of the page unless a
+        run of it came late; what is left of the gap."""
+        if (hole := page.hole) is not None:
+            is_down = hole.end is None and isinstance(hole.error, ServerFault | FloraUnreachable)
+            if is_down and plan.all_again:  # it has not failed in earlier sweeps, as others have
+                raise hole.error
+            end = hole.end or gap.bottom
             if end > plan.until:  # above what is covered: read next time
-                plan.report_unread(plan.now, end, page.hole.error)
+                plan.report_unread(plan.now, end, hole.error)
             else:
-                await self._note(plan, at.reached, page.hole, at.gap, end=end)
-                at.top, at.lowest = end, None
-        if floor is None:
-            return False
-        if floor < at.top:
-            at.lowest, at.cursor, now = floor, page.cursor, self._clock()
-            read = Interval(from_at=floor, to_at=at.top, read_at=now, cursor=page.cursor)
+                await self._note(plan, gap.top, hole, end=end)
+                gap = Gap(gap.bottom, end)
+            if hole.end is None:
+                return None
+        top = plan.until if page.from_top else gap.top
+        floor = plan.bottom if page.is_last else None if is_late else page.floor
+        if floor is not None and floor < top:
+            now = self._clock()
+            read = Interval(from_at=floor, to_at=top, read_at=now, cursor=page.cursor)
             await self._add(plan, read)
-        return floor <= at.gap.bottom
+            gap = Gap(gap.bottom, floor, read)
+        is_read = page.is_last or (floor is not None and floor <= gap.bottom)
+        return None if is_read else gap
 
     async def _log_row(self) -> int:
         """The row in the log of sweeps, inserted if need be."""
@@ -323,6 +337,8 @@ class _Sweep:
         return self._row
 
     async def _plan(self, kind: RunType, items: Sequence[Observation]) -> "_Plan":
+        """What is to be read, by coverage and the items of the newest page."""
+        await self._log_row()
         workspace, database, now = self._workspace, self._database, self._clock()
         at_flora = now + (workspace.require_client().clock_offset or timedelta())
         earlier, later = sorted((now, at_flora))
@@ -349,6 +365,7 @@ class _Sweep:
             since=first if self._since is None else at_flora - self._since,
             until=until,
             covered=covered,
+            covered_before=covered,
             all_again=self._since is not None,
         )
 
@@ -376,12 +393,11 @@ class _Sweep:
         return bool(ids)
 
     async def _note(
-        self, plan: "_Plan", at: datetime, hole: Hole, gap: Gap, *, end: datetime | None
+        self, plan: "_Plan", at: datetime, hole: Hole, *, end: datetime | None
     ) -> Interval:
         """Record that nothing could be read from `at` down to `end`, and when it is tried again;
         without an end, by the next sweep."""
-        before = next((one for one in plan.covered if one.from_at == at), gap.above)
-        failures = 1 + (before.failures if before else 0)
+        failures = 1 + next((one.failures for one in plan.covered if one.from_at == at), 0)
         now = self._clock()
         wait = min(RETRY_AFTER * 2 ** min(failures - 1, 10), RETRY_WITHIN)
         place = Interval(
@@ -389,7 +405,7 @@ class _Sweep:
             to_at=at,
             read_at=now,
             cursor=hole.cursor,
-            error=hole.error,
+            error=str(hole.error),
             failures=failures,
             retry_at=None if end is None else now + wait,
         )
@@ -404,12 +420,10 @@ class _Sweep:
         else:
             plan.covered = await sweeps.add(self._database, plan.workspace_id, plan.kind, interval)
 
-    async def _take_page(
-        self, plan: "_Plan", items: Sequence[Observation], page: WalkedPage
-    ) -> bool:
-        """Store the items; whether one of them came after its time was covered."""
+    async def _store(self, plan: "_Plan", page: WalkedPage) -> bool:
+        """Store a page's items; whether one of them came after its time was covered."""
         report, sweeper = self.report, self._sweeper
-        kept, stored = await without_removed(self._database, items)
+        kept, stored = await without_removed(self._database, page.items)
         open_runs = (item for item in kept if not item.precedence.ended)  # others wait for no end
         await sweeper.durations.learn(item.technique_id for item in open_runs)
         late = False
@@ -428,7 +442,7 @@ class _Sweep:
                 ended = after.run.precedence.ended and not before.run.precedence.ended
                 report.repaired += ended or result.settles
             late |= plan.is_late(result)
-        report.items += len(items)
+        report.items += len(page.items)
         report.unreadable += len(page.unreadable)
         for reason in page.unreadable:
             log.error("sweep.item_unreadable", workspace_id=report.workspace_id, reason=reason)
@@ -459,21 +473,6 @@ def _concerns_list(error: FloraError) -> bool:
     return isinstance(error, FloraUnreadable) and not error.silent
 
 
-class _Descent:
-    """How far down a gap has been read: from `top` to `lowest` (`None`: nothing below `top` yet),
-    below which `cursor` leads."""
-
-    def __init__(self, gap: Gap) -> None:
-        self.gap = gap
-        self.top = gap.top
-        self.lowest = gap.above.from_at if gap.above else None
-        self.cursor = gap.above.cursor if gap.above else None
-
-    @property
-    def reached(self) -> datetime:
-        return self.lowest or self.top
-
-
 @dataclass(slots=True, kw_only=True)
 class _Plan:
     """What of one kind is to be read, and what has been. Times are FLORA's; `now` is its now.
@@ -487,12 +486,13 @@ class _Plan:
     since: datetime
     until: datetime
     covered: list[Interval]
+    covered_before: list[Interval]
     all_again: bool
     unread: list[UnreadGap] = field(default_factory=list)
-    covered_before: list[Interval] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.covered_before = self.covered
+    around: Gap | None = None
+    """Where a sweep of everything goes on below a page that FLORA did not answer."""
+    tried: set[datetime] = field(default_factory=set)
+    """The tops of the gaps that were read."""
 
     @property
     def bottom(self) -> datetime:
@@ -512,16 +512,18 @@ class _Plan:
             for one in self.covered_before
         )
 
-    def report_unread(self, at: datetime, end: datetime, error: str, failures: int = 1) -> None:
+    def report_unread(
+        self, at: datetime, end: datetime, error: FloraError, failures: int = 1
+    ) -> None:
         """Report that nothing could be read from `at` down to `end`."""
         times = {"from_at": iso_time(end), "to_at": iso_time(at)}
-        self.unread.append(UnreadGap(run_type=self.kind, **times, error=error))
+        self.unread.append(UnreadGap(run_type=self.kind, **times, error=str(error)))
         log.error(
             "sweep.page_unreadable",
             workspace_id=self.workspace_id,
             run_type=self.kind,
             **times,
-            error=error,
+            error=str(error),
             failures=failures,
         )
 
@@ -541,12 +543,16 @@ class _Plan:
             return Gap(self.since, self.until)
         return Gap(min(self.covered[0].to_at, self.until), self.until)
 
-    def next_gap(self, now: datetime, tried: set[datetime]) -> Gap | None:
-        """The newest gap that this sweep has yet to read."""
+    def next_gap(self, now: datetime) -> Gap | None:
+        """The newest gap that is due and that this sweep has not tried yet."""
+        if self.all_again:
+            around, self.around = self.around, None
+            return around
         for gap in sweeps.gaps(self.covered, since=self.since, until=self.until):
             above = gap.above
-            if above is None or gap.top in tried or (above.retry_at and above.retry_at > now):
+            if above is None or gap.top in self.tried or (above.retry_at and above.retry_at > now):
                 continue
             if not above.failures or gap.top > self.since:  # else it is too old to matter
+                self.tried.add(gap.top)
                 return gap
         return None

@@ -9,7 +9,7 @@ still to be read.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -18,6 +18,7 @@ from tracker.core.formatting import iso_time
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunType, Tracking
+from tracker.flora.client import HistoryPage
 from tracker.polling.history import PAGE_SIZE, HistoryWalk, attributed_page, without_removed
 from tracker.store.queries import runs
 from tracker.workspaces import Service, Workspace
@@ -78,42 +79,41 @@ class Verifier(Service):
 
         Raises `SettingsError` if the workspace has no key, and `StoreUnavailable`.
         """
-        client = workspace.require_client()
+        workspace.require_client()
         start = self.clock() - since
         report = VerifyReport(workspace_id=workspace.name, since=iso_time(start))
         shown = await runs.has_generations(self.database, self.workspaces.ids_of_runs(workspace))
         kinds: tuple[RunType, ...] = ("technique", "generation") if shown else ("technique",)
         for kind in kinds:
-            walk = HistoryWalk(client, kind)
             try:
-                await self._verify_kind(workspace, kind, walk, start, report)
+                await self._verify_kind(workspace, kind, start, report)
             except FloraError as error:
                 report.error = f"{kind} runs: {error}"
-            report.pages += walk.pages_read
         report.workspace_id = workspace.name
         return report
 
     async def _verify_kind(
-        self,
-        workspace: Workspace,
-        kind: RunType,
-        walk: HistoryWalk,
-        start: datetime,
-        report: VerifyReport,
+        self, workspace: Workspace, kind: RunType, start: datetime, report: VerifyReport
     ) -> None:
+        client = workspace.require_client()
+
+        async def read(cursor: str | None, limit: int) -> HistoryPage:
+            page = await client.history(kind=kind, cursor=cursor, limit=limit)
+            report.pages += 1
+            return replace(page, items=attributed_page(workspace, page.items))
+
         top = datetime.max.replace(tzinfo=start.tzinfo)
         settled_until = self.clock() - SETTLES_WITHIN
         listed: deque[str] = deque(maxlen=3 * PAGE_SIZE)  # pages overlap, and may be small
-        async with aclosing(walk.pages()) as pages:
+        async with aclosing(HistoryWalk(read).pages()) as pages:
             async for page in pages:
-                items = attributed_page(workspace, page.items)
-                asked = [one for one in items if one.created_at and one.created_at > start]
+                asked = [one for one in page.items if one.created_at and one.created_at > start]
                 await self._compare(kind, asked, settled_until, report)
                 if page.hole is not None:
                     report.error = f"{kind} runs: {page.hole.error}"
-                    top = page.ceiling or start
+                    top = page.hole.end or start
                 floor = start if page.is_last else max(page.floor or top, start)
-                listed.extend(item.run_id for item in items)
+                listed.extend(item.run_id for item in page.items)
                 if floor < top:
                     among = self.workspaces.ids_of_runs(workspace)
                     span = (floor, min(top, settled_until))

@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from tracker.core.errors import FloraError, FloraRefusal, FloraUnreadable, SettingsError, StartError
+from tracker.core.errors import FloraError, FloraRefusal, SettingsError, StartError
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation
-from tracker.flora.client import HistoryPage, pages
-from tracker.flora.parse import offset_of
-from tracker.polling.history import PAGE_SIZE, oldest, overlap_of
+from tracker.flora.client import HistoryPage
+from tracker.polling.history import HistoryWalk, WalkedPage, oldest
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.clock import SharedClock
 from tracker.store.queries import starts
@@ -299,7 +298,8 @@ class Recovery(Service):
         """Read the history completely, down to what was known here before `since`, at least to
         three days before it where nothing was.
 
-        FLORA is read until `monotonic` gives `give_up`. Raises `FloraError`.
+        FLORA is read until `monotonic` gives `give_up`. Raises `FloraError` if anything is left
+        out: a start whose run it does not show is sent again.
         """
         begun = self.clock.seconds()
         known_until = await starts.newest_known(
@@ -313,9 +313,10 @@ class Recovery(Service):
             known_until = min(known_until, first)
             bottom = known_until - READ_BELOW
 
-        async def read(cursor: str | None) -> HistoryPage:
+        async def read(cursor: str | None, limit: int) -> HistoryPage:
             return await client.history(
                 cursor=cursor,
+                limit=limit,
                 technique_id=technique_id if filtered else None,
                 deadline=min(PAGE_SECONDS, max(give_up - self.monotonic(), 0.1)),
             )
@@ -323,8 +324,8 @@ class Recovery(Service):
         while True:
             filtered = workspace.place not in self._unfiltered
             try:
-                async with aclosing(pages(read, overlap=overlap_of)) as found_pages:
-                    found = await _read(found_pages, technique_id, known_until, bottom)
+                async with aclosing(HistoryWalk(read, strict=True).pages()) as pages:
+                    found = await _read(pages, technique_id, known_until, bottom)
             except FloraRefusal as refusal:
                 # A refused filter says nothing about the key: all runs are read instead.
                 if not (filtered and 400 <= refusal.status < 500) or refusal.status in (401, 429):
@@ -398,28 +399,17 @@ def _callback_is_over(run: Observation | None) -> bool:
 
 
 async def _read(
-    pages: AsyncIterator[HistoryPage], technique_id: str, known_until: datetime, bottom: datetime
+    pages: AsyncIterator[WalkedPage], technique_id: str, known_until: datetime, bottom: datetime
 ) -> dict[str, Observation]:
     """The runs that may be of the technique, down to `bottom`.
 
-    Raises `FloraUnreadable` for an item that may be newer than `known_until`, and for a list that
-    has shifted between two pages, so that a run may be on neither.
+    Raises `FloraUnreadable` for an item that may be newer than `known_until`.
     """
     found: dict[str, Observation] = {}
     known = False  # whether what follows was listed before
-    above: set[str] = set()  # the page before, if this one has to begin with its last items
     async for page in pages:
-        shown = {item.run_id for item in page.items}
-        if above and above.isdisjoint(shown) and not page.unreadable:
-            raise FloraUnreadable("runs of the history have gone while it was read")
-        # FLORA may cut pages before it filters them: only full ones have to overlap.
-        is_full = len(page.items) + len(page.unreadable) >= PAGE_SIZE
-        above = shown if is_full and offset_of(page.next_cursor or "") is not None else set()
-        readable = min(page.unreadable, default=len(page.items))
-        known = known or _reaches(known_until, page.items[:readable])
-        if page.unreadable and not known:  # it may be the run of this start
-            reason = page.unreadable[readable]
-            raise FloraUnreadable(f"an item of the history cannot be read: {reason}")
+        if page.hole is not None and not known:  # it may be the run of this start
+            raise page.hole.error
         found |= {
             item.run_id: item
             for item in page.items
