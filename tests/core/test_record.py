@@ -74,6 +74,15 @@ def test_a_callback_makes_its_run_due_at_once() -> None:
     assert record.tracking is Tracking.ACTIVE
 
 
+def test_what_a_start_reserved_stays_with_its_run() -> None:
+    """It counts in the budgets of the period of its start, whatever is read later, and FLORA's
+    clock says."""
+    reserved = {"reserved_at": START - timedelta(days=1), "reserved_cost": Decimal("0.25")}
+    start = replace(started(), **reserved)
+    record = after([start, polled(RunStatus.RUNNING, at=9, created_at=START)])
+    assert (record.spent_at, record.reserved_cost) == (reserved["reserved_at"], Decimal("0.25"))
+
+
 def test_our_own_start_is_the_source_even_behind_its_callback() -> None:
     """A callback that overtakes the answer to our start leaves `source` at start, the run due."""
     record = after([callback(at=1), started(at=2)])
@@ -401,6 +410,13 @@ def test_an_end_that_no_clock_has_ends_the_rechecks_all_the_same(off: float) -> 
     assert not record.cost_final
     record = after([billed(Source.POLL, 62, reads=1, charged_cost=Decimal(2), **facts)], record)
     assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))
+
+
+def test_a_clock_of_flora_by_which_the_run_goes_on_delays_no_final_cost() -> None:
+    """It is an hour behind the end that FLORA names."""
+    facts = {"completed_at": START, "clock_skew": -3600.0, "charged_cost": Decimal(1)}
+    record = after([started(), billed(Source.POLL, 62, reads=1, **facts)])
+    assert (record.cost_final, record.recheck_at) == (True, None)
 
 
 @pytest.mark.parametrize("polls", [0, 1, 20])

@@ -37,3 +37,13 @@ async def test_a_sweep_is_kept_as_it_ended(db: Database) -> None:
         error=None,
         generations_error=None,
     )
+
+
+async def test_a_workspace_takes_over_its_unnamed_sweeps_alone(db: Database) -> None:
+    """Those before its id was known; not another workspace's."""
+    for workspace_id in ("ws_other", None, "ws_1"):
+        last = await sweeps.begin(db, workspace_id, NOW)
+    await sweeps.finish(db, last, at=NOW + HOUR, also_of="ws_1")
+    listed = await sweeps.list_sweeps(db)
+    assert [row.workspace_id for row in listed] == ["ws_1", "ws_1", "ws_other"]
+    assert [row.finished_at for row in listed] == [NOW + HOUR, None, None]

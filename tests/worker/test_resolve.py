@@ -1,11 +1,13 @@
 """A person's word on what came of a start."""
 
+from datetime import timedelta
+
 import pytest
 
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tests.worker.doubt import GATEWAY, PROMPT, attempt, change, posts, state_of
-from tracker.core.errors import InvalidRequest, StoreUnavailable
+from tracker.core.errors import InvalidRequest, StartPending, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.services import Services
 from tracker.starting.resolve import UnknownStart
@@ -152,6 +154,22 @@ async def test_a_decision_that_was_not_stored_is_an_error(
         assert await state_of(services.database) == "unresolved"
         await services.resolver.is_nothing(row)
         assert await state_of(services.database) == "refused"
+
+
+async def test_nobody_decides_about_a_start_that_is_being_sent(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Its key would be free while a request with it is on its way."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        await leave_to_a_person(services, clock)
+        row = await services.resolver.find("key-1")
+        start = (row.workspace_id, "key-1", "sender")
+        lease = timedelta(seconds=30)
+        assert await start_log.take(services.database, *start, services.clock(), lease)
+        with pytest.raises(StartPending):
+            await services.resolver.is_nothing(row)
+        assert await state_of(services.database) == "unresolved"
 
 
 async def test_one_run_is_one_starts(
