@@ -1,6 +1,7 @@
 """Walking down a list of runs that changes, or shows less than it should."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -127,3 +128,29 @@ async def test_a_list_of_which_nothing_can_be_read_fails(place: int) -> None:
     [page] = [page async for page in pages]
     assert page.hole is not None
     assert (page.items, page.is_last, page.hole.end) == ([], True, None)
+
+
+async def test_a_hole_goes_on_until_a_time_is_known() -> None:
+    """Items without a creation time below it do not show where it ends."""
+    listed = ListOfRuns(10)
+    listed.unreadable = {3, 6}
+
+    async def untimed(cursor: str | None, limit: int) -> HistoryPage:
+        page = await listed.read(cursor, limit)
+        lacking = ids((4, 5))
+        return replace(
+            page,
+            items=[
+                replace(one, created_at=None) if one.run_id in lacking else one
+                for one in page.items
+            ],
+        )
+
+    pages = [page async for page in HistoryWalk(untimed).pages()]
+    assert [len(page.items) for page in pages] == [3, 2, 3]
+    assert [page.from_top for page in pages] == [True, False, False]
+    assert [page.floor is None for page in pages] == [False, True, False]
+    assert pages[0].hole is pages[1].hole is None
+    hole = pages[2].hole
+    assert hole is not None
+    assert hole.end == NOW - timedelta(seconds=9, microseconds=1), "one wrong time does no harm"

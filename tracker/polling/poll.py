@@ -30,7 +30,7 @@ from tracker.core.record import Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import cancel, repeat, run_all
-from tracker.polling.history import attributed_page
+from tracker.polling.listed import attributed_page
 from tracker.polling.reading import Backoff, PollReport, PollRound, RunReader, SingleRead
 from tracker.store import coordination
 from tracker.store.coordination import Due

@@ -21,14 +21,8 @@ from tracker.core.record import Entry, FailedRead, Observed, Record
 from tracker.core.run import Run, RunStatus
 from tracker.core.waiting import run_all
 from tracker.flora.client import FloraClient, PollUrlRefused, pages
-from tracker.polling.history import (
-    PAGE_SIZE,
-    attributed,
-    attributed_page,
-    counted_before,
-    oldest,
-    without_removed,
-)
+from tracker.polling.history import PAGE_SIZE, oldest
+from tracker.polling.listed import attributed, attributed_page, counted_before, without_removed
 from tracker.store import coordination
 from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace

@@ -46,7 +46,8 @@ from tracker.core.record import Observed
 from tracker.core.run import RunType
 from tracker.core.waiting import cancel, repeat, to_its_end
 from tracker.flora.client import HistoryPage
-from tracker.polling.history import HistoryWalk, Hole, WalkedPage, attributed_page, without_removed
+from tracker.polling.history import HistoryWalk, Hole, WalkedPage
+from tracker.polling.listed import attributed_page, without_removed
 from tracker.polling.poll import Coalescer, DurationBook
 from tracker.store import coordination
 from tracker.store.queries import runs, sweeps

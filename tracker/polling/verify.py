@@ -19,7 +19,8 @@ from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunType, Tracking
 from tracker.flora.client import HistoryPage
-from tracker.polling.history import PAGE_SIZE, HistoryWalk, attributed_page, without_removed
+from tracker.polling.history import PAGE_SIZE, HistoryWalk
+from tracker.polling.listed import attributed_page, without_removed
 from tracker.store.queries import runs
 from tracker.workspaces import Service, Workspace
 

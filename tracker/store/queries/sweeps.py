@@ -171,7 +171,7 @@ class Interval:
 
 class Gap(NamedTuple):
     """A part that was not read: after `bottom`, through `top`. `above` is the interval above it;
-    `None` if the gap reaches the present."""
+    `None` if the gap reaches the present, or what is above could not be read."""
 
     bottom: datetime
     top: datetime
