@@ -15,7 +15,7 @@ from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
 from tracker.core.rollup import DEAREST
 from tracker.core.run import RunError, RunStatus
-from tracker.core.starts import Budget, Period
+from tracker.core.starts import Budget, Period, digest_of
 from tracker.store.engine import Database
 from tracker.store.queries import spending, starts
 from tracker.store.queries.starts import StartRow, StartState
@@ -41,7 +41,7 @@ async def reserve(
     given |= {"reserved_cost": PRICE, "reserved_runs": runs, "lease_holder": key}
     new = StartRow(
         idempotency_key=key,
-        fingerprint="f00d",
+        fingerprint=digest_of(["tech_1", []]),
         inputs=[],
         created_at=at,
         reserved_at=at,
