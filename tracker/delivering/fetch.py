@@ -59,7 +59,6 @@ class FetchedFile:
     size: int
     sha256: str
     content_type: str | None = None
-    resumed: bool = False
 
 
 OnComplete = Callable[[FetchedFile], None]
@@ -135,7 +134,7 @@ class Fetcher:
         try:
             while True:
                 try:
-                    response, resumed = await self._attempt(link, part, on_bytes)
+                    response = await self._attempt(link, part, on_bytes)
                     break
                 except MediaUnavailable as trouble:
                     progress = part.size >= furthest + _STALL_BYTES
@@ -147,11 +146,7 @@ class Fetcher:
             content_type = response.headers.get("content-type")
             target = folder / f"{stem}{file_ending(content_type, str(response.url), output_type)}"
             file = FetchedFile(
-                path=target,
-                size=part.size,
-                sha256=part.sha256,
-                content_type=content_type,
-                resumed=resumed,
+                path=target, size=part.size, sha256=part.sha256, content_type=content_type
             )
 
             def finish() -> None:
@@ -166,14 +161,14 @@ class Fetcher:
 
     async def _attempt(
         self, link: str, part: PartialFile, on_bytes: OnBytes | None
-    ) -> tuple[httpx.Response, bool]:
-        """Receive the whole file into `part`; the response, and whether it was resumed."""
+    ) -> httpx.Response:
+        """Receive the whole file into `part`; the response."""
         left = await asyncio.to_thread(part.resumable)
         async with AsyncExitStack() as stack:
             try:
                 http = await stack.enter_async_context(self._new_http())
                 response = await self._open(http, link, left, stack)
-                resumed, total = await self._begin(link, response, part, left)
+                total = await self._begin(link, response, part, left)
                 await self._receive(response, part, total, on_bytes)
             except CONNECTION_ERRORS as exc:
                 raise MediaUnavailable(_connection_error(exc, part.size)) from exc
@@ -181,7 +176,7 @@ class Fetcher:
                 raise LinkRefused("the link is not a URL") from exc
             except httpx.DecodingError as exc:
                 raise MediaError("the server's answer is not encoded as it says") from exc
-        return response, resumed
+        return response
 
     async def _open(
         self,
@@ -191,19 +186,17 @@ class Fetcher:
         stack: AsyncExitStack,
     ) -> httpx.Response:
         """The response after redirects; asks for the remaining bytes if the file is resumable."""
-        request: httpx.Request | None = http.build_request("GET", link)
-        if request is not None and left is not None and left[0].link == _without_query(request.url):
+        request = http.build_request("GET", link)
+        if left is not None and left[0].link == _without_query(request.url):
             request.headers["range"] = f"bytes={left[1]}-"
             request.headers["if-range"] = left[0].validator
         for _ in range(_REDIRECTS + 1):
-            if request is None:
-                break
             try:
                 async with asyncio.timeout(self._stall):
                     response = await http.send(request, stream=True)
             except TimeoutError as exc:
                 raise MediaUnavailable(f"no answer within {self._stall:g} s") from exc
-            if not response.has_redirect_location:
+            if response.next_request is None:
                 stack.push_async_callback(response.aclose)
                 return response
             await response.aclose()
@@ -217,8 +210,9 @@ class Fetcher:
         response: httpx.Response,
         part: PartialFile,
         left: tuple[ResumeKey, int] | None,
-    ) -> tuple[bool, int | None]:
-        """Prepare `part` for the body: whether it is resumed, and the total size if known."""
+    ) -> int | None:
+        """Prepare `part` for the body, which may be the rest of what is there; the total size if
+        known."""
         status = response.status_code
         if status in (200, 206) and not is_bounded(response.headers.get("content-encoding")):
             raise MediaError("the server packed the file in a way that was not asked for")
@@ -232,7 +226,7 @@ class Fetcher:
                 total = int(last) + 1 if whole == "*" else int(whole)
                 self._check_size(total)
                 await asyncio.to_thread(part.resume)
-                return True, total
+                return total
         if status in (206, 416):
             await asyncio.to_thread(part.discard)
             raise MediaUnavailable("the server sent another range than requested")
@@ -251,7 +245,7 @@ class Fetcher:
         validator = None if packed else _validator(response)
         key = None if validator is None else ResumeKey(_without_query(httpx.URL(link)), validator)
         await asyncio.to_thread(part.start, key)
-        return False, announced
+        return announced
 
     async def _receive(
         self,

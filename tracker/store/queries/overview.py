@@ -85,16 +85,12 @@ class HourOfEnds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CallbackHealth:
-    """The callbacks of ended runs.
-
-    `came` reported the end first, `late` after another source, `missed` did not come; `unexpected`
-    belong to runs that were started elsewhere.
-    """
+    """The callbacks of ended runs: `came` reported the end first, `late` after another source,
+    `missed` did not come."""
 
     came: int
     late: int
     missed: int
-    unexpected: int
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Self:
