@@ -23,6 +23,7 @@ from tracker.store.queries.audit import list_audit
 from tracker.web.app import ResponseMiddleware, build_app
 from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware, ScopedRoute
 from tracker.web.http import Limits
+from tracker.web.http.request import network_of
 from tracker.web.http.responses import Json
 from tracker.web.sessions import Sessions
 
@@ -315,6 +316,21 @@ async def test_a_token_does_what_its_scopes_say(
         if ask not in allowed:
             assert answer.status_code == 403
             assert "one may not do this: it needs the scope" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "unit"),
+    [
+        ("198.51.100.7", "198.51.100.7"),
+        ("2001:db8:0:1:2:3:4:5", "2001:db8:0:1::"),
+        ("fe80::1:2:3:4%eth0", "fe80::"),
+        ("::ffff:198.51.100.7", "::ffff:198.51.100.7"),
+        ("a socket", "a socket"),
+    ],
+)
+def test_guesses_count_by_network(peer: str, unit: str) -> None:
+    """Of IPv6 by what one subscriber has, who could change the address with each guess."""
+    assert network_of({"client": (peer, 1)}) == unit
 
 
 async def test_a_token_expires() -> None:

@@ -114,6 +114,13 @@ async def test_a_program_gets_from_rows_to_results(serve: Serve, database_url: s
         assert again.json()["batch_id"] == batch_id
         assert len(flora.world.runs) == 5
         (first, *_) = await rows_of(site, batch_id, limit=2)
+        shown_rows, cursor = [], ""
+        while cursor is not None:
+            query = {"limit": 2, "cursor": cursor}
+            answer = await site.client.get(f"/api/batches/{batch_id}/rows", params=query)
+            shown_rows.append([row["row"] for row in answer.json()["rows"]])
+            cursor = answer.json()["meta"]["next_cursor"]
+        assert shown_rows == [[1, 2], [3, 4], [5]]
         assert first["carried"] == {"sku": "1"}
         assert first["tags"] == {"client": "acme", "sku": "1"}
         assert (first["status"], first["cost"]) == ("completed", 0.25)
