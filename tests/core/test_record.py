@@ -308,6 +308,18 @@ def test_a_cost_is_final_once_it_was_read_long_enough_after_the_end() -> None:
     assert record.run.charged_cost == Decimal(2)
 
 
+def test_a_failed_run_with_a_cost_is_read_until_it_is_refunded() -> None:
+    """FLORA may refund it late, after a cost that looks final."""
+
+    def read(at: float, **shown: object) -> Observed:
+        return polled(RunStatus.FAILED, at=at, completed_at=START, **shown)
+
+    record = after([started(), read(70, charged_cost=Decimal(1))])
+    assert (record.cost_final, seconds(record.recheck_at)) == (True, 200)
+    record = after([read(200)], record)
+    assert (record.cost_final, record.run.charged_cost, record.recheck_at) == (True, None, None)
+
+
 def test_a_read_without_a_cost_makes_no_earlier_cost_final() -> None:
     """FLORA may leave it out: only a read that shows the cost, late enough, is the last."""
     record = after([started(), billed(Source.POLL, 10, reads=1, charged_cost=Decimal(1))])

@@ -47,10 +47,14 @@ class Halting(WriteBatch):
         return work
 
 
-async def someone_waits(db: Database) -> bool:
-    """Whether a transaction waits for another's lock."""
-    async with db.read() as connection:
-        return bool((await connection.execute(WAITING)).scalar())
+async def until_someone_waits(db: Database) -> None:
+    """Until a transaction waits for another's lock."""
+
+    async def waits() -> bool:
+        async with db.read() as connection:
+            return bool((await connection.execute(WAITING)).scalar())
+
+    await eventually(waits)
 
 
 @pytest.mark.usefixtures("patient")
@@ -77,7 +81,7 @@ async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url
         await Halting.locked.wait()
         await writer.submit(callback("run_1"))
         last = asyncio.create_task(third_writer.submit_all([seen("run_1"), callback("run_2")]))
-        await eventually(lambda: someone_waits(other))
+        await until_someone_waits(other)
         Halting.go_on.set()
         await asyncio.gather(first, last)
         for run_id in ("run_1", "run_2"):
@@ -100,7 +104,7 @@ async def test_what_two_know_of_one_run_is_merged(postgres_url: str) -> None:
         first = asyncio.create_task(one.write(Halting.writing(billed)))
         await Halting.locked.wait()
         last = asyncio.create_task(writer.submit(seen("run_1", facts={"project_id": "cats"})))
-        await eventually(lambda: someone_waits(one))
+        await until_someone_waits(one)
         Halting.go_on.set()
         await asyncio.gather(first, last)
         record = await get_run(other, "run_1")

@@ -40,6 +40,7 @@ from tracker.store.writing.messages import (
     enable,
     record_and_claim,
     recover,
+    release,
 )
 from tracker.views import message_body
 
@@ -245,6 +246,20 @@ async def test_claims_are_bounded_and_exclusive(db: Database) -> None:
     assert (await turn(db, now=NOW, holder="three")).claims == []
     later = await turn(db, now=NOW + SENDING.lease, holder="three")
     assert len(later.claims) == MOST_OPEN
+
+
+async def test_a_worker_releases_its_own_interrupted_claims_alone(db: Database) -> None:
+    """Its other messages, and another's, would be sent twice."""
+    await known(db, "a")
+    for number in range(3):
+        await add_message(db, f"msg_{number}", "a", next_attempt_at=NOW + number * SECOND)
+    later = NOW + 3 * SECOND
+    await turn(db, now=later, most=2)
+    await turn(db, now=later, most=1, holder="two")
+    for message_ids in (["msg_0"], ["msg_2"]):
+        await db.write(partial(release, holder="one", message_ids=message_ids))
+    free = (await turn(db, now=later, holder="three")).claims
+    assert [claim.message_id for claim in free] == ["msg_0"]
 
 
 async def test_one_query_finds_what_is_due_for_every_endpoint(db: Database) -> None:
