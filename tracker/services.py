@@ -143,6 +143,7 @@ class Services:
             handlers=handlers,
         )
         stack.on_close("webhooks", webhooks.aclose)
+        signals.when_events(webhooks.make_messages)
         signals.when_notified(OUTBOX, webhooks.wake)
         # Each on its own: a secret that one of them refuses does not keep the other from its own.
         rotation.follow(partial(_rotate, workspaces))
@@ -151,12 +152,7 @@ class Services:
         )
         compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
-        on_commit = [
-            signals.committed,
-            webhooks.committed,
-            compactor.committed,
-            metrics.committed,
-        ]
+        on_commit = [signals.committed, compactor.committed, metrics.committed]
         self.applier = applier = Applier(
             database,
             workspaces=workspaces,

@@ -83,9 +83,9 @@ async def open_worker(database_url: str) -> AsyncIterator[OpenWorker]:
                 **given | options,
             )
             stack.push_async_callback(webhooks.aclose)
+            signals.when_events(webhooks.make_messages)
             signals.when_notified(OUTBOX, webhooks.wake)
-            hooks = [signals.committed, webhooks.committed]
-            writer = await stack.enter_async_context(open_writer(db, on_commit=hooks))
+            writer = await stack.enter_async_context(open_writer(db, on_commit=[signals.committed]))
             if deliver:
                 await webhooks.start()
                 stack.push_async_callback(webhooks.stop)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import InitVar, dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import httpx
 
@@ -40,9 +40,6 @@ from tracker.store.queries.endpoints import Shown, configure, fan_out, get_endpo
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import Attempt, Claim, Sending, due_times, record_and_claim
-
-if TYPE_CHECKING:
-    from tracker.store.writing.writer import WriteOutcome
 
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""
@@ -123,10 +120,9 @@ class Webhooks:
         for endpoint_id in self._endpoints.keys() & secrets.keys():
             self._endpoints[endpoint_id].secrets = secrets[endpoint_id]
 
-    def committed(self, outcome: "WriteOutcome") -> None:
-        """Hook of the writer: make messages of the events of this process."""
-        if outcome.outbox:
-            self._woken.set()  # the endpoints are woken when there are messages
+    def make_messages(self) -> None:
+        """Make messages of the events of this process soon; they wake their endpoints."""
+        self._woken.set()
 
     def wake(self) -> None:
         """Check for events and for messages that are due; another process may have caused them."""

@@ -357,6 +357,7 @@ class Signals:
         self._retry_seconds = retry_seconds
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
+        self._when_events: Callable[[], None] = lambda: None
         self._when_notified: dict[str, Callable[[], None]] = {
             DUE: self._due.set,
             INBOX: lambda: None,
@@ -377,6 +378,10 @@ class Signals:
     def when_notified(self, channel: str, call: Callable[[], None]) -> None:
         """Call `call` whenever another process has notified this one on `INBOX` or `OUTBOX`."""
         self._when_notified[channel] = call
+
+    def when_events(self, call: Callable[[], None]) -> None:
+        """Call `call` whenever this process has committed events to send to endpoints."""
+        self._when_events = call
 
     @property
     def listening(self) -> bool:
@@ -412,6 +417,8 @@ class Signals:
             self._due.set()
         if outcome.changed_runs:
             self._publish(outcome.changed_runs)
+        if outcome.outbox:
+            self._when_events()
 
     def _publish(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):

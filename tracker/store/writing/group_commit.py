@@ -215,7 +215,8 @@ class GroupCommit(ABC, Generic[T, R]):
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, longest_pause)
             else:
-                self._note(None)
+                if self.trouble is not None:
+                    self._note(None)
                 pause = RETRY_SECONDS[0]
                 for waiting, result in zip(part, results, strict=True):
                     if not waiting.answer.done():
