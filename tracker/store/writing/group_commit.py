@@ -50,7 +50,7 @@ class _Waiting(Generic[T, R]):
 
 @dataclass(kw_only=True, eq=False)
 class GroupCommit(ABC, Generic[T, R]):
-    """Commits items in groups. Used as `async with` block of a subclass, which says how.
+    """Commits items in groups; a subclass says how. Used as `async with` block.
 
     Leaving the block commits what waits; later items are refused with `StoreUnavailable`, and so is
     what still waits if that is cancelled. `deadline` is how many seconds an item waits until its
