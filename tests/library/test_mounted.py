@@ -118,6 +118,31 @@ async def test_it_answers_before_and_after_it_is_open(
                 assert (await client.get("/flora/readyz")).status_code == 200
 
 
+async def test_closing_waits_for_a_request_that_is_under_way(
+    make_tracker: MakeTracker, flora: Simulator
+) -> None:
+    """A callback whose end comes late is stored before the database is closed."""
+    body, begun, closing = event("run_1"), asyncio.Event(), asyncio.Event()
+
+    async def in_parts() -> AsyncIterator[bytes]:
+        yield body[:10]
+        begun.set()
+        await closing.wait()
+        yield body[10:]
+
+    tracker = make_tracker(worker=False)
+    transport = httpx.ASGITransport(tracker.asgi())
+    headers = signed(body, flora.world.options.webhook_secret)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        async with tracker:
+            posting = client.post("/callbacks/flora", content=in_parts(), headers=headers)
+            answering = asyncio.create_task(posting)
+            await begun.wait()
+            asyncio.get_running_loop().call_later(0.05, closing.set)
+        answer = await answering
+    assert (answer.status_code, answer.json()["repeated"]) == (200, False)
+
+
 async def test_two_trackers_in_one_application_are_two(
     tmp_path: Path, make_tracker: MakeTracker
 ) -> None:
