@@ -63,8 +63,8 @@ def assert_all_ended_as_the_simulator_says(told: dict[str, Any]) -> None:
 async def test_it_is_interrupted_while_it_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is a moment after its start."""
 
-    def interrupting(app: ASGIApp, *, on_ready: object) -> server.Server:
-        return Server(app, on_ready=playing.cancel)
+    def interrupting(app: ASGIApp, **more: Any) -> server.Server:
+        return Server(app, **(more | {"on_ready": playing.cancel}))
 
     Server = server.Server
     monkeypatch.setattr(server, "Server", interrupting)
