@@ -276,6 +276,30 @@ async def test_an_outcome_that_comes_late_is_not_of_a_later_request(db: Database
         assert found.state is StartState.REFUSED
 
 
+async def test_what_may_not_be_sent_is_not_marked_as_sent(db: Database) -> None:
+    """A start whose lease is over, one that is left to a person, and a key with which FLORA has
+    another request."""
+
+    async def may_send(key: str, *, at: datetime = NOW) -> bool:
+        row = await starts.mark_sent(
+            db, "default", key, holder="h", at=at, callback_url=None, request_body="{}"
+        )
+        return row is not None
+
+    await reserve(db, "late")
+    assert await starts.take(db, "default", "late", "h", NOW, LEASE)
+    assert not await may_send("late", at=NOW + LEASE)
+    assert await may_send("late")
+    await reserve(db, "unresolved")
+    await mark(db, "unresolved", StartState.UNRESOLVED)
+    assert await starts.take(db, "default", "unresolved", "h", NOW, LEASE)
+    assert not await may_send("unresolved")
+    await reserve(db, "used")
+    await mark(db, "used", StartState.REFUSED, error={"code": "idempotency_conflict"})
+    again = await reserve(db, "used", lease_holder="h", lease_until=NOW + LEASE)
+    assert again.lease_holder is None
+
+
 async def test_starts_without_an_outcome_are_listed_newest_first(db: Database) -> None:
     """Whatever their states, page by page."""
     states = {1: StartState.UNRESOLVED, 2: StartState.SENT, 3: StartState.IN_DOUBT}
