@@ -2,12 +2,15 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
+from tracker.core.errors import StartPending
 from tracker.starting import sending
 from tracker.starting.sending import HELD_FOR, holding
 from tracker.store.clock import SharedClock, shared_clock
@@ -85,6 +88,22 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
 
             await eventually(given_back)
     assert [line["event"] for line in lines] == ["start.hold_kept"]
+
+
+async def test_nothing_is_sent_once_the_lease_may_be_over(database_url: str) -> None:
+    """The machine was suspended after the database answered: another process may send it by now."""
+    client: Any = SimpleNamespace(key_fingerprint="f00d", clock_offset=None)
+    async with await Database.open(database_url) as db, shared_clock(db) as clock:
+        row = await reserved(db, "key")
+        async with holding(service(db, clock), row) as held:
+            assert held is not None
+            held.valid_until = clock.seconds()
+            with pytest.raises(StartPending, match="taken over"):
+                await held.let_through(client, "f00d", None, "{}")
+            assert not held.was_sent
+        found = await starts.get(db, "default", "key")
+        assert found is not None
+        assert found.state is StartState.STORED
 
 
 async def test_nothing_is_tried_once_the_database_is_closed(database_url: str) -> None:
