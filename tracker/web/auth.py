@@ -38,6 +38,7 @@ from tracker.core.net import hide_callback_token, is_loopback
 from tracker.operations.metrics import Metrics
 from tracker.settings.tokens import Scope as TokenScope
 from tracker.settings.tokens import Token, Tokens
+from tracker.starting.start import Started, Starter, StartRequest
 from tracker.store.queries.audit import Principal, Refusals, acting
 from tracker.web.http import Limits
 from tracker.web.http.request import (
@@ -361,6 +362,19 @@ def actor_of(scope: Scope) -> Actor:
     """Who sends a request, once `AuthMiddleware` has let it in."""
     actor: Actor = scope[_ACTOR]
     return actor
+
+
+async def start_logged(starter: Starter, scope: Scope, start: StartRequest) -> Started:
+    """Start a run for the sender of a request, and log who it is; a run that the key had started
+    before is not logged as started. Raises like `Starter.start`."""
+    by = {"token": start.started_by, "peer": peer_of(scope)}
+    # Before anything is sent: whatever becomes of it, the log has who asked for it.
+    log.info("run.start_requested", technique=start.technique, key=start.idempotency_key, **by)
+    started = await starter.start(start)
+    if not started.replayed:
+        run = started.record.run
+        log.info("run.started", run_id=run.run_id, technique_id=run.technique_id, **by)
+    return started
 
 
 def session_of(scope: Scope) -> Session | None:

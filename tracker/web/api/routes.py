@@ -47,11 +47,10 @@ from tracker.web.api.responses import (
     TechniqueResponse,
     Timeline,
 )
-from tracker.web.auth import ScopedRoute, actor_of
+from tracker.web.auth import ScopedRoute, actor_of, start_logged
 from tracker.web.http import Limits
 from tracker.web.http.request import prefix_of, read_json
 from tracker.web.http.responses import Fault, Json, invalid, not_found
-from tracker.web.starts import start_logged
 from tracker.web.stream import Stream, StreamQuery
 
 
@@ -139,7 +138,7 @@ class Api(BatchOperations):
             started_by=actor_of(request.scope).name,
             tags=body.tags,
         )
-        started = await start_logged(self._services, request.scope, start)
+        started = await start_logged(self._services.starter, request.scope, start)
         run = views.run_json(started.record)
         if started.replayed:
             return Json(run, headers={"Idempotent-Replayed": "true"})

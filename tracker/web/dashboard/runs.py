@@ -38,7 +38,7 @@ from tracker.store.queries.sheet_rows import RowOfBatch, SheetMatches, rows_of_s
 from tracker.store.queries.starts import StartRow
 from tracker.store.queries.techniques import technique_names
 from tracker.views import run_json, web_link
-from tracker.web.auth import actor_of
+from tracker.web.auth import actor_of, start_logged
 from tracker.web.dashboard import (
     PAGE_SIZE,
     PERIOD_NAMES,
@@ -54,7 +54,6 @@ from tracker.web.dashboard import (
 )
 from tracker.web.dashboard.render import query
 from tracker.web.http.responses import invalid
-from tracker.web.starts import start_logged
 
 BATCHES: Final = 50
 """The newest batches, which the filter names."""
@@ -235,7 +234,7 @@ class RunPages(PageGroup):
             started_by=actor_of(request.scope).name,
             tags=record.tags,
         )
-        started = await start_logged(self._services, request.scope, start)
+        started = await start_logged(self._services.starter, request.scope, start)
         return _to_run(started.record.run.run_id)
 
     async def _csv_lines(self, wanted: SearchFilters) -> AsyncIterator[str]:
