@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Delivery, Entry, Observed
+from tracker.core.record import Delivery, Entry, Observed, StartFacts
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.receiving.receive import SignedDelivery
 from tracker.services import Services
@@ -144,7 +144,11 @@ def _entries(life: _Life) -> Iterator[Entry | Delivery]:
         observation=Observation(
             **common, source=Source.START, at=life.began, status=RunStatus.PENDING
         ),
-        inputs=technique.sample_inputs(),
+        start=StartFacts(
+            workspace_id=life.workspace_id,
+            idempotency_key=f"key-{life.run_id}",
+            inputs=technique.sample_inputs(),
+        ),
         callback_expected=True,
     )
     status = RunStatus.FAILED if life.failed else RunStatus.COMPLETED

@@ -10,6 +10,7 @@ from playwright.async_api import expect
 from tests.browser.conftest import LiveTracker, OpenPage, sign_in
 from tests.browser.test_flows import start
 from tests.browser.test_layout import PHONE
+from tests.support.started import of_start
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
@@ -86,8 +87,8 @@ async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> N
             outputs=None if failed else outputs,
             error=RunError("model_timeout", "The model took too long.") if failed else None,
         )
-        one = Observed(observation=observation, inputs=inputs)
-        seen.append(replace(one, workspace_id=workspace, idempotency_key=entry.key))
+        of = {"workspace_id": workspace, "idempotency_key": entry.key, "inputs": inputs}
+        seen.append(of_start(Observed(observation=observation), **of))
     await live.services.writer.submit_all(seen)
     await batches.finish(database, batch_id, utc_now())
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
+from tests.support.started import of_start
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, FailedRead, Observed, Record, apply
 from tracker.core.run import Output, Run, RunStatus, Tracking
@@ -78,7 +79,7 @@ def test_what_a_start_reserved_stays_with_its_run() -> None:
     """It counts in the budgets of the period of its start, whatever is read later, and FLORA's
     clock says."""
     reserved = {"reserved_at": START - timedelta(days=1), "reserved_cost": Decimal("0.25")}
-    start = replace(started(), **reserved)
+    start = of_start(started(), **reserved)
     record = after([start, polled(RunStatus.RUNNING, at=9, created_at=START)])
     assert (record.spent_at, record.reserved_cost) == (reserved["reserved_at"], Decimal("0.25"))
 

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, event, update
 from tests.delivering.conftest import PATIENT, SHORT, OpenWorker, Worker, endpoint
 from tests.store.making import ids, open_writer, seen
 from tests.support.endpoint import SECRET, Got, Receiver
+from tests.support.started import of_start
 from tests.support.waiting import eventually
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
@@ -180,7 +181,7 @@ async def test_what_becomes_known_of_a_settled_run_is_sent(open_worker: OpenWork
         await worker.writer.submit(settled("tagged"))
         await sent(9)
         start = seen("tagged", RunStatus.PENDING, source=Source.START, at=utc_now())
-        await worker.writer.submit(replace(start, tags={"customer": "acme"}))
+        await worker.writer.submit(of_start(start, tags={"customer": "acme"}))
         counts = await sent(10)
         assert {key: counts[key] for key in counts if key[0] == "tagged"} == {
             ("tagged", "all"): 1,

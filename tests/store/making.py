@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from tests.support.deliveries import Delivered, keep
+from tests.support.started import of_start
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
 from tracker.core.observation import Observation, Source, merge
@@ -138,15 +139,15 @@ def seen(
 
 def started(run_id: str, *, at: datetime = NOW, facts: dict[str, Any] | None = None) -> Observed:
     """FLORA's answer to a start of ours, with a callback on its way."""
-    return seen(
+    entry = seen(
         run_id,
         RunStatus.PENDING,
         source=Source.START,
         at=at,
         facts=facts,
         callback_expected=True,
-        inputs=[{"id": "prompt", "type": "text", "value": "a cat"}],
     )
+    return of_start(entry, inputs=[{"id": "prompt", "type": "text", "value": "a cat"}])
 
 
 async def merge_timeline(db: Database, run_id: str) -> Run | None:

@@ -10,6 +10,7 @@ from sqlalchemy import update
 
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
+from tests.support.started import of_start
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.core.starts import RunNumber
@@ -152,7 +153,7 @@ async def test_failed_rows_are_grouped_by_reason(db: Database, writer: TestWrite
     await mark(db, rows[0].key, StartState.REFUSED, error=refused)
     await mark(db, rows[1].key, StartState.SENT)
     for row, code in zip(rows[2:7], ["provider_error"] * 3 + ["safety_blocked", None], strict=True):
-        start = replace(
+        start = of_start(
             started(f"run_{row.digest}"), workspace_id="default", idempotency_key=row.key
         )
         await writer.submit(start)
@@ -185,7 +186,7 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
         await mark(db, keys[name], StartState(state))
     for number, name in enumerate("fgh"):
         start = started(f"run_{name}", at=NOW + timedelta(seconds=number))
-        await writer.submit(replace(start, workspace_id="default", idempotency_key=keys[name]))
+        await writer.submit(of_start(start, workspace_id="default", idempotency_key=keys[name]))
     cost: dict[str, Any] = {"charged_cost": Decimal("0.1"), "outputs": (Output("o", "text", "x"),)}
     await writer.submit(seen("run_g", RunStatus.COMPLETED, facts=cost))
     await writer.submit(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
@@ -220,7 +221,7 @@ async def test_a_batch_is_finished_when_its_last_run_has_ended(
     for number, row in enumerate(entries("a", "b")):
         await reserve(db, row.key)
         start = started(f"run_{row.digest}", at=NOW + timedelta(seconds=number))
-        await writer.submit(replace(start, workspace_id="default", idempotency_key=row.key))
+        await writer.submit(of_start(start, workspace_id="default", idempotency_key=row.key))
     await batches.finish(db, "bat_1", NOW)
     batch = replace(BATCH, finished_at=NOW)
     assert (await counts_of(db)).finished_at(batch) is None

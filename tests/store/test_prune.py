@@ -27,6 +27,7 @@ from tests.store.making import (
 )
 from tests.store.test_rollups import counted, stored_rollups
 from tests.support.deliveries import Delivered
+from tests.support.started import of_start
 from tests.support.waiting import steady_clock
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
@@ -395,9 +396,7 @@ async def _start(
     )
     if run_id is not None:
         first = Observation(run_id=run_id, source=Source.START, at=at)
-        await writer.submit(
-            Observed(observation=first, workspace_id="default", idempotency_key=key)
-        )
+        await writer.submit(of_start(Observed(observation=first), idempotency_key=key))
 
 
 async def test_what_was_asked_for_goes_but_not_that_it_was(

@@ -5,7 +5,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.store.making import (
 from tests.support.faulty import FaultyDatabase
 from tests.support.forked import run_python
 from tests.support.logs import capture_logs
+from tests.support.started import of_start
 from tests.support.waiting import eventually
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, FailedRead, Record
@@ -156,7 +156,9 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
                 await rollups.compact(db)
             elif isinstance(each, Observation):
                 ours = each.source is Source.START
-                await writer.submit(replace(as_entry(each), **RESERVED) if ours else as_entry(each))
+                await writer.submit(
+                    of_start(as_entry(each), **RESERVED) if ours else as_entry(each)
+                )
             else:
                 await writer.submit(each)
     await assert_exact(db)
@@ -187,7 +189,7 @@ async def test_a_forgotten_run_counts_for_nothing(writer: TestWriter, db: Databa
     entry = audit.entry(Action.FORGET, NOW)
     await writer.submit(seen("shown", RunStatus.COMPLETED, facts={"charged_cost": Decimal(2)}))
     await writer.submit(seen("typo", source=Source.TRACK))
-    await writer.submit(replace(started("lost"), **RESERVED))
+    await writer.submit(of_start(started("lost"), **RESERVED))
     for hour in range(5):
         at = NOW + timedelta(hours=hour)
         await writer.submit(FailedRead(run_id="lost", at=at, error="no such run", missing=True))
@@ -451,7 +453,7 @@ async def test_keys_too_long_for_an_index_stop_no_compaction(
     ended = {"charged_cost": Decimal(1), "completed_at": NOW, "created_at": NOW}
     reserved = RESERVED | {"tags": {"campaign": long_text()}}
     for run_id, facts_shown in (("run_1", long), ("run_2", {})):
-        await writer.submit(seen(run_id, facts=facts_shown, **reserved))
+        await writer.submit(of_start(seen(run_id, facts=facts_shown), **reserved))
         await writer.submit(seen(run_id, RunStatus.COMPLETED, facts=facts_shown | ended))
     for work in (rollups.compact, rollups.recount, rollups.compact):
         await work(db)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.store.making import NOW, TestWriter, callback, seen, started
 from tests.store.test_plans import _reads_a_table, plans
+from tests.support.started import of_start
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
@@ -143,7 +144,7 @@ async def test_what_a_run_was_asked_for_is_found(db: Database, writer: TestWrite
     prompt = 'A "red" bike\nby the sea: 50% Größe'
     inputs = [{"id": "prompt", "type": "text", "value": prompt}]
     entry = started("run_bike", facts={"created_at": NOW})
-    await writer.submit(replace(entry, inputs=inputs))
+    await writer.submit(of_start(entry, inputs=inputs))
     await writer.submit(started("run_cat"))
     for text in ("RED", '"red" bike', "bike\nby", "50%", "Größe"):
         assert await _ids(db, text=text) == ["run_bike"], text
@@ -282,7 +283,7 @@ async def _keep_batch(
             ),
         )
         start = started(run_id, facts={"created_at": NOW})
-        await writer.submit(replace(start, workspace_id="ws_1", idempotency_key=entry.key))
+        await writer.submit(of_start(start, workspace_id="ws_1", idempotency_key=entry.key))
 
 
 ENTRANCES = [

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from tests.store.making import NOW, TestWriter, seen
 from tests.store.test_batches import BATCH, counts_of, entries
 from tests.store.test_spending import DAY, became, reserve
+from tests.support.started import of_start
 from tracker.core.observation import Source
 from tracker.core.record import Observed
 from tracker.core.run import Output, RunError, RunStatus
@@ -22,6 +23,7 @@ from tracker.store import schema as tables
 from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows, starts
 from tracker.store.queries.batches import BatchEntry
+from tracker.store.queries.runs import get_run
 from tracker.store.queries.sheet_rows import RowOutcome
 from tracker.store.schema import runs
 
@@ -214,7 +216,9 @@ async def test_each_run_leads_to_its_start(db: Database, writer: TestWriter) -> 
             run_id = f"{workspace}_{number}"
             entry = became(run_id, row)
             observation = replace(entry.observation, workspace_id=workspace)
-            await writer.submit(replace(entry, observation=observation, workspace_id=workspace))
+            await writer.submit(
+                of_start(replace(entry, observation=observation), workspace_id=workspace)
+            )
     other = await reserve(db, "other")
     for workspace, run_id in (("ws_1", "ws_1_1"), ("ws_1", "ws_1_2"), ("ws_2", "ws_2_2")):
         found = await starts.of_run(db, run_id)
@@ -227,9 +231,20 @@ async def test_each_run_leads_to_its_start(db: Database, writer: TestWriter) -> 
 
 
 async def test_a_run_of_two_starts_stays_with_both(db: Database, writer: TestWriter) -> None:
-    """FLORA may answer several keys with one run."""
+    """FLORA may answer several keys with one run. It is as the first start has it: a budget counts
+    one start, at its time and price and by its tags, and not some of each."""
+    facts: dict[str, dict[str, Any]] = {
+        "one": {"tags": None, "reserved_cost": None},
+        "two": {"tags": {"team": "blue"}, "at": NOW + DAY},
+    }
     for key in ("one", "two"):
-        await writer.submit(became("run_1", await reserve(db, key)))
+        entry = became("run_1", await reserve(db, key, budgets=[], **facts[key]))
+        await writer.submit(of_start(entry, inputs=[{"id": key}]))
+    record = await get_run(db, "run_1")
+    assert record is not None
+    assert (record.idempotency_key, record.tags) == ("one", None)
+    assert (record.reserved_at, record.reserved_cost) == (NOW, None)
+    assert record.inputs == [{"id": "one"}]
     rows = await starts.of_keys(db, "ws_1", ["one", "two"])
     records = await starts.runs_of(db, rows.values())
     assert [[one.run.run_id for one in records[key]] for key in ("one", "two")] == [["run_1"]] * 2

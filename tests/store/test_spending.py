@@ -11,6 +11,7 @@ import pytest
 
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.support.patience import A_MINUTE
+from tests.support.started import of_start
 from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
 from tracker.core.rollup import DEAREST
@@ -74,7 +75,7 @@ def became(run_id: str, row: StartRow, quote: str | None = None) -> Any:
     """FLORA's answer to a start: its run, with a quote."""
     facts = {"workspace_id": "ws_1", "technique_id": "tech_1"}
     facts |= {} if quote is None else {"charged_cost": Decimal(quote)}  # type: ignore[dict-item]
-    return replace(
+    return of_start(
         started(run_id, facts=facts),
         workspace_id="ws_1",
         idempotency_key=row.idempotency_key,

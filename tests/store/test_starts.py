@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from tests.store.making import NOW, TestWriter, callback, seen, started
+from tests.support.started import of_start
 from tracker.core.observation import Source
 from tracker.store.engine import Database
 from tracker.store.queries import starts
@@ -70,7 +71,7 @@ async def test_the_writer_closes_a_start_with_its_run(writer: TestWriter, db: Da
     for workspace_id in ("default", "other"):
         await reserve(db, "key", workspace_id=workspace_id)
     await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await writer.submit(replace(started("run_1"), workspace_id="default", idempotency_key="key"))
+    await writer.submit(of_start(started("run_1"), workspace_id="default", idempotency_key="key"))
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert (row.state, row.run_id, row.lease_holder) == (StartState.STARTED, "run_1", None)
@@ -84,7 +85,7 @@ async def test_a_replayed_answer_closes_it_too(writer: TestWriter, db: Database)
     await reserve(db, "key")
     await writer.submit(started("run_1"))
     passed = await writer.submit(
-        replace(started("run_1"), workspace_id="default", idempotency_key="key")
+        of_start(started("run_1"), workspace_id="default", idempotency_key="key")
     )
     assert not passed.changed
     row = await starts.get(db, "default", "key")
@@ -163,11 +164,11 @@ async def test_what_became_a_run_stays_so(writer: TestWriter, db: Database) -> N
     """A late answer of another attempt cannot reopen a start, and nobody may send it again."""
     await reserve(db, "key")
     assert await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await writer.submit(replace(started("run_1"), workspace_id="default", idempotency_key="key"))
+    await writer.submit(of_start(started("run_1"), workspace_id="default", idempotency_key="key"))
     unresolved = StartState.UNRESOLVED
     assert await starts.mark(db, "default", "key", holder="h", state=unresolved, error={}) is None
     assert not await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await writer.submit(replace(started("run_2"), workspace_id="default", idempotency_key="key"))
+    await writer.submit(of_start(started("run_2"), workspace_id="default", idempotency_key="key"))
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert (row.state, row.run_id) == (StartState.STARTED, "run_1")
@@ -201,7 +202,7 @@ async def test_open_starts_are_found(writer: TestWriter, db: Database) -> None:
         await reserve(db, key, at=NOW + timedelta(seconds=number))
     await mark(db, "a", StartState.SENT)
     await mark(db, "c", StartState.REFUSED)
-    await writer.submit(replace(started("run_1"), workspace_id="default", idempotency_key="d"))
+    await writer.submit(of_start(started("run_1"), workspace_id="default", idempotency_key="d"))
     await mark(db, "e", StartState.IN_DOUBT)
     assert [row.idempotency_key for row in await starts.open_starts(db)] == ["a", "e"]
 
@@ -220,7 +221,7 @@ async def test_rival_starts_are_found(writer: TestWriter, db: Database) -> None:
     await mark(db, "unresolved", StartState.UNRESOLVED)
     await reserve(db, "started")
     await writer.submit(
-        replace(started("run_1"), workspace_id="default", idempotency_key="started")
+        of_start(started("run_1"), workspace_id="default", idempotency_key="started")
     )
     found = await starts.rivals(db, "default", "tech_1", "mine")
     assert sorted(row.idempotency_key for row in found) == ["open", "unresolved"]
@@ -232,7 +233,7 @@ async def test_runs_of_known_origin_are_of_no_other_start(writer: TestWriter, db
     row = await reserve(db, "sent", at=NOW + starts.SET_BACK)
     await reserve(db, "key")
     await writer.submit(
-        replace(
+        of_start(
             seen("run_start", source=Source.HISTORY), workspace_id="default", idempotency_key="key"
         )
     )

@@ -1,7 +1,6 @@
 """Observations of runs are written in groups, and answered only after their commit."""
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 
 from sqlalchemy import func, select
@@ -15,6 +14,7 @@ from tests.store.making import (
     seen,
     started,
 )
+from tests.support.started import of_start
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.record import FailedRead
@@ -160,7 +160,7 @@ async def test_text_that_no_database_holds_is_made_fit(writer: TestWriter, db: D
 async def test_inputs_of_any_shape_are_kept(writer: TestWriter, db: Database) -> None:
     """What a run was started with is someone's JSON: odd numbers and odd text included."""
     odd = [{"id": "n", "value": 2**70, "nul\0": "a\0", "inf": float("inf"), "deep": [[None]]}]
-    await writer.submit(replace(started("run_1"), inputs=odd))
+    await writer.submit(of_start(started("run_1"), inputs=odd))
     record = await get_run(db, "run_1")
     assert record is not None
     expected = {"id": "n", "value": float(2**70), "nul\ufffd": "a\ufffd", "inf": None}

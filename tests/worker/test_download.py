@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from tests.delivering.far_end import answer, far_end
 from tests.support.clocks import HandClock
+from tests.support.started import of_start
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tracker.core.errors import DownloadDirectoryError, TrackerError
@@ -385,7 +386,9 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
     )
     at, workspace_id = services.clock(), "ws_simulator"
     seen = Observation(run_id=run_id, source=Source.START, at=at, workspace_id=workspace_id)
-    entered = Observed(observation=seen, workspace_id=workspace_id, idempotency_key=entry.key)
+    entered = of_start(
+        Observed(observation=seen), workspace_id=workspace_id, idempotency_key=entry.key
+    )
     await services.writer.submit(entered)
 
 

@@ -56,13 +56,27 @@ class Delivery:
 
 
 @fast_dataclass
+class StartFacts:
+    """What is known of a run because it was started here: its start in the log, and what that has.
+
+    `reserved_cost` is the price of this run in USD, `reserved_at` the time of its reservation.
+    """
+
+    workspace_id: str
+    idempotency_key: str
+    inputs: list[dict[str, Any]] | None = None
+    tags: Tags | None = None
+    reserved_at: datetime | None = None
+    reserved_cost: Decimal | None = None
+
+
+@fast_dataclass
 class Observed:
     """An observation to write.
 
     `reads` counts the API reads made for this run alone (0 for a list item). `claim` is the lease
-    under which it was made, and which it releases. The other fields come with the answer to our own
-    start, whose row in the start log (`workspace_id`, `idempotency_key`) is closed in the same
-    transaction; `reserved_cost` is the price of this run in USD. `counted_before` says that the
+    under which it was made, and which it releases. `start` is the start that the run is known to
+    belong to by it, and which is closed in the same transaction. `counted_before` says that the
     run's end was counted before retention removed the run. An `incidental` observation, from a list
     that was read for other runs, is not written if it shows nothing new; one that is `only_stored`,
     of a run that was stored when it was read, not if the run has been removed since.
@@ -71,13 +85,8 @@ class Observed:
     observation: Observation
     reads: int = 0
     claim: str | None = None
-    inputs: list[dict[str, Any]] | None = None
-    tags: Tags | None = None
-    reserved_at: datetime | None = None
-    reserved_cost: Decimal | None = None
+    start: StartFacts | None = None
     callback_expected: bool = False
-    workspace_id: str | None = None
-    idempotency_key: str | None = None
     counted_before: bool = False
     incidental: bool = False
     only_stored: bool = False
@@ -131,8 +140,8 @@ class Record:
     answered "no such run" since the run was last shown, the first of them at `missing_since`.
     `cost_final` says that a read long enough after the end showed the bill; until then, and while
     a completed run lacks outputs, both are read again at `recheck_at` (`None` after giving up).
-    `idempotency_key` (of the start that it belongs to), `tags` and the reservation in budgets
-    (time, price in USD) are known only for our own starts.
+    `inputs`, `idempotency_key` (of the start that it belongs to), `tags` and the reservation in
+    budgets (time, price in USD) are known only for our own starts; they are those of one start.
     """
 
     run: Run
@@ -241,6 +250,9 @@ def apply(
     if not old.run.precedence.ended:
         is_news = run.precedence.ended and not entry.counted_before
         ended_via = seen.source if is_news else None
+    # FLORA may answer several keys with one run. All facts are of the first start, so that budgets
+    # do not count it by the price of one and the tags of another.
+    start = old if entry.start is None or old.idempotency_key is not None else entry.start
     keeps_lease = entry.claim is None or entry.claim != old.lease_holder
     # Not `replace`, which takes four times as long: this runs for each callback.
     after = Record(
@@ -255,12 +267,11 @@ def apply(
         settled_at=(old.settled_at or seen.at) if run.settled else None,
         cost_final=cost_final,
         recheck_at=recheck_at,
-        inputs=old.inputs if entry.inputs is None else entry.inputs,
-        # FLORA may have answered several keys with this run: the first one counts.
-        idempotency_key=old.idempotency_key or entry.idempotency_key,
-        tags=old.tags if entry.tags is None else entry.tags,
-        reserved_at=entry.reserved_at or old.reserved_at,
-        reserved_cost=old.reserved_cost if entry.reserved_at is None else entry.reserved_cost,
+        inputs=start.inputs,
+        idempotency_key=start.idempotency_key,
+        tags=start.tags,
+        reserved_at=start.reserved_at,
+        reserved_cost=start.reserved_cost,
         next_poll=following,
         polls=polls,
         checks=old.checks + entry.reads,

@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Final
 
 from tests.support.deliveries import Delivered, keep
+from tests.support.started import of_start
 from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
@@ -68,8 +69,8 @@ async def attack(services: Services, evil: str = EVIL) -> None:
     }
     inputs = [{"id": evil, "type": evil, "value": link} for link in (evil, *LINKS)]
     await services.writer.submit(
-        Observed(
-            observation=Observation(**of, source=Source.START),  # type: ignore[arg-type]
+        of_start(
+            Observed(observation=Observation(**of, source=Source.START)),  # type: ignore[arg-type]
             inputs=inputs,
             tags={evil: evil},
         )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.support.started import of_start
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Site
 from tests.web.dashboard.conftest import HTML
@@ -21,7 +22,7 @@ async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
     of = {"run_id": "run_long", "workspace_id": "ws_1", "technique_id": "tech_1"}
     inputs = [{"id": f"i{n}", "type": "text", "value": QUOTES} for n in range(20)]
     seen = Observation(**of, at=utc_now(), source=Source.START)  # type: ignore[arg-type]
-    await small_site.services.writer.submit(Observed(observation=seen, inputs=inputs))
+    await small_site.services.writer.submit(of_start(Observed(observation=seen), inputs=inputs))
     outputs = tuple(Output(f"o{n}", "text", QUOTES) for n in range(40))
     for end in (RunStatus.FAILED, RunStatus.COMPLETED):
         seen = Observation(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.deliveries import Delivered, keep
+from tests.support.started import of_start
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN
 from tracker.core.clock import utc_now
@@ -278,12 +279,14 @@ async def test_a_sweep_is_late_by_the_schedule(
 async def test_a_run_shows_everything(site: Site) -> None:
     """State, error, outputs by type, timeline, callbacks, and the reason of the next poll."""
     await site.services.writer.submit(
-        Observed(
-            observation=Observation(
-                run_id="run_1", source=Source.START, at=utc_now(), technique_id="tech_a"
+        of_start(
+            Observed(
+                observation=Observation(
+                    run_id="run_1", source=Source.START, at=utc_now(), technique_id="tech_a"
+                ),
+                callback_expected=True,
             ),
             inputs=[{"id": "face", "type": "imageUrl", "value": "https://example.com/face.png"}],
-            callback_expected=True,
         )
     )
     outputs = (

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from tests.support.logs import capture_logs
+from tests.support.started import of_start
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
@@ -41,8 +42,8 @@ def _run(number: int, status: RunStatus = RunStatus.COMPLETED, **facts: Any) -> 
         charged_cost=Decimal(100 - number) / 4,
         **facts,
     )
-    return Observed(
-        observation=observation,
+    return of_start(
+        Observed(observation=observation),
         inputs=[{"id": "prompt", "type": "text", "value": f"=garden tool {number}."}],
     )
 
@@ -82,7 +83,7 @@ async def test_a_prompt_a_sheet_and_a_cell_find_their_runs(site: Site) -> None:
             created_at=utc_now(),
         ),
     )
-    await services.writer.submit(replace(_run(1), workspace_id="ws_1", idempotency_key=entry.key))
+    await services.writer.submit(of_start(_run(1), workspace_id="ws_1", idempotency_key=entry.key))
     await services.writer.submit(_run(2))
     for text in ("tool 1.", "AB-<16>", "<spring>", "bat_1"):
         page = await _page(site, f"/runs?text={quote(text)}")

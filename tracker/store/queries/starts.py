@@ -48,7 +48,7 @@ from sqlalchemy import (
 
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Observed, Record
+from tracker.core.record import Observed, Record, StartFacts
 from tracker.core.run import Tracking, known
 from tracker.core.starts import Budget, Tags, digest_of, same_types, same_values
 from tracker.store.engine import Database, dump_json
@@ -211,13 +211,15 @@ class StartRow:
         workspace_id = seen.workspace_id or self.workspace_id
         return Observed(
             observation=replace(seen, workspace_id=workspace_id, technique_id=self.technique_id),
-            inputs=self.inputs,
-            tags=self.tags,
-            reserved_at=self.reserved_at,
-            reserved_cost=self.reserved_cost,
+            start=StartFacts(
+                workspace_id=self.workspace_id,
+                idempotency_key=self.idempotency_key,
+                inputs=self.inputs,
+                tags=self.tags,
+                reserved_at=self.reserved_at,
+                reserved_cost=self.reserved_cost,
+            ),
             callback_expected=callback_expected,
-            workspace_id=self.workspace_id,
-            idempotency_key=self.idempotency_key,
         )
 
     @property

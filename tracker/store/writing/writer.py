@@ -15,7 +15,15 @@ from sqlalchemy import Connection
 from tracker.core.events import event_id, events_between
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation
-from tracker.core.record import DurationsOf, Entry, FailedRead, Observed, Record, apply
+from tracker.core.record import (
+    DurationsOf,
+    Entry,
+    FailedRead,
+    Observed,
+    Record,
+    StartFacts,
+    apply,
+)
 from tracker.core.rollup import RollupKey, facts, same
 from tracker.core.run import Output, RunError, fast_dataclass
 from tracker.core.schedule import Policy
@@ -178,8 +186,8 @@ class WriteBatch:
                 status, source = str(seen.status), str(seen.source)
                 event = (run_id, seen.at, source, status, seen.progress, seen.to_json())
                 changes.events.append(event)
-            if entry.workspace_id is not None and entry.idempotency_key is not None:
-                key = (entry.workspace_id, entry.idempotency_key)
+            if (start := entry.start) is not None:
+                key = (start.workspace_id, start.idempotency_key)
                 # A version before 0023 stored the reservation without the key.
                 is_counted = before is not None and (
                     before.idempotency_key is not None or before.reserved_at is not None
@@ -232,7 +240,8 @@ def _count(rollups: dict[RollupKey, list[int]], record: Record | None, sign: int
 
 
 _TEXTS: Final[dict[type, tuple[str, ...]]] = {
-    Observed: ("observation", "inputs"),
+    Observed: ("observation", "start"),
+    StartFacts: ("inputs",),
     FailedRead: ("run_id", "error"),
     Observation: (
         *("run_id", "run_type", "workspace_id", "project_id", "technique_id", "technique_name"),
