@@ -291,12 +291,12 @@ class HistoryWalk:
         if guess is None:
             position.follow(cursor)
         else:
-            position.move_to(await self._offset_above(below, guess, cursor))
+            position.move_to(await self._offset_above(below, guess))
         position.is_placed = position.cursor is not None
         self._seam = _Seam(from_top=not position.is_placed)
 
-    async def _offset_above(self, below: datetime, guess: int, cursor: str | None) -> int:
-        """An offset at most a page above the newest run older than `below`, from a `guess` on."""
+    async def _offset_above(self, below: datetime, guess: int) -> int:
+        """An offset at most about a page above the newest run older than `below`."""
         low, high, step = 0, None, PAGE_SIZE
         offset = max(0, guess - 2 * EDGE)
         try:
@@ -311,7 +311,7 @@ class HistoryWalk:
         except FloraError as error:
             if not self._concerns_page(error):
                 raise
-            if cursor is None:
+            if guess == 0:
                 low = 0  # FLORA's cursors may not be offsets
         return max(0, low - EDGE)
 
