@@ -216,24 +216,9 @@ def apply(
     seen = entry.observation
     old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)
-    wants_read = seen.source in _WANTS_READ or (record is None and bool(seen.lacks_status))
-    just_ended = run.precedence.ended and run.precedence > old.run.precedence
-    polled = _counts_as_poll(record, entry, run)
-    polls = 0 if wants_read or just_ended else old.polls + polled
-    callback_expected = old.callback_expected or entry.callback_expected
-    moves = polled or wants_read or just_ended or record is None or record.lost
-    following = old.next_poll
-    if moves or run.settled:
-        following = next_poll(
-            run,
-            policy=policy,
-            now=seen.at,
-            first_seen=old.first_seen_at,
-            polls=polls,
-            callback_expected=callback_expected,
-            durations=None if run.precedence.ended else durations_of(run.technique_id),
-            at_once=wants_read,
-        )
+    polls, following = _schedule_of(
+        run, old, entry, is_new=record is None, policy=policy, durations_of=durations_of
+    )
     end_seen_at = old.end_seen_at or (seen.at if run.precedence.ended else None)
     cost_final, recheck_at = False, None
     if end_seen_at is not None and run.precedence.ended_at_api:
@@ -242,14 +227,7 @@ def apply(
     is_idle = old.cost_final or (entry.incidental and not cost_final)
     if is_idle and run is not old.run and shows_the_same(old.run, run, signed=entry.incidental):
         run = old.run
-    callback_at = old.callback_at
-    if seen.source is Source.CALLBACK:  # the first; they may be applied in another order
-        callback_at = seen.at if callback_at is None else min(callback_at, seen.at)
-    ended_via = old.ended_via
-    # Unknown for a run that retention removed and that is tracked again: its end counts once.
-    if not old.run.precedence.ended:
-        is_news = run.precedence.ended and not entry.counted_before
-        ended_via = seen.source if is_news else None
+    callback_at, ended_via = _receipt_of(run, old, entry)
     # FLORA may answer several keys with one run. All facts are of the first start, so that budgets
     # do not count it by the price of one and the tags of another.
     start = old if entry.start is None or old.idempotency_key is not None else entry.start
@@ -261,7 +239,7 @@ def apply(
         source=Source.START if seen.source is Source.START else old.source,
         first_seen_at=old.first_seen_at,
         callback_at=callback_at,
-        callback_expected=callback_expected,
+        callback_expected=old.callback_expected or entry.callback_expected,
         ended_via=ended_via,
         end_seen_at=end_seen_at,
         settled_at=(old.settled_at or seen.at) if run.settled else None,
@@ -283,6 +261,50 @@ def apply(
         lease_holder=old.lease_holder if keeps_lease else None,
     )
     return record if record is not None and after == record else after
+
+
+def _schedule_of(
+    run: Run,
+    old: Record,
+    entry: Observed,
+    *,
+    is_new: bool,
+    policy: Policy,
+    durations_of: DurationsOf,
+) -> tuple[int, NextPoll | None]:
+    """The number of polls since the last other news, and the next poll."""
+    seen = entry.observation
+    wants_read = seen.source in _WANTS_READ or (is_new and bool(seen.lacks_status))
+    just_ended = run.precedence.ended and run.precedence > old.run.precedence
+    polled = _counts_as_poll(None if is_new else old, entry, run)
+    polls = 0 if wants_read or just_ended else old.polls + polled
+    if not (polled or wants_read or just_ended or is_new or old.lost or run.settled):
+        return polls, old.next_poll
+    return polls, next_poll(
+        run,
+        policy=policy,
+        now=seen.at,
+        first_seen=old.first_seen_at,
+        polls=polls,
+        callback_expected=old.callback_expected or entry.callback_expected,
+        durations=None if run.precedence.ended else durations_of(run.technique_id),
+        at_once=wants_read,
+    )
+
+
+def _receipt_of(
+    run: Run, old: Record, entry: Observed
+) -> tuple[datetime | None, Source | str | None]:
+    """When its first callback came, and how its end became known."""
+    seen = entry.observation
+    callback_at, ended_via = old.callback_at, old.ended_via
+    if seen.source is Source.CALLBACK:  # the first; they may be applied in another order
+        callback_at = seen.at if callback_at is None else min(callback_at, seen.at)
+    # Unknown for a run that retention removed and that is tracked again: its end counts once.
+    if not old.run.precedence.ended:
+        is_news = run.precedence.ended and not entry.counted_before
+        ended_via = seen.source if is_news else None
+    return callback_at, ended_via
 
 
 def _bill_of(
