@@ -84,6 +84,22 @@ async def test_five_at_the_same_moment_get_one_run(
         assert list(flora.world.runs) == [answers[0].json()["run_id"]]
 
 
+async def test_a_body_is_the_same_in_any_order(serve: Serve, database_url: str) -> None:
+    """Of its inputs, also at the same moment; FLORA gets one of both."""
+    inputs = [
+        {"id": "building", "type": "imageUrl", "value": "https://example.com/a.png"},
+        {"id": "material", "type": "text", "value": "brick"},
+    ]
+    async with with_flora(serve, database_url) as (site, flora):
+        body = {"technique": "facade-swap", "idempotency_key": "key-1"}
+        answers = await asyncio.gather(
+            *(_start(site, None, **body, inputs=one) for one in (inputs, inputs[::-1]) * 2)
+        )
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 201]
+        assert [answer.json() for answer in answers] == [answers[0].json()] * 4
+        assert len(flora.world.runs) == 1
+
+
 async def test_a_key_is_not_used_for_another_body(serve: Serve, database_url: str) -> None:
     """422, and nothing is started."""
     async with with_flora(serve, database_url) as (site, flora):
