@@ -8,7 +8,7 @@ the key.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
 from typing import Final
@@ -27,6 +27,8 @@ from tracker.core.errors import (
     StoreError,
 )
 from tracker.core.log import get_logger
+from tracker.core.observation import Observation
+from tracker.core.run import RunStatus
 from tracker.flora.client import FloraClient
 from tracker.flora.http import LONGEST_WAIT
 from tracker.flora.resilience import SharedWaits
@@ -39,6 +41,9 @@ ASK_SECONDS: Final = 5.0
 CLOCK_MARGIN: Final = 1.0
 """Seconds by which the clocks of processes that share waits may differ."""
 _LATEST: Final = LONGEST_WAIT + CLOCK_MARGIN
+
+DETAILS_WITHIN: Final = timedelta(minutes=1)
+"""How long after the end of a run a list may still lack its details."""
 
 UNKNOWN: Final = "unknown"
 """In metrics and logs, a workspace whose id is not known."""
@@ -106,6 +111,34 @@ class Workspace:
             self.client.contact.checked_workspace(error)
         if error is not None:
             raise error
+
+    def attributed(self, seen: Observation) -> Observation:
+        """An observation read with the workspace's key, as its own if it names no workspace."""
+        if seen.workspace_id is not None or self.workspace_id is None:
+            return seen
+        return replace(seen, workspace_id=self.workspace_id)
+
+    def attributed_page(self, items: Sequence[Observation]) -> list[Observation]:
+        """The items of a page read with the workspace's key, attributed to it.
+
+        The workspace learns its id, and whether its lists carry details. Raises `OtherWorkspace` if
+        every item that names a workspace names another one.
+        """
+        self.check_listed(item.workspace_id for item in items)
+        completed = with_details = old = with_outputs = 0
+        for item in items:
+            if item.status is RunStatus.COMPLETED:
+                completed += 1
+                with_details += bool(item.details)
+                self.lists_carry_costs |= item.charged_cost is not None
+                if item.completed_at and item.read_at - item.completed_at > DETAILS_WITHIN:
+                    old += 1
+                    with_outputs += bool(item.outputs) or item.charged_cost is not None
+        if completed:
+            self.lists_carry_details = 2 * with_details >= completed
+        if old:
+            self.lists_carry_outputs = 2 * with_outputs >= old
+        return [self.attributed(item) for item in items]
 
     def require_client(self) -> FloraClient:
         """The client for its key. Raises `SettingsError` if no key is set."""

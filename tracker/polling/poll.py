@@ -30,7 +30,6 @@ from tracker.core.record import Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import cancel, repeat, run_all
-from tracker.polling.listed import attributed_page
 from tracker.polling.reading import Backoff, PollReport, PollRound, RunReader, SingleRead
 from tracker.store import coordination
 from tracker.store.coordination import Due
@@ -433,7 +432,7 @@ class Contacts(Service):
 async def _probe(workspace: Workspace) -> None:
     with suppress(FloraError):  # the client has taken note of it
         page = await workspace.require_client().history(limit=1, deadline=PROBE_SECONDS)
-        attributed_page(workspace, page.items)
+        workspace.attributed_page(page.items)
 
 
 def _is_news(own: ContactState, kept: ContactState | None) -> bool:

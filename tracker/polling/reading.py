@@ -22,8 +22,8 @@ from tracker.core.run import Run, RunStatus
 from tracker.core.waiting import run_all
 from tracker.flora.client import FloraClient, PollUrlRefused, pages
 from tracker.polling.history import PAGE_SIZE, oldest
-from tracker.polling.listed import attributed, attributed_page, counted_before, without_removed
 from tracker.store import coordination
+from tracker.store.writing.retention import counted_before, without_removed
 from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace
 
@@ -128,7 +128,7 @@ class RunReader(Service):
             elif found.observation is not None:
                 self.is_readable = True
             if found.others:
-                others = attributed_page(workspace, found.others)
+                others = workspace.attributed_page(found.others)
                 others, stored = await without_removed(self.database, others)
                 found.entries += [
                     Observed(observation=item, incidental=True, only_stored=item.run_id in stored)
@@ -146,7 +146,7 @@ class RunReader(Service):
                 )
                 found.entries.append(failure)
             else:
-                seen = attributed(workspace, found.observation)
+                seen = workspace.attributed(found.observation)
                 again = await counted_before(self.database, {seen.run_id: record}, [seen])
                 entry = Observed(
                     observation=seen,
@@ -193,7 +193,7 @@ class RunReader(Service):
             self.is_readable, client = False, self.workspace.require_client()
             try:
                 page = await client.history(limit=1, deadline=CALL_SECONDS)
-                if attributed_page(self.workspace, page.items):
+                if self.workspace.attributed_page(page.items):
                     self.is_readable = True
                 else:  # an empty history may be another workspace's
                     ids = await client.list_workspaces(deadline=CALL_SECONDS)
@@ -412,7 +412,7 @@ class PollRound:
 
     async def _take_page(self, items: Sequence[Observation]) -> None:
         """Write a page; runs that it shows ended without details remain, and stay claimed."""
-        page = attributed_page(self.workspace, items)
+        page = self.workspace.attributed_page(items)
         kept, stored = await without_removed(self.reader.database, page)
         if items:
             self.reader.is_readable = True

@@ -47,11 +47,11 @@ from tracker.core.run import RunType
 from tracker.core.waiting import cancel, repeat, to_its_end
 from tracker.flora.client import HistoryPage
 from tracker.polling.history import HistoryWalk, Hole, WalkedPage
-from tracker.polling.listed import attributed_page, without_removed
 from tracker.polling.poll import Coalescer, DurationBook
 from tracker.store import coordination
 from tracker.store.queries import runs, sweeps
 from tracker.store.queries.sweeps import Gap, Interval
+from tracker.store.writing.retention import without_removed
 from tracker.store.writing.writer import Writer, WriteResult
 from tracker.workspaces import Service, Workspace
 
@@ -265,7 +265,7 @@ class _Sweep:
         async def read(cursor: str | None, limit: int) -> HistoryPage:
             page = await client.history(kind=kind, cursor=cursor, limit=limit, deadline=deadline)
             self.report.pages += 1
-            return replace(page, items=attributed_page(self._workspace, page.items))
+            return replace(page, items=self._workspace.attributed_page(page.items))
 
         walk = HistoryWalk(read, stubborn=stubborn)
         return walk.pages(below=above.from_at, cursor=above.cursor) if above else walk.pages()

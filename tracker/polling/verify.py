@@ -20,8 +20,8 @@ from tracker.core.record import Record
 from tracker.core.run import RunType, Tracking
 from tracker.flora.client import HistoryPage
 from tracker.polling.history import PAGE_SIZE, HistoryWalk
-from tracker.polling.listed import attributed_page, without_removed
 from tracker.store.queries import runs
+from tracker.store.writing.retention import without_removed
 from tracker.workspaces import Service, Workspace
 
 SETTLES_WITHIN: Final = timedelta(minutes=10)
@@ -101,7 +101,7 @@ class Verifier(Service):
         async def read(cursor: str | None, limit: int) -> HistoryPage:
             page = await client.history(kind=kind, cursor=cursor, limit=limit)
             report.pages += 1
-            return replace(page, items=attributed_page(workspace, page.items))
+            return replace(page, items=workspace.attributed_page(page.items))
 
         top = datetime.max.replace(tzinfo=start.tzinfo)
         settled_until = self.clock() - SETTLES_WITHIN

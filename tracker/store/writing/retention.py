@@ -14,7 +14,7 @@ FLORA's time of creation, for each workspace.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
@@ -36,6 +36,8 @@ from sqlalchemy import (
     update,
 )
 
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Record
 from tracker.core.run import RunType
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.starts import LISTED, is_in
@@ -59,6 +61,8 @@ from tracker.store.schema import (
 from tracker.store.writing import rollups
 from tracker.store.writing.rollups import BEGINNING
 
+KNOWN_WITHIN: Final = timedelta(days=1)
+"""A swept history makes a run known sooner; retention removes nothing that is younger."""
 AROUND: Final = timedelta(days=1)
 """The run of a start without a known outcome was created within this time of its sending; no clock
 is further off."""
@@ -139,6 +143,45 @@ async def find_possibly_removed(db: Database, listed: Iterable[ListedRun]) -> se
             if kind == one.kind and one.workspace_id in (None, workspace_id)
         )
     }
+
+
+async def without_removed(
+    db: Database, items: Sequence[Observation]
+) -> tuple[list[Observation], set[str]]:
+    """The items without runs that retention has removed, which must not come back; and the ids of
+    those that it may remove before the items are written (`Observed.only_stored`)."""
+    ended = _ended(items)
+    removed, stored = await find_removed(db, ended) if ended else (set[str](), set[str]())
+    return [item for item in items if item.run_id not in removed], stored
+
+
+async def counted_before(
+    db: Database, records: Mapping[str, Record], items: Iterable[Observation]
+) -> set[str]:
+    """The items that show the end of a run which retention had removed and which was tracked again:
+    the rollups have counted that end."""
+    ended = [
+        one
+        for one in _ended(items)
+        if (record := records.get(one.run_id)) is not None
+        and record.source is Source.TRACK
+        and not record.run.precedence.ended
+        and record.first_seen_at - one.at > KNOWN_WITHIN
+    ]
+    return await find_possibly_removed(db, ended) if ended else set()
+
+
+def _ended(items: Iterable[Observation]) -> list[ListedRun]:
+    return [
+        ListedRun(
+            item.run_id,
+            item.workspace_id,
+            item.created_at,
+            "generation" if item.run_type == "generation" else "technique",
+        )
+        for item in items
+        if item.created_at is not None and item.may_have_ended
+    ]
 
 
 async def marks(db: Database, what: Mark) -> dict[str, datetime]:
