@@ -14,7 +14,7 @@ from tracker.core.contact import ContactState, Trouble
 from tracker.core.formatting import counted, duration, moment, money
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, DeliveryOutcome, Record
-from tracker.core.run import Run, RunStatus, Tracking
+from tracker.core.run import RunState, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, PollReason
 from tracker.flora.http import LONGEST_WAIT
 from tracker.polling.poll import Contacts, DurationBook
@@ -219,7 +219,7 @@ def _observations(
     events: Sequence[TimelineEvent], deliveries: Sequence[DeliveryRow]
 ) -> Iterator[Sentence]:
     """A sentence for each observation, and one more for a contradiction."""
-    run: Run | None = None
+    run: RunState | None = None
     earlier: list[Observation] = []
     for event in events:
         seen = Observation.from_json(event.detail)
@@ -235,7 +235,7 @@ def _observations(
         run = after
 
 
-def _observed(seen: Observation, before: Run | None, delivery: DeliveryRow | None) -> str:
+def _observed(seen: Observation, before: RunState | None, delivery: DeliveryRow | None) -> str:
     state = _shown(seen)
     match seen.source:
         case Source.START:
@@ -268,9 +268,9 @@ def _shown(seen: Observation) -> str:
     return text
 
 
-def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
+def _news(seen: Observation, before: RunState | None, after: RunState) -> Iterator[str]:
     """What the observation added to what was known."""
-    known = before or Run(run_id=after.run_id)
+    known = before or RunState(run_id=after.run_id)
     if seen.precedence < known.precedence:
         older = f"This is older: the run stays {known.status}."
         yield "The end was already known." if seen.status == known.status else older
@@ -292,7 +292,7 @@ def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
             yield f"{_listed(missing).capitalize()} {verb} still to be fetched."
 
 
-def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:
+def _details(seen: Observation, before: RunState, after: RunState) -> Iterator[str]:
     """The details of an end that the observation brought."""
     if after.outputs and after.outputs != before.outputs:
         yield counted(len(after.outputs), "output")
@@ -309,7 +309,7 @@ def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:
         yield "its error"
 
 
-def _contradiction(seen: Observation, earlier: Sequence[Observation], after: Run) -> str:
+def _contradiction(seen: Observation, earlier: Sequence[Observation], after: RunState) -> str:
     """Both sides of a contradiction about the end, and which of them counts."""
     ends = [one for one in earlier if one.precedence.ended]
     this = _name_of(seen.source)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from bench.economy.trial import EVENLY
-from tracker.core.run import Run
+from tracker.core.run import RunState
 from tracker.core.schedule import Durations, Policy, next_poll
 
 RUNS: Final = 400
@@ -33,7 +33,7 @@ def alone(middle: float, *, interval: float, known: bool) -> Alone:
     durations = Durations(count=200, p50=middle, p95=low + 0.95 * spread) if known else None
     reads, stale = 0, []
     for number in range(RUNS):
-        run, end = Run(run_id=f"run_{number}"), low + spread * (number + 0.5) / RUNS
+        run, end = RunState(run_id=f"run_{number}"), low + spread * (number + 0.5) / RUNS
         now, polls = 0.0, 0
         while polls == 0 or now < end:
             following = next_poll(

@@ -16,7 +16,7 @@ from tests.web.dashboard.hostile import EVIL, LINKS, TYPES
 from tracker.core.clock import utc_now
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Output, Run
+from tracker.core.run import Output, RunState
 from tracker.library.batches import BatchFields
 from tracker.library.run import RunFields, RunList
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NOW = utc_now()
 RUN = replace(
-    RunFields._of(Record(run=Run(run_id="run_1"), source=Source.START, first_seen_at=NOW)),
+    RunFields._of(Record(run=RunState(run_id="run_1"), source=Source.START, first_seen_at=NOW)),
     technique_name="Icon Pack",
     tags={"campaign": "spring"},
 )

@@ -17,7 +17,7 @@ from tracker.cli.output import Screen
 from tracker.cli.runs import RunScreen
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Precedence, Run, RunError
+from tracker.core.run import Details, Output, Precedence, RunError, RunState
 from tracker.polling.follow import RunUpdate
 from tracker.starting.batches import BatchOutcome, BatchProgress
 from tracker.starting.rows import RowState, carried_names, csv_lines
@@ -41,7 +41,7 @@ def start(number: int, state: StartState, **facts: object) -> StartRow:
 
 
 def record(number: int, precedence: Precedence, **facts: object) -> Record:
-    run = Run(run_id=f"run_{number}", precedence=precedence, details=Details.READ, **facts)  # type: ignore[arg-type]
+    run = RunState(run_id=f"run_{number}", precedence=precedence, details=Details.READ, **facts)  # type: ignore[arg-type]
     return Record(run=run, source=Source.START, first_seen_at=NOW)
 
 

@@ -18,10 +18,10 @@ from tracker.core.events import (
 )
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Precedence, Run, RunError
+from tracker.core.run import Details, Output, Precedence, RunError, RunState
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
-ACTIVE = Record(run=Run(run_id="run_1"), source=Source.START, first_seen_at=NOW)
+ACTIVE = Record(run=RunState(run_id="run_1"), source=Source.START, first_seen_at=NOW)
 LOST = replace(ACTIVE, lost=True)
 
 

@@ -18,8 +18,8 @@ from tracker.core.run import (
     Details,
     Output,
     Precedence,
-    Run,
     RunError,
+    RunState,
     RunStatus,
     Status,
 )
@@ -27,7 +27,7 @@ from tracker.core.run import (
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
 
 
-def merged(seen: Iterable[Observation]) -> Run:
+def merged(seen: Iterable[Observation]) -> RunState:
     run = reduce(merge, seen, None)
     assert run is not None
     return run
@@ -338,7 +338,7 @@ def test_other_outputs_are_no_conflict(others: tuple[Output, ...]) -> None:
         assert (run.outputs, run.conflict) == (others, False)
 
 
-def precedence_of(run: Run, field: str) -> Precedence:
+def precedence_of(run: RunState, field: str) -> Precedence:
     """The precedence of the observation that `field` has its value from."""
     return Precedence(getattr(run.precedences, field))
 
@@ -368,4 +368,4 @@ def test_flora_shows_whose_a_run_is(source: Source) -> None:
 def test_two_runs_never_merge() -> None:
     """A observation of another run is refused, not joined."""
     with pytest.raises(ValueError, match="run_2"):
-        merge(Run(run_id="run_2"), observe(Source.POLL, RunStatus.RUNNING))
+        merge(RunState(run_id="run_2"), observe(Source.POLL, RunStatus.RUNNING))

@@ -14,7 +14,7 @@ from tests.core.strategies import START, observations
 from tests.support.started import of_start
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, FailedRead, Observed, Record, apply
-from tracker.core.run import Output, Run, RunStatus, Tracking
+from tracker.core.run import Output, RunState, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, first_wait, learned_wait, next_poll, wait_after
 
 POLICY = Policy()
@@ -441,7 +441,7 @@ def test_no_poll_lies_further_ahead_than_the_longest_wait(
     policy = Policy()
     for ahead in (timedelta(), timedelta(hours=6)):
         due = next_poll(
-            Run(run_id="run_1"),
+            RunState(run_id="run_1"),
             policy=policy,
             now=START,
             first_seen=START + ahead,

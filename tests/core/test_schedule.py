@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START
-from tracker.core.run import Details, Precedence, Run
+from tracker.core.run import Details, Precedence, RunState
 from tracker.core.schedule import (
     Durations,
     NextPoll,
@@ -26,11 +26,11 @@ SLOW = Durations(count=40, p50=5000.0, p95=9000.0)
 
 
 def following(
-    run: Run | None = None, *, now: datetime = START, policy: Policy = POLICY, **facts: Any
+    run: RunState | None = None, *, now: datetime = START, policy: Policy = POLICY, **facts: Any
 ) -> NextPoll | None:
     """The next poll of a run that was first seen at the start."""
     given = {"first_seen": START, "polls": 0, "callback_expected": False} | facts
-    return next_poll(run or Run(run_id="run_1"), policy=policy, now=now, **given)
+    return next_poll(run or RunState(run_id="run_1"), policy=policy, now=now, **given)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_known_durations_put_a_poll_off_by_the_longest_wait_at_most(
 def test_each_poll_without_an_end_doubles_the_wait(polls: int, run_id: str) -> None:
     """Up to the longest, less a fifth at most, and the same for the same run and number."""
     now = START + timedelta(minutes=5)
-    found = following(Run(run_id=run_id), now=now, polls=polls, durations=KNOWN)
+    found = following(RunState(run_id=run_id), now=now, polls=polls, durations=KNOWN)
     wait = wait_after(POLICY, run_id, polls)
     assert found == (now + wait, PollReason.WAIT)
     whole = min(POLICY.interval * 2 ** (polls - 1), POLICY.interval_max)
@@ -114,7 +114,7 @@ def test_each_poll_without_an_end_doubles_the_wait(polls: int, run_id: str) -> N
 
 def test_an_end_without_details_is_due_at_once() -> None:
     """What a callback ended is read for its details."""
-    run = Run(run_id="run_1", precedence=Precedence.CALLBACK_COMPLETED)
+    run = RunState(run_id="run_1", precedence=Precedence.CALLBACK_COMPLETED)
     now = START + timedelta(seconds=9)
     assert following(run, now=now, at_once=True) == (now, PollReason.ENDED)
 
@@ -126,7 +126,7 @@ def test_what_someone_asked_for_is_due_at_once() -> None:
 
 def test_nothing_is_due_where_nothing_is_left_to_read() -> None:
     """A settled run is not polled."""
-    run = Run(run_id="run_1", precedence=Precedence.COMPLETED, details=Details.READ)
+    run = RunState(run_id="run_1", precedence=Precedence.COMPLETED, details=Details.READ)
     assert following(run) is None
 
 

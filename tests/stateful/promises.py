@@ -13,7 +13,7 @@ from tests.store.test_rollups import Counts, summed
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Record
 from tracker.core.rollup import RollupKey
-from tracker.core.run import Precedence, Run, Tracking
+from tracker.core.run import Precedence, RunState, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.runs import RUN_COLUMNS, records
 from tracker.store.schema import deliveries, run_events, runs, starts
@@ -112,7 +112,7 @@ def check(now: Snapshot, flora: ModelFlora, memory: Memory, *, holder: str) -> N
     memory.records, memory.starts = now.records, now.starts
 
 
-def merged(observations: list[Observation]) -> Run | None:
+def merged(observations: list[Observation]) -> RunState | None:
     """The run that these observations merge to."""
     run = None
     for observation in observations:

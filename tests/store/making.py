@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
 from tracker.core.observation import Observation, Source, merge
 from tracker.core.record import Delivery, DeliveryOutcome, Entry, Observed
-from tracker.core.run import Output, Run, RunError, RunStatus
+from tracker.core.run import Output, RunError, RunState, RunStatus
 from tracker.core.schedule import Policy
 from tracker.flora.callback import observation_of
 from tracker.receiving.apply import Applier, ParsedDelivery
@@ -150,7 +150,7 @@ def started(run_id: str, *, at: datetime = NOW, facts: dict[str, Any] | None = N
     return of_start(entry, inputs=[{"id": "prompt", "type": "text", "value": "a cat"}])
 
 
-async def merge_timeline(db: Database, run_id: str) -> Run | None:
+async def merge_timeline(db: Database, run_id: str) -> RunState | None:
     """What the run's stored timeline amounts to."""
     run = None
     for event in await events(db, run_id):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.store.making import TestWriter, as_entry, merge_timeline, observations, open_writer
 from tracker.core.observation import Observation, merge
-from tracker.core.run import Run
+from tracker.core.run import RunState
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 from tracker.store.writing.writer import cleaned
@@ -19,7 +19,7 @@ RUNS = ("run_1", "run_2", "run_3")
 observed = st.lists(st.sampled_from(RUNS).flatmap(observations), min_size=1, max_size=12)
 
 
-def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
+def by_hand(run_id: str, observed: list[Observation]) -> RunState | None:
     """What these observed amount to, by the merge alone."""
     run = None
     for observation in observed:

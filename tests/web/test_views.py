@@ -9,16 +9,16 @@ import pytest
 from tracker.core.formatting import iso_time
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Output, Precedence, Run, RunError
+from tracker.core.run import Output, Precedence, RunError, RunState
 from tracker.store.queries.runs import TimelineEvent
 from tracker.store.schema import run_events, run_outputs, runs
 from tracker.views import event_json, number_json, run_json
 from tracker.web.http.responses import Json
 
 AT = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
-EMPTY = Record(run=Run(run_id="run_1"), source=Source.CALLBACK, first_seen_at=AT)
+EMPTY = Record(run=RunState(run_id="run_1"), source=Source.CALLBACK, first_seen_at=AT)
 FULL = Record(
-    run=Run(
+    run=RunState(
         run_id="run_2",
         precedence=Precedence.FAILED,
         progress=62.5,

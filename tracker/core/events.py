@@ -16,7 +16,7 @@ from typing import Final
 from uuid import uuid4
 
 from tracker.core.record import Record
-from tracker.core.run import Run, Tracking, fast_dataclass
+from tracker.core.run import RunState, Tracking, fast_dataclass
 from tracker.core.schedule import jitter_share
 
 WAITS: Final = tuple(
@@ -86,13 +86,13 @@ def event_id(event: EventType, after: Record) -> str:
     return hashlib.sha256(told.encode(errors="replace")).hexdigest()[:32]
 
 
-def settles_anew(before: Run, after: Run) -> bool:
+def settles_anew(before: RunState, after: RunState) -> bool:
     """Whether a settled run shows another end, or outputs that were missing."""
     (*end, outputs), (*new_end, new_outputs) = _reported(before), _reported(after)
     return new_end != end or new_outputs > outputs
 
 
-def _reported(run: Run) -> tuple[str, str, int]:
+def _reported(run: RunState) -> tuple[str, str, int]:
     """The end, and how many outputs there are (their links may be new with each read)."""
     return str(run.status), run.error.code if run.error else "", len(run.outputs or ())
 

@@ -40,8 +40,8 @@ from tracker.core.run import (
     Output,
     Precedence,
     Precedences,
-    Run,
     RunError,
+    RunState,
     RunStatus,
     Status,
     fast_dataclass,
@@ -201,17 +201,17 @@ _CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
 """Sources whose `workspace_id` is not confirmed by the workspace's key."""
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 # `replace` would determine the fields each time, and take three times as long.
-_RUN_FIELDS: Final = tuple(field.name for field in fields(Run))
+_RUN_FIELDS: Final = tuple(field.name for field in fields(RunState))
 _RUN_VALUES: Final = attrgetter(*_RUN_FIELDS)
 
 
-def merge(run: Run | None, observation: Observation) -> Run:
+def merge(run: RunState | None, observation: Observation) -> RunState:
     """`run` with one more observation; `run` itself if that changes nothing.
 
     `run` is `None` for an unknown run. Raises `ValueError` if the ids differ.
     """
     if run is None:
-        run = Run(run_id=observation.run_id)
+        run = RunState(run_id=observation.run_id)
     elif run.run_id != observation.run_id:
         raise ValueError(f"cannot merge an observation of {observation.run_id} into {run.run_id}")
     precedence = observation.precedence
@@ -262,10 +262,10 @@ def merge(run: Run | None, observation: Observation) -> Run:
         new["precedences"] = run.precedences._replace(**precedences)
     if all(getattr(run, name) == value for name, value in new.items()):
         return run
-    return Run(**dict(zip(_RUN_FIELDS, _RUN_VALUES(run), strict=True)) | new)
+    return RunState(**dict(zip(_RUN_FIELDS, _RUN_VALUES(run), strict=True)) | new)
 
 
-def shows_the_same(run: Run, other: Run, *, signed: bool = False) -> bool:
+def shows_the_same(run: RunState, other: RunState, *, signed: bool = False) -> bool:
     """Whether two states of a run differ only in when cost and outputs were last read; if `signed`
     also in the queries of links, whose signatures may be new with each read."""
     outputs = other.outputs
@@ -282,7 +282,7 @@ def shows_the_same(run: Run, other: Run, *, signed: bool = False) -> bool:
     )
 
 
-def _without_queries(run: Run) -> list[tuple[str, str, str]]:
+def _without_queries(run: RunState) -> list[tuple[str, str, str]]:
     return [
         (one.output_id, one.type, one.url if one.type == "text" else one.url.partition("?")[0])
         for one in run.outputs or ()
@@ -290,7 +290,7 @@ def _without_queries(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _merge_cost(
-    run: Run, observation: Observation, new: dict[str, Any], precedences: dict[str, int]
+    run: RunState, observation: Observation, new: dict[str, Any], precedences: dict[str, int]
 ) -> None:
     cost = observation.charged_cost
     if not observation.shows_bill:
@@ -317,7 +317,7 @@ def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
 
 
 def _merge_outputs(
-    run: Run,
+    run: RunState,
     observation: Observation,
     outputs: tuple[Output, ...],
     new: dict[str, Any],
@@ -337,7 +337,7 @@ def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool,
     return (precedence, unknown is None, unknown or "")
 
 
-def _merged_details(run: Run, observation: Observation) -> Details:
+def _merged_details(run: RunState, observation: Observation) -> Details:
     """A single read settles the run; a list item settles only the end that it shows."""
     known, shown = run.details, observation.details
     if Details.READ in (known, shown):

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.observation import API_READS, Observation, Source, merge, shows_the_same
-from tracker.core.run import Run, RunStatus, Tracking, fast_dataclass
+from tracker.core.run import RunState, RunStatus, Tracking, fast_dataclass
 from tracker.core.schedule import Durations, NextPoll, Policy, PollReason, next_poll, next_recheck
 from tracker.core.starts import Tags
 
@@ -144,7 +144,7 @@ class Record:
     budgets (time, price in USD) are known only for our own starts; they are those of one start.
     """
 
-    run: Run
+    run: RunState
     source: Source | str
     first_seen_at: datetime
     callback_at: datetime | None = None
@@ -214,7 +214,9 @@ def apply(
     if record is None and entry.only_stored:
         return None
     seen = entry.observation
-    old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
+    old = record or Record(
+        run=RunState(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at
+    )
     run = merge(old.run, seen)
     polls, following = _schedule_of(
         run, old, entry, is_new=record is None, policy=policy, durations_of=durations_of
@@ -264,7 +266,7 @@ def apply(
 
 
 def _schedule_of(
-    run: Run,
+    run: RunState,
     old: Record,
     entry: Observed,
     *,
@@ -293,7 +295,7 @@ def _schedule_of(
 
 
 def _receipt_of(
-    run: Run, old: Record, entry: Observed
+    run: RunState, old: Record, entry: Observed
 ) -> tuple[datetime | None, Source | str | None]:
     """When its first callback came, and how its end became known."""
     seen = entry.observation
@@ -308,7 +310,7 @@ def _receipt_of(
 
 
 def _bill_of(
-    run: Run, old: Record, entry: Observed, end_seen_at: datetime, policy: Policy
+    run: RunState, old: Record, entry: Observed, end_seen_at: datetime, policy: Policy
 ) -> tuple[bool, datetime | None]:
     """Whether the cost of a run is final, and when to read the run again if it lacks something."""
     seen = entry.observation
@@ -335,7 +337,7 @@ ours when the answer has come."""
 
 
 def since_end(
-    run: Run, end_seen_at: datetime, at: datetime, skew: float | None = None
+    run: RunState, end_seen_at: datetime, at: datetime, skew: float | None = None
 ) -> timedelta:
     """The time from the run's end to `at`, rather too short than too long.
 
@@ -359,7 +361,7 @@ def since_end(
     return max(since, never)
 
 
-def _billed_whole(run: Run, cost_final: bool) -> bool:
+def _billed_whole(run: RunState, cost_final: bool) -> bool:
     """Whether nothing is left to read of a settled run.
 
     A failed run with a cost is read again: FLORA refunds it, possibly late (flora-api.md, 8).
@@ -368,7 +370,7 @@ def _billed_whole(run: Run, cost_final: bool) -> bool:
     return cost_final and not run.lacks_outputs and not refund_due
 
 
-def _counts_as_poll(before: Record | None, entry: Observed, run: Run) -> bool:
+def _counts_as_poll(before: Record | None, entry: Observed, run: RunState) -> bool:
     """Whether this observation counts as a poll (for backoff).
 
     A read made for this run does, and a list item if the run is new or due. A list item of an ended

@@ -10,10 +10,10 @@ A run's status only rises in *precedence*::
     COMPLETED           ended, reported by the API; final
 
 An unknown status counts as RUNNING without `completed_at`, else as an end just below FAILED;
-`Run.unknown_status` keeps its text.
+`RunState.unknown_status` keeps its text.
 
 Every other field keeps the value from the observation with the highest precedence that showed one;
-`Run.precedences` holds that precedence for each field.
+`RunState.precedences` holds that precedence for each field.
 
 Cost and outputs may change after the end: there the latest read counts. Their precedence is then
 `LISTED` or `READ`, and `cost_read_at` and `outputs_read_at` are when that read was sent. Quotes are
@@ -190,7 +190,7 @@ def fast_dataclass(cls: type[T]) -> type[T]:
 
 
 @fast_dataclass
-class Run:
+class RunState:
     """The state of a run, merged from all its observations.
 
     Times are aware UTC datetimes, costs are USD, `progress` 0 to 100. `charged_cost` is the bill,

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from math import ceil
 from typing import Final, NamedTuple
 
-from tracker.core.run import Run
+from tracker.core.run import RunState
 
 LEARNED_FROM: Final = 20
 """Completed runs of a technique that are needed before its durations are used."""
@@ -133,7 +133,7 @@ class NextPoll(NamedTuple):
 
 
 def next_poll(
-    run: Run,
+    run: RunState,
     *,
     policy: Policy,
     now: datetime,

@@ -70,7 +70,7 @@ def fits(defined: Sequence[Port], outputs: Sequence[Output]) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Technique:
+class TechniqueDefinition:
     """A technique of FLORA's catalogue. `run_cost` is USD for each run.
 
     `inputs` and `outputs` are FLORA's own objects, including unknown fields.

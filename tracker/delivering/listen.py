@@ -29,7 +29,7 @@ from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, RunFilter, settles_anew
 from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source, merge
-from tracker.core.run import Run
+from tracker.core.run import RunState
 from tracker.delivering.addresses import UNREACHED
 from tracker.delivering.endpoints import Endpoint, EndpointClient
 from tracker.flora.http import NoCookies
@@ -217,7 +217,7 @@ def changes_of_settled(events: Iterable[Mapping[str, Any]], number: int) -> list
 
     `events` are the run's timeline, oldest first, as `GET /api/runs/{run_id}/events` shows it.
     """
-    run: Run | None = None
+    run: RunState | None = None
     for event in events:
         after = merge(run, Observation.from_json(event["detail"]))
         if event["id"] != number:

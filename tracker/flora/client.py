@@ -39,7 +39,7 @@ from tracker.core.errors import (
 from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
-from tracker.core.starts import Technique, is_empty_text
+from tracker.core.starts import TechniqueDefinition, is_empty_text
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall
 from tracker.flora.http import NoCookies
@@ -162,7 +162,7 @@ class FloraClient(Caller):
 
     async def list_techniques(
         self, *, cursor: str | None = None, limit: int = 100
-    ) -> Page[Technique]:
+    ) -> Page[TechniqueDefinition]:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
         url = self._urls.of(
             "techniques", workspace_id=self._only_workspace, cursor=cursor, limit=limit
@@ -170,7 +170,9 @@ class FloraClient(Caller):
         answer = await self.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
         return answer.read(partial(parse.page, key="techniques", read=technique, limit=limit))
 
-    async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
+    async def get_technique(
+        self, id_or_slug: str, *, deadline: float | None = None
+    ) -> TechniqueDefinition:
         url = self._urls.of("techniques", id_or_slug)
         call = FloraCall(endpoint="GET /techniques/{id}", url=url)
         answer = await self.call(call, deadline=deadline)

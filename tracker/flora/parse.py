@@ -34,7 +34,7 @@ from tracker.core.errors import (
 from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus, known
-from tracker.core.starts import Port, Technique, is_empty_text
+from tracker.core.starts import Port, TechniqueDefinition, is_empty_text
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
 # type, so that one odd value never spoils a whole answer.
@@ -350,13 +350,13 @@ def workspace_id(payload: object) -> str:
     return found
 
 
-def technique(payload: object) -> Technique:
+def technique(payload: object) -> TechniqueDefinition:
     """Parse a technique. Raises `FloraUnreadable` without an id."""
     fields = as_object(payload)
     technique_id = as_id(fields.get("technique_id"))
     if technique_id is None:
         raise FloraUnreadable("the technique has no technique_id")
-    return Technique(
+    return TechniqueDefinition(
         technique_id=technique_id,
         name=as_text(fields.get("name")) or technique_id,
         description=as_text(fields.get("description")),
@@ -384,14 +384,14 @@ def ports(objects: Iterable[dict[str, Any]]) -> tuple[Port, ...]:
     return known if len(known) == len(read) else ()
 
 
-def runs_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> int:
+def runs_of(technique: TechniqueDefinition, inputs: Iterable[Mapping[str, Any]]) -> int:
     """The number of runs of a start with these inputs: one for each value of an input that accepts
     several, without empty texts, which are not sent."""
     values = Counter(one["id"] for one in inputs if not is_empty_text(one))
     return math.prod(max(values[port.id], 1) for port in ports(technique.inputs) if port.several)
 
 
-def cost_of(technique: Technique, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
+def cost_of(technique: TechniqueDefinition, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
     """The price of such a start, in USD; `None` if FLORA names none."""
     return None if technique.run_cost is None else technique.run_cost * runs_of(technique, inputs)
 

@@ -17,7 +17,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Run, Tracking
+from tracker.core.run import RunState, Tracking
 from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
 from tracker.store.coordination import Signals
@@ -261,7 +261,7 @@ class _FollowedRuns:
         self.changed = asyncio.Event()
         self._notify = notify
         self._notified: set[str] = set()
-        self.shown: dict[str, tuple[Run, Tracking, str | None]] = {}
+        self.shown: dict[str, tuple[RunState, Tracking, str | None]] = {}
 
     def on_signal(self, run_ids: Sequence[str]) -> None:
         """These runs changed; any may have if none is named."""
@@ -274,7 +274,7 @@ class _FollowedRuns:
             self._notify(line)
 
 
-def _shown(record: Record) -> tuple[Run, Tracking, str | None]:
+def _shown(record: Record) -> tuple[RunState, Tracking, str | None]:
     return record.run, record.tracking, record.last_error
 
 

@@ -27,7 +27,7 @@ from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimi
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Run
+from tracker.core.run import RunState
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.core.waiting import cancel, repeat, run_all
 from tracker.polling.reading import Backoff, PollReport, PollRound, RunReader, SingleRead
@@ -154,7 +154,7 @@ class Poller(Service):
         results = await self.writer.submit_all(found.entries)
         return results[-1].after or record
 
-    async def read_unwritten(self, run: Run) -> SingleRead:
+    async def read_unwritten(self, run: RunState) -> SingleRead:
         """Read a run that may not be stored; nothing is written.
 
         Raises `SettingsError` without a key, and `KeyRefused`, `RateLimited` and `OtherWorkspace`.

@@ -18,7 +18,7 @@ from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace
 from tracker.core.log import get_logger, log_context
 from tracker.core.observation import Observation
 from tracker.core.record import Entry, FailedRead, Observed, Record
-from tracker.core.run import Run, RunStatus
+from tracker.core.run import RunState, RunStatus
 from tracker.core.waiting import run_all
 from tracker.flora.client import FloraClient, PollUrlRefused, pages
 from tracker.polling.history import PAGE_SIZE, oldest
@@ -158,7 +158,9 @@ class RunReader(Service):
                 found.entries.append(entry)
         return found
 
-    async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
+    async def _read_elsewhere(
+        self, denied: SingleRead, run: RunState
+    ) -> tuple[SingleRead, Workspace]:
         """Read a run with the keys of the other workspaces; `denied` if none shows it."""
         readable, is_known = self.readable(), run.workspace_id is not None
         for other in self.workspaces:
@@ -208,7 +210,7 @@ class RunReader(Service):
             return self.is_readable
 
 
-async def _read_run(client: FloraClient, run: Run, *, fresh: bool) -> SingleRead:
+async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> SingleRead:
     """Read `run` in the first way that works.
 
     FLORA reads a technique run below its technique, and the technique of a run that is known by a

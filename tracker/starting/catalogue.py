@@ -29,7 +29,7 @@ from tracker.core.errors import (
     StoreError,
 )
 from tracker.core.log import get_logger
-from tracker.core.starts import Technique, check, typed
+from tracker.core.starts import TechniqueDefinition, check, typed
 from tracker.flora.client import pages as pages_of
 from tracker.flora.parse import ports
 from tracker.store import coordination
@@ -123,7 +123,7 @@ class Catalogue(Service):
         inputs: Sequence[Mapping[str, Any]],
         *,
         deadline: float | None = None,
-    ) -> tuple[Technique, list[dict[str, Any]]]:
+    ) -> tuple[TechniqueDefinition, list[dict[str, Any]]]:
         """The definition of a technique to start with these inputs, and the inputs with their
         types, after checking them.
 

@@ -17,7 +17,7 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Observed, Record
-from tracker.core.run import Run
+from tracker.core.run import RunState
 from tracker.polling.poll import Poller
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import naming
@@ -249,7 +249,7 @@ class RunTracker(Service):
             tracked = await self.track(run_id, technique=technique, workspace_id=workspace_id)
             return replace(tracked, record=await self.poller.read_now(tracked.record))
         workspace = await self.workspaces.pick(workspace_id)
-        run = Run(
+        run = RunState(
             run_id=run_id,
             workspace_id=workspace_id or workspace.workspace_id,
             technique_id=await self._technique_id(workspace, technique),

@@ -11,7 +11,7 @@ from tracker.core.errors import FieldFault, FloraError, MaxCostReached, TrackerE
 from tracker.core.formatting import counted, csv_text, money
 from tracker.core.record import Record
 from tracker.core.run import Output, RetryAdvice, RunStatus
-from tracker.core.starts import RunNumber, Tags, Technique
+from tracker.core.starts import RunNumber, Tags, TechniqueDefinition
 from tracker.flora.parse import cost_of
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
@@ -241,7 +241,7 @@ class BatchPlan:
     """
 
     batch: BatchRow
-    technique: Technique
+    technique: TechniqueDefinition
     rows: Sequence[RowState]
     only_failed: bool = False
     unmapped: Sequence[str] = ()

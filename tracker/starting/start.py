@@ -31,7 +31,7 @@ from tracker.core.errors import (
 )
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.starts import Budgets, Tags, Technique, digest_of, typed
+from tracker.core.starts import Budgets, Tags, TechniqueDefinition, digest_of, typed
 from tracker.core.waiting import cancel
 from tracker.flora.client import FloraClient, check_idempotency_key
 from tracker.flora.parse import ports, runs_of
@@ -259,7 +259,7 @@ class Starter(Service):
             log.exception("start.broken", exc_info=failure)
 
     async def _attempt(
-        self, call: "_Call", definition: Technique, inputs: list[dict[str, Any]]
+        self, call: "_Call", definition: TechniqueDefinition, inputs: list[dict[str, Any]]
     ) -> Record | None:
         """Keep the key, reserve the price and send the start; `None` if another caller holds it, or
         it is of another request. `inputs` are those of the call with their types."""

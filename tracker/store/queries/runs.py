@@ -39,8 +39,8 @@ from tracker.core.run import (
     Precedence,
     Precedences,
     RetryAdvice,
-    Run,
     RunError,
+    RunState,
     RunStatus,
     RunType,
     Status,
@@ -73,7 +73,7 @@ _DERIVED: Final = (
 )
 """The columns whose value is not simply the attribute of that name; the first two are not read."""
 _PLAIN: Final = {*runs.c.keys()} - {*_DERIVED}
-_RUN: Final = [each.name for each in fields(Run) if each.name in _PLAIN]
+_RUN: Final = [each.name for each in fields(RunState) if each.name in _PLAIN]
 _RECORD: Final = [each.name for each in fields(Record) if each.name in _PLAIN]
 RUN_COLUMNS: Final = tuple(runs.c[name] for name in (*_RUN, *_RECORD, *_DERIVED))
 """The columns of `runs`, in the order of `run_row`."""
@@ -139,7 +139,7 @@ def record_of(row: tuple[Any, ...], outputs: tuple[Output, ...] | None) -> Recor
     if run["charged_cost"] is not None and run["precedences"].charged_cost < Precedence.FAILED:
         # A version before 0010 wrote it: what was shown before the end is a quote.
         run["quoted_cost"], run["charged_cost"] = run["charged_cost"], None
-    record["run"], record["source"], record["tags"] = Run(**run), known(Source, source), tags
+    record["run"], record["source"], record["tags"] = RunState(**run), known(Source, source), tags
     record["ended_via"] = None if via is None else known(Source, via)
     record["next_poll"] = None if due is None else NextPoll(due, _REASONS.get(why))
     record["lost"] = tracking == "lost"

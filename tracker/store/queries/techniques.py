@@ -26,14 +26,14 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.starts import Technique
+from tracker.core.starts import TechniqueDefinition
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.schema import runs, techniques
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TechniqueRow(Technique):
+class TechniqueRow(TechniqueDefinition):
     """A technique as it is stored.
 
     `slug` is its alternative id, if it was requested by one. `synced_at` is the last read of any
@@ -48,9 +48,11 @@ class TechniqueRow(Technique):
     gone_at: datetime | None = None
 
     @classmethod
-    def of(cls, found: Technique, *, slug: str | None = None) -> Self:
+    def of(cls, found: TechniqueDefinition, *, slug: str | None = None) -> Self:
         """A technique that was read, to be stored."""
-        return cls(**{one.name: getattr(found, one.name) for one in fields(Technique)}, slug=slug)
+        return cls(
+            **{one.name: getattr(found, one.name) for one in fields(TechniqueDefinition)}, slug=slug
+        )
 
 
 class ListResult(NamedTuple):
@@ -222,7 +224,7 @@ async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:
 
 
 def _values(row: TechniqueRow, at: datetime) -> dict[str, Any]:
-    shown = {one.name: getattr(row, one.name) for one in fields(Technique)}
+    shown = {one.name: getattr(row, one.name) for one in fields(TechniqueDefinition)}
     return shown | {"slug": row.slug, "synced_at": at, "gone_at": None}
 
 
