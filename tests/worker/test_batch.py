@@ -734,7 +734,7 @@ async def test_comparing_earlier_mappings_leaves_the_loop_free(
     planned = await columns(services, sheet)
     in_loop, in_all = time.thread_time() - in_loop, time.process_time() - in_all
     assert len(planned.missing) == 2000
-    assert in_loop < in_all / 3
+    assert in_loop < in_all * 2 / 3  # 0.9 if the loop does it, 0.2 if not
 
 
 async def test_an_interrupted_batch_finishes_what_it_was_sending(

@@ -99,9 +99,12 @@ def serve(
                     yield app
 
         def log_ready() -> None:
+            if not sockets:
+                log.info("working")
+                return
             log.info(
-                "serving" if sockets else "working",
-                address=" ".join(map(_url, sockets)) or None,
+                "serving",
+                address=" ".join(map(_url, sockets)),
                 callback_url=settings.callback_url,
                 worker=worker is not None,
             )
