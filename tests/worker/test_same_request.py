@@ -1,5 +1,6 @@
 """Which requests a key takes for the one that it was stored with."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +115,34 @@ async def test_another_value_or_type_is_another_request(
     await start(services, GIVEN)
     with pytest.raises(IdempotencyConflict, match="other inputs"):
         await start(services, other)
+
+
+async def test_another_request_at_the_same_moment_is_refused(
+    open_on: OpenServices, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the first has not been sent when the other comes: its tags may still change then, but
+    not once the key has started a run."""
+    one, two = await open_on(flora), await open_on(flora)
+    kept, waits = asyncio.Event(), asyncio.Event()
+    address_of = one.starter.sender.address_of
+
+    async def after_the_other(token: str | None) -> str | None:
+        kept.set()
+        await waits.wait()
+        return await address_of(token)
+
+    async def wait(seconds: float) -> None:
+        waits.set()
+        await asyncio.sleep(seconds)
+
+    monkeypatch.setattr(one.starter.sender, "address_of", after_the_other)
+    two.starter.sleep = wait
+    first = asyncio.create_task(start(one, GIVEN))
+    await kept.wait()
+    with pytest.raises(IdempotencyConflict, match="other tags"):
+        await start(two, GIVEN, tags={"team": "red"})
+    assert not (await first).replayed
+    assert (await start(two, REVERSED)).record.run == (await first).record.run
 
 
 async def test_text_that_no_database_stores_is_the_same_in_any_order(services: Services) -> None:

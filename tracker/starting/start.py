@@ -64,7 +64,8 @@ class StartRequest:
     """What to start: a technique by id or slug, and inputs as `{"id", "type", "value"}` each.
 
     A type that is `None` comes from the technique's definition, or from the log if the key is
-    known. `started_by` is a token's name, `cli` or `batch`; `tags` say what the run is for.
+    known. `started_by` is a token's name, `cli`, `batch` or `python`; `tags` say what the run is
+    for.
     """
 
     technique: str
@@ -192,6 +193,8 @@ class Starter(Service):
             await self.sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
             row = await starts.get(self.database, call.workspace_id, call.key) or row
+            # Another caller may have sent it with other tags or types, which count since.
+            _compare(row, row.technique_id, call.request)
         started = await runs.get_run(self.database, row.run_id or "")
         if started is None:
             raise StartUnresolved(
