@@ -301,6 +301,21 @@ async def test_what_may_not_be_sent_is_not_marked_as_sent(db: Database) -> None:
     assert again.lease_holder is None
 
 
+async def test_each_value_of_a_start_that_is_not_sent_yet_takes_its_own_type(db: Database) -> None:
+    """Types can be corrected until it is sent, whatever the order of the inputs is by then. Those
+    of several values of one input may differ, if the definition says none."""
+    first = [("pages", "text", "1"), ("a", "text", "2"), ("pages", "text", "3")]
+    then = [("a", "text", "2"), ("pages", "imageUrl", "1"), ("pages", "videoUrl", "3")]
+    kept, given = (
+        [{"id": id_, "type": type_, "value": value} for id_, type_, value in inputs]
+        for inputs in (first, then)
+    )
+    await reserve(db, "key", inputs=kept)
+    row = await reserve(db, "key", inputs=given, lease_holder="h", lease_until=NOW + LEASE)
+    assert row.inputs == [given[1], given[0], given[2]]
+    assert row.is_for("tech_1", given)
+
+
 async def test_starts_without_an_outcome_are_listed_newest_first(db: Database) -> None:
     """Whatever their states, page by page."""
     states = {1: StartState.UNRESOLVED, 2: StartState.SENT, 3: StartState.IN_DOUBT}

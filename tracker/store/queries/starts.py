@@ -19,6 +19,7 @@ process died. Evidence may set any state to `started`. Only the holder of the le
 and writes the state. Keys belong to a workspace id.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -175,8 +176,10 @@ class StartRow:
 
         The order stays: FLORA may know the key with it, and refuses it with another body.
         """
-        types = {clean(one["id"]): one["type"] for one in inputs}
-        mine = [one | {"type": types[one["id"]]} for one in self.inputs]
+        types = defaultdict[str, deque[str]](deque)
+        for one in inputs:
+            types[clean(one["id"])].append(one["type"])
+        mine = [one | {"type": types[one["id"]].popleft()} for one in self.inputs]
         return {"inputs": mine, "fingerprint": digest_of([self.technique_id, mine])}
 
     @property
