@@ -24,6 +24,7 @@ from tracker.core.errors import (
     InvalidRequest,
     KeyRefused,
     MaxCostReached,
+    NotFound,
     SettingsError,
     TrackerError,
 )
@@ -122,6 +123,25 @@ async def test_a_row_is_a_run_once(services: Services, flora: Simulator) -> None
     ]
     assert again.batch == first.batch
     assert len({row.entry.key for row in first.rows}) == 3
+
+
+async def test_a_batch_whose_rows_are_started_needs_no_technique(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """FLORA has removed it: repeating the command still shows the runs. A row that would have to be
+    sent is refused before anyone is asked to confirm it."""
+    first = await batch(services, "a", "b")
+    flora.world.technique = lambda reference: None  # type: ignore[method-assign]
+    clock.move(7200)
+    again = await batch(services, "b", "a", name="sorted.csv")
+    assert sorted(row.records[0].run.run_id for row in again.rows) == sorted(flora.world.runs)
+    stored = await services.batches.stored_plan(first.batch, retry=Retry.ALL)
+    assert (stored.batch, stored.missing) == (first.batch, [])
+    for refused in (plan(services, "a", "b", "c"), plan(services, "a", again=True)):
+        with pytest.raises(NotFound, match="there is no technique 'icon-pack'"):
+            await refused
+    with pytest.raises(NotFound, match="nonesuch"):
+        await services.batches.plan("nonesuch", read_csv(b"prompt\na"), name="icons.csv")
 
 
 async def test_a_sheet_may_grow_and_be_sorted(services: Services, flora: Simulator) -> None:

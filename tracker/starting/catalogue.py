@@ -181,6 +181,13 @@ class Catalogue(Service):
             raise failure
         return known
 
+    async def last_known(self, technique: str) -> TechniqueRow | None:
+        """The stored definition of a technique by id or slug, whichever workspace it was last read
+        in: to show what was started, and not to start anything."""
+        known = await techniques.get(self.database, technique)
+        known = known or await techniques.by_slug(self.database, technique)
+        return known if _is_defined(known) else None
+
     async def refused(self, technique_id: str, refusal: FloraRefusal) -> None:
         """FLORA refused a start.
 
@@ -214,7 +221,7 @@ class Catalogue(Service):
     async def _defined(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
         """The stored technique, if its definition was ever read."""
         known = await self._known(workspace, technique)
-        return known if known is not None and (known.defined_at or known.inputs) else None
+        return known if _is_defined(known) else None
 
     async def _known(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
         """The stored technique. With several workspaces a slug may differ between them: then only
@@ -232,6 +239,11 @@ class Catalogue(Service):
             return True
         failed_at = self._failed_at.get(key)
         return failed_at is not None and abs(now - failed_at) < PAUSE
+
+
+def _is_defined(known: TechniqueRow | None) -> bool:
+    """Whether the definition of a technique was ever read."""
+    return known is not None and (known.defined_at is not None or len(known.inputs) > 0)
 
 
 def is_possible_name(technique: str) -> bool:

@@ -11,7 +11,14 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from tracker.core.errors import DefinitionChanged, FieldFault, InvalidRequest, TrackerError
+from tracker.core.errors import (
+    DefinitionChanged,
+    FieldFault,
+    FloraError,
+    InvalidRequest,
+    NotFound,
+    TrackerError,
+)
 from tracker.core.starts import (
     Input,
     Port,
@@ -29,6 +36,7 @@ from tracker.starting.rows import BatchPlan, Retry, RowState, kept_rows, run_num
 from tracker.starting.sheet import DELIMITERS, Sheet, SheetProblem, SheetRefused, SheetRow
 from tracker.store.queries import sheet_rows
 from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.queries.techniques import TechniqueRow
 from tracker.workspaces import Service, Workspace
 
 _LINKS: Final = ("imageUrl", "videoUrl")
@@ -95,11 +103,12 @@ class BatchPlanner(Service):
         `tag_columns` the columns with further tags, by key. Nothing is started or stored. Raises
         `SheetRefused` with all problems, `InvalidRequest` for the workspace or a technique that
         cannot be started, `DefinitionChanged` if rows would start anew because the technique has
-        changed (unless `accept_changes`), and what reading FLORA raises.
+        changed (unless `accept_changes`), `NotFound` if FLORA has no such technique and rows are to
+        be started, and what reading FLORA raises.
         """
         workspace = await self.workspaces.pick(workspace_id)
         workspace_id = await self.workspaces.id_of(workspace)
-        definition, price_error = await self.catalogue.priced(workspace, technique)
+        definition, price_error = await self._priced(workspace, technique)
         needed = ports(definition.inputs)
         if (reason := obstacle(needed)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
@@ -156,7 +165,7 @@ class BatchPlanner(Service):
             unmapped=[one for one in reading.unmapped if one not in (tag_columns or {}).values()],
             price_error=price_error,
         )
-        return plan, problems
+        return _startable(plan), problems
 
     async def stored_plan(
         self,
@@ -171,11 +180,11 @@ class BatchPlanner(Service):
         `retry` starts failed rows again, `only_failed` leaves rows without a run out; `wait` keeps
         the wait that was advised for retries which are stored and not started. Rows that a version
         before 0015 stored and never started are left out, because only their sheet has their
-        inputs. Raises what reading FLORA raises, and `TrackerError` if the workspace is not
-        configured.
+        inputs. Raises `NotFound` if FLORA has no such technique and rows are to be started, what
+        reading FLORA raises, and `TrackerError` if the workspace is not configured.
         """
         workspace = await self.workspace_of(batch)
-        definition, price_error = await self.catalogue.priced(workspace, batch.technique_id)
+        definition, price_error = await self._priced(workspace, batch.technique_id)
         entries = []
         for row in await kept_rows(self.database, batch):
             entry, start = row.entry, row.start
@@ -184,13 +193,14 @@ class BatchPlanner(Service):
             if entry.inputs is not None:
                 entries.append(entry)
         rows = await self._retried(batch.workspace_id, entries, retry, wait=wait)
-        return BatchPlan(
+        plan = BatchPlan(
             batch=batch,
             technique=definition,
             rows=rows,
             only_failed=only_failed,
             price_error=price_error,
         )
+        return _startable(plan)
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
         """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""
@@ -198,6 +208,19 @@ class BatchPlanner(Service):
         if found is None:
             raise TrackerError(f"workspace {batch.workspace_id} is not configured here")
         return found
+
+    async def _priced(
+        self, workspace: Workspace, technique: str
+    ) -> tuple[TechniqueRow, FloraError | None]:
+        """As `Catalogue.priced`, and the last known definition of a technique that is gone: it
+        identifies the rows that were started."""
+        try:
+            return await self.catalogue.priced(workspace, technique)
+        except NotFound as gone:
+            known = await self.catalogue.last_known(technique)
+            if known is None:
+                raise
+            return known, gone
 
     async def _retried(
         self,
@@ -259,6 +282,13 @@ class BatchPlanner(Service):
                 raise DefinitionChanged(
                     new=sorted(now - set(before)), gone=sorted(set(before) - now), lines=anew
                 )
+
+
+def _startable(plan: BatchPlan) -> BatchPlan:
+    """The plan. Raises `NotFound` if it has rows to start and FLORA has no such technique."""
+    if plan.missing and isinstance(plan.price_error, NotFound):
+        raise plan.price_error
+    return plan
 
 
 def _carried(sheet: Sheet, columns: Container[str]) -> list[dict[str, str]]:
