@@ -470,9 +470,9 @@ def _cause(contact: ContactState | None, now: datetime) -> str:
     """Why nothing reads a due run, by the last request of any process to FLORA. A worker that runs
     asks FLORA more often than a contact stays current."""
     if contact is None or not contact.is_current(now):
-        asked = "never" if contact is None else f"last at {moment(contact.asked_at)}"
+        asked = "never asked" if contact is None else f"last asked at {moment(contact.asked_at)}"
         return (
-            f", and FLORA was asked {asked}: no worker seems to be running. `tracker serve` and "
+            f", and FLORA was {asked}: no worker seems to be running. `tracker serve` and "
             "`tracker worker` poll all the time, `tracker poll` polls once."
         )
     return (

@@ -316,7 +316,7 @@ async def test_the_polling_worker_or_that_there_is_none(
     assert "no worker seems" not in trouble
     clock.move(60)
     trouble = text_of(await explained(services, run_id), SentenceKind.TROUBLE)
-    assert "last at 2026-07-01 12:00:00 UTC: no worker seems to be running" in trouble
+    assert "last asked at 2026-07-01 12:00:00 UTC: no worker seems to be running" in trouble
     await coordination.claim_due(
         services.database,
         holder="worker-7",

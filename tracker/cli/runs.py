@@ -72,7 +72,7 @@ app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args
 def start(
     technique: str = TECHNIQUE,
     inputs: list[str] = repeatable(
-        "--input", "ID=VALUE", "Value of an input. ID:TYPE=VALUE saves asking FLORA for its type."
+        "--input", "ID=VALUE", "Value of an input. ID:TYPE=VALUE if the technique names no type."
     ),
     workspace: str | None = WORKSPACE,
     tag: list[str] = TAGS,
