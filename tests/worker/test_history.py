@@ -83,6 +83,35 @@ async def test_a_strict_walk_misses_no_run_of_a_list_that_shifts(largest: int) -
     assert ids(listed.runs) <= found
 
 
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_shift_shows_where_pages_lack_some_of_their_runs(strict: bool) -> None:
+    """Also the last ones of a page, with which the next one would begin."""
+
+    def is_shown(number: int) -> bool:
+        return number % 50 != 20 and not 195 <= number < 205
+
+    listed = ListOfRuns(600, is_shown)
+    found: set[str] = set()
+    async for page in HistoryWalk(listed.read, strict=strict).pages():
+        found |= {one.run_id for one in page.items}
+        if listed.reads == 2:
+            del listed.runs[:30]
+    assert ids(list(filter(is_shown, listed.runs))) <= found
+
+
+async def test_a_list_of_whole_pages_alone_is_not_read_for_ever() -> None:
+    """FLORA goes on to the next whole page, so that none begins with runs of the one before."""
+    listed = ListOfRuns(600)
+
+    async def whole(cursor: str | None, limit: int) -> HistoryPage:
+        offset = 0 if cursor is None else offset_of(cursor) or 0
+        return await listed.read(cursor_at(-(-offset // limit) * limit), limit)
+
+    with pytest.raises(FloraUnreadable, match="changes faster"):
+        async for _ in HistoryWalk(whole, strict=True).pages():
+            pass
+
+
 async def test_a_strict_walk_reads_around_no_error() -> None:
     """Whoever has to know that a run is not there is told at once that a page cannot be read."""
     listed, asked = ListOfRuns(300), 0

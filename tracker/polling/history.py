@@ -147,7 +147,9 @@ class _Position:
         """Go to what follows a page, or to its last items where the next page can overlap it: all
         of the last creation time, of which others may come first then, unless the page has no more.
         """
-        self._skips, self._shifts, self.shared = 0, 0, set()
+        if not self.shared.issuperset(item.run_id for item in page.items):
+            self._shifts = 0  # it shows more than the page before
+        self._skips, self.shared = 0, set()
         following = offset_of(next_cursor)
         if following is None or self.offset is None:
             if next_cursor in self._passed:
@@ -162,9 +164,13 @@ class _Position:
             tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
             overlap = max(OVERLAP, tied if tied < len(page.items) else 0)
             covered, shown = following - self.offset, len(page.items) + len(page.unreadable)
-            self.move_to(following - min(overlap, covered - 1))
-            if covered > 1 and shown >= min(covered, self.limit):  # else FLORA has left items out
+            # FLORA may cut a page before it leaves items out, and these may be its last ones.
+            left_out = max(0, min(covered, self.limit) - shown)
+            is_overlapped = covered > 1 and (not left_out or 2 * (overlap + left_out) <= covered)
+            if is_overlapped:
                 self.shared = {item.run_id for item in page.items}
+                overlap += left_out
+            self.move_to(following - min(overlap, covered - 1))
         self.limit = min(2 * self.limit, PAGE_SIZE)
 
 
