@@ -245,6 +245,20 @@ async def test_an_item_that_shows_no_run_leaves_a_gap(
         assert len(await covered(services)) == 1
 
 
+async def test_each_gap_of_a_short_history_counts_once(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Each of them is looked for from the top of the list, past those above it."""
+    async with make_flora(history=90, history_seconds=SPAN, bad_fields=NO_ID) as flora:
+        services = await open_on(flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        flora.world.change({"bad_runs": [runs[place].run_id for place in (20, 40, 60)]})
+        for failures in (1, 2, 3):
+            assert len((await sweep(services)).gaps) == 3
+            assert [gap.failures for gap in await gaps(services)] == [failures] * 3
+            clock.move(1201)
+
+
 async def test_a_run_without_a_status_is_read_at_once(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:

@@ -312,10 +312,13 @@ class _Sweep:
             if is_down and plan.all_again:  # it has not failed in earlier sweeps, as others have
                 raise hole.error
             end = hole.end or gap.bottom
-            if end > plan.until:  # above what is covered: read next time
-                plan.report_unread(plan.now, end, hole.error)
-            else:
+            is_new, is_covered = end not in plan.ends, end <= plan.until
+            plan.ends.add(end)
+            if is_new and is_covered:
                 await self._note(plan, gap.top, hole, end=end)
+            elif is_new:  # above what is covered: read next time
+                plan.report_unread(plan.now, end, hole.error)
+            if is_covered:
                 gap = Gap(gap.bottom, end)
             if hole.end is None:
                 return None
@@ -494,6 +497,8 @@ class _Plan:
     """Where a sweep of everything goes on below a page that FLORA did not answer."""
     tried: set[datetime] = field(default_factory=set)
     """The tops of the gaps that were read."""
+    ends: set[datetime] = field(default_factory=set)
+    """The ends of the holes that were met: a walk from the top meets those above its gap again."""
 
     @property
     def bottom(self) -> datetime:
