@@ -99,6 +99,20 @@ async def test_a_shift_shows_where_pages_lack_some_of_their_runs(strict: bool) -
     assert ids(list(filter(is_shown, listed.runs))) <= found
 
 
+@pytest.mark.parametrize("unreadable", [{150}, {94, 95, 96, 130, 131}, {97, 98, 99, 150}])
+async def test_a_shift_shows_although_an_item_cannot_be_read(unreadable: set[int]) -> None:
+    """It may be one of those that both pages show, but not all of them; and if none of these can be
+    read, the list need not have shifted."""
+    listed = ListOfRuns(300)
+    listed.unreadable = unreadable
+    found: set[str] = set()
+    async for page in HistoryWalk(listed.read).pages():
+        found |= {one.run_id for one in page.items}
+        if listed.reads == 1 and len(unreadable) == 1:
+            del listed.runs[:30]
+    assert ids(listed.runs) <= found | ids(sorted(unreadable))
+
+
 async def test_a_list_of_whole_pages_alone_is_not_read_for_ever() -> None:
     """FLORA goes on to the next whole page, so that none begins with runs of the one before."""
     listed = ListOfRuns(600)

@@ -98,6 +98,8 @@ class _Position:
         self.is_placed = self.any_read = False
         self.shared: set[str] = set()
         """Ids of the page before, if the next one must overlap it."""
+        self._overlap = 0
+        """With how many items of that page the next one begins, unless the list shifts."""
         self._skips = self._shifts = 0
         self._passed: set[str] = set()
         """Cursors that were followed, so that a circle shows."""
@@ -136,6 +138,14 @@ class _Position:
         self.shared = set()
         return True
 
+    def has_shifted(self, page: HistoryPage) -> bool:
+        """Whether the page lacks all that it must have in common with the page before."""
+        if not self.offset or not self.shared.isdisjoint(item.run_id for item in page.items):
+            return False
+        # Those in common may be what cannot be read.
+        unreadable, shown = len(page.unreadable), len(page.items) + len(page.unreadable)
+        return bool(self.shared) and (not unreadable or unreadable < min(self._overlap, shown))
+
     def step_back(self) -> None:
         """Go up to where the items of the page before are now that the list has shifted."""
         self._shifts += 1
@@ -167,6 +177,7 @@ class _Position:
             # FLORA may cut a page before it leaves items out, and these may be its last ones.
             left_out = max(0, min(covered, self.limit) - shown)
             is_overlapped = covered > 1 and (not left_out or 2 * (overlap + left_out) <= covered)
+            self._overlap = min(overlap, covered - 1)
             if is_overlapped:
                 self.shared = {item.run_id for item in page.items}
                 overlap += left_out
@@ -255,7 +266,7 @@ class HistoryWalk:
             first = _times(page.items)[:EDGE]
             if position.is_placed and below and position.offset and first and min(first) < below:
                 self._restart()  # it begins too far down after all
-            elif position.offset and position.shared and _lacks_all(position.shared, page):
+            elif position.has_shifted(page):
                 position.step_back()  # the list has shifted
             else:
                 position.is_placed, position.any_read = False, True
@@ -334,10 +345,6 @@ class HistoryWalk:
             return self._stubborn
         is_refused = isinstance(error, FloraRefusal) and error.status in (400, 413, 414, 422)
         return is_refused or isinstance(error, FloraUnreadable)
-
-
-def _lacks_all(shared: set[str], page: HistoryPage) -> bool:
-    return shared.isdisjoint(item.run_id for item in page.items) and not page.unreadable
 
 
 def _times(items: Iterable[Observation]) -> list[datetime]:
