@@ -259,6 +259,21 @@ async def test_each_gap_of_a_short_history_counts_once(
             clock.move(1201)
 
 
+async def test_a_covered_run_that_cannot_be_read_any_more_is_no_gap(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """It is known; the gap below it is tried again, and nothing else is reported."""
+    async with make_flora(history=90, history_seconds=SPAN, bad_fields=NO_ID) as flora:
+        services = await open_on(flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        flora.world.change({"bad_runs": [runs[60].run_id]})
+        [before] = (await sweep(services)).gaps
+        flora.world.change({"bad_runs": [runs[20].run_id, runs[60].run_id]})
+        clock.move(301)
+        assert (await sweep(services)).gaps == [before]
+        assert [gap.failures for gap in await gaps(services)] == [2]
+
+
 async def test_a_run_without_a_status_is_read_at_once(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:

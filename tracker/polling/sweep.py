@@ -312,14 +312,12 @@ class _Sweep:
             if is_down and plan.all_again:  # it has not failed in earlier sweeps, as others have
                 raise hole.error
             end = hole.end or gap.bottom
-            is_new, is_covered = end not in plan.ends, end <= plan.until
-            plan.ends.add(end)
-            if is_new and is_covered:
+            if end < gap.top:
                 await self._note(plan, gap.top, hole, end=end)
-            elif is_new:  # above what is covered: read next time
-                plan.report_unread(plan.now, end, hole.error)
-            if is_covered:
                 gap = Gap(gap.bottom, end)
+            elif gap.top == plan.until:  # above what is covered: read next time
+                plan.report_unread(plan.now, end, hole.error)
+            # else it is covered, or in a gap above this one
             if hole.end is None:
                 return None
         top = plan.until if page.from_top else gap.top
@@ -328,7 +326,8 @@ class _Sweep:
             now = self._clock()
             read = Interval(from_at=floor, to_at=top, read_at=now, cursor=page.cursor)
             await self._add(plan, read)
-            gap = Gap(gap.bottom, floor, read)
+            if floor < gap.top:
+                gap = Gap(gap.bottom, floor, read)
         is_read = page.is_last or (floor is not None and floor <= gap.bottom)
         return None if is_read else gap
 
@@ -497,8 +496,6 @@ class _Plan:
     """Where a sweep of everything goes on below a page that FLORA did not answer."""
     tried: set[datetime] = field(default_factory=set)
     """The tops of the gaps that were read."""
-    ends: set[datetime] = field(default_factory=set)
-    """The ends of the holes that were met: a walk from the top meets those above its gap again."""
 
     @property
     def bottom(self) -> datetime:
