@@ -113,6 +113,27 @@ async def test_a_shift_shows_although_an_item_cannot_be_read(unreadable: set[int
     assert ids(listed.runs) <= found | ids(sorted(unreadable))
 
 
+async def test_a_shift_shows_where_a_page_is_read_in_small_parts() -> None:
+    """As around a run that spoils every page that has it."""
+    listed, is_shifted = ListOfRuns(300), False
+
+    async def spoiled(cursor: str | None, limit: int) -> HistoryPage:
+        nonlocal is_shifted
+        page = await listed.read(cursor, limit)
+        if "run_60" in {one.run_id for one in page.items}:
+            raise FloraUnreadable("the answer is too large")
+        if 1 < limit <= 6 and not is_shifted:
+            del listed.runs[:20]
+            is_shifted = True
+        return page
+
+    found: set[str] = set()
+    async for walked in HistoryWalk(spoiled).pages():
+        found |= {one.run_id for one in walked.items}
+    assert is_shifted
+    assert ids(listed.runs) - found == {"run_60"}
+
+
 async def test_a_list_of_whole_pages_alone_is_not_read_for_ever() -> None:
     """FLORA goes on to the next whole page, so that none begins with runs of the one before."""
     listed = ListOfRuns(600)

@@ -32,7 +32,7 @@ from tracker.flora.parse import circular, cursor_at, offset_of
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""
 OVERLAP: Final = 3
-"""Items that two pages have in common at least, if offsets are known."""
+"""Items that two pages have in common at least, if offsets are known; of less than six, half."""
 EDGE: Final = 5
 """The last items of a page give its floor together, so that one wrong time does no harm."""
 SKIPS: Final = 20
@@ -168,12 +168,10 @@ class _Position:
             self.follow(next_cursor)
         elif following <= self.offset:
             raise circular()
-        elif self.limit <= 2 * OVERLAP:
-            self.move_to(following)
         else:
-            tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
-            overlap = max(OVERLAP, tied if tied < len(page.items) else 0)
             covered, shown = following - self.offset, len(page.items) + len(page.unreadable)
+            tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
+            overlap = max(min(OVERLAP, covered // 2), tied if tied < len(page.items) else 0)
             # FLORA may cut a page before it leaves items out, and these may be its last ones.
             left_out = max(0, min(covered, self.limit) - shown)
             is_overlapped = covered > 1 and (not left_out or 2 * (overlap + left_out) <= covered)
