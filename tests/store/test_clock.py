@@ -270,22 +270,29 @@ async def test_what_cannot_be_moved_stops_no_process(
 async def test_a_move_may_take_longer_than_other_statements(postgres_url: str) -> None:
     """As that of a large backlog does."""
     hand = HandClock()
-    times = DatabaseTimes(statement=0.3, answer=0.6)
-    async with await Database.open(postgres_url, times=times) as db:
+    times = DatabaseTimes(statement=0.5, answer=1.0)
+    async with (
+        await Database.open(postgres_url) as patient,
+        await Database.open(postgres_url, times=times) as db,
+    ):
         one = of(db, hand)
         await one.check()
-        await lease(db, hand)
-        await db.execute(
+        await lease(patient, hand)
+        await patient.execute(
             text(
                 "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql "
-                "AS 'BEGIN PERFORM pg_sleep(0.7); RETURN NULL; END'"
+                "AS 'BEGIN PERFORM pg_sleep(1.2); RETURN NULL; END'"
             )
         )
-        await db.execute(text("CREATE TRIGGER slow AFTER UPDATE ON leases EXECUTE FUNCTION slow()"))
+        await patient.execute(
+            text("CREATE TRIGGER slow AFTER UPDATE ON leases EXECUTE FUNCTION slow()")
+        )
         hand.set(-3600)
-        await one.check()
+        for _ in range(3):  # on a busy machine what comes before the move may take too long
+            if await one.check() is None:
+                break
         assert one() == hand()
-        assert await until(db, "one") == hand() + 30 * SECOND
+        assert await until(patient, "one") == hand() + 30 * SECOND
         with pytest.raises(StoreUnavailable):  # others have their limit as before
             await db.execute(text("SELECT pg_sleep(1)"))
 
