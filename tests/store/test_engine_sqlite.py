@@ -302,11 +302,14 @@ async def test_a_connection_that_nobody_waits_for_is_closed(
     assert not failures
 
 
+@pytest.mark.parametrize("closes", ["later", "meanwhile"])
 async def test_a_reader_that_is_cancelled_twice_leaves_nothing_that_waits(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, closes: str
 ) -> None:
-    """The second time while its connection is closed, whose thread then ends earlier."""
+    """The second time while its connection is closed, whose thread then ends earlier. Closing the
+    database waits for that thread, which calls back into the event loop."""
     begun, go_on = threading.Event(), threading.Event()
+    threads = set(threading.enumerate())
     connect = sqlite3.connect
 
     class SlowCursor(sqlite3.Cursor):
@@ -330,8 +333,13 @@ async def test_a_reader_that_is_cancelled_twice_leaves_nothing_that_waits(
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        go_on.set()
-        await eventually(lambda: asyncio.all_tasks() == before)
+        if closes == "later":
+            go_on.set()
+            await eventually(lambda: asyncio.all_tasks() == before)
+        else:
+            asyncio.get_running_loop().call_later(0.1, go_on.set)
+    started = set(threading.enumerate()) - threads
+    assert [one.name for one in started if "worker_thread" in one.name] == []
 
 
 _COUNTING = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"

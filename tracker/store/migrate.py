@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Text, column, inspect, select, table
 from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.store.engine import Database, migration_engine
 from tracker.store.errors import FOREIGN, translate
-from tracker.store.sqlite import join_abandoned
+from tracker.store.sqlite import join_stopped
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ async def connected(url: str, work: Callable[[Connection], T]) -> T:
         raise translate(exc) from exc
     finally:
         await engine.dispose()
-        await join_abandoned(place.times.busy)
+        await join_stopped(place.times.busy)
 
 
 def _revision(connection: Connection) -> str | None:

@@ -198,7 +198,7 @@ class SqliteThread:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
         self._file.close()
-        await join_abandoned(self._times.busy)
+        await join_stopped(self._times.busy)
 
 
 def driver_execute(connection: Connection) -> Callable[[str, Sequence[Any]], Any]:
@@ -269,7 +269,6 @@ async def _open(set_up: Callable[[sqlite3.Connection], None], *place: Any, **opt
         is_abandoned = True
         for connection in made:
             connection.close()
-        _ABANDONED.add(opening._thread)
         raise
 
 
@@ -289,6 +288,7 @@ def _connection_class() -> Any:
                 await super().close()
 
         def stop(self) -> asyncio.Future[Any] | None:
+            _STOPPED.add(self._thread)
             return super().stop() if self._running else None
 
         def cursor(self) -> Any:
@@ -365,15 +365,17 @@ class _Cursor:
 
 _FIRST_ROWS: Final = 256
 
-_ABANDONED: Final[WeakSet[Thread]] = WeakSet()
-"""Threads of abandoned connections. Each calls back into the event loop before it ends."""
+_STOPPED: Final[WeakSet[Thread]] = WeakSet()
+"""Threads of connections that end. Each calls back into the event loop before it does."""
 
 
-async def join_abandoned(seconds: float) -> None:
-    """Wait, at most so long for each, until the threads of connections that could not be opened, or
-    whose opening was cancelled, have ended: one that outlives the event loop prints a traceback."""
-    for thread in tuple(_ABANDONED):
-        await asyncio.to_thread(thread.join, seconds)
+async def join_stopped(seconds: float) -> None:
+    """Wait, at most so long for each, until the threads of connections that end have ended. Whoever
+    is cancelled while one is opened or closed does not wait for it, and a thread that outlives the
+    event loop prints a traceback."""
+    for thread in tuple(_STOPPED):
+        if thread.is_alive():
+            await asyncio.to_thread(thread.join, seconds)
 
 
 def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
