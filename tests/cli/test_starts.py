@@ -80,6 +80,9 @@ def test_what_a_person_compares(tracker: Commands, stack: ExitStack) -> None:
         assert f"tracker starts resolve {key} --run RUN_ID" in table
         assert "a person has to decide from 20" in table
         tracker("starts", "resolve", "a", "--run", runs[0])
+    unknown = tracker("starts", "resolve", "b", "--run", "run_nobody")
+    assert unknown.returncode == 1  # as of `runs show`: the usage is right
+    assert "FLORA has no run run_nobody" in unknown.stderr
     done = tracker.json("starts", "exclude", runs[1])["starts"]
     assert sorted(one["idempotency_key"] for one in done) == ["b", "c"]
     assert "FLORA started nothing for it" in tracker("starts", "show", "c").stdout

@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
-from tests.worker.doubt import GATEWAY, PROMPT, attempt, change, posts, state_of
-from tracker.core.errors import InvalidRequest, StartPending, StoreUnavailable
+from tests.worker.doubt import GATEWAY, OTHER, PROMPT, attempt, change, posts, state_of, sweep
+from tracker.core.errors import InvalidRequest, NotTracked, StartPending, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.services import Services
 from tracker.starting.resolve import UnknownStart
@@ -31,7 +31,7 @@ async def test_it_became_a_run(
         await leave_to_a_person(services, clock)
         run = flora.start("icon-pack")
         row = await services.resolver.find("key-1")
-        with pytest.raises(InvalidRequest, match="FLORA has no run"):
+        with pytest.raises(NotTracked, match="FLORA has no run"):
             await services.resolver.is_run(row, "run_nobody")
         await services.resolver.is_run(row, run.run_id)
         record = await the_run(services, run.run_id)
@@ -186,3 +186,23 @@ async def test_one_run_is_one_starts(
             await services.resolver.is_run(row, other or "")
         with pytest.raises(UnknownStart):
             await services.resolver.find("key-3")
+
+
+async def test_a_run_of_another_workspace_is_not_the_starts(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Also where no key reads it any more, and where both workspaces have used the same key."""
+    async with make_flora(**GATEWAY, more_workspaces=(OTHER,)) as flora:
+        await leave_to_a_person(await open_on(flora), clock)
+        change(flora, gateway_starts=0.0)
+        services = await open_on(flora, flora_api_key=OTHER.api_key)
+        started = await attempt(services)
+        listed = flora.start("icon-pack", workspace=OTHER).run_id
+        clock.move(5)
+        await sweep(services)
+        row = await services.resolver.find("key-1", workspace_id="ws_simulator")
+        with pytest.raises(InvalidRequest, match="belongs to the start 'key-1' of workspace ws_o"):
+            await services.resolver.is_run(row, started or "")
+        with pytest.raises(InvalidRequest, match="is of workspace ws_other"):
+            await services.resolver.is_run(row, listed)
+        assert await state_of(services.database) == "unresolved"

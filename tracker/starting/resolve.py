@@ -72,14 +72,20 @@ class StartResolver(Service):
     async def is_run(self, row: StartRow, run_id: str) -> Record:
         """The start became that run, which is tracked as its own.
 
-        Raises `InvalidRequest` if the outcome is known, or the run is another start's or does not
-        exist; `StartPending` while the start is being sent; and what reading FLORA raises.
+        Raises `InvalidRequest` if the outcome is known, or the run is another start's or, unless
+        the workspace's key reads it, of another workspace; `NotTracked` if FLORA does not have it;
+        `StartPending` while the start is being sent; and what reading FLORA raises.
         """
         _check_state(row)
         owner = await starts.of_run(self.database, run_id)
-        if owner is not None and owner.idempotency_key != row.idempotency_key:
-            raise _fault(f"run {run_id} belongs to the start {owner.idempotency_key!r}")
+        if owner is not None and _id_of(owner) != _id_of(row):
+            raise _fault(
+                f"run {run_id} belongs to the start {owner.idempotency_key!r} of workspace "
+                f"{owner.workspace_id}"
+            )
         seen = await self._read(row, run_id)
+        if seen is None:
+            await self._check_workspace(row, run_id)
         async with holding(self, row) as held:
             _check(held, row)
             await self._audit(row, run_id, "it became a run")
@@ -152,7 +158,20 @@ class StartResolver(Service):
         try:
             return await workspace.require_client().get_run(row.technique_id, run_id)
         except NotFound:
-            raise _fault(f"FLORA has no run {run_id} of {row.technique_id}") from None
+            raise NotTracked(f"FLORA has no run {run_id} of {row.technique_id}") from None
+
+    async def _check_workspace(self, row: StartRow, run_id: str) -> None:
+        """Check that no other workspace has shown a run that cannot be read."""
+        stored = await runs.get_run(self.database, run_id)
+        known = None if stored is None else stored.run.workspace_id
+        if known not in (None, row.workspace_id):
+            raise _fault(
+                f"run {run_id} is of workspace {known}, and the start of {row.workspace_id}"
+            )
+
+
+def _id_of(row: StartRow) -> tuple[str, str]:
+    return row.workspace_id, row.idempotency_key
 
 
 def _log_resolved(row: StartRow, run_id: str | None) -> None:
