@@ -638,6 +638,34 @@ async def test_a_new_input_starts_no_finished_sheet_anew(
     assert (await columns(services, sheet)).missing == []
 
 
+async def test_a_changed_type_hides_no_finished_sheet(services: Services, flora: Simulator) -> None:
+    """Repeating the command shows the runs, and that a type has changed. Nothing starts before
+    that is accepted: neither a further row, nor all once more."""
+
+    def have(kind: str) -> None:
+        flora.world.options = replace(flora.world.options, new_inputs={"icon-pack": kind})
+
+    sheet = "prompt,style,sku\na,https://a.example/1,x\nb,https://a.example/2,y\n"
+    have("style:imageUrl?")
+    first = await start(services, await columns(services, sheet))
+    have("style:videoUrl?")
+    again = await columns(services, sheet)
+    assert again.missing == []
+    assert (again.batch.batch_id, again.batch.columns) == (first.batch.batch_id, ["sku"])
+    assert "'style' was the input 'style' (imageUrl)" in str(again.changed)
+    assert [row.run_ids for row in again.rows] == [row.run_ids for row in first.rows]
+    for text, options in (
+        (sheet + "c,https://a.example/3,z\n", {}),
+        (sheet, {"again": True}),
+    ):
+        with pytest.raises(DefinitionChanged, match="2 rows that were started would start again"):
+            await columns(services, text, **options)
+    await start(services, await columns(services, sheet, accept_changes=True))
+    assert len(begun(flora)) == 4
+    accepted = await columns(services, sheet)
+    assert (accepted.missing, accepted.changed) == ([], None)
+
+
 async def write_as_before_mappings(services: Services, rows: list[list[Input]]) -> None:
     """A batch with these rows' inputs, started, as versions before migration 0009 kept it."""
     technique_id, at = "tech_icon-pack", services.clock()

@@ -246,6 +246,8 @@ def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
     for column, name in zip(columns, carried_names(columns), strict=True):
         if column != name:
             note(f"In the results, the column {column!r} is called {name!r}")
+    if plan.changed is not None:
+        note(f"Results as started: {plan.changed}")
     for line in _repetitions(plan):
         note(line)
     if plan.paid_again:

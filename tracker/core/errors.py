@@ -83,6 +83,11 @@ class DefinitionChanged(TrackerError):
         )
         self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
 
+    @property
+    def is_of_types(self) -> bool:
+        """Whether the same columns are the same inputs, of other types."""
+        return {one[:2] for one in self.new} == {one[:2] for one in self.gone}
+
 
 class DoNotRetry(TrackerError):
     """Raise it in a handler to mark the message as failed at once; `str()` of it is stored."""

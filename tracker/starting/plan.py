@@ -103,8 +103,9 @@ class BatchPlanner(Service):
         `tag_columns` the columns with further tags, by key. Nothing is started or stored. Raises
         `SheetRefused` with all problems, `InvalidRequest` for the workspace or a technique that
         cannot be started, `DefinitionChanged` if rows would start anew because the technique has
-        changed (unless `accept_changes`), `NotFound` if FLORA has no such technique and rows are to
-        be started, and what reading FLORA raises.
+        changed (unless `accept_changes`, or types alone have changed and every row was started),
+        `NotFound` if FLORA has no such technique and rows are to be started, and what reading FLORA
+        raises.
         """
         workspace = await self.workspaces.pick(workspace_id)
         workspace_id = await self.workspaces.id_of(workspace)
@@ -117,32 +118,41 @@ class BatchPlanner(Service):
         tagged, wrong = await asyncio.to_thread(_row_tags, sheet, tag_columns or {}, tags or {})
         problems = sorted([*reading.problems, *wrong])
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
-        inputs = [row.inputs for _, row in rows]
-        digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
-        latest = await sheet_rows.latest_run_numbers(self.database, workspace_id, digests)
-        unknown = {
-            position: row.line
-            for (position, row), digest in zip(rows, digests, strict=True)
-            if digest not in latest
-        }
-        if unknown and not accept_changes:
-            technique_id, mapping = definition.technique_id, reading.mapping
-            await self._check_mapping(workspace_id, technique_id, sheet, mapping, unknown)
         columns = [name for name in reading.unmapped if name]
         carried = await asyncio.to_thread(_carried, sheet, frozenset(columns))
-        entries = [
-            BatchEntry(
-                position=position,
-                line=row.line,
-                digest=digest,
-                run_number=run_number_of(latest.get(digest), again=again),
-                inputs=row.inputs,
-                tags=tagged[row.line],
-                carried=carried[position - 1],
+
+        async def states() -> tuple[list[RowState], dict[int, int]]:
+            """The rows as they are known, and the lines, by position, of those that are new."""
+            inputs = [row.inputs for _, row in rows]
+            digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
+            latest = await sheet_rows.latest_run_numbers(self.database, workspace_id, digests)
+            entries = [
+                BatchEntry(
+                    position=position,
+                    line=row.line,
+                    digest=digest,
+                    run_number=run_number_of(latest.get(digest), again=again),
+                    inputs=row.inputs,
+                    tags=tagged[row.line],
+                    carried=carried[position - 1],
+                )
+                for (position, row), digest in zip(rows, digests, strict=True)
+            ]
+            new = {one.position: one.line for one in entries if one.digest not in latest}
+            return await self._retried(workspace_id, entries, retry), new
+
+        planned, new = await states()
+        mapping: Sequence[ColumnMapping] = reading.mapping
+        changed: DefinitionChanged | None = None
+        if new and not accept_changes:
+            mapping, changed = await self._mapping_so_far(
+                workspace_id, definition.technique_id, sheet, mapping, new
             )
-            for (position, row), digest in zip(rows, digests, strict=True)
-        ]
-        planned = await self._retried(workspace_id, entries, retry)
+        if changed is not None:
+            rows = await asyncio.to_thread(_reread, sheet, rows, mapping)
+            planned, _ = await states()
+            if not (changed.is_of_types and all(row.started for row in planned)):
+                raise changed
         chosen = [row.entry for row in planned]
         batch = BatchRow(
             batch_id=batch_id(
@@ -154,7 +164,7 @@ class BatchPlanner(Service):
             technique_id=definition.technique_id,
             name=name,
             created_at=self.clock(),
-            mapping=[list(one.stored) for one in reading.mapping],
+            mapping=[list(one.stored) for one in mapping],
             source=source,
             columns=columns,
         )
@@ -164,6 +174,7 @@ class BatchPlanner(Service):
             rows=planned,
             unmapped=[one for one in reading.unmapped if one not in (tag_columns or {}).values()],
             price_error=price_error,
+            changed=changed,
         )
         return _startable(plan), problems
 
@@ -251,17 +262,17 @@ class BatchPlanner(Service):
             for state, row in zip(states, retried, strict=True)
         ]
 
-    async def _check_mapping(
+    async def _mapping_so_far(
         self,
         workspace_id: str,
         technique_id: str,
         sheet: Sheet,
         mapping: Sequence[ColumnMapping],
-        unknown: Mapping[int, int],
-    ) -> None:
-        """Raise `DefinitionChanged` if rows that were started with another mapping of columns would
-        start anew with this one. `unknown` are the lines, by position, of the rows that no batch
-        has with this one."""
+        new: Mapping[int, int],
+    ) -> tuple[Sequence[ColumnMapping], DefinitionChanged | None]:
+        """This mapping of columns; or another one with which rows were started that would start
+        anew with this one, and the error about them. `new` are the lines, by position, of the rows
+        that no batch has with this one."""
         now = {one.stored for one in mapping}
         earlier = await sheet_rows.mappings(self.database, workspace_id, technique_id)
         # Batches of versions without mappings: the inputs of their rows show it.
@@ -274,14 +285,15 @@ class BatchPlanner(Service):
                 continue
             read = [ColumnMapping(*one) for one in before]
             digests = await asyncio.to_thread(_digests_by, technique_id, sheet, read)
-            old = [(line, digests[position - 1]) for position, line in unknown.items()]
+            old = [(line, digests[position - 1]) for position, line in new.items()]
             known = await sheet_rows.latest_run_numbers(
                 self.database, workspace_id, [digest for _, digest in old]
             )
             if anew := [line for line, digest in old if digest in known]:
-                raise DefinitionChanged(
+                return read, DefinitionChanged(
                     new=sorted(now - set(before)), gone=sorted(set(before) - now), lines=anew
                 )
+        return mapping, None
 
 
 def _startable(plan: BatchPlan) -> BatchPlan:
@@ -375,11 +387,23 @@ def _row_tags(
 
 def _digests_by(technique_id: str, sheet: Sheet, mapping: Sequence[ColumnMapping]) -> list[str]:
     """The digest of each row by a complete mapping, unchecked."""
-    rows = (
-        [_input(one, value) for one in mapping for value in row.cells.get(one.column, ())]
-        for row in sheet.rows
-    )
-    return row_digests(technique_id, rows)
+    return row_digests(technique_id, (_inputs_by(row, mapping) for row in sheet.rows))
+
+
+def _inputs_by(row: SheetRow, mapping: Sequence[ColumnMapping]) -> list[Input]:
+    cells = [(one, value) for one in mapping for value in row.cells.get(one.column, ())]
+    return canonical(_input(one, value) for one, value in cells)
+
+
+def _reread(
+    sheet: Sheet, rows: Sequence[tuple[int, InputRow]], mapping: Sequence[ColumnMapping]
+) -> list[tuple[int, InputRow]]:
+    """Rows of a sheet by another mapping, unchecked."""
+    of = sheet.rows
+    return [
+        (position, replace(row, inputs=_inputs_by(of[position - 1], mapping)))
+        for position, row in rows
+    ]
 
 
 def _mapping_of(

@@ -7,7 +7,13 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from tracker.core.errors import FieldFault, FloraError, MaxCostReached, TrackerError
+from tracker.core.errors import (
+    DefinitionChanged,
+    FieldFault,
+    FloraError,
+    MaxCostReached,
+    TrackerError,
+)
 from tracker.core.formatting import counted, csv_text, money
 from tracker.core.record import Record
 from tracker.core.run import Output, RetryAdvice, RunStatus
@@ -237,7 +243,8 @@ class BatchPlan:
     """What a batch is to do; `rows` are all its rows.
 
     `only_failed` leaves rows out that have no run yet. `unmapped` are the columns of its sheet that
-    are no input. `price_error` is why the price could not be read now.
+    are no input. `price_error` is why the price could not be read now. `changed` is set if the
+    types of inputs have changed since its rows were started, all of them, so that none starts.
     """
 
     batch: BatchRow
@@ -246,6 +253,7 @@ class BatchPlan:
     only_failed: bool = False
     unmapped: Sequence[str] = ()
     price_error: FloraError | None = None
+    changed: DefinitionChanged | None = None
 
     @property
     def to_change(self) -> list[RowState]:
