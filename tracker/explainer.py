@@ -152,13 +152,13 @@ class Explainer(Service):
         await self.contacts.read()
         contact = self.contacts.of(workspace)
         if contact is not None and contact.is_current(now) and (found := contact.trouble):
-            since = moment(found.since)
             if found.trouble is Trouble.KEY_REFUSED:
-                yield f"FLORA has refused the workspace's API key since {since}: {found.reason}."
+                what = "has refused the workspace's API key"
             elif found.silent:
-                yield f"FLORA has not answered since {since}: {found.reason}."
+                what = "has not answered"
             else:
-                yield f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
+                what = f"cannot be read ({found.trouble})"
+            yield f"FLORA {what} since {moment(found.since)}: {found.reason.rstrip('.')}."
             return
         names = {workspace.workspace_id, record.run.workspace_id}
         ended = (one for one in await sweeps.list_sweeps(self.database) if one.finished_at)

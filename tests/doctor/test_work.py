@@ -131,10 +131,15 @@ async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
     assert "7 acknowledged callbacks are not applied yet; the oldest arrived 90 s" in (
         found["inbox"].seen
     )
-    assert "10000 or more" in found["quarantine"].seen
+    assert "10,000 or more authentic callbacks were" in found["quarantine"].seen
     assert "tracker starts resolve" in found["starts"].advice
     assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
     assert "never billed 3 runs" in found["bills"].seen
+    one = work.check_backlog(replace(state.gauges, quarantined=1, unresolved_starts=1), [], now=NOW)
+    assert [finding.seen.split(":")[0] for finding in one if finding.level is Level.WARNING] == [
+        "1 authentic callback was not understood.",
+        "1 start is unresolved",
+    ]
     doubted = work.check_backlog(replace(state.gauges, open_starts=1), [], now=NOW)
     assert not any("outcome of every start" in one.seen for one in doubted)
 

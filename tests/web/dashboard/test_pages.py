@@ -100,7 +100,7 @@ async def test_a_dead_worker_polls_no_run(small_site: Site) -> None:
 async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -> None:
     """With its duration and what to do."""
     async with serve(sqlite_url, flora_api_key="sk_test", flora_workspace_id="ws_1") as site:
-        refusal = KeyRefused(status=401, code="invalid_api_key", message="no such key")
+        refusal = KeyRefused(status=401, code="invalid_api_key", message="The key is not valid.")
         workspace = next(iter(site.services.workspaces))
         workspace.require_client().contact.asked()
         workspace.require_client().breaker.refused(refusal)
@@ -108,7 +108,7 @@ async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -
         alerts = text.split("what needs attention<")[1]
         assert alerts.index("FLORA has refused the API key since") < 600
         assert 'href="/runbook.html#trackerkeyrefused"' in alerts
-        assert "no such key" in text
+        assert "The key is not valid. No run is lost by this" in text
         assert "All clear" not in text
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from tracker.core.contact import ContactState
 from tracker.core.errors import StoreError
-from tracker.core.formatting import duration, moment, percent
+from tracker.core.formatting import counted, duration, moment, percent
 from tracker.operations.doctor import Finding, Name, failed, ok, warning
 from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
@@ -136,10 +136,8 @@ def check_worker(state: WorkState) -> Finding:
     gauges = state.gauges
     oldest = gauges.oldest_due_at
     waited = timedelta(0) if oldest is None else state.now - oldest
-    overdue = f"{gauges.overdue} runs are overdue" + (
-        f", the oldest by {duration(waited)}."
-        if waited > LATE_AFTER
-        else ": they wait for a retry."
+    overdue = f"{counted(gauges.overdue, 'run is', 'runs are')} overdue" + (
+        f", the oldest by {duration(waited)}." if waited > LATE_AFTER else ", waiting for a retry."
     )
     started = max((one.last_started_at for one in state.sweeps), default=None)
     if waited > STUCK_AFTER:
@@ -185,8 +183,8 @@ def check_sweeps(state: WorkState) -> Finding:
         gap = state.unread[0]
         return warning(
             "sweeps",
-            f"{last}. {len(state.unread)} spans of FLORA's history could not be read, the newest "
-            f"up to {moment(gap.to_at)} ({gap.run_type} runs): {gap.error}.",
+            f"{last}. {counted(len(state.unread), 'span')} of FLORA's history could not be read, "
+            f"the newest up to {moment(gap.to_at)} ({gap.run_type} runs): {gap.error}.",
             "They are retried automatically, with growing waits. Runs that others started there "
             "are missing until then: `tracker verify` names them.",
         )
@@ -212,7 +210,8 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
             "quarantine",
             gauges.quarantined,
             "Every callback was understood.",
-            f"{_number(gauges.quarantined)} authentic callbacks were not understood.",
+            f"{_counted(gauges.quarantined, 'authentic callback was', 'authentic callbacks were')} "
+            "not understood.",
             "`tracker deliveries list --outcome quarantined` shows why; after an update `tracker "
             "deliveries replay --all` reads them again. No results lost: polling found them.",
         ),
@@ -222,8 +221,8 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
             "No start waits for a person."
             if gauges.open_starts
             else "The outcome of every start is known.",
-            f"{_number(gauges.unresolved_starts)} starts are unresolved: FLORA may have started a "
-            "run, or not.",
+            f"{_counted(gauges.unresolved_starts, 'start is', 'starts are')} unresolved: FLORA may "
+            "have started a run, or not.",
             "`tracker starts list` lists them, and `tracker starts show KEY` shows which runs one "
             "may have become and what to compare; `tracker starts resolve` says what it became.",
         ),
@@ -231,7 +230,8 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
             "conflicts",
             len(conflicts),
             "Callback and API agree about how every run ended.",
-            f"Callback and API disagree about how {_number(len(conflicts))} runs ended ({shown}).",
+            f"Callback and API disagree about how {_counted(len(conflicts), 'run', 'runs')} ended "
+            f"({shown}).",
             "`tracker runs explain RUN_ID` shows both; the API's end is kept. If it may be wrong, "
             "ask FLORA's support.",
         ),
@@ -239,8 +239,8 @@ def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) ->
             "bills",
             unpriced,
             "Every run of the last 7 days is billed, or its bill may still arrive.",
-            f"FLORA never billed {unpriced} runs of the last 7 days: their cost is not known, and "
-            "totals are minimums.",
+            f"FLORA never billed {counted(unpriced, 'run')} of the last 7 days: the cost is not "
+            "known, and totals are minimums.",
             "Compare with FLORA's own billing page. `tracker reconcile --since 8d` reads their "
             "costs once more; TRACKER_COST_GIVE_UP sets how long that is retried.",
         ),
@@ -312,12 +312,12 @@ def _inbox(gauges: Gauges, now: datetime) -> Finding:
         return ok("inbox", "Acknowledged callbacks are applied.")
     return warning(
         "inbox",
-        f"{_number(gauges.waiting)} acknowledged callbacks are not applied yet; the oldest arrived "
-        f"{round((now - oldest).total_seconds())} s ago.",
+        f"{_counted(gauges.waiting, 'acknowledged callback is', 'acknowledged callbacks are')} not "
+        f"applied yet; the oldest arrived {round((now - oldest).total_seconds())} s ago.",
         "They are stored, and none is lost. Check that `tracker serve` or `tracker worker` of this "
         "version runs, and its log for loop.database_down; `tracker poll` applies them too.",
     )
 
 
-def _number(count: int) -> str:
-    return f"{count} or more" if count >= BOUND else str(count)
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{BOUND:,} or more {many}" if count >= BOUND else counted(count, one, many)

@@ -225,7 +225,7 @@ def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
         kind="bad",
         title=f"{title}{of}",
         since=one.trouble.since,
-        advice=f"{one.trouble.reason}. No run is lost by this: {one.trouble.advice}.",
+        advice=f"{one.trouble.reason.rstrip('.')}. No run is lost by this: {one.trouble.advice}.",
         section=section,
     )
 
