@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Commands
+from tests.cli.conftest import Commands, simulate
 from tests.support.waiting import free_port
 
 COMMANDS = {
@@ -260,6 +261,25 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(tmp_path: Path) -> None:
     assert "Nothing is set" in shown.stdout
     assert "\\u2192 Run the doctor with" in shown.stdout
     assert shown.stderr == ""
+
+
+def test_arguments_are_utf8_whatever_the_locale(tracker: Commands, stack: ExitStack) -> None:
+    """Also where Python is told to read them as ASCII: FLORA gets the prompt that was typed, and a
+    file may have any name."""
+    simulate(tracker, stack)
+    (tracker.folder / "Zoë.csv").write_text("prompt\nZoë\n")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (
+        ("runs", "start", "icon-pack", "--input", "prompt=Zoë", "--tag", "name=Zoë"),
+        ("batch", "icon-pack", "Zoë.csv", "--no-wait", "--tag-column", "name=prompt"),
+    ):
+        command = [sys.executable, "-m", "tracker", *arguments]
+        environ = tracker.essential | tracker.environ | ascii_only
+        done = subprocess.run(command, cwd=tracker.folder, env=environ, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    for run in tracker.json("runs", "list")["runs"]:
+        assert run["tags"] == {"name": "Zoë"}
+        assert [one["value"] for one in run["inputs"]] == ["Zoë"]
 
 
 def _fill_stdout(unbuffered: bool) -> None:

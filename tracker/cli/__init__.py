@@ -20,12 +20,17 @@
 A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """
 
+import os
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """Run the command that `sys.argv` names, and exit with its status."""
+    if sys.getfilesystemencoding() == "ascii":
+        # LC_ALL=C with PYTHONUTF8=0: a prompt's other characters would reach FLORA as U+FFFD, and
+        # no file could have them in its name. Started again, it reads all of them as UTF-8.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
         from tracker.cli.app import main as run
     except KeyboardInterrupt:  # Ctrl-C while the modules are loaded
