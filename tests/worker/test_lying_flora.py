@@ -55,8 +55,8 @@ class Liar:
         self.lists: list[object] = []
         self.asked: list[str] = []
 
-    def answer(self, path: str) -> bytes:
-        """The bytes that go out; what is no bytes goes out as JSON."""
+    def answer(self, path: str) -> bytes | None:
+        """The bytes that go out; what is no bytes goes out as JSON. `None` for no answer at all."""
         self.asked.append(path)
         key = path.rpartition("/")[2].partition("?")[0].replace("-", "_")
         if key in ("technique_runs", "generations", "techniques"):
@@ -77,8 +77,12 @@ async def _served(liar: Liar) -> AsyncIterator[str]:
         # One answer for each connection, which ends with it: so a short one is cut.
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-            writer.write(liar.answer(head.split()[1].decode()))
-            await writer.drain()
+            answer = liar.answer(head.split()[1].decode())
+            if answer is None:
+                await reader.read()  # until the client hangs up
+            else:
+                writer.write(answer)
+                await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -267,35 +271,68 @@ async def test_a_poll_url_of_another_run_does_not_hide_this_one(
     assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
 
 
-ELSEWHERE = {
+ELSEWHERE: dict[str, bytes | None] = {
     "a page for people": _http(b"<html>a run</html>"),
     "no such page": _http(b"<html>404</html>", status="404 Not Found"),
     "a redirect": _http(b"", status="302 Found\r\nlocation: /login"),
     "a fault": _http({"error": {"code": "internal_error"}}, status="500 Internal Server Error"),
     "no session": _http({"error": {"code": "unauthorized"}}, status="401 Unauthorized"),
     "no access": _http({"error": {"code": "forbidden"}}, status="403 Forbidden"),
+    "a cut connection": b"",
+    "silence": None,
 }
 
 
 @pytest.mark.parametrize("elsewhere", ELSEWHERE)
 async def test_a_poll_url_that_leads_past_the_api_hides_no_run(
-    services: Services, liar: Liar, clock: HandClock, elsewhere: str
+    services: Services,
+    liar: Liar,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: str,
 ) -> None:
-    """Whatever answers a `poll_url` on FLORA's origin in place of the API, the run is read another
-    way, and neither the key nor FLORA is blamed."""
+    """Whatever answers a `poll_url` on FLORA's origin in place of the API, or nothing does, the run
+    is read another way, and neither the key nor FLORA is blamed."""
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
 
-    def answer(path: str) -> bytes:
+    def answer(path: str) -> bytes | None:
         liar.asked.append(path)
         return ELSEWHERE[elsewhere] if path.startswith("/app/") else _http(ENDED)
 
     liar.answer = answer  # type: ignore[method-assign]
     await services.tracker.track("run_1", technique="tech_1", poll_url="/app/runs/run_1")
     record = await look(services, clock)
-    assert liar.asked[0] == "/app/runs/run_1"
+    assert [path for path in liar.asked if path.startswith("/app/")] == ["/app/runs/run_1"]
     assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
     [workspace] = services.workspaces
     assert not workspace.require_client().breaker.open
     assert services.poller.readable() == [workspace]
+
+
+@pytest.mark.parametrize("technique", ["tech_1", None])
+@pytest.mark.parametrize("answered", [None, ELSEWHERE["a fault"]])
+async def test_a_way_to_read_a_run_that_fails_or_hangs_leaves_the_others(
+    services: Services,
+    liar: Liar,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    technique: str | None,
+    answered: bytes | None,
+) -> None:
+    """Where neither the address of the run's technique nor the history answers, `/runs/{id}`
+    does."""
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+
+    def answer(path: str) -> bytes | None:
+        liar.asked.append(path)
+        return _http(ENDED) if path.endswith("/api/v1/runs/run_1") else answered
+
+    liar.answer = answer  # type: ignore[method-assign]
+    poll_url = "/api/v1/techniques/tech_1/runs/run_1"
+    await services.tracker.track("run_1", technique=technique, poll_url=poll_url)
+    record = await look(services, clock)
+    assert (len(liar.asked), liar.asked[0]) == (3, poll_url)
+    assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
 
 
 async def test_a_rate_limit_of_minutes_costs_nothing_but_the_minutes(

@@ -75,10 +75,10 @@ class FloraCall:
 
     `endpoint` is the pattern of the URL, for people and metrics. `spends` marks a call that costs
     money; `lists` an unfiltered list, which any good key may read at the right base URL; `fresh` a
-    read of a run that has just ended; `is_foreign` a URL from outside, which is tried once, and
-    whose 401 need not be about the key. `fence` is awaited after every wait, directly before the
-    request is written, and prevents that by raising; the answer is then waited for
-    `answer_seconds`, whatever the deadline of the call.
+    read of a run that has just ended; `is_foreign` a URL from outside, whose 401 need not be about
+    the key. `fence` is awaited after every wait, directly before the request is written, and
+    prevents that by raising. With `answer_seconds`, the answer is waited for so long once the
+    request is written, whatever the deadline of the call, and the request is not repeated then.
     """
 
     endpoint: str
@@ -402,13 +402,13 @@ class Caller:
 
 
 def _repeatable(call: FloraCall, error: FloraError) -> bool:
+    once = call.spends or call.answer_seconds is not None
     match error:
         case RateLimited():
             return error.from_flora or not call.spends
         case FloraUnreachable():
-            return not (call.spends and error.may_have_acted)
+            return not (once and error.may_have_acted)
         case FloraRefusal():
-            once = call.spends or call.is_foreign  # what that shows is read another way
             return not once and (error.status >= 500 or error.status == 408)
     return False
 

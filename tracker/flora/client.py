@@ -29,7 +29,6 @@ from tracker.core.contact import ContactState, OngoingTrouble, Trouble
 from tracker.core.errors import (
     FieldFault,
     FloraError,
-    FloraRefusal,
     FloraUnreadable,
     InvalidRequest,
     KeyRefused,
@@ -70,7 +69,8 @@ class FloraClient(Caller):
     `workspace_id` is the workspace that the settings name: of a key that sees several, its runs
     alone are listed. Tests pass a `transport`; `options` are those of `Caller`. Proxies of the
     environment are used, but never to this machine itself. Reads of runs that have just ended are
-    `fresh`: the request limit favours them. Raises `SettingsError` for an invalid base URL or key.
+    `fresh`: the request limit favours them. A read with `answer_seconds` is sent once, and its
+    answer waited for so long. Raises `SettingsError` for an invalid base URL or key.
     """
 
     def __init__(
@@ -237,13 +237,19 @@ class FloraClient(Caller):
         *,
         deadline: float | None = None,
         fresh: bool = False,
+        answer_seconds: float | None = None,
     ) -> Observation:
         """A run of a technique (its id or slug).
 
         The observation does not hold the technique: the caller names it, not FLORA.
         """
         url = self._urls.of("techniques", technique_id, "runs", run_id)
-        call = FloraCall(endpoint="GET /techniques/{id}/runs/{id}", url=url, fresh=fresh)
+        call = FloraCall(
+            endpoint="GET /techniques/{id}/runs/{id}",
+            url=url,
+            fresh=fresh,
+            answer_seconds=answer_seconds,
+        )
         return await self._read_run(call, run_id, deadline, run_type="technique")
 
     async def get_any_run(
@@ -255,22 +261,30 @@ class FloraClient(Caller):
         return await self._read_run(call, run_id, deadline)
 
     async def follow(
-        self, poll_url: str, run_id: str, *, deadline: float | None = None, fresh: bool = False
+        self,
+        poll_url: str,
+        run_id: str,
+        *,
+        deadline: float | None = None,
+        fresh: bool = False,
+        answer_seconds: float | None = None,
     ) -> Observation:
         """The run of a `poll_url`.
 
         Raises `PollUrlRefused`, before anything is sent, if that is on another origin than the base
         URL: it comes from outside, and the request carries the key. It may lead to something else
-        than the API: a 5xx, a 401 and what is not FLORA's answer say nothing about FLORA or the
-        key, and raise `FloraUnreadable`.
+        than the API: a 401 says nothing about the key, and raises `FloraUnreadable`.
         """
-        url = self._urls.follow(poll_url)
-        call = FloraCall(endpoint="GET poll_url", url=url, fresh=fresh, is_foreign=True)
+        call = FloraCall(
+            endpoint="GET poll_url",
+            url=self._urls.follow(poll_url),
+            fresh=fresh,
+            is_foreign=True,
+            answer_seconds=answer_seconds,
+        )
         try:
             return await self._read_run(call, run_id, deadline)
-        except (FloraRefusal, FloraUnreadable) as error:
-            if not (error.silent or isinstance(error, KeyRefused)):
-                raise
+        except KeyRefused as error:
             raise FloraUnreadable(f"the poll_url does not show the run: {error}") from error
 
     async def history(
@@ -282,6 +296,7 @@ class FloraClient(Caller):
         technique_id: str | None = None,
         deadline: float | None = None,
         fresh: bool = False,
+        answer_seconds: float | None = None,
     ) -> HistoryPage:
         """A page of the workspace's runs, newest first, of at most `limit` (1 to 100) runs.
 
@@ -304,6 +319,7 @@ class FloraClient(Caller):
                 # A filter, or a kind that a workspace may not have, says nothing about the key.
                 lists=technique_id is None and kind == "technique",
                 fresh=fresh,
+                answer_seconds=answer_seconds,
             )
             answer = await self.call(call, deadline=deadline)
             run = self._reader(answer, source=Source.HISTORY, run_type=kind)

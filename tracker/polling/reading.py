@@ -14,7 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
-from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
+from tracker.core.errors import (
+    FloraError,
+    FloraUnreachable,
+    KeyRefused,
+    NotFound,
+    OtherWorkspace,
+    RateLimited,
+)
 from tracker.core.log import get_logger, log_context
 from tracker.core.observation import Observation
 from tracker.core.record import Entry, FailedRead, Observed, Record
@@ -28,7 +35,11 @@ from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace
 
 CALL_SECONDS: Final = 20.0
-"""How long a single read may take, repetitions included; what fails is tried at the next poll."""
+"""How long the last way to read a run may take, repetitions included; what fails is tried at the
+next poll."""
+WAY_SECONDS: Final = 4.0
+"""How long the answer is waited for in each way before the last. FLORA answers within a second, and
+one-shot commands have 30."""
 SINGLE_READS: Final = 16
 """Single reads of a round, half of them for fresh ends; other runs are released and due in the
 next round, so that no process holds work that another could do."""
@@ -216,11 +227,13 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
     FLORA reads a technique run below its technique, and the technique of a run that is known by a
     callback alone is unknown. So the ways are tried in turn: its `poll_url` (on FLORA's origin
     only), its technique, the newest history page, and `GET /runs/{run_id}`, which reads generation
-    runs too. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which
-    say nothing about the run.
+    runs too. A way that fails or hangs leaves the others, unless no connection is made: FLORA is
+    down. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which say
+    nothing about the run.
     """
     found, run_id = SingleRead(), run.run_id
-    how: dict[str, Any] = {"deadline": CALL_SECONDS, "fresh": fresh}
+    last: dict[str, Any] = {"deadline": CALL_SECONDS, "fresh": fresh}
+    how = last | {"answer_seconds": WAY_SECONDS}
 
     async def on_newest_page() -> Observation | None:
         page = await client.history(**how)
@@ -241,7 +254,7 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
         ways.append(partial(client.get_run, run.technique_id, run_id, **how))
     elif run.run_type != "generation":
         ways.append(on_newest_page)
-    ways.append(partial(client.get_any_run, run_id, **how))
+    ways.append(partial(client.get_any_run, run_id, **last))
     refusals: list[FloraError] = []
     for way in ways:
         found.reads += 1
@@ -253,10 +266,13 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
             found.reads -= 1  # nothing was sent
             found.error = str(refusal)
         except FloraError as error:
-            found.error, found.silent = str(error), error.silent
+            found.error = str(error)
             refusals.append(error)
-        if found.silent or found.observation is not None:
+            if isinstance(error, FloraUnreachable) and not error.may_have_acted:
+                break
+        if found.observation is not None:
             return found
+    found.silent = bool(refusals) and all(one.silent for one in refusals)
     # Others leave doubt, such as a 403, or another run, to which a wrong `poll_url` leads.
     found.missing = bool(refusals) and all(isinstance(one, NotFound) for one in refusals)
     return found
