@@ -275,8 +275,7 @@ def test_arguments_are_utf8_whatever_the_locale(tracker: Commands, stack: ExitSt
     ):
         command = [sys.executable, "-m", "tracker", *arguments]
         environ = tracker.essential | tracker.environ | ascii_only
-        done = subprocess.run(command, cwd=tracker.folder, env=environ, capture_output=True)
-        assert done.returncode == 0, done.stderr
+        subprocess.run(command, check=True, cwd=tracker.folder, env=environ, capture_output=True)
     for run in tracker.json("runs", "list")["runs"]:
         assert run["tags"] == {"name": "Zoë"}
         assert [one["value"] for one in run["inputs"]] == ["Zoë"]

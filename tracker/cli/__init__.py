@@ -30,7 +30,8 @@ def main() -> NoReturn:
     if sys.getfilesystemencoding() == "ascii":
         # LC_ALL=C with PYTHONUTF8=0: a prompt's other characters would reach FLORA as U+FFFD, and
         # no file could have them in its name. Started again, it reads all of them as UTF-8.
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execv(sys.executable, command)  # noqa: S606 - it is this command
     try:
         from tracker.cli.app import main as run
     except KeyboardInterrupt:  # Ctrl-C while the modules are loaded
