@@ -19,9 +19,11 @@ from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
+from tracker.core.errors import StoreUnavailable
 from tracker.core.starts import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting.rows import Order
+from tracker.starting.batches import BatchLaunch
+from tracker.starting.rows import Order, RowState
 from tracker.starting.sheet import read_csv
 from tracker.starting.start import Started
 from tracker.store import schema
@@ -526,6 +528,41 @@ async def test_a_batch_is_stopped_and_resumed(serve: Serve, sqlite_url: str) -> 
         assert (await launched(site, batch_id))["started"] == len(flora.world.runs) == 30
         again = await site.client.post(f"/api/batches/{batch_id}/stop")
         assert (again.status_code, again.json()["stopped"]) == (200, None)
+
+
+async def test_a_launch_that_ended_early_waits_for_no_start_in_doubt(
+    serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database failed at the last row: that goes on when the database is back, although the
+    outcome of another row is not known."""
+    faults = {"gateway_starts": 1.0, "gateway_works": 0.0}
+    async with working(serve, database_url, worker=False, **faults) as (site, flora):
+        works = site.services.batch_worker
+        works.go_on_after = timedelta(0)
+        waiting = await create(site, 201, rows=[{"prompt": "in doubt"}])
+        await works.launch_due()
+
+        async def is_in_doubt() -> bool:
+            return (await shown(site, waiting["batch_id"]))["in_doubt"] == 1
+
+        await eventually(is_in_doubt, timeout=30)
+        flora.world.change({"gateway_starts": 0.0})
+        failed = asyncio.Event()
+
+        async def fails_once(launch: BatchLaunch, row: RowState) -> bool:
+            monkeypatch.undo()
+            failed.set()
+            raise StoreUnavailable("the database is gone")
+
+        monkeypatch.setattr(BatchLaunch, "_fits", fails_once)
+        made = await create(site, 201, rows=[{"prompt": "in doubt"}, {"prompt": "the last"}])
+        await works.launch_due()
+        await asyncio.wait_for(failed.wait(), 30)
+        await eventually(lambda: {*works._tasks} == {waiting["batch_id"]}, timeout=10)
+        await works.launch_due()
+        await eventually(lambda: begun(flora) == ["the last"], timeout=30)
+        assert (await shown(site, made["batch_id"]))["in_doubt"] == 1
+        await works.stop()
 
 
 async def test_a_launch_whose_lease_is_lost_is_taken_up_again(

@@ -178,23 +178,20 @@ class BatchLaunch:
         self.broken_off = True
 
     async def run(self) -> None:
-        """Start the missing rows; returns when no row is left that can be started now."""
+        """Start the missing rows; returns when no row is left that can be started, none is waited
+        for in doubt, or it is to begin no further one."""
         try:
             while True:
                 several = min(self.concurrency, len(self._queue))
                 await run_all([self._work() for _ in range(several)])
-                waits = self.wait and len(self._doubt) > 0
-                left = (self._later or self._queue) and not self._over
-                if self.broken_off or not (waits or left):
+                waits = self.wait and bool(self._doubt)
+                if self._over or not (waits or self._later or self._queue):
                     return
                 if waits:
                     await self._check_doubts()
-                if not self._over:
-                    self._queue_due()
+                self._queue_due()
                 if not self._queue or self._waits_for_budget:
                     await self.batches.sleep(CHECK_EVERY)
-                elif self._over:
-                    return
         except StoreError as error:
             self._stop(error)
 
@@ -224,9 +221,7 @@ class BatchLaunch:
         for key in keys:
             found = rows.get(key)
             if found is None or (found.is_fresh and not found.is_held(self.batches.clock())):
-                row = self._doubt.pop(key)
-                if not self._over:
-                    self._queue.append(row)
+                self._queue.append(self._doubt.pop(key))
             elif found.state is StartState.STARTED:
                 started = await starts.runs_of(self.batches.database, [found])
                 self._count(self._doubt.pop(key), started[key])
