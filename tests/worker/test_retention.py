@@ -25,6 +25,8 @@ from tracker.simulator import Simulator
 from tracker.starting.rows import Retry
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
+from tracker.store.queries.spending import spending
+from tracker.store.writing import rollups
 from tracker.store.writing.writer import WriteResult
 
 AGES = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
@@ -87,6 +89,24 @@ async def test_a_run_whose_bill_could_not_be_read_stays(
         record = await the_run(services, run_id)
         assert (record.cost_final, record.recheck_at) == (True, None)
         assert (await services.pruner.prune(AGES))["runs"] == 1
+
+
+async def test_a_run_that_was_never_billed_goes_but_stays_in_spending(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Its bill was given up, so nothing more is read of it; spending still has it as unpriced."""
+    async with make_flora(missing_bills=1.0) as flora:
+        services = await open_on(flora)
+        [run_id] = await start(services)
+        await poll_to_the_end(services, clock, within=120)
+        while (await the_run(services, run_id)).recheck_at is not None:
+            clock.move(3600)
+            await services.poller.recheck_due()
+        await rollups.compact(services.database)
+        before = await spending(services.database, "day")
+        assert before[1].unpriced == 1
+        assert (await prune(services, clock))["runs"] == 1
+        assert await spending(services.database, "day") == before
 
 
 async def test_a_sweep_does_not_bring_it_back(
