@@ -113,8 +113,9 @@ async def test_a_shift_shows_although_an_item_cannot_be_read(unreadable: set[int
     assert ids(listed.runs) <= found | ids(sorted(unreadable))
 
 
-async def test_a_shift_shows_where_a_page_is_read_in_small_parts() -> None:
-    """As around a run that spoils every page that has it."""
+@pytest.mark.parametrize("sizes", [{1}, {2, 3, 4, 5, 6}])
+async def test_a_shift_shows_where_a_page_is_read_in_small_parts(sizes: set[int]) -> None:
+    """As around a run that spoils every page that has it: one run at a time, too."""
     listed, is_shifted = ListOfRuns(300), False
 
     async def spoiled(cursor: str | None, limit: int) -> HistoryPage:
@@ -122,7 +123,7 @@ async def test_a_shift_shows_where_a_page_is_read_in_small_parts() -> None:
         page = await listed.read(cursor, limit)
         if "run_60" in {one.run_id for one in page.items}:
             raise FloraUnreadable("the answer is too large")
-        if 1 < limit <= 6 and not is_shifted:
+        if limit in sizes and not is_shifted:
             del listed.runs[:20]
             is_shifted = True
         return page

@@ -32,7 +32,8 @@ from tracker.flora.parse import circular, cursor_at, offset_of
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""
 OVERLAP: Final = 3
-"""Items that two pages have in common at least, if offsets are known; of less than six, half."""
+"""Items that two pages have in common at least, if offsets are known; of less than six, half, and
+of one that one."""
 EDGE: Final = 5
 """The last items of a page give its floor together, so that one wrong time does no harm."""
 SKIPS: Final = 20
@@ -129,12 +130,27 @@ class _Position:
         self._passed_before = len(self._passed)
         self._passed.clear()
 
+    @property
+    def _known(self) -> int:
+        """With how many items of the page before the next one begins, unless the list shifts."""
+        return self._overlap if self.shared else 0
+
+    def ask_for_less(self) -> bool:
+        """Ask for half of the items that are new; false if that is one already."""
+        new = self.limit - self._known
+        if new <= 1:
+            return False
+        self.limit = self._known + new // 2
+        return True
+
     def skip_items(self) -> bool:
         """Go past an unreadable item; false where there is no way, or after too many in a row."""
         if self.offset is None or self._skips == (SKIPS if self.any_read else FIRST_SKIPS):
             return False
         self._skips += 1
-        self.move_to(self.offset + (1 if self._skips <= 10 else 2 ** (self._skips - 10)))
+        step = 1 if self._skips <= 10 else 2 ** (self._skips - 10)
+        self.move_to(self.offset + self._known + step)
+        self.limit = 1
         self.shared = set()
         return True
 
@@ -172,14 +188,17 @@ class _Position:
             covered, shown = following - self.offset, len(page.items) + len(page.unreadable)
             tied = sum(item.created_at == page.items[-1].created_at for item in page.items)
             overlap = max(min(OVERLAP, covered // 2), tied if tied < len(page.items) else 0)
+            most = covered - 1
+            if covered == self.limit == len(page.items) == 1:  # of the next two, one is new
+                overlap = most = 1
             # FLORA may cut a page before it leaves items out, and these may be its last ones.
             left_out = max(0, min(covered, self.limit) - shown)
-            is_overlapped = covered > 1 and (not left_out or 2 * (overlap + left_out) <= covered)
-            self._overlap = min(overlap, covered - 1)
+            is_overlapped = most > 0 and (not left_out or 2 * (overlap + left_out) <= covered)
+            self._overlap = min(overlap, most)
             if is_overlapped:
                 self.shared = {item.run_id for item in page.items}
                 overlap += left_out
-            self.move_to(following - min(overlap, covered - 1))
+            self.move_to(following - min(overlap, most))
         self.limit = min(2 * self.limit, PAGE_SIZE)
 
 
@@ -285,9 +304,7 @@ class HistoryWalk:
         position = self._position
         if position.may_have_expired(error):
             self._restart()
-        elif position.limit > 1:
-            position.limit //= 2
-        else:
+        elif not position.ask_for_less():
             self._seam.open_hole(error, position.cursor)
             return position.skip_items()
         return True
