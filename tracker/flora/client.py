@@ -287,6 +287,14 @@ class FloraClient(Caller):
         except KeyRefused as error:
             raise FloraUnreadable(f"the poll_url does not show the run: {error}") from error
 
+    def is_address_of(self, poll_url: str | None, technique_id: str, run_id: str) -> bool:
+        """Whether `follow` and `get_run` read the same address."""
+        try:
+            own = self._urls.of("techniques", technique_id, "runs", run_id)
+            return poll_url is not None and self._urls.follow(poll_url) == own
+        except (NotFound, PollUrlRefused):
+            return False
+
     async def history(
         self,
         *,

@@ -250,10 +250,11 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
     ways: list[Callable[[], Awaitable[Observation | None]]] = []
     if run.poll_url:
         ways.append(partial(client.follow, run.poll_url, run_id, **how))
-    if run.run_type != "generation" and run.technique_id:
-        ways.append(partial(client.get_run, run.technique_id, run_id, **how))
-    elif run.run_type != "generation":
-        ways.append(on_newest_page)
+    if run.run_type != "generation":
+        if not run.technique_id:
+            ways.append(on_newest_page)
+        elif not client.is_address_of(run.poll_url, run.technique_id, run_id):
+            ways.append(partial(client.get_run, run.technique_id, run_id, **how))
     ways.append(partial(client.get_any_run, run_id, **last))
     refusals: list[FloraError] = []
     for way in ways:
