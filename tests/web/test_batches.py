@@ -565,6 +565,31 @@ async def test_a_launch_that_ended_early_waits_for_no_start_in_doubt(
         await works.stop()
 
 
+async def test_a_launch_that_breaks_off_says_so_and_goes_on(
+    serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug in it is in the log, and the batch is launched again."""
+    async with working(serve, database_url, worker=False) as (site, flora):
+        works = site.services.batch_worker
+        works.go_on_after = timedelta(0)
+
+        async def breaks(launch: BatchLaunch) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(BatchLaunch, "run", breaks)
+        made = await create(site, 201)
+        await works.launch_due()
+        await eventually(lambda: not works._tasks, timeout=30)
+        broken = await shown(site, made["batch_id"])
+        assert broken["launching"]
+        assert broken["stopped"] == "an unexpected error, see the log: ZeroDivisionError"
+        assert begun(flora) == []
+        monkeypatch.undo()
+        await works.launch_due()
+        done = await launched(site, made["batch_id"])
+        assert (done["started"], done["stopped"]) == (len(ROWS), None)
+
+
 async def test_a_launch_whose_lease_is_lost_is_taken_up_again(
     serve: Serve, sqlite_url: str
 ) -> None:

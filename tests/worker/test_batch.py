@@ -26,6 +26,7 @@ from tracker.core.errors import (
     MaxCostReached,
     NotFound,
     SettingsError,
+    StoreUnavailable,
     TrackerError,
 )
 from tracker.core.starts import (
@@ -561,6 +562,67 @@ async def test_a_start_that_was_in_doubt_counts_towards_the_most_it_may_cost(
         outcome = await working
         assert isinstance(outcome.stopped, MaxCostReached)
         assert len(flora.world.runs) == 2
+
+
+async def test_a_start_that_stays_unresolved_ends_its_row_alone(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """It is not sent again, and says so; it may have been paid, so that it counts towards the most
+    that the batch may cost."""
+    async with make_flora(gateway_starts=1.0, gateway_works=0.0) as flora:
+        services = await open_on(flora)
+        await batch(services, "in doubt")
+        flora.world.options = replace(flora.world.options, gateway_starts=0.0)
+        planned = await plan(services, "in doubt", "first", "later")
+        later = replace(planned.rows[2], not_before=services.clock() + timedelta(hours=2))
+        planned = replace(planned, rows=[*planned.rows[:2], later])
+        seen: list[BatchProgress] = []
+        working = asyncio.create_task(
+            services.batches.run(
+                planned, concurrency=1, wait=True, on_progress=seen.append, max_cost=Decimal("0.6")
+            )
+        )
+        await eventually(lambda: seen and (seen[-1].doubt, seen[-1].left) == (1, 1))
+        clock.move(2 * 3600 + 1)
+        outcome = await asyncio.wait_for(working, 30)
+        assert isinstance(outcome.stopped, MaxCostReached)
+        (unresolved, _, left) = outcome.rows
+        assert (unresolved.status, left.status) == ("unresolved", "not_started")
+        assert unresolved.why == "it is not known whether it was started"
+        assert begun(flora) == ["first"]
+        assert reads_of(flora)["runs.start"] == 2
+
+
+@pytest.mark.parametrize("doing", ["starts a row", "checks starts in doubt"])
+async def test_an_error_of_the_database_ends_a_launch(
+    make_flora: MakeFlora, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    """Repeating the command starts what is left, once."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        begin = services.starter.start
+
+        async def fails(*order: Any, **more: Any) -> Started:
+            if flora.world.runs:
+                raise StoreUnavailable("the database is gone")
+            return await begin(*order, **more)
+
+        if doing == "starts a row":
+            monkeypatch.setattr(services.starter, "start", fails)
+        else:
+            change = {"gateway_starts": 1.0, "gateway_works": 0.0}
+            flora.world.options = replace(flora.world.options, **change)
+            await batch(services, "b")
+            flora.world.options = replace(flora.world.options, gateway_starts=0.0)
+            monkeypatch.setattr(services.recovery, "recover", fails)
+        planned = await plan(services, "a", "b")
+        outcome = await services.batches.run(planned, concurrency=1, wait=True, on_progress=silent)
+        assert isinstance(outcome.stopped, StoreUnavailable)
+        assert outcome.batch.stopped == "the database is gone"
+        assert begun(flora) == ["a"]
+        monkeypatch.undo()
+        assert (await batch(services, "a", "b")).stopped is None
+        assert begun(flora) == (["a", "b"] if doing == "starts a row" else ["a"])
 
 
 async def test_each_run_of_a_start_counts_towards_the_most_it_may_cost(

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.waiting import eventually
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
-from tests.worker.doubt import attempt, request, state_of
+from tests.worker.doubt import OTHER, attempt, request, state_of
 from tests.worker.test_batch import silent
 from tests.worker.test_own_address import receiving
+from tracker.core.errors import InvalidRequest
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.services import Services
 from tracker.simulator import Options, running
@@ -141,6 +143,46 @@ async def test_a_start_is_shown_as_the_same_run_each_time(database_url: str) -> 
         assert again.replayed
         assert started.record.run.run_id == again.record.run.run_id
         assert again.record.run.run_id in ended_first
+
+
+async def test_the_same_key_in_two_workspaces_is_two_starts(database_url: str) -> None:
+    """Each has runs of its own, the further ones, too. Where no workspace is named, the error
+    names those that have used the key."""
+    options: dict[str, Any] = {"failures": 0.0, "run_seconds": 0.5, "run_per_value": True}
+    async with running(Options(more_workspaces=(OTHER,), **options)) as flora:
+        workspaces = [
+            {
+                "id": one.workspace_id,
+                "api_key": one.api_key,
+                "webhook_secrets": [one.webhook_secret],
+            }
+            for one in flora.world.options.workspaces
+        ]
+        settings = {"flora_api_key": None, "flora_webhook_secret": (), "workspaces": workspaces}
+        async with receiving(flora, database_url, **settings) as services:
+            more = {"technique": "color-transfer", "inputs": inputs("a", "b", "c")}
+            for one in workspaces:
+                assert await attempt(services, "key-1", workspace_id=one["id"], **more)
+
+            async def all_are_known() -> bool:
+                rows = await starts.of_key(services.database, "key-1")
+                return [row.run_count for row in rows] == [3, 3]
+
+            await eventually(all_are_known, timeout=30)
+            for row in await starts.of_key(services.database, "key-1"):
+                own = {
+                    run_id
+                    for run_id, run in flora.world.runs.items()
+                    if run.workspace.workspace_id == row.workspace_id
+                }
+                found = (await starts.runs_of(services.database, [row]))["key-1"]
+                assert {one.run.run_id for one in found} == own
+                for run_id in own:
+                    assert await starts.of_run(services.database, run_id) == row
+                named = await services.resolver.find("key-1", workspace_id=row.workspace_id)
+                assert named == row
+            with pytest.raises(InvalidRequest, match=r"name one of them: ws_\w+, ws_\w+"):
+                await services.resolver.find("key-1")
 
 
 async def test_without_callbacks_only_the_first_run_is_known(
