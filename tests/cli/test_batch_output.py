@@ -91,6 +91,18 @@ EXPECTED = [
 ]
 
 
+@pytest.mark.parametrize(("quotes", "total"), [((1, 2), 3), ((1, None), None), ((), None)])
+def test_a_row_has_a_quote_once_each_of_its_runs_has_one(
+    quotes: tuple[int | None, ...], total: int | None
+) -> None:
+    """Part of a price would look like all of it."""
+    records = [
+        record(number, Precedence.RUNNING, quoted_cost=quote and Decimal(quote))
+        for number, quote in enumerate(quotes)
+    ]
+    assert replace(rows()[0], records=records).quoted_cost == total
+
+
 def test_csv_has_a_column_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
     """Each row is one record, whatever its texts hold; columns that it lacks are empty."""
     show_rows(rows(), Results.CSV, None)

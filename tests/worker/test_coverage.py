@@ -621,6 +621,26 @@ async def test_a_wrong_clock_hides_no_run(
         assert await known(services) == at_flora(flora)
 
 
+async def test_coverage_of_what_is_still_to_come_is_forgotten(
+    flora: Simulator, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A clock that was a day ahead left it: the runs of that day would never be read."""
+    services = await open_on(flora)
+    [workspace] = services.workspaces
+    flora.start()
+    await sweep(services)
+    now = clock()
+    ahead = Interval(from_at=now, to_at=now + timedelta(days=1), read_at=now)
+    await coverage.add(services.database, workspace.name, "technique", ahead)
+    for _ in range(150):
+        clock.move(1)
+        flora.start()
+    clock.move(300)
+    await sweep(services)
+    assert await known(services) == at_flora(flora)
+    assert max(one.to_at for one in await covered(services)) <= clock()
+
+
 BEHIND = [
     {"clock_offset": -150, "date_offset": 150},
     {"clock_offset": -21_600, "date_offset": 21_600},

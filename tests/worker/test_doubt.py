@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -34,12 +34,15 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.events import MessageState
-from tracker.core.observation import Source
-from tracker.services import open_services
+from tracker.core.observation import Observation, Source
+from tracker.core.run import RunStatus
+from tracker.services import Services, open_services
 from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, Simulator, running
+from tracker.starting.recover import DoubtTimes, _callback_is_over
 from tracker.store.queries import starts as start_log
 from tracker.store.queries.endpoints import list_messages
+from tracker.store.queries.starts import StartRow, StartState
 
 
 @pytest.mark.parametrize(
@@ -498,3 +501,42 @@ async def test_a_dead_process_leaves_doubt(
     await services.recovery.recover()
     assert await state_of(db) == "in_doubt"
     assert not flora.world.runs
+
+
+@pytest.mark.parametrize(("minutes", "is_over"), [(16, True), (14, False)])
+@pytest.mark.parametrize("ahead", [-120.0, 120.0])
+def test_a_callback_is_over_by_floras_clock(minutes: int, is_over: bool, ahead: float) -> None:
+    """FLORA's time of the end is compared with its own clock, which may be `ahead` of ours."""
+    at = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    ended = at + timedelta(seconds=ahead) - timedelta(minutes=minutes)
+    run = Observation(
+        run_id="run_1",
+        source=Source.HISTORY,
+        at=at,
+        status=RunStatus.COMPLETED,
+        completed_at=ended,
+        clock_skew=ahead,
+    )
+    assert _callback_is_over(run) is is_over
+
+
+@pytest.mark.parametrize(
+    ("doubt", "error", "window"),
+    [(10, {}, 10), (10, {"conflict": True}, 60), (180, {"conflict": True}, 180)],
+)
+async def test_the_run_of_a_known_key_has_a_minute_to_be_listed(
+    services: Services, doubt: int, error: dict[str, Any], window: int
+) -> None:
+    """However short TRACKER_START_DOUBT is, since FLORA's list lags; without a run nothing does."""
+    row = StartRow(
+        workspace_id="ws_1",
+        idempotency_key="key-1",
+        technique_id="tech_1",
+        fingerprint="f",
+        inputs=[],
+        state=StartState.IN_DOUBT,
+        created_at=services.clock(),
+        error=error,
+    )
+    times = DoubtTimes(row, services.clock, timedelta(seconds=doubt))
+    assert times.window == timedelta(seconds=window)
