@@ -90,7 +90,7 @@ async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> N
         of = {"workspace_id": workspace, "idempotency_key": entry.key, "inputs": inputs}
         seen.append(of_start(Observed(observation=observation), **of))
     await live.services.writer.submit_all(seen)
-    await batches.finish(database, batch_id, utc_now())
+    await batches.finish(database, batch, utc_now())
 
 
 async def test_a_batch_of_a_hundred_rows_fits_a_phone(

@@ -104,3 +104,19 @@ async def test_a_new_order_or_a_stop_is_not_overwritten(db: Database) -> None:
     assert stored is not None
     assert (stored.launch_at, stored.stopped) == (None, "stopped by shop")
     assert await batches.finish_ended(db, NOW) == 0
+
+
+async def test_a_command_ends_only_what_was_ordered_before_its_plan(db: Database) -> None:
+    """However often that launch was put off since. One that stopped leaves the rest to it."""
+    for ordered_at, is_ended in ((NOW - SECOND, True), (NOW + SECOND, False)):
+        launch = {"started_by": "shop", "ordered_at": ordered_at.isoformat()}
+        put_off = replace(ORDERED, launch=launch, launch_at=NOW + timedelta(hours=1))
+        await batches.keep(db, put_off, entries("a"))
+        await batches.finish(db, BATCH, None, stopped="no money left", errors={1: "why"})
+        kept = await batches.get(db, "bat_1")
+        assert kept == replace(put_off, stopped="no money left" if is_ended else None)
+        (row,) = await batches.entries(db, "bat_1")
+        assert row.error == ("why" if is_ended else None)
+        await batches.finish(db, BATCH, NOW)
+        ended = replace(put_off, launch_at=None, finished_at=NOW)
+        assert await batches.get(db, "bat_1") == (ended if is_ended else put_off)

@@ -77,7 +77,7 @@ async def test_a_batch_is_kept_with_all_that_launches_it(db: Database) -> None:
 async def test_a_batch_that_is_given_again_is_brought_up_to_date(db: Database) -> None:
     """Name, lines and attempts follow the sheet; it is open again, and begun when it was begun."""
     await batches.keep(db, BATCH, entries("a", "b"))
-    await batches.finish(db, "bat_1", NOW)
+    await batches.finish(db, BATCH, NOW)
     assert await batches.get(db, "bat_1") == replace(BATCH, finished_at=NOW)
     later = replace(BATCH, name="new.csv", created_at=NOW + timedelta(hours=1))
     (first, second) = entries("a", "b")
@@ -100,11 +100,12 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
     """By workspace; a generation counts as finished where one batch with it was."""
     again = RunNumber().again()
     await batches.keep(db, BATCH, entries("a", "b", "c"))
-    await batches.finish(db, "bat_1", NOW)
+    await batches.finish(db, BATCH, NOW)
     await batches.keep(db, replace(BATCH, batch_id="bat_2"), entries("b", "c", run_number=again))
     retried = entries("c", run_number=again.retried())
-    await batches.keep(db, replace(BATCH, batch_id="bat_3"), retried)
-    await batches.finish(db, "bat_3", NOW)
+    third = replace(BATCH, batch_id="bat_3")
+    await batches.keep(db, third, retried)
+    await batches.finish(db, third, NOW)
     elsewhere = replace(BATCH, batch_id="bat_4", workspace_id="other")
     await batches.keep(db, elsewhere, entries("d"))
     assert await sheet_rows.latest_run_numbers(db, "default", ["a", "b", "c", "d"]) == {
@@ -146,7 +147,7 @@ async def test_failed_rows_are_grouped_by_reason(db: Database, writer: TestWrite
     rows = entries(*"abcdefghi")
     rows[3] = replace(rows[3], run_number=RunNumber().retried())
     await batches.keep(db, BATCH, rows)
-    await batches.finish(db, "bat_1", None, errors={9: "FLORA shows no price"})
+    await batches.finish(db, BATCH, None, errors={9: "FLORA shows no price"})
     for row in rows[:8]:
         await reserve(db, row.key)
     refused = {"code": "input_validation_error", "message": "prompt is too long"}
@@ -222,7 +223,7 @@ async def test_a_batch_is_finished_when_its_last_run_has_ended(
         await reserve(db, row.key)
         start = started(f"run_{row.digest}", at=NOW + timedelta(seconds=number))
         await writer.submit(of_start(start, workspace_id="default", idempotency_key=row.key))
-    await batches.finish(db, "bat_1", NOW)
+    await batches.finish(db, BATCH, NOW)
     batch = replace(BATCH, finished_at=NOW)
     assert (await counts_of(db)).finished_at(batch) is None
     last = NOW + timedelta(minutes=2)

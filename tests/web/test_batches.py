@@ -19,15 +19,16 @@ from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tests.worker.conftest import client_by
 from tests.worker.test_batch import rotate_after_one
-from tracker.core.errors import StoreUnavailable
+from tracker.core.errors import InvalidRequest, StoreUnavailable
 from tracker.core.starts import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting.batches import BatchLaunch
 from tracker.starting.rows import Order, RowState
 from tracker.starting.sheet import read_csv
-from tracker.starting.start import Started
+from tracker.starting.start import Started, StartRequest
 from tracker.store import schema
 from tracker.store.queries import audit, batches
+from tracker.store.queries.batches import BatchRow
 from tracker.worker import Worker
 
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]
@@ -70,6 +71,12 @@ async def shown(site: Site, batch_id: str) -> dict[str, Any]:
     answer = await site.client.get(f"/api/batches/{batch_id}")
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
+    return found
+
+
+async def stored(site: Site, batch_id: str) -> BatchRow:
+    found = await batches.get(site.services.database, batch_id)
+    assert found is not None
     return found
 
 
@@ -463,6 +470,60 @@ async def test_what_failed_is_started_again_on_request(serve: Serve, database_ur
         await eventually(completed, timeout=60)
         assert len(flora.world.runs) == 24
         assert await rows_of(site, batch_id, outcome="failed") == []
+
+
+@pytest.mark.both_databases
+async def test_a_command_ends_an_order_whose_rows_it_tried(serve: Serve, database_url: str) -> None:
+    """Nothing is left to a worker that comes later, and nobody waits for one."""
+    async with working(serve, database_url, worker=False) as (site, flora):
+        services = site.services
+        batch_id = (await create(site, 201))["batch_id"]
+        sheet = read_csv("\n".join(["prompt", *(row["prompt"] for row in ROWS)]).encode())
+        plan, _ = await services.batches.plan("icon-pack", sheet, name="icons.csv")
+        assert plan.batch.batch_id == batch_id
+        await services.batches.run(plan, concurrency=4, wait=False, on_progress=lambda _: None)
+        assert len(flora.world.runs) == 5
+        ended = await stored(site, batch_id)
+        assert ended.finished_at is not None
+        assert ended.launch_at is None
+
+
+@pytest.mark.both_databases
+async def test_what_is_ordered_while_a_command_works_is_launched(
+    serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the command does not end the order, and the row that it could not start is tried
+    again."""
+    async with working(serve, database_url, worker=False) as (site, flora):
+        services, goes_on = site.services, asyncio.Event()
+        sheet = read_csv(b"prompt\nrefused\nlate\n")
+        plan, _ = await services.batches.plan("icon-pack", sheet, name="icons.csv")
+        batch_id, start = plan.batch.batch_id, services.starter.start
+
+        async def first_is_refused(request: StartRequest, **more: Any) -> Started:
+            if request.inputs[0]["value"] == "refused":
+                raise InvalidRequest("not now")
+            await goes_on.wait()
+            return await start(request, **more)
+
+        monkeypatch.setattr(services.starter, "start", first_is_refused)
+        running = asyncio.create_task(
+            services.batches.run(plan, concurrency=1, wait=False, on_progress=lambda _: None)
+        )
+        await eventually(lambda: batches.get(services.database, batch_id))
+        address = f"/api/batches/{batch_id}/retry"
+        answer = await site.client.post(address, json={"which": "unstarted"})
+        assert answer.json()["launching"], answer.text
+        goes_on.set()
+        outcome = await running
+        assert (outcome.counts.started, outcome.stopped) == (1, None)
+        ordered = await stored(site, batch_id)
+        assert ordered.finished_at is None
+        assert ordered.launch_at is not None
+        monkeypatch.setattr(services.starter, "start", start)
+        await services.batch_worker.launch_due()
+        assert (await launched(site, batch_id))["started"] == 2
+        assert begun(flora) == ["late", "refused"]
 
 
 async def test_rows_without_a_run_are_left_out(serve: Serve, database_url: str) -> None:

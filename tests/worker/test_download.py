@@ -429,7 +429,7 @@ async def test_a_watch_awaits_the_further_runs_of_a_row(services: Services) -> N
     url = {"callback_token": "own", "callback_url": "https://tracker.example/callbacks/flora/own"}
     values = sa.update(tables.starts).values(reserved_runs=3, **url)
     await services.database.execute(values)
-    await batches.finish(services.database, batch.batch_id, services.clock())
+    await batches.finish(services.database, batch, services.clock())
     await settle(services, "run_1", [])
     found: list[WantedRun] = []
     task = asyncio.create_task(collect(services.downloader.batch("bat_1", watch=True), found))
@@ -502,7 +502,7 @@ async def test_a_batch_is_watched_to_its_end(services: Services) -> None:
     await eventually(lambda: "run_2" in watched)  # while it is pending
     await settle(services, "run_2", [])
     await eventually(lambda: len(found) == 2)
-    await batches.finish(services.database, batch.batch_id, services.clock())
+    await batches.finish(services.database, batch, services.clock())
     async with asyncio.timeout(30):
         await task
     assert [(one.row, one.status) for one in found] == [("001", "completed"), ("002", "completed")]

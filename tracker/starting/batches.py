@@ -474,7 +474,7 @@ class Batches(BatchPlanner):
         stopped = plan.stopped_by(stopped)
         await batches.finish(
             self.database,
-            plan.batch.batch_id,
+            plan.batch,
             self.clock() if stopped is None else None,
             stopped=None if stopped is None else str(stopped),
             errors=launch.errors,

@@ -107,6 +107,7 @@ class BatchPlanner(Service):
         `NotFound` if FLORA has no such technique and rows are to be started, and what reading FLORA
         raises.
         """
+        planned_at = self.clock()  # what is ordered from now on may be no part of the plan
         workspace = await self.workspaces.pick(workspace_id)
         workspace_id = await self.workspaces.id_of(workspace)
         definition, price_error = await self._priced(workspace, technique)
@@ -163,7 +164,7 @@ class BatchPlanner(Service):
             workspace_id=workspace_id,
             technique_id=definition.technique_id,
             name=name,
-            created_at=self.clock(),
+            created_at=planned_at,
             mapping=[list(one.stored) for one in mapping],
             source=source,
             columns=columns,

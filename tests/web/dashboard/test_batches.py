@@ -208,7 +208,7 @@ async def test_every_page_counts_the_same_rows_as_failed(small_site: Site) -> No
     ]
     await database.write(lambda connection: connection.execute(insert(starts), listed))
     unsent = dict.fromkeys((4, 5, 6), "no money left")
-    await batches.finish(database, "bat_1", None, errors=unsent)
+    await batches.finish(database, one, None, errors=unsent)
     # The overview shows batches beside runs.
     other = Observation(run_id="run_other", at=utc_now(), source=Source.TRACK)
     await small_site.services.writer.submit(Observed(observation=other))

@@ -3,8 +3,8 @@
 The outcome of a row is not stored here: its key leads to its start, and that to its run.
 
 A worker launches a batch from `launch_at` on, which is null otherwise. Whoever holds the lease
-launches it, and ends that with `end_launch` if the batch was not ordered anew or stopped meanwhile:
-either changes `launch_at`.
+launches it, and ends that with `end_launch` if the batch was not ordered anew, stopped or finished
+by a command meanwhile: each changes `launch_at`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -236,17 +236,26 @@ async def keep(
 
 async def finish(
     db: Database,
-    batch_id: str,
+    batch: BatchRow,
     at: datetime | None,
     *,
     stopped: str | None = None,
     errors: Mapping[int, str] | None = None,
 ) -> None:
-    """Store how a launch ended: when the batch was followed to its end, or why that is not so, and
-    why rows could not be tried, by position."""
-    header = update(batches).where(batches.c.batch_id == batch_id)
+    """Store how a command ended: when the batch was followed to its end, or why that is not so, and
+    why rows could not be tried, by position.
+
+    `batch` is as it was planned. What was ordered before has no rows left and ends with it. Nothing
+    is stored if a worker has still to launch what was ordered since.
+    """
+    of = batches.c
+    ordered_at = func.coalesce(of.launch["ordered_at"].as_string(), "")
+    is_planned = or_(of.launch_at.is_(None), ordered_at <= batch.created_at.isoformat())
+    header = update(batches).where(of.batch_id == batch.batch_id, is_planned)
     header = header.values(finished_at=at, stopped=stopped)
-    await db.write(lambda connection: _end(connection, header, batch_id, errors or {}))
+    if at is not None:
+        header = header.values(launch_at=None)
+    await db.write(lambda connection: _end(connection, header, batch.batch_id, errors or {}))
 
 
 def _end(connection: Connection, header: Update, batch_id: str, errors: Mapping[int, str]) -> bool:
