@@ -184,7 +184,7 @@ def batch(
             display = BatchScreen(shown, name, downloads=download is not None, waits=wait)
             running = services.batches.run(
                 plan,
-                concurrency=concurrency or services.settings.tracker_api_concurrency,
+                concurrency=services.settings.tracker_api_concurrency,
                 wait=wait,
                 on_progress=display.show,
                 max_cost=max_cost,

@@ -85,11 +85,12 @@ log = get_logger(__name__)
 
 @dataclass(eq=False)
 class BatchLaunch:
-    """Starts the missing rows of a plan, for a command or in a worker.
+    """Starts the missing rows of a plan, for a command or in a worker, `concurrency` at a time.
 
     `counted` are rows whose runs count against the order's maximum already. `wait` waits for starts
     in doubt. `errors` are why rows could not be started, by position; `stopped` is what ended the
-    launch early; `over_budget` is why no row begins now, if it is to wait for a budget.
+    launch early; `over_budget` is why no row begins now, if it is to wait for a budget. Raises
+    `TrackerError` if there are rows to start and the price could not be read.
     """
 
     batches: "Batches"
@@ -102,6 +103,10 @@ class BatchLaunch:
     wait: bool = True
 
     def __post_init__(self, counted: Sequence[RowState]) -> None:
+        if self.plan.missing and (error := self.plan.price_error) is not None:
+            raise TrackerError(
+                f"the price could not be read, so nothing was started: {error}"
+            ) from error
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
         self._queue: deque[RowState] = deque()
@@ -410,31 +415,6 @@ class Batches(BatchPlanner):
     budget_every: timedelta = BUDGET_EVERY
     doubt_pauses: tuple[float, float] = DOUBT_PAUSES
 
-    async def launch_of(
-        self,
-        plan: BatchPlan,
-        order: Order,
-        *,
-        concurrency: int,
-        counted: Sequence[RowState] = (),
-        wait: bool = True,
-    ) -> BatchLaunch:
-        """The launch of a plan. `concurrency` is how many rows are started at a time, `counted`
-        are rows whose runs count against the order's maximum already; `wait` waits for starts in
-        doubt.
-
-        Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
-        and the price could not be read.
-        """
-        if plan.missing and plan.price_error is not None:
-            raise TrackerError(
-                f"the price could not be read, so nothing was started: {plan.price_error}"
-            ) from plan.price_error
-        workspace = await self.workspace_of(plan.batch)
-        return BatchLaunch(
-            self, workspace, plan, order, concurrency=concurrency, counted=counted, wait=wait
-        )
-
     async def run(
         self,
         plan: BatchPlan,
@@ -459,7 +439,8 @@ class Batches(BatchPlanner):
             max_cost=max_cost,
             wait_for_budget=wait_for_budget,
         )
-        launch = await self.launch_of(plan, order, concurrency=concurrency, wait=wait)
+        workspace = await self.workspace_of(plan.batch)
+        launch = BatchLaunch(self, workspace, plan, order, concurrency=concurrency, wait=wait)
         await batches.keep(self.database, plan.batch, [row.entry for row in plan.rows])
         launching = asyncio.create_task(launch.run(), name="batch-launch")
         try:

@@ -260,7 +260,9 @@ class BatchWorker(Service):
             order = Order.of(batch)
             with acting(Principal(name=order.started_by)):
                 plan = await self._plan(batch, order)
-                launch = await self.batches.launch_of(
+                launch = BatchLaunch(
+                    self.batches,
+                    await self.batches.workspace_of(batch),
                     plan,
                     order,
                     concurrency=self.concurrency,
