@@ -623,7 +623,12 @@ async def test_a_launch_that_ended_early_waits_for_no_start_in_doubt(
         await asyncio.wait_for(failed.wait(), 30)
         await eventually(lambda: {*works._tasks} == {waiting["batch_id"]}, timeout=10)
         await works.launch_due()
-        await eventually(lambda: begun(flora) == ["the last"], timeout=30)
+
+        async def is_started() -> bool:
+            return (await shown(site, made["batch_id"]))["started"] == 1
+
+        await eventually(is_started, timeout=30)
+        assert begun(flora) == ["the last"]
         assert (await shown(site, made["batch_id"]))["in_doubt"] == 1
         await works.stop()
 
