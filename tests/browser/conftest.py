@@ -51,6 +51,10 @@ FLAGS: Final = [
     "--disable-gpu",
     # Pages that live for a second do not repay the compilation of their scripts.
     "--js-flags=--no-maglev,--no-opt",
+    # All pages are of one site that is trusted: one process draws them, in place of one each.
+    "--renderer-process-limit=1",
+    "--process-per-site",
+    "--disable-site-isolation-trials",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
