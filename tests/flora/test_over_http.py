@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -126,6 +127,17 @@ async def test_nobody_listens() -> None:
     async with flora_at(f"http://127.0.0.1:{free_port()}", deadline=30) as flora:
         with pytest.raises(FloraUnreachable) as caught:
             await start(flora)
+    assert not caught.value.may_have_acted
+
+
+async def test_the_time_of_an_answer_begins_with_its_request() -> None:
+    """A host that takes no connection has got no request, however short an answer is waited for."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        address = full.getsockname()
+        with socket.create_connection(address):  # the one connection that waits to be accepted
+            async with flora_at(f"http://127.0.0.1:{address[1]}/api/v1") as flora:
+                with pytest.raises(FloraUnreachable) as caught:
+                    await flora.get_run("tech_1", "run_1", answer_seconds=0.1, deadline=0.5)
     assert not caught.value.may_have_acted
 
 

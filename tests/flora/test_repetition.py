@@ -247,6 +247,26 @@ async def test_no_answer_in_time(acts: bool) -> None:
     assert caught.value.timed_out
 
 
+async def test_the_limit_of_an_answer_ends_with_it() -> None:
+    """What FLORA asks for before the next attempt is no part of it: the deadline holds again."""
+    time = VirtualTime()
+
+    async def takes_longer(seconds: float) -> None:
+        time.elapsed += seconds
+        await asyncio.sleep(0.1)
+
+    flora = FloraClient(
+        base_url="https://flora.test",
+        api_key="k",
+        monotonic=time.monotonic,
+        sleep=takes_longer,
+        transport=FarEnd(refused(429, "rate_limited", retry_after_ms="10"), RUN),
+    )
+    async with flora:
+        run = await flora.get_run("tech_1", "run_1", answer_seconds=0.05, deadline=30)
+    assert run.run_id == "run_1"
+
+
 async def test_no_turn_in_time() -> None:
     """A start that did not get its turn within the deadline has certainly not acted."""
 

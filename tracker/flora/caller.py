@@ -237,7 +237,7 @@ class Caller:
             self._calls.remove(progress)
 
     async def _repeat(self, call: FloraCall, progress: _Progress, *, until: float) -> FloraAnswer:
-        attempt = 0
+        attempt, ends_at = 0, progress.timeout.when()
         while True:
             attempt += 1
             try:
@@ -252,6 +252,7 @@ class Caller:
                 wait = asked or self.backoff(attempt)
                 if not _repeatable(call, exc) or self.monotonic() + wait > until:
                     raise
+            progress.timeout.reschedule(ends_at)  # that of the answer is over
             await self.sleep(wait)
 
     async def _attempt(self, call: FloraCall, progress: _Progress, *, until: float) -> FloraAnswer:
@@ -276,7 +277,7 @@ class Caller:
         self.contact.asked()
         status = request_id = None
         more: dict[str, Any] = {}
-        if call.fence is None or not self.traced:
+        if not self.traced or (call.fence is None and call.answer_seconds is None):
             await self._before_writing(call, progress)
         else:
             more["extensions"] = {"trace": partial(self._trace, call, progress)}
