@@ -335,6 +335,31 @@ async def test_a_way_to_read_a_run_that_fails_or_hangs_leaves_the_others(
     assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
 
 
+@pytest.mark.parametrize("first", [None, ELSEWHERE["a fault"]])
+async def test_a_slow_answer_shows_a_run_that_no_other_way_shows(
+    services: Services,
+    liar: Liar,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    first: bytes | None,
+) -> None:
+    """FLORA may read technique runs below their techniques alone. Where it was slow there, or
+    failed once, it is asked again, and waited for."""
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+    unknown = _http({"error": {"code": "not_found"}}, status="404 Not Found")
+    answers = iter([first, _http(ENDED)])
+
+    def answer(path: str) -> bytes | None:
+        liar.asked.append(path)
+        return next(answers) if "/techniques/" in path else unknown
+
+    liar.answer = answer  # type: ignore[method-assign]
+    await services.tracker.track("run_1", technique="tech_1")
+    record = await look(services, clock)
+    assert len(liar.asked) == 3
+    assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
+
+
 async def test_a_rate_limit_of_minutes_costs_nothing_but_the_minutes(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:

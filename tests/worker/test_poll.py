@@ -341,10 +341,10 @@ async def test_an_outage_of_flora_harms_no_run(
         clock.move(5)
         rounds += (await services.poller.poll_due()).claimed > 0
     assert rounds <= 12, "it rests for half a minute in the end"
-    most = 5 * rounds
-    assert flora.world.requests - before <= most, "a page of the history, and two runs in two ways"
+    most = 7 * rounds  # a page of the history, and two runs: in two ways, and again in the first
+    assert flora.world.requests - before <= most
     checked = [await the_run(services, run_id) for run_id in run_ids]
-    assert sum(record.checks for record in checked) <= 4 * rounds
+    assert sum(record.checks for record in checked) <= 6 * rounds
     assert all(record.lease_holder is None for record in checked)
     flora.world.options = flora.world.options.with_changes({"cut": 0.0})
     clock.move(31)

@@ -253,11 +253,18 @@ class FloraClient(Caller):
         return await self._read_run(call, run_id, deadline, run_type="technique")
 
     async def get_any_run(
-        self, run_id: str, *, deadline: float | None = None, fresh: bool = False
+        self,
+        run_id: str,
+        *,
+        deadline: float | None = None,
+        fresh: bool = False,
+        answer_seconds: float | None = None,
     ) -> Observation:
         """A run of either kind, without its technique."""
         url = self._urls.of("runs", run_id)
-        call = FloraCall(endpoint="GET /runs/{id}", url=url, fresh=fresh)
+        call = FloraCall(
+            endpoint="GET /runs/{id}", url=url, fresh=fresh, answer_seconds=answer_seconds
+        )
         return await self._read_run(call, run_id, deadline)
 
     async def follow(

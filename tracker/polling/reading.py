@@ -35,11 +35,11 @@ from tracker.store.writing.writer import Writer
 from tracker.workspaces import Service, Workspace
 
 CALL_SECONDS: Final = 20.0
-"""How long the last way to read a run may take, repetitions included; what fails is tried at the
-next poll."""
+"""How long a single read may take, in all ways and repetitions included; what fails is tried at the
+next poll. One-shot commands have 30."""
 WAY_SECONDS: Final = 4.0
-"""How long the answer is waited for in each way before the last. FLORA answers within a second, and
-one-shot commands have 30."""
+"""How long the answer is waited for in each of several ways at first. FLORA answers within a
+second."""
 SINGLE_READS: Final = 16
 """Single reads of a round, half of them for fresh ends; other runs are released and due in the
 next round, so that no process holds work that another could do."""
@@ -228,14 +228,13 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
     callback alone is unknown. So the ways are tried in turn: its `poll_url` (on FLORA's origin
     only), its technique, the newest history page, and `GET /runs/{run_id}`, which reads generation
     runs too. A way that fails or hangs leaves the others, unless no connection is made: FLORA is
-    down. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which say
+    down. If none shows the run, the first that failed or hung has the rest of the time: FLORA may
+    be slow. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which say
     nothing about the run.
     """
-    found, run_id = SingleRead(), run.run_id
-    last: dict[str, Any] = {"deadline": CALL_SECONDS, "fresh": fresh}
-    how = last | {"answer_seconds": WAY_SECONDS}
+    found, run_id, until = SingleRead(), run.run_id, time.monotonic() + CALL_SECONDS
 
-    async def on_newest_page() -> Observation | None:
+    async def on_newest_page(**how: Any) -> Observation | None:
         page = await client.history(**how)
         found.others += [item for item in page.items if item.run_id != run_id]
         listed = next((item for item in page.items if item.run_id == run_id), None)
@@ -247,35 +246,47 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
         found.reads += 1
         return await client.get_run(listed.technique_id, run_id, **how)
 
-    ways: list[Callable[[], Awaitable[Observation | None]]] = []
+    ways: list[Callable[..., Awaitable[Observation | None]]] = []
     if run.poll_url:
-        ways.append(partial(client.follow, run.poll_url, run_id, **how))
+        ways.append(partial(client.follow, run.poll_url, run_id))
     if run.run_type != "generation":
         if not run.technique_id:
             ways.append(on_newest_page)
         elif not client.is_address_of(run.poll_url, run.technique_id, run_id):
-            ways.append(partial(client.get_run, run.technique_id, run_id, **how))
-    ways.append(partial(client.get_any_run, run_id, **last))
-    refusals: list[FloraError] = []
-    for way in ways:
+            ways.append(partial(client.get_run, run.technique_id, run_id))
+    ways.append(partial(client.get_any_run, run_id))
+    errors: dict[int, FloraError] = {}
+
+    async def ends(way: int, **options: Any) -> bool:
+        """Read in this way; whether no other is to be tried."""
+        left = max(until - time.monotonic(), WAY_SECONDS)
         found.reads += 1
         try:
-            found.observation = await way()
+            found.observation = await ways[way](deadline=left, fresh=fresh, **options)
+            errors.pop(way, None)
         except (KeyRefused, RateLimited):
             raise
         except PollUrlRefused as refusal:
             found.reads -= 1  # nothing was sent
             found.error = str(refusal)
         except FloraError as error:
-            found.error = str(error)
-            refusals.append(error)
-            if isinstance(error, FloraUnreachable) and not error.may_have_acted:
-                break
-        if found.observation is not None:
-            return found
-    found.silent = bool(refusals) and all(one.silent for one in refusals)
-    # Others leave doubt, such as a 403, or another run, to which a wrong `poll_url` leads.
-    found.missing = bool(refusals) and all(isinstance(one, NotFound) for one in refusals)
+            found.error, errors[way] = str(error), error
+            return isinstance(error, FloraUnreachable) and not error.may_have_acted
+        return found.observation is not None
+
+    brief = {"answer_seconds": WAY_SECONDS} if len(ways) > 1 else {}
+    for way in range(len(ways)):
+        if await ends(way, **brief):
+            break
+    else:
+        failed = next((way for way, error in errors.items() if error.silent), None)
+        if brief and failed is not None:
+            await ends(failed)
+    if found.observation is None:
+        refusals = errors.values()
+        found.silent = bool(refusals) and all(one.silent for one in refusals)
+        # Others leave doubt, such as a 403, or another run, to which a wrong `poll_url` leads.
+        found.missing = bool(refusals) and all(isinstance(one, NotFound) for one in refusals)
     return found
 
 
