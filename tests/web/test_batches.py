@@ -490,6 +490,23 @@ async def test_a_command_ends_an_order_whose_rows_it_tried(serve: Serve, databas
         assert ended.launch_at is None
 
 
+async def test_a_command_leaves_the_order_of_a_row_in_doubt(
+    serve: Serve, database_url: str
+) -> None:
+    """It does not wait for what came of its start; a worker does, and may send it again."""
+    faults = {"gateway_starts": 1.0, "gateway_works": 0.0}
+    async with working(serve, database_url, worker=False, **faults) as (site, _):
+        services = site.services
+        batch_id = (await create(site, 201, rows=ROWS[:1]))["batch_id"]
+        ordered = await stored(site, batch_id)
+        sheet = read_csv(b"prompt\nicon 1\n")
+        plan, _ = await services.batches.plan("icon-pack", sheet, name=ordered.name)
+        await services.batches.run(plan, concurrency=1, wait=False, on_progress=lambda _: None)
+        assert (await shown(site, batch_id))["in_doubt"] == 1
+        left = await stored(site, batch_id)
+        assert (left.launch_at, left.finished_at) == (ordered.launch_at, None)
+
+
 @pytest.mark.both_databases
 async def test_what_is_ordered_while_a_command_works_is_launched(
     serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch

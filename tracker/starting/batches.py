@@ -139,6 +139,11 @@ class BatchLaunch:
         return len(self._queue) + len(self._later) + len(self._starting)
 
     @property
+    def has_doubts(self) -> bool:
+        """Whether starts are in doubt, each of which may have to be sent again."""
+        return bool(self._doubt)
+
+    @property
     def free_in(self) -> float:
         """Seconds until a row can be tried whose retry was advised for later; 0 while there is
         anything else to do."""
@@ -189,7 +194,7 @@ class BatchLaunch:
             while True:
                 several = min(self.concurrency, len(self._queue))
                 await run_all([self._work() for _ in range(several)])
-                waits = self.wait and bool(self._doubt)
+                waits = self.wait and self.has_doubts
                 if self._over or not (waits or self._later or self._queue):
                     return
                 if waits:
@@ -459,6 +464,7 @@ class Batches(BatchPlanner):
             self.clock() if stopped is None else None,
             stopped=None if stopped is None else str(stopped),
             errors=launch.errors,
+            in_doubt=launch.has_doubts,
         )
         batch = await batches.get(self.database, plan.batch.batch_id) or plan.batch
         rows, counts = await self.rows(batch), await self.counts(batch)

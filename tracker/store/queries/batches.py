@@ -23,6 +23,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    false,
     func,
     literal_column,
     or_,
@@ -241,17 +242,22 @@ async def finish(
     *,
     stopped: str | None = None,
     errors: Mapping[int, str] | None = None,
+    in_doubt: bool = False,
 ) -> None:
     """Store how a command ended: when the batch was followed to its end, or why that is not so, and
     why rows could not be tried, by position.
 
-    `batch` is as it was planned. What was ordered before has no rows left and ends with it. Nothing
-    is stored if a worker has still to launch what was ordered since.
+    `batch` is as it was planned. What was ordered before ends with the command if that tried every
+    row and left none `in_doubt`. Nothing is stored if a worker has still to launch what was ordered
+    since, or rows in doubt.
     """
     of = batches.c
     ordered_at = func.coalesce(of.launch["ordered_at"].as_string(), "")
-    is_planned = or_(of.launch_at.is_(None), ordered_at <= batch.created_at.isoformat())
-    header = update(batches).where(of.batch_id == batch.batch_id, is_planned)
+    is_planned = ordered_at <= batch.created_at.isoformat()
+    if at is not None and in_doubt:
+        is_planned = false()
+    header = update(batches)
+    header = header.where(of.batch_id == batch.batch_id, or_(of.launch_at.is_(None), is_planned))
     header = header.values(finished_at=at, stopped=stopped)
     if at is not None:
         header = header.values(launch_at=None)
