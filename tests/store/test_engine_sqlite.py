@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import sqlite3
+import sys
 import threading
 from contextlib import closing, suppress
 from functools import partial
@@ -22,6 +23,7 @@ from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.errors import translate
 from tracker.store.schema import leases
+from tracker.store.sqlite import _STOPPED, join_stopped
 from tracker.store.url import DatabaseTimes
 
 
@@ -340,6 +342,28 @@ async def test_a_reader_that_is_cancelled_twice_leaves_nothing_that_waits(
             asyncio.get_running_loop().call_later(0.1, go_on.set)
     started = set(threading.enumerate()) - threads
     assert [one.name for one in started if "worker_thread" in one.name] == []
+
+
+def test_databases_close_in_several_threads_at_once() -> None:
+    """While one waits for the threads of its connections, those of another may end."""
+    ended, interval = [threading.Thread() for _ in range(5_000)], sys.getswitchinterval()
+
+    def end_connections() -> None:
+        for thread in ended:
+            _STOPPED.add(thread)
+
+    async def wait_meanwhile() -> None:
+        while other.is_alive():
+            await join_stopped(0.0)
+
+    other = threading.Thread(target=end_connections)
+    sys.setswitchinterval(1e-6)
+    try:
+        other.start()
+        asyncio.run(wait_meanwhile())
+    finally:
+        sys.setswitchinterval(interval)
+        other.join()
 
 
 _COUNTING = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"

@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from threading import Lock, Thread
+from threading import enumerate as all_threads
 from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
 from weakref import WeakSet
@@ -373,9 +374,9 @@ async def join_stopped(seconds: float) -> None:
     """Wait, at most so long for each, until the threads of connections that end have ended. Whoever
     is cancelled while one is opened or closed does not wait for it, and a thread that outlives the
     event loop prints a traceback."""
-    for thread in tuple(_STOPPED):
-        if thread.is_alive():
-            await asyncio.to_thread(thread.join, seconds)
+    # Not `_STOPPED` itself, to which other threads with event loops of their own may add.
+    for thread in [one for one in all_threads() if one in _STOPPED]:
+        await asyncio.to_thread(thread.join, seconds)
 
 
 def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
