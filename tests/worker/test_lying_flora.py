@@ -16,8 +16,9 @@ from tests.support.waiting import send_once
 from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.record import Record
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import RunState, RunStatus, Tracking
 from tracker.flora.client import FloraClient
+from tracker.polling.reading import _read_run
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as read
@@ -358,6 +359,27 @@ async def test_a_slow_answer_shows_a_run_that_no_other_way_shows(
     record = await look(services, clock)
     assert len(liar.asked) == 3
     assert (record.tracking, record.run.status) == (Tracking.SETTLED, RunStatus.COMPLETED)
+
+
+async def test_a_page_that_is_read_again_shows_its_runs_once(
+    services: Services, liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the technique that it names for a run did not answer the first time."""
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+    lean = {"run_id": "run_1", "status": "completed", "technique": {"technique_id": "tech_1"}}
+    page = _http({"technique_runs": [OTHER, lean], "meta": {"next_cursor": None}})
+    answers = iter([None, _http(ENDED)])
+
+    def answer(path: str) -> bytes | None:
+        if path.endswith("/api/v1/runs/run_1"):
+            return _http({"error": {"code": "not_found"}}, status="404 Not Found")
+        return next(answers) if "/techniques/" in path else page
+
+    liar.answer = answer  # type: ignore[method-assign]
+    [workspace] = services.workspaces
+    found = await _read_run(workspace.require_client(), RunState(run_id="run_1"), fresh=False)
+    assert found.observation is not None
+    assert sorted(one.run_id for one in found.others) == ["run_1", "run_other"]
 
 
 async def test_a_rate_limit_of_minutes_costs_nothing_but_the_minutes(

@@ -236,7 +236,7 @@ async def _read_run(client: FloraClient, run: RunState, *, fresh: bool) -> Singl
 
     async def on_newest_page(**how: Any) -> Observation | None:
         page = await client.history(**how)
-        found.others += [item for item in page.items if item.run_id != run_id]
+        found.others = [item for item in page.items if item.run_id != run_id]
         listed = next((item for item in page.items if item.run_id == run_id), None)
         if listed is None or listed.details or not listed.may_have_ended:
             return listed
