@@ -294,7 +294,7 @@ async def test_a_poll_url_that_leads_past_the_api_hides_no_run(
 ) -> None:
     """Whatever answers a `poll_url` on FLORA's origin in place of the API, or nothing does, the run
     is read another way, and neither the key nor FLORA is blamed."""
-    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 1.0)
 
     def answer(path: str) -> bytes | None:
         liar.asked.append(path)
@@ -322,7 +322,7 @@ async def test_a_way_to_read_a_run_that_fails_or_hangs_leaves_the_others(
 ) -> None:
     """Where neither the address of the run's technique, which is its poll_url, nor the history
     answers, `/runs/{id}` does. No address is asked twice."""
-    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 1.0)
 
     def answer(path: str) -> bytes | None:
         liar.asked.append(path)
@@ -346,7 +346,7 @@ async def test_a_slow_answer_shows_a_run_that_no_other_way_shows(
 ) -> None:
     """FLORA may read technique runs below their techniques alone. Where it was slow there, or
     failed once, it is asked again, and waited for."""
-    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 1.0)
     unknown = _http({"error": {"code": "not_found"}}, status="404 Not Found")
     answers = iter([first, _http(ENDED)])
 
@@ -365,7 +365,7 @@ async def test_a_page_that_is_read_again_shows_its_runs_once(
     services: Services, liar: Liar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the technique that it names for a run did not answer the first time."""
-    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 0.5)
+    monkeypatch.setattr("tracker.polling.reading.WAY_SECONDS", 1.0)
     lean = {"run_id": "run_1", "status": "completed", "technique": {"technique_id": "tech_1"}}
     page = _http({"technique_runs": [OTHER, lean], "meta": {"next_cursor": None}})
     answers = iter([None, _http(ENDED)])
