@@ -8,7 +8,8 @@ from tests.support.clocks import HandClock
 from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tests.worker.doubt import GATEWAY, OTHER, PROMPT, attempt, change, posts, state_of, sweep
 from tracker.core.errors import InvalidRequest, NotTracked, StartPending, StoreUnavailable
-from tracker.core.observation import Source
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Observed
 from tracker.services import Services
 from tracker.starting.resolve import UnknownStart
 from tracker.store.queries import starts as start_log
@@ -191,7 +192,8 @@ async def test_one_run_is_one_starts(
 async def test_a_run_of_another_workspace_is_not_the_starts(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """Also where no key reads it any more, and where both workspaces have used the same key."""
+    """Also where no key reads it any more, and where both workspaces have used the same key; but a
+    callback that claims a run decides nothing."""
     async with make_flora(**GATEWAY, more_workspaces=(OTHER,)) as flora:
         await leave_to_a_person(await open_on(flora), clock)
         change(flora, gateway_starts=0.0)
@@ -206,3 +208,8 @@ async def test_a_run_of_another_workspace_is_not_the_starts(
         with pytest.raises(InvalidRequest, match="is of workspace ws_other"):
             await services.resolver.is_run(row, listed)
         assert await state_of(services.database) == "unresolved"
+        claim = Observation(
+            run_id="run_x", source=Source.CALLBACK, at=clock(), workspace_id=OTHER.workspace_id
+        )
+        await services.writer.submit(Observed(observation=claim))
+        assert (await services.resolver.is_run(row, "run_x")).run.run_id == "run_x"

@@ -163,8 +163,9 @@ class StartResolver(Service):
     async def _check_workspace(self, row: StartRow, run_id: str) -> None:
         """Check that no other workspace has shown a run that cannot be read."""
         stored = await runs.get_run(self.database, run_id)
-        known = None if stored is None else stored.run.workspace_id
-        if known not in (None, row.workspace_id):
+        if stored is None or not stored.run.workspace_is_confirmed:
+            return
+        if (known := stored.run.workspace_id) != row.workspace_id:
             raise _fault(
                 f"run {run_id} is of workspace {known}, and the start of {row.workspace_id}"
             )
