@@ -59,9 +59,9 @@ demo: install  ## watch the tracker work against a local FLORA, without a key
 	$(BIN)/tracker demo
 
 test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
-	@# Six on two cores: many tests wait for processes rather than compute, but each further worker
+	@# Seven on two cores: many tests wait for processes rather than compute, but each further worker
 	@# collects all tests, starts a PostgreSQL and adds context switches.
-	$(BIN)/pytest -n 6 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest -n 7 --dist worksteal $(PYTEST_ARGS)
 
 bench: install  ## measure speed, API calls, memory and scale, for twenty minutes (BENCH=ingest takes some)
 	$(BIN)/python -m bench $(BENCH)

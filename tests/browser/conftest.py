@@ -51,10 +51,6 @@ FLAGS: Final = [
     "--disable-gpu",
     # Pages that live for a second do not repay the compilation of their scripts.
     "--js-flags=--no-maglev,--no-opt",
-    # All pages are of one site that is trusted: one process draws them, in place of one each.
-    "--renderer-process-limit=1",
-    "--process-per-site",
-    "--disable-site-isolation-trials",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -190,6 +186,14 @@ async def open_page(chromium: Browser) -> AsyncIterator[OpenPage]:
 
     yield open_page
     await asyncio.gather(*(context.close() for context in contexts))
+
+
+async def resize(page: Page, width: int, height: int) -> None:
+    """Change the size of the window. The page's script hears of that in the next frame, and draws
+    the charts anew."""
+    await page.set_viewport_size({"width": width, "height": height})
+    frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
+    await page.evaluate(f"() => new Promise((done) => {frames})")
 
 
 async def sign_in(page: Page, url: str, token: str = TOKEN) -> None:

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import expect
 
-from tests.browser.conftest import OpenPage
+from tests.browser.conftest import OpenPage, resize
 from tests.support.databases import sqlite_url_of
 from tests.support.shares import share_of
 from tests.web.dashboard.hostile import attack
@@ -119,7 +119,7 @@ async def test_nothing_is_cut_and_no_amount_is_broken(
     for path in share_of(PATHS, of=4, thorough=thorough):
         await page.goto(f"{long_url}{path}")
         for width in widths:
-            await page.set_viewport_size({"width": width, "height": 800})
+            await resize(page, width, 800)
             assert await page.evaluate(CUT) == [], (path, width)
             assert await page.evaluate(BROKEN) == [], (path, width)
             assert await page.evaluate("document.documentElement.scrollWidth") <= width, path

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 from playwright.async_api import Page, Route, expect
 
-from tests.browser.conftest import READER, LiveTracker, OpenPage, sign_in
+from tests.browser.conftest import READER, LiveTracker, OpenPage, resize, sign_in
 from tests.browser.test_flows import quarantine, start
 from tests.browser.test_runs_and_batches import keep_batch
 from tests.support.shares import share_of
@@ -239,7 +239,7 @@ async def _assert_narrow(
 
 
 async def _assert_fits(page: Page, path: str, width: int) -> None:
-    await page.set_viewport_size({"width": width, "height": 740})
+    await resize(page, width, 740)
     cut_off, taken = await page.evaluate(CUT_OFF_AND_WIDTH)
     assert cut_off == [], (path, width)
     assert taken <= width, (path, await page.evaluate(TOO_WIDE))
