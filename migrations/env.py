@@ -29,7 +29,7 @@ TURN_SECONDS = 300.0
 LOCK_TIMEOUT = "800ms"  # well below `DatabaseTimes.lock`: see above
 STATEMENT_TIMEOUT = "60s"
 PAUSE_SECONDS = 0.7
-IN_THE_WAY = ("55P03", "40P01")  # somebody holds a lock for longer than that; a deadlock
+IN_THE_WAY = ("55P03", "40P01")  # someone holds a lock for longer than that; a deadlock
 
 log = get_logger("tracker.migrations")
 

@@ -73,7 +73,7 @@ async def connect_postgres(
 
 
 def is_standby_connection(connection: Any) -> bool:
-    """Whether a connection of asyncpg leads to a standby now. A server tells that unasked, from
+    """Whether a connection of asyncpg leads to a standby now. Servers report it by themselves, from
     PostgreSQL 14 on."""
     return getattr(connection.get_settings(), "in_hot_standby", "off") == "on"
 
@@ -128,7 +128,7 @@ async def _connect_to_any(
             if each is not chosen:
                 each.cancel()
                 each.add_done_callback(_drop)
-    # What a server says tells more than that another one was not reached.
+    # The error of a server that answered explains more than that of one out of reach.
     raise min(errors, key=_is_unreached, default=TimeoutError())
 
 
